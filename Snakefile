@@ -1,0 +1,26 @@
+# Distil, sample, score and compare: `snakemake --cores 8 all`.
+# The experiment is configs/digits.yaml, or whatever --configfile names (which replaces it wholly).
+from snakemake.utils import min_version
+
+min_version("9.10")
+
+if not workflow.configfiles:
+
+    configfile: "configs/digits.yaml"
+
+
+include: "harness/rules/common.smk"
+include: "harness/rules/prepare.smk"
+include: "harness/rules/distil.smk"
+include: "harness/rules/evaluate.smk"
+include: "harness/rules/report.smk"
+
+
+localrules:
+    all,
+
+
+rule all:
+    default_target: True
+    input:
+        REPORT,

@@ -1,0 +1,7 @@
+"""`python -m harness <stage>`: every rule of the workflow, and a few tools, by hand."""
+
+import sys
+
+from harness.cli import main
+
+sys.exit(main())

@@ -1,0 +1,166 @@
+"""Files that are either whole or absent: atomic writes, hashes, locks.
+
+Everything that one stage leaves for another goes through this module. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.errors import UserError
+
+
+def canonical(value) -> str:
+    """JSON text that is equal exactly when the values are equal."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value) -> str:
+    """16 hex digits naming a JSON-like value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends without error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends without error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path):
+    """The value in a JSON file that a stage wrote; a missing or broken file is one clear line."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the workflow (or the stage that makes it)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run the same command again"
+        ) from None
+
+
+def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> str:
+    """Write safetensors atomically; returns the file's sha256."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        return sha256_file(temporary)
+
+
+def load_tensors(path: Path, sha256: str | None = None, device: str = "cpu") -> dict:
+    """Read safetensors; a truncated or foreign file is refused with one clear line."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if sha256 is not None and sha256_file(path) != sha256:
+            raise UserError(
+                f"{path} is damaged or from another run (its sha256 is not the recorded one); "
+                "delete it and run the same command again"
+            )
+        return load_file(path, device=device)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the workflow (or the stage that makes it)") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run the same command again"
+        ) from None
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep two processes from working on the same run; the system frees it when a process dies.
+
+    A second process waits: it may be the orphan of a killed Snakemake, and when it is done the
+    work is done.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    waited = False
+    while True:
+        try:
+            lock.acquire(timeout=0 if not waited else 60)
+            break
+        except Timeout:
+            print(f"waiting: another process works on {folder}", file=sys.stderr, flush=True)
+            waited = True
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def machine_slot(exclusive: bool = False) -> Iterator[bool]:
+    """Share the machine with other stages, or have it alone for a budget counted in seconds.
+
+    Yields True if the wish was granted: a stage that asks for the machine alone and finds another
+    at work goes on beside it, and its timing is to be flagged `contended`. Stages that start
+    while one has the machine alone wait for it.
+    """
+    import fcntl
+
+    path = Path(tempfile.gettempdir()) / f"onestep-harness-{os.getuid()}.slot"
+    with open(path, "w") as file:
+        granted = True
+        if exclusive:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                granted = False
+        if not exclusive or not granted:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("waiting: a run with a budget in seconds has the machine", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_SH)
+        yield granted

@@ -1,0 +1,110 @@
+"""The command line. Each stage imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from harness.errors import UserError
+
+DEFAULT_CONFIG = Path("configs/digits.yaml")
+
+
+def _experiment(args):
+    from harness.config import load_experiment
+
+    return load_experiment(args.configfile)
+
+
+def _threads(args) -> None:
+    import torch
+
+    torch.set_num_threads(args.threads)
+
+
+def _data(args) -> None:
+    from harness.data import prepare
+
+    experiment = _experiment(args)
+    prepare(experiment.data.name, experiment.data.held_out, experiment.data_dir())
+
+
+def _features(args) -> None:
+    from harness.feature_networks import train_features
+
+    _threads(args)
+    train_features(_experiment(args), args.name)
+
+
+def _teacher(args) -> None:
+    from harness.teacher import train_teacher
+
+    _threads(args)
+    train_teacher(_experiment(args), args.name)
+
+
+def _pairs(args) -> None:
+    from harness.pairs import make_pairs
+
+    _threads(args)
+    make_pairs(_experiment(args), args.name)
+
+
+def _train(args) -> None:
+    from harness.runs import train_student
+
+    _threads(args)
+    train_student(_experiment(args), args.student, args.seed)
+
+
+def _score(args) -> None:
+    from harness.evaluation.score import score_run
+
+    _threads(args)
+    score_run(_experiment(args), args.student, args.seed)
+
+
+def _score_references(args) -> None:
+    from harness.evaluation.score import score_references
+
+    _threads(args)
+    score_references(_experiment(args), args.name)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness", description=__doc__)
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+
+    def stage(name: str, function, help: str) -> argparse.ArgumentParser:
+        sub = stages.add_parser(name, help=help, description=help)
+        sub.add_argument("--configfile", type=Path, default=DEFAULT_CONFIG, help="experiment file")
+        sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+        sub.set_defaults(function=function)
+        return sub
+
+    stage("data", _data, "read the data set and split it")
+    stage("features", _features, "train a feature network").add_argument("name")
+    stage("teacher", _teacher, "train a teacher").add_argument("name")
+    stage("pairs", _pairs, "generate a set of teacher pairs").add_argument("name")
+    train = stage("train", _train, "distil one student")
+    train.add_argument("student")
+    train.add_argument("seed", type=int)
+    score = stage("score", _score, "score every snapshot of a run")
+    score.add_argument("student")
+    score.add_argument("seed", type=int)
+    stage(
+        "score-references", _score_references, "score a teacher, its one-step images and the floor"
+    ).add_argument("name")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,531 @@
+"""Experiments: one YAML file each, validated as a whole before anything runs.
+
+`load_experiment` reads the file, resolves `extends:`, and reports every mistake at once with the
+path of its key. `Experiment` answers what each stage depends on (`*_spec`): the workflow passes
+these parts as parameters, so that a change reruns what it touches and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from harness.artifacts import digest, write_json
+from harness.errors import UserError, did_you_mean
+from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    name: str
+    held_out: float = Field(0.2, gt=0, lt=1, description="fraction of each class held out")
+
+
+class Limit(Section):
+    unit: Literal["images", "flops", "seconds"]
+    amount: float = Field(gt=0)
+
+
+class Grid(Section):
+    """Snapshots at first * 2**(k / per_octave)."""
+
+    first: float = Field(gt=0)
+    per_octave: float = Field(1, gt=0)
+
+
+class Sampler(Section):
+    """EDM's deterministic Heun sampler (Karras et al. 2022, algorithm 1)."""
+
+    steps: Positive = 18
+    sigma_min: float = Field(SIGMA_MIN, gt=0)
+    sigma_max: float = Field(SIGMA_MAX, gt=0)
+    rho: float = Field(RHO, gt=0)
+
+
+class TeacherSection(Section):
+    """A teacher trained in the workflow: a denoiser with EDM's loss."""
+
+    network: dict[str, Any]
+    images: Positive
+    batch: Positive = 128
+    lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    ema_half_life: int = Field(500_000, ge=0)
+    ema_ramp_up: float = Field(0.05, gt=0)
+    p_mean: float = -1.2
+    p_std: float = Field(1.2, gt=0)
+    sigma_data: float = Field(0.5, gt=0)
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    seed: int = Field(0, ge=0)
+    sampler: Sampler = Sampler()
+
+
+class FeatureSection(Section):
+    """A feature network trained in the workflow on the labelled training part."""
+
+    type: Literal["cnn", "resnet", "clip"]
+    images: Positive
+    batch: Positive = 128
+    lr: float = Field(2e-3, gt=0)
+    width: Positive = 32
+    seed: int = Field(0, ge=0)
+
+
+class StudentSection(Section):
+    method: str
+    teacher: str | None = None
+    freeze: Literal["none", "innate"] = "none"
+    settings: dict[str, Any] = {}
+
+
+class TrainingSection(Section):
+    """What all students share. `settings` overrides method defaults; a student's own win."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    budget: list[Limit] = Field(min_length=1)
+    settings: dict[str, Any] = {}
+    snapshots: dict[Literal["images", "flops"], Grid] = {}
+    micro_batch: Positive | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_nonfinite: int = Field(20, ge=0)
+    tick_images: Positive = 1024
+    checkpoint_seconds: float = Field(15.0, ge=0)
+
+
+class EvaluationSection(Section):
+    num_samples: Positive = 2000
+    sampling_seed: int = Field(0, ge=0)
+    extractors: list[str] = Field(min_length=1)
+    main_metric: str = "fd"
+    neighbours: Positive = 3
+    grid_samples: Positive = 100
+
+
+class ExperimentModel(Section):
+    name: str
+    device: str = "auto"
+    data: DataSection
+    features: dict[str, FeatureSection]
+    teachers: dict[str, TeacherSection] = Field(min_length=1)
+    students: dict[str, StudentSection] = Field(min_length=1)
+    training: TrainingSection
+    evaluation: EvaluationSection
+
+
+class Experiment:
+    """A validated experiment. Attributes are the sections; `root` is results/<name>."""
+
+    def __init__(self, model: ExperimentModel, raw: dict, results: Path = Path("results")):
+        self.raw = raw
+        self.name, self.data, self.features = model.name, model.data, model.features
+        self.teachers, self.students = model.teachers, model.students
+        self.training, self.evaluation = model.training, model.evaluation
+        self.device_setting = model.device
+        self.root = results / model.name
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        return [(student, seed) for student in self.students for seed in self.training.seeds]
+
+    @property
+    def device(self) -> str:
+        if self.device_setting != "auto":
+            return self.device_setting
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def teacher_of(self, student: str) -> str:
+        return self.students[student].teacher or next(iter(self.teachers))
+
+    def method_config(self, student: str):
+        """The student's validated method settings (an instance of its method's `Config`)."""
+        from harness.method import get_method
+
+        section = self.students[student]
+        common = shared_settings(self.training.settings, get_method(section.method).Config)
+        return get_method(section.method).Config(**common | section.settings)
+
+    def requirements(self, student: str):
+        from harness.method import get_method
+
+        method = get_method(self.students[student].method)
+        return method.requirements(self.method_config(student))
+
+    def pairs_name(self, student: str) -> str | None:
+        """The folder name of the teacher pairs a student needs, or None."""
+        needs = self.requirements(student)
+        if not needs.pairs:
+            return None
+        return f"{self.teacher_of(student)}_n{needs.pairs}_steps{needs.pair_steps}"
+
+    @property
+    def pair_sets(self) -> dict[str, tuple[str, int, int]]:
+        """Folder name -> (teacher, pairs, steps) of every pair set that a student needs."""
+        sets = {}
+        for student in self.students:
+            needs, name = self.requirements(student), self.pairs_name(student)
+            if name:
+                sets[name] = (self.teacher_of(student), needs.pairs, needs.pair_steps)
+        return sets
+
+    @property
+    def seconds_budget(self) -> bool:
+        return any(limit.unit == "seconds" for limit in self.training.budget)
+
+    # What each stage depends on, as JSON-like values.
+
+    def data_spec(self) -> dict:
+        return self.data.model_dump()
+
+    def features_spec(self, name: str) -> dict:
+        return {"data": self.data_spec(), "features": self.features[name].model_dump()}
+
+    def teacher_spec(self, name: str) -> dict:
+        return {
+            "data": self.data_spec(),
+            "teacher": self.teachers[name].model_dump(exclude={"sampler"}),
+        }
+
+    def pairs_spec(self, name: str) -> dict:
+        teacher, pairs, steps = self.pair_sets[name]
+        sampler = self.teachers[teacher].sampler.model_dump() | {"steps": steps}
+        return {"teacher": self.teacher_spec(teacher), "pairs": pairs, "sampler": sampler}
+
+    def run_spec(self, student: str, seed: int) -> dict:
+        """Everything that decides a run's weights, the stopping rule apart."""
+        section, needs = self.students[student], self.requirements(student)
+        pairs = self.pairs_name(student)
+        training = self.training
+        return {
+            "student": student,
+            "method": section.method,
+            "settings": self.method_config(student).model_dump(),
+            "freeze": section.freeze,
+            "seed": seed,
+            "teacher": self.teacher_spec(self.teacher_of(student)),
+            "pairs": self.pairs_spec(pairs) if pairs else None,
+            "features": self.features_spec(needs.features) if needs.features else None,
+            "snapshots": {unit: grid.model_dump() for unit, grid in training.snapshots.items()},
+            "micro_batch": training.micro_batch,
+            "precision": training.precision,
+        }
+
+    def budget_spec(self) -> list[dict]:
+        return [limit.model_dump() for limit in self.training.budget]
+
+    def evaluation_spec(self) -> dict:
+        return self.evaluation.model_dump()
+
+    def score_spec(self) -> dict:
+        """What decides how any generator is scored."""
+        return {"data": self.data_spec(), "evaluation": self.evaluation_spec()} | {
+            "features": {name: self.features_spec(name) for name in self.evaluation.extractors}
+        }
+
+    # Where things lie.
+
+    def data_dir(self) -> Path:
+        return self.root / "data"
+
+    def features_dir(self, name: str) -> Path:
+        return self.root / "features" / name
+
+    def teacher_dir(self, name: str) -> Path:
+        return self.root / "teachers" / name
+
+    def pairs_dir(self, name: str) -> Path:
+        return self.root / "pairs" / name
+
+    def run_dir(self, student: str, seed: int) -> Path:
+        return self.root / "students" / student / f"seed{seed}"
+
+    def score_path(self, student: str, seed: int) -> Path:
+        return self.root / "scores" / student / f"seed{seed}.json"
+
+    def reference_score_path(self, teacher: str) -> Path:
+        """Scores of a teacher and of the floor."""
+        return self.root / "scores" / "teachers" / f"{teacher}.json"
+
+    def write_snapshot(self) -> Path:
+        """Keep the resolved experiment under a name of its content, for the jobs of a workflow:
+        a file edited while they run cannot mislabel what they make."""
+        path = self.root / "config" / f"{digest(self.raw)}.json"
+        if not path.exists():
+            write_json(path, self.raw)
+        return path
+
+
+def shared_settings(settings: dict, config_class) -> dict:
+    """The settings common to all students that this method knows."""
+    return {k: v for k, v in settings.items() if k in config_class.model_fields}
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping; a key that stands twice is refused, since one would silently vanish."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"{path}: line {line}: key {key!r} stands twice")
+            seen.add(key)
+        return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+    Loader.add_constructor(
+        yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+        lambda loader, node: mapping(loader, node, deep=True),
+    )
+    try:
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such experiment file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: an experiment file holds keys and values, not {value!r}")
+    return value
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` on top of `base`, mapping by mapping; a null removes the key."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def resolve(path: Path, _chain: tuple[Path, ...] = ()) -> dict:
+    """The file's content with `extends: other.yaml` (relative to the file) merged underneath."""
+    path = Path(path)
+    if path.resolve() in _chain:
+        raise UserError(f"{path}: extends: leads back to the file itself")
+    raw = read_yaml(path)
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    return merge(resolve(path.parent / base, (*_chain, path.resolve())), raw)
+
+
+# -- checking -----------------------------------------------------------------------------------
+
+
+def _known_keys(location: tuple) -> list[str]:
+    """The valid keys of the section at a location such as ("students", "sid")."""
+    model: Any = ExperimentModel
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        if part in model.model_fields:
+            model = _section_of(model.model_fields[part].annotation)
+    return sorted(model.model_fields) if isinstance(model, type) else []
+
+
+def _section_of(annotation):
+    """The Section class inside an annotation such as dict[str, StudentSection]."""
+    from typing import get_args
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [s for s in map(_section_of, get_args(annotation)) if s is not None]
+    return found[0] if found else None
+
+
+def _messages(error: ValidationError, prefix: tuple = (), known=_known_keys) -> list[str]:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in (*prefix, *item["loc"]))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known(item['loc'][:-1]))}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{where}: {message}, not {item['input']!r}")
+    return lines
+
+
+def _check_names(model: ExperimentModel) -> list[str]:
+    names = [("name", model.name)]
+    for section in ("features", "teachers", "students"):
+        names += [(f"{section}.{name}", name) for name in getattr(model, section)]
+    lines = [
+        f"{where}: a name is lower-case letters, digits, '.', '_' and '-', not {name!r}"
+        for where, name in names
+        if not NAME.fullmatch(name)
+    ]
+    reserved = {"teacher", "teacher-1step", "floor", "teachers"} & set(model.students)
+    return lines + [f"students.{name}: this name is reserved" for name in sorted(reserved)]
+
+
+def _check_student(name: str, section: StudentSection, model: ExperimentModel) -> list[str]:
+    from harness.method import get_method
+
+    where, lines = f"students.{name}", []
+    if section.teacher is not None and section.teacher not in model.teachers:
+        lines.append(
+            f"{where}.teacher: unknown teacher {section.teacher!r}"
+            f"{did_you_mean(section.teacher, model.teachers)}"
+        )
+    try:
+        method = get_method(section.method)
+    except UserError as error:
+        return [*lines, f"{where}.method: {error}"]
+    fields = method.Config.model_fields
+    try:
+        own = method.Config(**shared_settings(model.training.settings, method.Config) | section.settings)
+    except ValidationError as error:
+        return lines + [
+            line
+            for line in _messages(error, (where, "settings"), known=lambda location: sorted(fields))
+        ]
+    needs = method.requirements(own)
+    if needs.features is not None and needs.features not in model.features:
+        lines.append(
+            f"{where}.settings: feature network {needs.features!r} is not under features"
+            f"{did_you_mean(needs.features, model.features)}"
+        )
+    elif needs.features is not None and model.features[needs.features].type == "clip":
+        lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
+    return lines + _check_batch(where, own.batch, model.training)
+
+
+def _check_batch(where: str, batch: int, training: TrainingSection) -> list[str]:
+    lines = []
+    if training.micro_batch is not None and batch % training.micro_batch:
+        lines.append(
+            f"{where}: batch {batch} is not a multiple of training.micro_batch {training.micro_batch}"
+        )
+    for i, limit in enumerate(training.budget):
+        if limit.unit == "images" and limit.amount % batch:
+            low = int(limit.amount // batch) * batch
+            lines.append(
+                f"training.budget.{i}.amount: {limit.amount:g} images is not a multiple of the batch "
+                f"{batch} of {where}; the nearest are {low} and {low + batch}"
+            )
+    return lines
+
+
+def _check_shared_settings(model: ExperimentModel) -> list[str]:
+    """A setting for all students must be known to at least one of them."""
+    from harness.method import get_method
+
+    known: set[str] = set()
+    for section in model.students.values():
+        try:
+            known |= set(get_method(section.method).Config.model_fields)
+        except UserError:
+            return []
+    return [
+        f"training.settings.{key}: no student has this setting{did_you_mean(key, known)}"
+        for key in model.training.settings
+        if key not in known
+    ]
+
+
+def _check(model: ExperimentModel) -> list[str]:
+    """Mistakes that no section shows by itself."""
+    from harness.data import SOURCES
+    from harness.networks import ARCHITECTURES
+
+    lines = _check_names(model)
+    if model.data is not None and model.data.name not in SOURCES:
+        hint = did_you_mean(model.data.name, SOURCES)
+        lines.append(f"data.name: unknown data set {model.data.name!r}{hint}")
+    for name, teacher in model.teachers.items():
+        kind = str(teacher.network.get("type"))
+        if kind not in ARCHITECTURES:
+            hint = did_you_mean(kind, ARCHITECTURES)
+            lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
+    for section in ("teachers", "features"):
+        for name, item in getattr(model, section).items():
+            if item.images % item.batch:
+                lines.append(f"{section}.{name}.images: not a multiple of its batch {item.batch}")
+    for name in model.evaluation.extractors if model.evaluation else []:
+        if name not in model.features:
+            hint = did_you_mean(name, model.features)
+            lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
+    if model.training is not None:
+        for name, student in model.students.items():
+            lines += _check_student(name, student, model)
+        if len(set(model.training.seeds)) < len(model.training.seeds):
+            lines.append("training.seeds: a seed stands twice")
+        lines += _check_shared_settings(model)
+    return list(dict.fromkeys(lines))
+
+
+def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
+    """Validate section by section (and named item by item), so that one mistake hides no other.
+
+    Sections that are wrong or missing are None in the model, wrong items are left out of theirs.
+    """
+    values: dict[str, Any] = {}
+    lines: list[str] = []
+
+    def attempt(section_class, value, location: tuple):
+        try:
+            return section_class.model_validate(value)
+        except ValidationError as error:
+            lines.extend(_messages(error, location, lambda inner: _known_keys(location + inner)))
+
+    for key, field in ExperimentModel.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is None or key not in raw or not isinstance(raw[key], dict):
+            continue
+        if field.annotation is section:
+            values[key] = attempt(section, raw[key], (key,))
+        else:
+            items = {name: attempt(section, item, (key, name)) for name, item in raw[key].items()}
+            values[key] = {name: item for name, item in items.items() if item is not None}
+    try:
+        return ExperimentModel.model_validate(raw), lines
+    except ValidationError as error:
+        lines += _messages(error)
+    defaults = {"features": {}, "teachers": {}, "students": {}, "name": "unnamed"}
+    missing = dict.fromkeys(ExperimentModel.model_fields)
+    return ExperimentModel.model_construct(**(missing | defaults | values)), lines
+
+
+def parse_experiment(raw: dict, source: str, results: Path = Path("results")) -> Experiment:
+    """Validate a resolved experiment; every mistake stands in the one error that is raised."""
+    model, lines = _parse(raw)
+    lines = list(dict.fromkeys(lines + _check(model)))
+    if lines:
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise UserError("\n  ".join([f"{source}: {count}", *lines]))
+    return Experiment(model, raw, results)
+
+
+def load_experiment(
+    paths: Path | list[Path], overrides: dict | None = None, results: Path = Path("results")
+) -> Experiment:
+    """The experiment in a file (or several, later ones on top); `overrides` go on top of them."""
+    paths = [Path(p) for p in (paths if isinstance(paths, list) else [paths])]
+    raw: dict = {}
+    for path in paths:
+        raw = merge(raw, resolve(path))
+    raw = merge(raw, overrides or {})
+    return parse_experiment(raw, " + ".join(map(str, paths)), results)

@@ -1,0 +1,93 @@
+"""The one interface to every teacher, student and fake score: a denoiser D(x; σ, c)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Denoiser(nn.Module):
+    """D(x; σ, c): the estimate of the clean data in noised data.
+
+    Shapes: `x` float `(B, C, H, W)`, clean data scaled to [-1, 1] plus sigma times standard
+    normal noise; `sigma` float `(B,)`; `condition` a batch-first tensor (class labels int64
+    `(B,)`), or a mapping of batch-first tensors, or None for "no condition". Returns float32 of
+    the shape of `x`.
+
+    `codec` maps the model's own space to pixels in [-1, 1], differentiably: the identity here.
+    """
+
+    sigma_data: float = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codec: nn.Module = nn.Identity()
+
+    def null_condition(self, batch: int) -> Tensor | None:
+        """The condition that means "none given", for `batch` samples."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, sigma: Tensor, condition=None, **extras) -> Tensor:
+        raise NotImplementedError
+
+
+class EDMDenoiser(Denoiser):
+    """EDM's preconditioning (Karras et al. 2022, table 1) around a backbone.
+
+    The preconditioning runs in float32; the backbone may run in bfloat16 under autocast.
+    A subclass says how its backbone takes the noise level and the condition.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, sigma_data: float = 0.5):
+        super().__init__()
+        self.backbone, self.num_classes, self.sigma_data = backbone, num_classes, sigma_data
+
+    def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
+        """The raw network: scaled input `(B, C, H, W)` and `c_noise = ln(σ)/4` `(B,)`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, sigma: Tensor, condition=None, **extras) -> Tensor:
+        x, sigma = x.float(), sigma.float().view(-1, 1, 1, 1)
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = sigma * self.sigma_data / variance.sqrt()
+        c_in = 1 / variance.sqrt()
+        c_noise = sigma.flatten().log() / 4
+        if condition is None:
+            condition = self.null_condition(len(x))
+        output = self.run_backbone(c_in * x, c_noise, condition, **extras)
+        return c_skip * x + c_out * output.float()
+
+
+class UNet2DDenoiser(EDMDenoiser):
+    """A diffusers `UNet2DModel` as a class-conditional denoiser.
+
+    Two things are mapped because `UNet2DModel` would refuse or misread them. A missing label:
+    the class table has one row more, and the last means "no label". The noise level: c_noise is
+    multiplied by `TIME_SCALE`, which spreads it over the wavelengths (from 2π upwards) of the
+    sinusoidal embedding; a Fourier embedding takes a logarithm of its input, which c_noise < 0
+    turns into NaN, so only `time_embedding_type: positional` is accepted.
+    """
+
+    TIME_SCALE = 100.0
+
+    def __init__(self, backbone: nn.Module, num_classes: int, sigma_data: float = 0.5):
+        super().__init__(backbone, num_classes, sigma_data)
+        if backbone.config.time_embedding_type != "positional":
+            raise ValueError("UNet2DDenoiser needs time_embedding_type 'positional'")
+        if num_classes and backbone.config.num_class_embeds != num_classes + 1:
+            raise ValueError(f"num_class_embeds must be num_classes + 1 = {num_classes + 1}")
+
+    def null_condition(self, batch: int) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        return torch.full((batch,), self.num_classes, device=self.backbone.device)
+
+    def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
+        return self.backbone(x, c_noise * self.TIME_SCALE, class_labels=condition, **extras).sample
+
+
+def one_step(student: Denoiser, z: Tensor, condition, sigma_init: float) -> Tensor:
+    """G(z, c) = D(σ_init z; σ_init, c): the student's image for standard normal `z` (B, C, H, W)."""
+    sigma = torch.full((len(z),), sigma_init, device=z.device)
+    return student(sigma_init * z, sigma, condition)

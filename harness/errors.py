@@ -1,0 +1,20 @@
+"""The one exception that a user's mistake raises."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    The message names the key or file and the way out; the command line prints it without a
+    traceback.
+    """
+
+
+def did_you_mean(name: str, known) -> str:
+    """`"; did you mean 'x'?"` for the nearest of `known`, or the list of what is known."""
+    from difflib import get_close_matches
+
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,1 @@
+"""Scores: metrics on features, each number with the protocol that made it."""

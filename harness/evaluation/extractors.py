@@ -1,0 +1,81 @@
+"""Extractors: feature networks as the evaluation sees them, and what they see of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.artifacts import load_tensors
+from harness.data import Dataset, to_model_space
+from harness.evaluation.metrics import Views
+from harness.feature_networks import load_feature_network
+
+
+@dataclass
+class Extractor:
+    """A named feature network. Input: uint8 `(B, C, H, W)` at the data set's own resolution."""
+
+    name: str
+    network: nn.Module
+    sha256: str
+    head: nn.Module | None = None
+    head_sha256: str | None = None
+    _class_features: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def is_clip(self) -> bool:
+        return hasattr(self.network, "class_features")
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Weights that every number of this extractor depends on."""
+        return {"weights": self.sha256} | ({"head": self.head_sha256} if self.head else {})
+
+    @torch.no_grad()
+    def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The per-sample parts of `Views` for one block of images."""
+        features = self.network.features(to_model_space(pixels))
+        if not self.is_clip:
+            return {"features": features, "probabilities": self.network.logits(features).softmax(1)}
+        if self._class_features is None:
+            self._class_features = self.network.class_features()
+        similarity = (features * self._class_features[labels]).sum(dim=1)
+        seen = {"features": features, "text_similarity": similarity}
+        return seen | ({"aesthetic": self.head(features)} if self.head else {})
+
+
+def load_extractor(name: str, folder: Path, dataset: Dataset) -> Extractor:
+    network, record = load_feature_network(folder, dataset)
+    if "aesthetic" not in record:
+        return Extractor(name, network, record["sha256"])
+    from harness.evaluation.aesthetic import AestheticHead
+
+    sha256 = record["aesthetic"]["sha256"]
+    weights = load_tensors(folder / "aesthetic.safetensors", sha256)
+    head = AestheticHead(network.embed_dim)
+    head.load_state_dict(weights)
+    return Extractor(name, network, record["sha256"], head.eval(), sha256)
+
+
+class Observer:
+    """Collects what every extractor sees while images stream by; pixels are not kept."""
+
+    def __init__(self, extractors: list[Extractor]):
+        self.extractors = extractors
+        self._seen: dict[str, list[dict[str, Tensor]]] = {e.name: [] for e in extractors}
+        self._labels: list[Tensor] = []
+
+    def add(self, pixels: Tensor, labels: Tensor) -> None:
+        self._labels.append(labels)
+        for extractor in self.extractors:
+            self._seen[extractor.name].append(extractor.see(pixels, labels))
+
+    def views(self, name: str, reference: Tensor, neighbours: int) -> Views:
+        parts = self._seen[name]
+        joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return Views(
+            **joined, labels=torch.cat(self._labels), reference=reference, neighbours=neighbours
+        )

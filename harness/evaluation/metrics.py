@@ -1,0 +1,166 @@
+"""The metrics, by name. Each says what it needs, which direction is better, and gives an error.
+
+A metric is a function of `Views` (what an extractor saw of generated and reference images) that
+returns a value and its standard error over the draw of samples (NaN where none is known). Errors
+are delete-a-group jackknife estimates (10 groups), or closed forms for plain means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.evaluation.frechet import Moments, frechet_distance, gaussian_statistics
+
+GROUPS = 10
+
+
+@dataclass
+class Views:
+    """What one extractor saw. `features`, `reference`: `(N, D)`, `(M, D)`; `labels`: the classes
+    asked for; `probabilities`: `(N, classes)`; `text_similarity`: cosine with the caption asked
+    for, `(N,)`; `aesthetic`: `(N,)`."""
+
+    features: Tensor
+    reference: Tensor
+    labels: Tensor | None = None
+    probabilities: Tensor | None = None
+    text_similarity: Tensor | None = None
+    aesthetic: Tensor | None = None
+    neighbours: int = 3
+
+    def head(self, count: int) -> Views:
+        """The first `count` samples."""
+        cut = {
+            name: None if value is None else value[:count]
+            for name, value in vars(self).items()
+            if name not in ("reference", "neighbours")
+        }
+        return Views(**cut, reference=self.reference, neighbours=self.neighbours)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric. `needs`: attributes of `Views` that must be there. `settings`: what of
+    its definition a reader must know (part of the protocol)."""
+
+    name: str
+    label: str
+    higher_is_better: bool
+    needs: tuple[str, ...]
+    compute: Callable[[Views], tuple[float, float]]
+    settings: dict
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def register(
+    name: str, label: str, higher_is_better: bool, needs: tuple[str, ...] = (), **settings
+) -> Callable:
+    """Register `compute(views) -> (value, stderr)` under `name`; a name may be taken once."""
+
+    def decorate(compute):
+        if name in METRICS:
+            raise ValueError(f"metric {name!r} is registered already")
+        METRICS[name] = Metric(name, label, higher_is_better, needs, compute, settings)
+        return compute
+
+    return decorate
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    values = values.double()
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+def jackknife(estimates: list[float]) -> float:
+    """Standard error from the estimates that each leave one of the groups out."""
+    t = torch.tensor(estimates, dtype=torch.float64)
+    return math.sqrt((len(t) - 1) * t.var(correction=0).item())
+
+
+@register("fd", "Fréchet distance", False, covariance="N-1")
+def frechet(views: Views) -> tuple[float, float]:
+    reference = gaussian_statistics(views.reference)
+    everything = Moments.of(views.features)
+    value = frechet_distance(*everything.statistics(), *reference)
+    without = [everything - Moments.of(group) for group in views.features.chunk(GROUPS)]
+    return value, jackknife([frechet_distance(*m.statistics(), *reference) for m in without])
+
+
+@register("kd", "Kernel distance", False, kernel="(x·y/D + 1)³", estimate="unbiased", scale=1000)
+def kernel_distance(views: Views) -> tuple[float, float]:
+    """Squared maximum mean discrepancy, unbiased, on all samples, times 1000 (Bińkowski et al.
+    2018). Features are standardised by the reference: on raw ones the cube is dominated by a few
+    large coordinates and the estimate is noise."""
+    mean, std = views.reference.double().mean(dim=0), views.reference.double().std(dim=0)
+    x = (views.features.double() - mean) / std.clamp_min(1e-6)
+    y = (views.reference.double() - mean) / std.clamp_min(1e-6)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    xx, xy, yy = kernel(x, x), kernel(x, y), kernel(y, y)
+    n, m = len(x), len(y)
+    within_y = (yy.sum() - yy.diagonal().sum()) / (m * (m - 1))
+    xx.fill_diagonal_(0)
+    rows, cross = xx.sum(dim=1), xy.sum(dim=1)
+
+    def estimate(total_xx: Tensor, total_xy: Tensor, count: int) -> float:
+        value = total_xx / (count * (count - 1)) + within_y - 2 * total_xy / (count * m)
+        return 1000 * value.item()
+
+    without, start = [], 0
+    for group in x.chunk(GROUPS):
+        g = slice(start, start + len(group))
+        start += len(group)
+        left = xx.sum() - 2 * rows[g].sum() + xx[g, g].sum()
+        without.append(estimate(left, cross.sum() - cross[g].sum(), n - len(group)))
+    return estimate(xx.sum(), cross.sum(), n), jackknife(without)
+
+
+def _radii(points: Tensor, k: int) -> Tensor:
+    """Distance of each point to its k-th neighbour, itself not counted."""
+    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
+
+
+def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """Whether each point lies in some centre's ball."""
+    return (torch.cdist(points, centres) <= radii).any(dim=1)
+
+
+@register("precision", "Precision", True)
+def precision(views: Views) -> tuple[float, float]:
+    """Share of generated samples within the reference's manifold (Kynkäänniemi et al. 2019)."""
+    radii = _radii(views.reference, views.neighbours)
+    return _mean(_covered(views.features, views.reference, radii))
+
+
+@register("recall", "Recall", True)
+def recall(views: Views) -> tuple[float, float]:
+    """Share of reference samples within the generated samples' manifold."""
+    radii = _radii(views.features, views.neighbours)
+    return _covered(views.reference, views.features, radii).double().mean().item(), math.nan
+
+
+@register("accuracy", "Class accuracy (%)", True, ("probabilities", "labels"))
+def accuracy(views: Views) -> tuple[float, float]:
+    """Share of samples that the classifier takes for the class asked for, in percent."""
+    return _mean(100.0 * (views.probabilities.argmax(dim=1) == views.labels))
+
+
+@register("clip-score", "CLIP score", True, ("text_similarity",), scale=100)
+def clip_score(views: Views) -> tuple[float, float]:
+    """100 cos(image, caption asked for), at least 0 (Hessel et al. 2021, without their 2.5)."""
+    return _mean(100.0 * views.text_similarity.clamp_min(0))
+
+
+@register("aesthetic", "Aesthetic (legibility)", True, ("aesthetic",), scale="0-10")
+def aesthetic(views: Views) -> tuple[float, float]:
+    """Mean of the head's rating of each image."""
+    return _mean(views.aesthetic)

@@ -1,0 +1,152 @@
+"""Feature networks trained in the workflow: classifiers, and a CLIP with an aesthetic head.
+
+They give the features of distances, class probabilities and text similarity. Each has a folder
+`features/<name>/` with its weights (safetensors) and `features.json` (architecture, accuracy).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from harness import data as datasets
+from harness.artifacts import digest, load_tensors, read_json, run_lock, save_tensors, write_json
+from harness.config import Experiment, FeatureSection
+from harness.data import Dataset
+from harness.errors import UserError
+from harness.method import Context, OptimizerConfig, Phase, Sources
+from harness.networks.classifiers import CLASSIFIERS
+from harness.runs import link, seeded, training_record
+from harness.trainer import TrainingRun, train
+
+
+def build_feature_network(
+    kind: str, image_shape: tuple[int, int, int], num_classes: int, width: int
+) -> nn.Module:
+    if kind == "clip":
+        from harness.networks.clip import SmallCLIP
+
+        return SmallCLIP(image_shape, num_classes, width)
+    return CLASSIFIERS[kind](image_shape, num_classes, width)
+
+
+def augmented(context: Context, x: Tensor) -> Tensor:
+    """Shifts by up to a pixel in each direction, and a little noise."""
+    shift = (context.uniform("shift", (2,)) * 3).long().clamp_max(2)
+    rows = shift[:, :1] + torch.arange(x.shape[2], device=x.device)
+    columns = shift[:, 1:] + torch.arange(x.shape[3], device=x.device)
+    padded = pad(x, (1, 1, 1, 1), value=-1.0)
+    sample = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
+    channel = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
+    shifted = padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    return shifted + 0.1 * context.normal("augment_noise", tuple(x.shape[1:]))
+
+
+def classification_loss(context: Context) -> Tensor:
+    x, labels = context.real()
+    return cross_entropy(context.networks["features"](augmented(context, x)), labels)
+
+
+def contrastive_loss(context: Context) -> Tensor:
+    """CLIP's loss in both directions. Captions repeat within a batch: every image of the caption's
+    class is its match, and the targets share the mass (Yang et al. 2022, UniCL)."""
+    clip = context.networks["features"]
+    x, labels = context.real()
+    captions = clip.captions
+    template = (context.uniform("template") * captions.shape[1]).long().clamp_max(captions.shape[1] - 1)
+    logits = clip(augmented(context, x), captions[labels, template])
+    same = (labels[:, None] == labels[None]).float()
+    target = same / same.sum(dim=1, keepdim=True)
+    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def train_features(experiment: Experiment, name: str) -> dict:
+    """Train feature network `name` and write its folder; returns what `features.json` says."""
+    section, folder = experiment.features[name], experiment.features_dir(name)
+    dataset = datasets.load(experiment.data_dir())
+    key = digest([experiment.features_spec(name), dataset.sha256])
+    device = experiment.device
+
+    def make() -> TrainingRun:
+        with seeded(section.seed):
+            network = build_feature_network(
+                section.type, dataset.image_shape, dataset.num_classes, section.width
+            )
+        if section.type == "clip":
+            network.set_captions(dataset.class_names)
+        loss = contrastive_loss if section.type == "clip" else classification_loss
+        return TrainingRun(
+            name=f"features {name}",
+            folder=folder / "runs" / key,
+            key=key,
+            seed=section.seed,
+            networks={"features": network},
+            frozen={},
+            main="features",
+            phases=[Phase("classify", "features", loss, OptimizerConfig(lr=section.lr))],
+            sources=Sources(
+                dataset.image_shape,
+                dataset.num_classes,
+                sigma_init=0.0,
+                images=datasets.to_model_space(dataset.train.pixels).to(device),
+                labels=dataset.train.labels.to(device),
+            ),
+            batch=section.batch,
+            budget=[{"unit": "images", "amount": section.images}],
+            export=lambda ema, to: {"sha256": save_tensors(to / "features.safetensors", ema.state_dict())},
+            ema_half_life=section.images // 20,
+            device=device,
+            checkpoint_seconds=experiment.training.checkpoint_seconds,
+            max_nonfinite=experiment.training.max_nonfinite,
+            tick_images=max(section.images // 20, 1),
+        )
+
+    with run_lock(folder):
+        outcome = train(make)
+        final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
+        link(folder / "features.safetensors", final / "features.safetensors")
+        record = {"name": name, "architecture": section.model_dump(), **training_record(outcome, key)}
+        network = _build(record, dataset)
+        network.load_state_dict(load_tensors(folder / "features.safetensors", record["sha256"]))
+        record["held_out_accuracy"] = held_out_accuracy(network.eval(), dataset)
+        if section.type == "clip":
+            from harness.evaluation.aesthetic import train_head
+
+            head, quality = train_head(network, dataset)
+            record["aesthetic"] = quality
+            record["aesthetic"]["sha256"] = save_tensors(folder / "aesthetic.safetensors", head.state_dict())
+        write_json(folder / "features.json", record)
+    return record
+
+
+def _build(record: dict, dataset: Dataset) -> nn.Module:
+    section = FeatureSection(**record["architecture"])
+    return build_feature_network(
+        section.type, dataset.image_shape, dataset.num_classes, section.width
+    )
+
+
+@torch.no_grad()
+def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float:
+    """Accuracy on the held-out part: of the classifier, or of CLIP by the nearest caption."""
+    x = datasets.to_model_space(dataset.held_out.pixels)
+    if hasattr(network, "class_features"):
+        scores = network.features(x) @ network.class_features().T
+    else:
+        scores = network(x)
+    return (scores.argmax(dim=1) == dataset.held_out.labels).double().mean().item()
+
+
+def load_feature_network(folder: Path, dataset: Dataset) -> tuple[nn.Module, dict]:
+    """The network in `features/<name>/`, in evaluation mode, and its record."""
+    record = read_json(folder / "features.json")
+    path = folder / "features.safetensors"
+    network = _build(record, dataset)
+    try:
+        network.load_state_dict(load_tensors(path, record["sha256"]))
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its features.json: {str(error).splitlines()[-1]}") from None
+    return network.eval().requires_grad_(False), record

@@ -1,0 +1,250 @@
+"""What a method is: settings, the networks it trains beside the student, and its phases.
+
+A method is one file `methods/<name>.py` with one subclass of `Method`. It owns no loop, reads no
+file and knows no workflow; `harness.trainer` runs its phases.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from harness.denoiser import Denoiser, one_step
+from harness.errors import UserError, did_you_mean
+from harness.streams import Stream
+
+
+def paper(default, source: str, **limits) -> Any:
+    """A setting whose default was read in the paper; `source` says where."""
+    return Field(default, description=source, json_schema_extra={"origin": "paper"}, **limits)
+
+
+def code(default, source: str, **limits) -> Any:
+    """A setting whose default was read in the authors' code."""
+    return Field(default, description=source, json_schema_extra={"origin": "code"}, **limits)
+
+
+def ours(default, reason: str, **limits) -> Any:
+    """A setting that no source gives; `reason` says why this value."""
+    return Field(default, description=reason, json_schema_extra={"origin": "ours"}, **limits)
+
+
+class OptimizerConfig(BaseModel):
+    """Adam, or AdamW where `weight_decay` is above 0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    clip: float | None = Field(None, gt=0, description="largest gradient norm")
+
+
+class MethodConfig(BaseModel):
+    """Settings that every method has; a method's own class gives the paper's defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    batch: int = ours(256, "images per iteration", gt=0)
+    sigma_init: float = ours(80.0, "noise level at which the student is evaluated", gt=0)
+    ema_half_life: int = ours(500_000, "images; 0 evaluates the raw weights", ge=0)
+    ema_ramp_up: float = ours(0.05, "half-life is at most this fraction of the images seen", gt=0)
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a student needs made before it trains."""
+
+    pairs: int = 0  # teacher noise -> image pairs
+    pair_steps: int = 18  # the sampler's steps for them
+    features: str | None = None  # a feature network of the experiment, by name
+    real_images: bool = False
+
+
+@dataclass
+class Generated:
+    """A generated batch: `x = G(z, condition)`, `(B, C, H, W)` in the model's space."""
+
+    x: Tensor
+    z: Tensor
+    condition: Tensor | None
+
+
+class Context:
+    """What a phase's loss may see: networks, this iteration's randomness, data, and its images.
+
+    All draws are named: the same name within one phase and iteration gives the same numbers, and
+    sample `index[i]` (a number that counts through the whole run) gets the same numbers whatever
+    the batch is split into.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        sources: Sources,
+        seed: int,
+        step: int,
+        index: Tensor,
+    ):
+        self.networks, self.step, self.index = networks, step, index
+        self.logs: dict[str, Tensor] = {}
+        self._sources, self._seed = sources, seed
+        self._phase: tuple[str, int] = ("", 0)
+        self._with_graph = True
+        self._generated: dict[tuple[str, int], Generated] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def enter(self, phase: str, repeat: int, with_graph: bool) -> None:
+        """Called by the trainer as a phase begins; `with_graph`: this iteration's student update
+        can use the images generated in this phase."""
+        self._phase, self._with_graph = (phase, repeat), with_graph
+
+    def forget_generated(self) -> None:
+        """Called by the trainer when the student has changed."""
+        self._generated.clear()
+
+    def _stream(self, name: str) -> Stream:
+        return Stream(self._seed, *self._phase, name)
+
+    def normal(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Standard normal `(B, *shape)`."""
+        return self._stream(name).normal(self.index, shape)
+
+    def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Uniform on [0, 1], `(B, *shape)`."""
+        return self._stream(name).uniform(self.index, shape)
+
+    def noised(self, x: Tensor, sigma: Tensor, name: str = "noise") -> Tensor:
+        """`x + sigma n` with fresh standard normal n; `sigma` `(B,)`."""
+        return x + sigma.view(-1, *[1] * (x.dim() - 1)) * self.normal(name, tuple(x.shape[1:]))
+
+    def generated(self, stream: str = "shared") -> Generated:
+        """Images of the student for fresh noise and conditions.
+
+        Phases that name the same stream share one batch as long as the student has not been
+        updated in between. The gradient to the student is kept where its update can use it.
+        """
+        key = stream, self._phase[1]
+        if key not in self._generated:
+            noise = Stream(self._seed, "generated", *key)
+            z = noise.normal(self.index, self._sources.shape)
+            condition = self._sources.condition(self.index, noise)
+            with torch.set_grad_enabled(self._with_graph):
+                x = one_step(self.networks["student"], z, condition, self._sources.sigma_init)
+            self._generated[key] = Generated(x, z, condition)
+        return self._generated[key]
+
+    def real(self, name: str = "real") -> tuple[Tensor, Tensor]:
+        """Real training images in the model's space and their labels."""
+        return self._sources.real(self.index, self._stream(name))
+
+    def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's noise, images and conditions: `z`, `x`, `condition`."""
+        return self._sources.pairs(self.index, self._stream(name))
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Record a scalar; the trainer reads it back every tick."""
+        self.logs[name] = value.detach()
+
+
+@dataclass
+class Sources:
+    """Where a run's data and conditions come from; all tensors lie on the run's device."""
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    sigma_init: float
+    images: Tensor | None = None  # model space, (N, C, H, W)
+    labels: Tensor | None = None
+    pair_tensors: dict[str, Tensor] | None = None  # z, x, condition
+
+    def condition(self, index: Tensor, stream: Stream) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        # A child, since the stream's own numbers are the noise of the same samples.
+        return stream.child("label").integers(index, self.num_classes)
+
+    def real(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        chosen = stream.integers(index, len(self.images))
+        return self.images[chosen], self.labels[chosen]
+
+    def pairs(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = self.pair_tensors
+        chosen = stream.integers(index, len(tensors["z"]))
+        return tensors["z"][chosen], tensors["x"][chosen], tensors["condition"][chosen]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update of one network.
+
+    network: the network it updates. loss: context -> scalar. It runs `repeat` times in every
+    `every`-th iteration. variant: step -> a name for what costs differently at that step.
+    """
+
+    name: str
+    network: str
+    loss: Callable[[Context], Tensor]
+    optimizer: OptimizerConfig
+    every: int = 1
+    repeat: int = 1
+    variant: Callable[[int], str] = lambda step: ""
+
+
+class Method:
+    """Base class. A subclass sets `Config`, `paper`, `data_free` and gives `phases`."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    paper: ClassVar[str] = ""
+    data_free: ClassVar[bool] = True
+    deviations: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: MethodConfig, teacher: Denoiser, features: nn.Module | None = None):
+        self.config, self.teacher = config, teacher
+
+    @classmethod
+    def requirements(cls, config: MethodConfig) -> Requirements:
+        return Requirements()
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks trained beside the student."""
+        return {}
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """Networks that losses go through and that are never updated."""
+        return {"teacher": self.teacher}
+
+    def phases(self) -> list[Phase]:
+        """In the order in which they run in an iteration."""
+        raise NotImplementedError
+
+
+def method_names() -> list[str]:
+    """The files in methods/."""
+    import methods
+
+    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__))
+
+
+def get_method(name: str) -> type[Method]:
+    """The one `Method` class in `methods/<name>.py`."""
+    if name not in method_names():
+        raise UserError(f"unknown method {name!r}{did_you_mean(name, method_names())}")
+    module = importlib.import_module(f"methods.{name}")
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise UserError(f"methods/{name}.py must define exactly one Method class, not {len(classes)}")
+    return classes[0]

@@ -1,0 +1,93 @@
+"""Teacher pairs: noise, the teacher's image for it, and the condition (DMD's regression set)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.artifacts import (
+    digest,
+    load_tensors,
+    read_json,
+    run_lock,
+    save_tensors,
+    sha256_file,
+    write_json,
+)
+from harness.config import Experiment
+from harness.errors import UserError
+from harness.ledger import measure
+from harness.networks import load_denoiser
+from harness.sampling import BLOCK, heun, noise_and_labels
+
+SHARD = 16 * BLOCK
+
+
+def make_pairs(experiment: Experiment, name: str) -> dict:
+    """Generate a pair set shard by shard (a killed job goes on where it stopped); write pairs.json."""
+    teacher_name, count, steps = experiment.pair_sets[name]
+    folder, device = experiment.pairs_dir(name), experiment.device
+    sampler = experiment.pairs_spec(name)["sampler"]
+    teacher = load_denoiser(experiment.teacher_dir(teacher_name), device=device)
+    weights = experiment.teacher_dir(teacher_name) / "diffusion_pytorch_model.safetensors"
+    key = digest([experiment.pairs_spec(name), sha256_file(weights)])
+    shape = tuple(read_json(experiment.data_dir() / "data.json")["image_shape"])
+    with run_lock(folder):
+        shards = []
+        for start in range(0, count, SHARD):
+            size = min(SHARD, count - start)
+            record_path = folder / key / f"shard-{start:08d}.json"
+            if not record_path.exists():
+                write_json(record_path, _make_shard(teacher, sampler, shape, start, size, device,
+                                                    record_path.with_suffix(".safetensors")))  # fmt: skip
+            shards.append(read_json(record_path) | {"file": f"{key}/{record_path.stem}.safetensors"})
+            print(f"pairs {name}: {start + size} of {count}", file=sys.stderr, flush=True)
+        record = {
+            "pairs": count,
+            "key": key,
+            "sampler": sampler,
+            "evaluations": count * (2 * steps - 1),
+            "flops": sum(shard["flops"] for shard in shards),
+            "seconds": sum(shard["seconds"] for shard in shards),
+            "sha256": digest([shard["sha256"] for shard in shards]),
+            "shards": shards,
+        }
+        write_json(folder / "pairs.json", record)
+    return record
+
+
+@torch.no_grad()
+def _make_shard(teacher, sampler: dict, shape, start: int, size: int, device: str, path: Path) -> dict:
+    parts: dict[str, list[Tensor]] = {"z": [], "x": [], "condition": []}
+    seconds, flops_per_image = 0.0, 0.0
+    for first in range(start, start + size, BLOCK):
+        index = torch.arange(first, first + BLOCK)
+        z, labels = noise_and_labels(index, shape, teacher.num_classes, seed=0, purpose="pairs")
+        condition = None if labels is None else labels.to(device)
+        if not flops_per_image:
+            with measure({}) as cost:
+                teacher(z.to(device), torch.ones(BLOCK, device=device), condition)
+            flops_per_image = cost.flops / BLOCK * (2 * sampler["steps"] - 1)
+        started = time.perf_counter()
+        x = heun(teacher, z.to(device), condition, **sampler).float().cpu()
+        seconds += time.perf_counter() - started
+        wanted = min(BLOCK, start + size - first)
+        parts["z"].append(z[:wanted])
+        parts["x"].append(x[:wanted])
+        if labels is not None:
+            parts["condition"].append(labels[:wanted])
+    sha256 = save_tensors(path, {k: torch.cat(v) for k, v in parts.items() if v})
+    return {"sha256": sha256, "seconds": seconds, "flops": round(flops_per_image * size)}
+
+
+def load_pairs(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """`pairs.json` and the tensors z, x `(N, C, H, W)` and condition `(N,)`."""
+    record = read_json(folder / "pairs.json")
+    shards = [load_tensors(folder / shard["file"], shard["sha256"]) for shard in record["shards"]]
+    if not shards:
+        raise UserError(f"{folder / 'pairs.json'} names no pairs; delete it and run again")
+    return record, {k: torch.cat([shard[k] for shard in shards]) for k in shards[0]}

@@ -1,0 +1,39 @@
+# Scores: one job per run for all its snapshots, one per teacher (with its floor).
+EXTRACTORS = expand(
+    f"{E.root}/features/{{features}}/features.json", features=E.evaluation.extractors
+)
+
+
+rule score:
+    input:
+        run=rules.train.output,
+        extractors=EXTRACTORS,
+    output:
+        f"{E.root}/scores/{{student}}/seed{{seed}}.json",
+    log:
+        f"{E.root}/logs/scores/{{student}}/seed{{seed}}.log",
+    params:
+        spec=spec(E.score_spec()),
+    threads: THREADS
+    priority: 1
+    resources:
+        gpu=1,
+    shell:
+        "{HARNESS} score {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"
+
+
+rule score_references:
+    input:
+        teacher=rules.teacher.output,
+        extractors=EXTRACTORS,
+    output:
+        f"{E.root}/scores/teachers/{{teacher}}.json",
+    log:
+        f"{E.root}/logs/scores/teachers/{{teacher}}.log",
+    params:
+        spec=lambda w: spec([E.score_spec(), E.teachers[w.teacher].sampler.model_dump()]),
+    threads: THREADS
+    resources:
+        gpu=1,
+    shell:
+        "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"

@@ -1,0 +1,32 @@
+# Tables, figures and the manifest, in one job; and the table that is written when a run failed.
+FIGURES = ["quality_vs_images", "quality_vs_compute", "samples", "training_health"]
+REPORT = [
+    *(f"{E.root}/tables/{table}" for table in ("metrics.csv", "comparison.csv", "comparison.md", "comparison.tex")),
+    *expand(f"{E.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
+    f"{E.root}/manifest.json",
+]
+
+
+rule report:
+    input:
+        scores=[f"{E.root}/scores/{student}/seed{seed}.json" for student, seed in E.runs],
+        references=expand(f"{E.root}/scores/teachers/{{teacher}}.json", teacher=E.teachers),
+    output:
+        REPORT,
+    log:
+        f"{E.root}/logs/report.log",
+    params:
+        spec=spec([list(E.students), E.evaluation.main_metric]),
+    threads: THREADS
+    shell:
+        "{HARNESS} report --configfile {CONFIG} > {log} 2>&1"
+
+
+onerror:
+    # One failed run must not hide the others: the table is written with a row that says why.
+    shell("{HARNESS} report --partial --configfile {CONFIG} >> {E.root}/logs/report.log 2>&1")
+    print(f"\nSome jobs failed; the table with the reasons: {E.root}/tables/comparison.md", file=sys.stderr)
+
+
+onsuccess:
+    shell("{HARNESS} summary --configfile {CONFIG}")

@@ -1,0 +1,93 @@
+"""Sampling: fixed, padded blocks of indices, noise that depends on (seed, index) alone.
+
+Every block has the same size whatever is asked for, so the same weights give the same bytes for
+image i in any call. Noise and labels are drawn on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from harness.denoiser import Denoiser, one_step
+from harness.schedules import heun_sigmas
+from harness.streams import Stream
+
+BLOCK = 64
+
+
+def heun(
+    denoiser: Denoiser,
+    latents: Tensor,
+    condition=None,
+    steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Tensor:
+    """EDM's deterministic sampler (Karras et al. 2022, algorithm 1), `2 steps - 1` evaluations.
+
+    `latents`: standard normal `(B, C, H, W)`. The state is float64, the network float32.
+    Returns float64 images in the model's space.
+    """
+    sigmas = heun_sigmas(steps, sigma_min, sigma_max, rho).to(latents.device)
+
+    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+        levels = sigma.float().expand(len(x))
+        return (x - denoiser(x.float(), levels, condition).double()) / sigma
+
+    x = latents.double() * sigmas[0]
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        first = slope(x, now)
+        following = x + (then - now) * first
+        if then > 0:
+            following = x + (then - now) * (first + slope(following, then)) / 2
+        x = following
+    return x
+
+
+def noise_and_labels(
+    index: Tensor, shape: tuple[int, ...], num_classes: int, seed: int, purpose: str = "evaluation"
+) -> tuple[Tensor, Tensor | None]:
+    """Latents `(B, *shape)` and labels `(B,)` (None without classes) of images `index`."""
+    stream = Stream(seed, purpose)
+    labels = stream.child("label").integers(index, num_classes) if num_classes else None
+    return stream.normal(index, shape), labels
+
+
+def blocks(count: int, block: int = BLOCK) -> Iterator[tuple[Tensor, int]]:
+    """Index tensors of equal size that cover 0 .. count - 1, and how many of each are wanted."""
+    for start in range(0, count, block):
+        yield torch.arange(start, start + block), min(block, count - start)
+
+
+Generator = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
+    """z, condition -> images, for a student."""
+    return lambda z, condition: one_step(student, z, condition, sigma_init)
+
+
+def heun_generator(denoiser: Denoiser, sampler: dict) -> Generator:
+    """z, condition -> images, by the sampler settings of a teacher."""
+    return lambda z, condition: heun(denoiser, z, condition, **sampler)
+
+
+@torch.no_grad()
+def sample(
+    generate: Generator,
+    count: int,
+    shape: tuple[int, ...],
+    num_classes: int,
+    seed: int,
+    device: str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images 0 .. count - 1 block by block: float images on the device, labels on the host."""
+    for index, wanted in blocks(count):
+        z, labels = noise_and_labels(index, shape, num_classes, seed)
+        condition = None if labels is None else labels.to(device)
+        images = generate(z.to(device), condition)
+        yield images[:wanted], None if labels is None else labels[:wanted]

@@ -1,0 +1,537 @@
+"""The one training loop: it runs phases and owns everything around them.
+
+Optimisers, mixed precision, accumulation, gradient hygiene, EMA, the ledger, snapshots and exact
+resume live here, for students, teachers and feature networks alike.
+
+A run's folder is keyed by a hash of everything that decides its weights except where it stops, so
+a longer budget continues it and any other change starts a new one beside it:
+
+    state.json + state-<step>.safetensors   where to resume
+    snapshots/images-<n>/                   exported EMA weights, snapshot.json
+    train.csv                               one row per tick
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.artifacts import (
+    atomic_folder,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+    write_text,
+)
+from harness.errors import UserError
+from harness.ledger import UNITS, Ledger, measure, peak_memory
+from harness.method import Context, OptimizerConfig, Phase, Sources
+
+STATE_FORMAT = 1
+
+
+@dataclass
+class TrainingRun:
+    """One network trained by phases. `main` is the network that is averaged and exported."""
+
+    name: str  # for messages: "sid/seed0"
+    folder: Path  # keyed by `key`
+    key: str
+    seed: int
+    networks: dict[str, nn.Module]  # trained
+    frozen: dict[str, nn.Module]  # only passed through
+    main: str
+    phases: list[Phase]
+    sources: Sources
+    batch: int
+    budget: list[dict]
+    export: Callable[[nn.Module, Path], dict]  # (EMA network, folder) -> record
+    ledger: Ledger = field(default_factory=Ledger)  # with charges
+    micro_batch: int | None = None
+    ema_half_life: int = 0
+    ema_ramp_up: float = 0.05
+    snapshot_grid: dict[str, dict] = field(default_factory=dict)  # unit -> {first, per_octave}
+    device: str = "cpu"
+    precision: str = "fp32"
+    tick_images: int = 1024
+    checkpoint_seconds: float = 15.0
+    max_nonfinite: int = 20
+    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
+
+
+@dataclass
+class Outcome:
+    """`stop`: the limit that ended the run. `snapshots`: records, oldest first; the last is final."""
+
+    stop: dict
+    ledger: Ledger
+    snapshots: list[dict]
+    nonfinite: dict[str, int]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many consecutive steps with a non-finite loss or gradient."""
+
+
+def grid_index(amount: float, first: float, per_octave: float) -> int:
+    """How many points of the grid `first * 2**(k / per_octave)` lie at or below `amount`."""
+    if amount < first:
+        return 0
+    return math.floor(math.log2(amount / first) * per_octave + 1e-9) + 1
+
+
+class Trainer:
+    def __init__(self, run: TrainingRun):
+        self.run = run
+        self.networks = {name: net.to(run.device) for name, net in run.networks.items()}
+        self.frozen = {name: net.to(run.device).eval() for name, net in run.frozen.items()}
+        for net in self.frozen.values():
+            net.requires_grad_(False)
+        for net in self.networks.values():
+            net.train()
+        self.ema = copy.deepcopy(self.networks[run.main]).requires_grad_(False).eval()
+        self._averaged = list(self.ema.parameters()), list(self.networks[run.main].parameters())
+        self.trainable = {
+            name: [p for p in net.parameters() if p.requires_grad]
+            for name, net in self.networks.items()
+        }
+        self.configs = self._optimizer_configs()
+        self.optimizers = {
+            name: self._build_optimizer(self.trainable[name], config)
+            for name, config in self.configs.items()
+        }
+        self.step, self.ledger = 0, copy.deepcopy(run.ledger)
+        self.updates = dict.fromkeys(self.optimizers, 0)
+        self.nonfinite = {phase.name: 0 for phase in run.phases}
+        self.consecutive = 0
+        self.snapshots: list[dict] = []
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    # -- building -------------------------------------------------------------------------------
+
+    def _optimizer_configs(self) -> dict[str, OptimizerConfig]:
+        configs: dict[str, OptimizerConfig] = {}
+        for phase in self.run.phases:
+            if phase.network not in self.networks:
+                raise ValueError(f"phase {phase.name!r} updates unknown network {phase.network!r}")
+            if configs.setdefault(phase.network, phase.optimizer) != phase.optimizer:
+                raise ValueError(f"phases give network {phase.network!r} two optimisers")
+        return configs
+
+    def _build_optimizer(self, parameters: list[Tensor], config: OptimizerConfig):
+        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+        return kind(
+            parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, net in [*self.networks.items(), ("ema", self.ema)]:
+            tensors |= {f"{name}/{k}": v for k, v in net.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{name}/{i}/{k}": v for k, v in state.items()}
+        return tensors
+
+    def save(self) -> None:
+        """Write the state; the old one goes only when the new one is whole."""
+        folder = self.run.folder
+        file = f"state-{self.step:08d}.safetensors"
+        sha256 = save_tensors(folder / file, self._state_tensors())
+        write_json(
+            folder / "state.json",
+            {
+                "format": STATE_FORMAT,
+                "run": self.run.name,
+                "key": self.run.key,
+                "file": file,
+                "sha256": sha256,
+                "step": self.step,
+                "updates": self.updates,
+                "ledger": self.ledger.to_json(),
+                "nonfinite": self.nonfinite,
+                "consecutive": self.consecutive,
+                "snapshots": self.snapshots,
+            },
+        )
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != file:
+                old.unlink()
+
+    def load(self) -> bool:
+        """Continue from the saved state, if there is one. Damaged or foreign state is refused."""
+        folder = self.run.folder
+        path = folder / "state.json"
+        if not path.exists():
+            return False
+        state = read_json(path)
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise UserError(f"{path} was written by another version; delete {folder} to start over")
+        if state["key"] != self.run.key:
+            raise UserError(
+                f"{path} belongs to another run ({state['run']}, key {state['key']}); "
+                f"delete {folder} to start {self.run.name} over"
+            )
+        tensors = load_tensors(folder / state["file"], state["sha256"], self.run.device)
+        for name, net in [*self.networks.items(), ("ema", self.ema)]:
+            prefix = f"{name}/"
+            net.load_state_dict(
+                {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            )
+        for name, optimizer in self.optimizers.items():
+            record = optimizer.state_dict()
+            record["state"] = {}
+            prefix = f"optimizer/{name}/"
+            for k, v in tensors.items():
+                if k.startswith(prefix):
+                    i, entry = k[len(prefix) :].split("/")
+                    record["state"].setdefault(int(i), {})[entry] = v
+            optimizer.load_state_dict(record)
+        self.step, self.updates = state["step"], state["updates"]
+        self.ledger = Ledger.from_json(state["ledger"])
+        self.nonfinite, self.consecutive = state["nonfinite"], state["consecutive"]
+        self.snapshots = state["snapshots"]
+        self._trim_csv()
+        return True
+
+    # -- one iteration --------------------------------------------------------------------------
+
+    def _iteration(self) -> None:
+        run, batch = self.run, self.run.batch
+        micro = run.micro_batch or batch
+        first = self.step * batch
+        everything = {**self.frozen, **self.networks}
+        contexts = [
+            Context(
+                everything,
+                run.sources,
+                run.seed,
+                self.step,
+                torch.arange(first + start, first + start + micro, device=run.device),
+            )
+            for start in range(0, batch, micro)
+        ]
+        due = [phase for phase in run.phases if self.step % phase.every == 0]
+        for position, phase in enumerate(due):
+            # Images made now carry a graph to the student only if its own update will use it; with
+            # several micro-batches they would all have to be held, so they are made again instead.
+            later = due[position:] if len(contexts) == 1 else due[position : position + 1]
+            with_graph = any(other.network == run.main for other in later)
+            for repeat in range(phase.repeat):
+                for context in contexts:
+                    context.enter(phase.name, repeat, with_graph)
+                self._update(phase, contexts)
+                if phase.network == run.main:
+                    self.ledger.images += batch
+                if phase.network == run.main or len(contexts) > 1:
+                    for context in contexts:
+                        context.forget_generated()
+        self._update_ema()
+        self.step += 1
+
+    def _update(self, phase: Phase, contexts: list[Context]) -> None:
+        """Gradient of the phase's loss over the batch, and one step of its network's optimiser."""
+        run = self.run
+        for name, parameters in self.trainable.items():
+            # The student's images may be made in another network's phase: it always stays open.
+            if name != run.main:
+                for parameter in parameters:
+                    parameter.requires_grad_(name == phase.network)
+        variant = "/".join(filter(None, (phase.name, phase.variant(self.step))))
+        known = variant in self.ledger.costs
+        everything = {**self.frozen, **self.networks}
+        total = torch.zeros((), device=run.device)
+        with contextlib.nullcontext() if known else measure(everything) as cost:
+            for context in contexts:
+                with torch.autocast(
+                    run.device.split(":")[0], torch.bfloat16, enabled=run.precision == "bf16"
+                ):
+                    loss = phase.loss(context) / len(contexts)
+                loss.backward()
+                total += loss.detach()
+        if not known:
+            self.ledger.costs[variant] = cost
+        self.ledger.add(self.ledger.costs[variant])
+        self._apply(phase, total)
+        for context in contexts:
+            for name, value in context.logs.items():
+                self._record(name, value / len(contexts))
+            context.logs.clear()
+
+    def _apply(self, phase: Phase, loss: Tensor) -> None:
+        name, config = phase.network, self.configs[phase.network]
+        optimizer, parameters = self.optimizers[name], self.trainable[name]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if torch.isfinite(norm + loss):
+            if config.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm, foreach=True)
+            self.updates[name] += 1
+            warm = min(1.0, self.updates[name] / max(config.warmup_steps, 1))
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * warm
+            optimizer.step()
+            self.consecutive = 0
+            self._record(f"loss/{phase.name}", loss)
+            self._record(f"grad_norm/{phase.name}", norm)
+        else:
+            self.nonfinite[phase.name] += 1
+            self.consecutive += 1
+            if self.consecutive > self.run.max_nonfinite:
+                raise NonFiniteError(
+                    f"{self.run.name}: {self.consecutive} consecutive non-finite steps, the last in "
+                    f"phase {phase.name!r} at step {self.step} ({self.ledger.images} images); "
+                    f"last good snapshot: {self._last_snapshot()}"
+                )
+        optimizer.zero_grad(set_to_none=True)
+
+    def _update_ema(self) -> None:
+        run = self.run
+        half_life = min(run.ema_half_life, self.ledger.images * run.ema_ramp_up)
+        decay = 0.5 ** (run.batch / half_life) if half_life > 0 else 0.0
+        with torch.no_grad():
+            torch._foreach_lerp_(*self._averaged, 1 - decay)
+            for a, b in zip(self.ema.buffers(), self.networks[run.main].buffers(), strict=True):
+                a.copy_(b)
+
+    # -- snapshots, ticks -----------------------------------------------------------------------
+
+    def _grid_position(self) -> dict[str, int]:
+        return {
+            unit: grid_index(self.ledger.amount(unit), grid["first"], grid["per_octave"])
+            for unit, grid in self.run.snapshot_grid.items()
+        }
+
+    def _last_snapshot(self) -> str:
+        if not self.snapshots:
+            return "none yet"
+        return str(self.run.folder / "snapshots" / self.snapshots[-1]["name"])
+
+    def _snapshot(self, grid: list[str], before: dict[str, float]) -> None:
+        """Export the averaged weights. `grid`: the units whose grid this point lies on; `before`:
+        what was spent one iteration earlier, which tells whether a budget ends exactly here."""
+        name = f"images-{self.ledger.images:09d}"
+        with atomic_folder(self.run.folder / "snapshots" / name) as folder:
+            record = self.run.export(self.ema, folder)
+            record |= {"name": name, "grid": grid, "step": self.step, "before": before}
+            record |= {"ledger": self.ledger.to_json(), "ema_half_life": self.run.ema_half_life}
+            write_json(folder / "snapshot.json", record)
+        self.snapshots.append(record)
+
+    def _record(self, name: str, value: Tensor | float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _row(self, elapsed: float, images: int) -> dict[str, float]:
+        """The averages since the last tick; the only place where losses are read back."""
+        means = {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
+        self._sums.clear()
+        self._counts.clear()
+        rate = images / elapsed if elapsed > 0 else 0.0
+        return {
+            "step": self.step,
+            "images": self.ledger.images,
+            "flops": self.ledger.flops,
+            "seconds": round(self.ledger.seconds, 3),
+            "images_per_second": round(rate, 2),
+            **{f"nonfinite/{k}": v for k, v in self.nonfinite.items()},
+            **means,
+        }
+
+    @property
+    def _csv(self) -> Path:
+        return self.run.folder / "train.csv"
+
+    def _append_csv(self, row: dict) -> None:
+        """Append a row; a column that appears late (a term that runs seldom) widens the table."""
+        rows = []
+        if self._csv.exists():
+            with open(self._csv, newline="") as file:
+                reader = csv.DictReader(file)
+                header = list(reader.fieldnames or [])
+                if set(row) <= set(header):
+                    rows = None
+                else:
+                    rows = list(reader)
+                    header += [k for k in row if k not in header]
+        else:
+            header = list(row)
+        if rows is None:
+            with open(self._csv, "a", newline="") as file:
+                csv.DictWriter(file, header).writerow(row)
+        else:
+            self._write_csv(header, [*rows, row])
+
+    def _write_csv(self, header: list[str], rows: list[dict]) -> None:
+        import io
+
+        text = io.StringIO()
+        writer = csv.DictWriter(text, header)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self._csv, text.getvalue())
+
+    def _trim_csv(self) -> None:
+        """Drop rows beyond the state that is resumed: they will be written again."""
+        if not self._csv.exists():
+            return
+        with open(self._csv, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = []
+            for row in reader:
+                step = row.get("step") or ""
+                if step.isdigit() and int(step) <= self.step and None not in row.values():
+                    rows.append(row)
+            self._write_csv(list(reader.fieldnames or []), rows)
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def _already_beyond(self) -> Outcome | None:
+        """The outcome of a budget that the saved state has reached or passed, if a snapshot lies
+        exactly where that budget ends."""
+        for i, record in enumerate(self.snapshots):
+            ledger = Ledger.from_json(record["ledger"])
+            stop = ledger.reached(self.run.budget)
+            if stop is not None:
+                late = any(record["before"][x["unit"]] >= x["amount"] for x in self.run.budget)
+                return None if late else Outcome(stop, ledger, self._final_list(i), self.nonfinite)
+        return None
+
+    def _final_list(self, last: int) -> list[dict]:
+        """Snapshots on the grid up to number `last`, which is kept even if it lies beside it."""
+        return [r for r in self.snapshots[:last] if r["grid"]] + [self.snapshots[last]]
+
+    def fit(self) -> Outcome:
+        """Train until the budget is spent, continuing from the saved state if there is one."""
+        run = self.run
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if self.load():
+            if self.ledger.reached(run.budget):
+                outcome = self._already_beyond()
+                if outcome is not None:
+                    return outcome
+                raise _Restart
+            self._say(f"resumed at {self.ledger.images} images from {run.folder / 'state.json'}")
+        self._check_cost_of_start()
+        with self._progress() as bar:
+            self._loop(bar)
+        return Outcome(
+            self.ledger.reached(run.budget),
+            self.ledger,
+            self._final_list(len(self.snapshots) - 1),
+            self.nonfinite,
+        )
+
+    def _check_cost_of_start(self) -> None:
+        limit = self.ledger.reached(self.run.budget)
+        if limit is not None:
+            raise UserError(
+                f"{self.run.name}: what is charged before training (teacher pairs) already spends "
+                f"the budget of {limit['amount']:g} {limit['unit']}; raise it or ask for fewer pairs"
+            )
+
+    def _loop(self, bar) -> None:
+        run = self.run
+        tick_steps = max(1, run.tick_images // run.batch)
+        saved = time.monotonic()
+        tick_seconds, tick_images = 0.0, 0
+        position = self._grid_position()
+        while True:
+            started = time.perf_counter()
+            before = {unit: self.ledger.amount(unit) for unit in UNITS}
+            self._iteration()
+            if run.device.startswith("cuda") and self.step % tick_steps == 0:
+                torch.cuda.synchronize()
+            elapsed = time.perf_counter() - started
+            self.ledger.seconds += elapsed
+            tick_seconds += elapsed
+            tick_images += self.ledger.images - before["images"]
+            now, done = self._grid_position(), self.ledger.reached(run.budget) is not None
+            crossed = [unit for unit in now if now[unit] > position[unit]]
+            position = now
+            ticked = self.step % tick_steps == 0 or done
+            if ticked:
+                self.ledger.peak_memory = max(self.ledger.peak_memory, peak_memory(run.device))
+                row = self._row(tick_seconds, tick_images)
+                self._append_csv(row)
+                self._report(bar, row)
+                tick_seconds, tick_images = 0.0, 0
+            if crossed or done:
+                self._snapshot(crossed, before)
+            if ticked and (done or time.monotonic() - saved >= run.checkpoint_seconds):
+                self.save()
+                saved = time.monotonic()
+            if done:
+                return
+
+    # -- telling --------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        print(f"{self.run.name}: {text}", file=sys.stderr, flush=True)
+
+    def _spent(self) -> float:
+        """Fraction of the budget that is spent."""
+        return max(self.ledger.amount(x["unit"]) / x["amount"] for x in self.run.budget)
+
+    @contextlib.contextmanager
+    def _progress(self):
+        if not self.run.progress:
+            yield None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=1.0, desc=self.run.name, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}") as bar:
+            yield bar
+
+    def _report(self, bar, row: dict) -> None:
+        losses = " ".join(f"{k[5:]} {v:.4g}" for k, v in row.items() if k.startswith("loss/"))
+        lost = sum(self.nonfinite.values())
+        text = f"{row['images_per_second']:.0f} img/s, {losses}" + (f", {lost} non-finite" if lost else "")
+        if bar is not None:
+            bar.n = min(1.0, self._spent())
+            bar.set_postfix_str(text)
+        else:
+            self._say(f"{100 * self._spent():5.1f} %  {row['images']} images  {text}")
+
+
+class _Restart(Exception):
+    """The budget ends before the saved state, and no snapshot lies at its end."""
+
+
+def train(make: Callable[[], TrainingRun]) -> Outcome:
+    """Run what `make` builds to the end of its budget.
+
+    `make` is called again if the budget was shortened to a point that no snapshot holds: the run
+    then starts over, which is said, and gives the weights that it would have given at once.
+    """
+    run = make()
+    try:
+        return Trainer(run).fit()
+    except _Restart:
+        print(
+            f"{run.name}: the saved state is beyond the shortened budget and no snapshot lies at "
+            "its end; training again from the start",
+            file=sys.stderr,
+        )
+        shutil.rmtree(run.folder)
+        return Trainer(make()).fit()

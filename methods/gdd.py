@@ -1,0 +1,159 @@
+"""GDD and GDD-I: adversarial distillation that uses a diffusion model's innate one-step ability.
+
+Zheng and Yang 2024 (arXiv 2405.20750). The student starts from the teacher's weights and learns by
+a distribution-level loss alone: a GAN whose discriminator has heads on a frozen feature network
+(Sauer et al. 2021, projected GAN). GDD-I is this method with the student's option `freeze: innate`.
+
+Deviations:
+* The feature network is one of the experiment's own, never the one that scores.
+* EDM's preconditioning is kept (paper: a consistency model's); at σ_init = 80 their skip weights
+  are both below 1e-4.
+* The discriminator's heads are two convolutions per feature map; the authors mix the maps by a
+  random projection first.
+* R1: the authors' adversarial terms are sums over the n images of one GPU and R1 is a mean, so that
+  their gamma acts as gamma / n in the losses here, which are means throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, softplus
+
+from harness.method import (
+    Context,
+    Method,
+    MethodConfig,
+    OptimizerConfig,
+    Phase,
+    Requirements,
+    code,
+    ours,
+    paper,
+)
+
+
+def generator_loss(logits: list[Tensor]) -> Tensor:
+    """Non-saturating loss: mean over samples and positions, summed over heads (`(B, ...)` each)."""
+    return sum(softplus(-head).mean() for head in logits)
+
+
+def discriminator_loss(real_logits: list[Tensor], fake_logits: list[Tensor]) -> Tensor:
+    """Its opponent: real logits up, fake logits down; mean and sum as above."""
+    real = sum(softplus(-head).mean() for head in real_logits)
+    return real + sum(softplus(head).mean() for head in fake_logits)
+
+
+def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> Tensor:
+    """`gamma/2 ‖∂Σlogits/∂x‖²` per sample, `(B,)` (Mescheder et al. 2018), on unaugmented images."""
+    total = sum(head.sum() for head in real_logits)
+    (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
+    return gamma / 2 * gradient.square().sum(dim=(1, 2, 3))
+
+
+class FeatureDiscriminator(nn.Module):
+    """One head per map of a frozen feature network; a logit per position, conditioned on the class
+    by projection (Miyato and Koyama 2018)."""
+
+    def __init__(self, features: nn.Module, num_classes: int, width: int):
+        super().__init__()
+        channels = features.map_channels
+        self.hidden = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1) for c in channels)
+        self.embed = nn.ModuleList(nn.Embedding(max(num_classes, 1), width) for _ in channels)
+        self.output = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in channels)
+        for table in self.embed:
+            nn.init.normal_(table.weight, std=width**-0.5)
+
+    def forward(self, maps: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+        """Logits `(B, H_i, W_i)` per head."""
+        logits = []
+        for x, hidden, embed, output in zip(maps, self.hidden, self.embed, self.output, strict=True):
+            h = leaky_relu(hidden(x), 0.2)
+            score = output(h).squeeze(1)
+            if labels is not None:
+                score = score + (h * embed(labels)[:, :, None, None]).sum(dim=1)
+            logits.append(score)
+        return logits
+
+
+class GDD(Method):
+    paper = "Zheng and Yang 2024, arXiv 2405.20750"
+    data_free = False
+    deviations = ("another feature network and simpler heads in the discriminator",)
+
+    class Config(MethodConfig):
+        batch: int = code(256, "CIFAR-10", gt=0)
+        sigma_init: float = code(80.0, "80 z at t = 80", gt=0)
+        lr: float = code(1e-4, "CIFAR-10", gt=0)
+        discriminator_lr: float = code(1e-4, "CIFAR-10; scaled by lazy R1", gt=0)
+        betas: tuple[float, float] = code((0.0, 0.99), "Adam")
+        r1_gamma: float = code(1e-4, "acts as gamma / n here", ge=0)
+        r1_every: int = code(16, "lazy regularisation, loss x 16, not at step 0", gt=0)
+        features: str = ours("", "the experiment's feature network under the discriminator")
+        width: int = paper(64, "cout 64", gt=0)
+        ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
+        ema_ramp_up: float = code(0.05, "CIFAR-10", gt=0)
+
+    def __init__(self, config: Config, teacher, features: nn.Module | None = None):
+        super().__init__(config, teacher)
+        self.features = features
+        self.discriminator = FeatureDiscriminator(features, teacher.num_classes, config.width)
+
+    @classmethod
+    def requirements(cls, config: Config) -> Requirements:
+        return Requirements(features=config.features, real_images=True)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator}
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        return {"features": self.features}
+
+    def phases(self) -> list[Phase]:
+        c = self.config
+        # Lazy regularisation (Karras et al. 2020, StyleGAN2): one update in `r1_every` more, so
+        # the rate and the memory of Adam shrink by the same ratio.
+        ratio = c.r1_every / (c.r1_every + 1)
+        lazy = OptimizerConfig(
+            lr=c.discriminator_lr * ratio, betas=(c.betas[0] ** ratio, c.betas[1] ** ratio)
+        )
+        return [
+            Phase("generator", "student", self.generator_loss, OptimizerConfig(lr=c.lr, betas=c.betas)),
+            Phase(
+                "discriminator",
+                "discriminator",
+                self.discriminator_loss,
+                lazy,
+                variant=lambda step: "r1" if self._regularised(step) else "",
+            ),
+        ]
+
+    def _regularised(self, step: int) -> bool:
+        return self.config.r1_gamma > 0 and step > 0 and step % self.config.r1_every == 0
+
+    def _judge(self, context: Context, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+        pixels = self.teacher.codec(x)
+        return context.networks["discriminator"](context.networks["features"](pixels), labels)
+
+    def generator_loss(self, context: Context) -> Tensor:
+        images = context.generated("generator")
+        return generator_loss(self._judge(context, images.x, images.condition))
+
+    def discriminator_loss(self, context: Context) -> Tensor:
+        c = self.config
+        fake = context.generated("discriminator")
+        real, labels = context.real()
+        regularised = self._regularised(context.step)
+        if regularised:
+            # A view: the operation counter cannot follow autograd.grad to a leaf.
+            real = real.requires_grad_().view_as(real)
+        real_logits = self._judge(context, real, labels)
+        fake_logits = self._judge(context, fake.x.detach(), fake.condition)
+        loss = discriminator_loss(real_logits, fake_logits)
+        context.log("real_logit", sum(head.mean() for head in real_logits) / len(real_logits))
+        context.log("fake_logit", sum(head.mean() for head in fake_logits) / len(fake_logits))
+        if regularised:
+            penalty = r1_penalty(real_logits, real, c.r1_gamma).mean()
+            context.log("r1", penalty)
+            loss = loss + c.r1_every * penalty
+        return loss
