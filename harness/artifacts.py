@@ -78,7 +78,9 @@ def read_json(path: Path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run the workflow (or the stage that makes it)") from None
+        raise UserError(
+            f"{path} is missing; run the workflow (or the stage that makes it)"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run the same command again"
@@ -107,7 +109,9 @@ def load_tensors(path: Path, sha256: str | None = None, device: str = "cpu") -> 
             )
         return load_file(path, device=device)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run the workflow (or the stage that makes it)") from None
+        raise UserError(
+            f"{path} is missing; run the workflow (or the stage that makes it)"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run the same command again"

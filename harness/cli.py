@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.failures import recorded
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 
@@ -35,35 +35,45 @@ def _features(args) -> None:
     from harness.feature_networks import train_features
 
     _threads(args)
-    train_features(_experiment(args), args.name)
+    experiment = _experiment(args)
+    with recorded(experiment.features_dir(args.name), f"features {args.name}"):
+        train_features(experiment, args.name)
 
 
 def _teacher(args) -> None:
     from harness.teacher import train_teacher
 
     _threads(args)
-    train_teacher(_experiment(args), args.name)
+    experiment = _experiment(args)
+    with recorded(experiment.teacher_dir(args.name), f"teacher {args.name}"):
+        train_teacher(experiment, args.name)
 
 
 def _pairs(args) -> None:
     from harness.pairs import make_pairs
 
     _threads(args)
-    make_pairs(_experiment(args), args.name)
+    experiment = _experiment(args)
+    with recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"):
+        make_pairs(experiment, args.name)
 
 
 def _train(args) -> None:
     from harness.runs import train_student
 
     _threads(args)
-    train_student(_experiment(args), args.student, args.seed)
+    experiment = _experiment(args)
+    with recorded(experiment.run_dir(args.student, args.seed), "training"):
+        train_student(experiment, args.student, args.seed)
 
 
 def _score(args) -> None:
     from harness.evaluation.score import score_run
 
     _threads(args)
-    score_run(_experiment(args), args.student, args.seed)
+    experiment = _experiment(args)
+    with recorded(experiment.run_dir(args.student, args.seed), "scoring"):
+        score_run(experiment, args.student, args.seed)
 
 
 def _score_references(args) -> None:
@@ -71,6 +81,24 @@ def _score_references(args) -> None:
 
     _threads(args)
     score_references(_experiment(args), args.name)
+
+
+def _report(args) -> None:
+    from harness.reporting.report import write_report
+
+    write_report(_experiment(args), args.partial)
+
+
+def _summary(args) -> None:
+    from harness.reporting.report import print_summary
+
+    print_summary(_experiment(args))
+
+
+def _status(args) -> None:
+    from harness.status import print_status
+
+    print_status(_experiment(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,6 +125,10 @@ def build_parser() -> argparse.ArgumentParser:
     stage(
         "score-references", _score_references, "score a teacher, its one-step images and the floor"
     ).add_argument("name")
+    report = stage("report", _report, "tables, figures and manifest from the scores")
+    report.add_argument("--partial", action="store_true", help="show missing runs as failed")
+    stage("summary", _summary, "print the comparison table")
+    stage("status", _status, "show how far every run is")
     return parser
 
 

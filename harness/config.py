@@ -359,7 +359,9 @@ def _messages(error: ValidationError, prefix: tuple = (), known=_known_keys) -> 
     for item in error.errors():
         where = ".".join(str(part) for part in (*prefix, *item["loc"]))
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known(item['loc'][:-1]))}")
+            lines.append(
+                f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known(item['loc'][:-1]))}"
+            )
         elif item["type"] == "missing":
             lines.append(f"{where}: missing")
         else:
@@ -396,7 +398,9 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
         return [*lines, f"{where}.method: {error}"]
     fields = method.Config.model_fields
     try:
-        own = method.Config(**shared_settings(model.training.settings, method.Config) | section.settings)
+        own = method.Config(
+            **shared_settings(model.training.settings, method.Config) | section.settings
+        )
     except ValidationError as error:
         return lines + [
             line
@@ -417,14 +421,15 @@ def _check_batch(where: str, batch: int, training: TrainingSection) -> list[str]
     lines = []
     if training.micro_batch is not None and batch % training.micro_batch:
         lines.append(
-            f"{where}: batch {batch} is not a multiple of training.micro_batch {training.micro_batch}"
+            f"{where}: batch {batch} is not a multiple of training.micro_batch "
+            f"{training.micro_batch}"
         )
     for i, limit in enumerate(training.budget):
         if limit.unit == "images" and limit.amount % batch:
             low = int(limit.amount // batch) * batch
             lines.append(
-                f"training.budget.{i}.amount: {limit.amount:g} images is not a multiple of the batch "
-                f"{batch} of {where}; the nearest are {low} and {low + batch}"
+                f"training.budget.{i}.amount: {limit.amount:g} images is not a multiple of the "
+                f"batch {batch} of {where}; the nearest are {low} and {low + batch}"
             )
     return lines
 

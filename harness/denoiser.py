@@ -88,6 +88,6 @@ class UNet2DDenoiser(EDMDenoiser):
 
 
 def one_step(student: Denoiser, z: Tensor, condition, sigma_init: float) -> Tensor:
-    """G(z, c) = D(σ_init z; σ_init, c): the student's image for standard normal `z` (B, C, H, W)."""
+    """G(z, c) = D(σ_init z; σ_init, c): the student's image; `z` standard normal `(B, C, H, W)`."""
     sigma = torch.full((len(z),), sigma_init, device=z.device)
     return student(sigma_init * z, sigma, condition)

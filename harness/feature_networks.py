@@ -56,7 +56,9 @@ def contrastive_loss(context: Context) -> Tensor:
     clip = context.networks["features"]
     x, labels = context.real()
     captions = clip.captions
-    template = (context.uniform("template") * captions.shape[1]).long().clamp_max(captions.shape[1] - 1)
+    template = (
+        (context.uniform("template") * captions.shape[1]).long().clamp_max(captions.shape[1] - 1)
+    )
     logits = clip(augmented(context, x), captions[labels, template])
     same = (labels[:, None] == labels[None]).float()
     target = same / same.sum(dim=1, keepdim=True)
@@ -96,7 +98,9 @@ def train_features(experiment: Experiment, name: str) -> dict:
             ),
             batch=section.batch,
             budget=[{"unit": "images", "amount": section.images}],
-            export=lambda ema, to: {"sha256": save_tensors(to / "features.safetensors", ema.state_dict())},
+            export=lambda ema, to: {
+                "sha256": save_tensors(to / "features.safetensors", ema.state_dict())
+            },
             ema_half_life=section.images // 20,
             device=device,
             checkpoint_seconds=experiment.training.checkpoint_seconds,
@@ -108,7 +112,11 @@ def train_features(experiment: Experiment, name: str) -> dict:
         outcome = train(make)
         final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
         link(folder / "features.safetensors", final / "features.safetensors")
-        record = {"name": name, "architecture": section.model_dump(), **training_record(outcome, key)}
+        record = {
+            "name": name,
+            "architecture": section.model_dump(),
+            **training_record(outcome, key),
+        }
         network = _build(record, dataset)
         network.load_state_dict(load_tensors(folder / "features.safetensors", record["sha256"]))
         record["held_out_accuracy"] = held_out_accuracy(network.eval(), dataset)
@@ -117,7 +125,9 @@ def train_features(experiment: Experiment, name: str) -> dict:
 
             head, quality = train_head(network, dataset)
             record["aesthetic"] = quality
-            record["aesthetic"]["sha256"] = save_tensors(folder / "aesthetic.safetensors", head.state_dict())
+            record["aesthetic"]["sha256"] = save_tensors(
+                folder / "aesthetic.safetensors", head.state_dict()
+            )
         write_json(folder / "features.json", record)
     return record
 
@@ -148,5 +158,7 @@ def load_feature_network(folder: Path, dataset: Dataset) -> tuple[nn.Module, dic
     try:
         network.load_state_dict(load_tensors(path, record["sha256"]))
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its features.json: {str(error).splitlines()[-1]}") from None
+        raise UserError(
+            f"{path} does not fit its features.json: {str(error).splitlines()[-1]}"
+        ) from None
     return network.eval().requires_grad_(False), record

@@ -31,7 +31,7 @@ PRESETS: dict[str, Callable[[str], bool]] = {"none": lambda name: False, "innate
 
 
 def freeze(network: nn.Module, preset: str) -> float:
-    """Set `requires_grad` by `preset` ("none", "innate"); returns the fraction of parameters frozen."""
+    """Set `requires_grad` by `preset` ("none", "innate"); returns the share frozen."""
     frozen = total = 0
     for name, parameter in network.named_parameters():
         hold = PRESETS[preset](name)

@@ -243,8 +243,12 @@ def get_method(name: str) -> type[Method]:
     classes = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
     ]
     if len(classes) != 1:
-        raise UserError(f"methods/{name}.py must define exactly one Method class, not {len(classes)}")
+        raise UserError(
+            f"methods/{name}.py must define exactly one Method class, not {len(classes)}"
+        )
     return classes[0]

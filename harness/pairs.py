@@ -19,6 +19,7 @@ from harness.artifacts import (
     write_json,
 )
 from harness.config import Experiment
+from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.ledger import measure
 from harness.networks import load_denoiser
@@ -28,7 +29,7 @@ SHARD = 16 * BLOCK
 
 
 def make_pairs(experiment: Experiment, name: str) -> dict:
-    """Generate a pair set shard by shard (a killed job goes on where it stopped); write pairs.json."""
+    """Generate a pair set shard by shard (a killed job goes on where it stopped)."""
     teacher_name, count, steps = experiment.pair_sets[name]
     folder, device = experiment.pairs_dir(name), experiment.device
     sampler = experiment.pairs_spec(name)["sampler"]
@@ -42,9 +43,11 @@ def make_pairs(experiment: Experiment, name: str) -> dict:
             size = min(SHARD, count - start)
             record_path = folder / key / f"shard-{start:08d}.json"
             if not record_path.exists():
-                write_json(record_path, _make_shard(teacher, sampler, shape, start, size, device,
-                                                    record_path.with_suffix(".safetensors")))  # fmt: skip
-            shards.append(read_json(record_path) | {"file": f"{key}/{record_path.stem}.safetensors"})
+                tensors, record = _make_shard(teacher, sampler, shape, start, size, device)
+                record["sha256"] = save_tensors(record_path.with_suffix(".safetensors"), tensors)
+                write_json(record_path, record)
+            file = f"{key}/{record_path.stem}.safetensors"
+            shards.append(read_json(record_path) | {"file": file})
             print(f"pairs {name}: {start + size} of {count}", file=sys.stderr, flush=True)
         record = {
             "pairs": count,
@@ -61,7 +64,10 @@ def make_pairs(experiment: Experiment, name: str) -> dict:
 
 
 @torch.no_grad()
-def _make_shard(teacher, sampler: dict, shape, start: int, size: int, device: str, path: Path) -> dict:
+def _make_shard(
+    teacher: Denoiser, sampler: dict, shape: tuple, start: int, size: int, device: str
+) -> tuple[dict[str, Tensor], dict]:
+    """Pairs `start` to `start + size - 1`, and what they cost."""
     parts: dict[str, list[Tensor]] = {"z": [], "x": [], "condition": []}
     seconds, flops_per_image = 0.0, 0.0
     for first in range(start, start + size, BLOCK):
@@ -80,8 +86,8 @@ def _make_shard(teacher, sampler: dict, shape, start: int, size: int, device: st
         parts["x"].append(x[:wanted])
         if labels is not None:
             parts["condition"].append(labels[:wanted])
-    sha256 = save_tensors(path, {k: torch.cat(v) for k, v in parts.items() if v})
-    return {"sha256": sha256, "seconds": seconds, "flops": round(flops_per_image * size)}
+    cost = {"seconds": seconds, "flops": round(flops_per_image * size)}
+    return {k: torch.cat(v) for k, v in parts.items() if v}, cost
 
 
 def load_pairs(folder: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from harness import data as datasets
 from harness.artifacts import digest, machine_slot, run_lock, sha256_file, write_json
 from harness.config import Experiment
-from harness.errors import UserError
 from harness.ledger import Cost, Ledger
 from harness.trainer import Outcome, TrainingRun, train
 
@@ -64,11 +62,11 @@ def build_student_run(experiment: Experiment, student: str, seed: int, contended
 
     `facts` is what student.json says beside the training record.
     """
+    from harness.feature_networks import load_feature_network
     from harness.freezing import freeze
     from harness.method import Sources, get_method
     from harness.networks import clone_denoiser, load_denoiser, save_denoiser
     from harness.networks.classifiers import FeatureMaps
-    from harness.feature_networks import load_feature_network
 
     section, training = experiment.students[student], experiment.training
     config, needs = experiment.method_config(student), experiment.requirements(student)

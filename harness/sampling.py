@@ -7,6 +7,7 @@ image i in any call. Noise and labels are drawn on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def heun(
         return (x - denoiser(x.float(), levels, condition).double()) / sigma
 
     x = latents.double() * sigmas[0]
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         first = slope(x, now)
         following = x + (then - now) * first
         if then > 0:
@@ -48,12 +49,19 @@ def heun(
     return x
 
 
+def balanced_labels(index: Tensor, num_classes: int, stream: Stream) -> Tensor:
+    """Labels `(B,)` of images `index`: every `num_classes` consecutive images are a random order of
+    all classes, so that no set of samples differs from another by its share of a class."""
+    order = stream.uniform(index // num_classes, (num_classes,)).argsort(dim=1)
+    return order.gather(1, (index % num_classes).view(-1, 1)).flatten()
+
+
 def noise_and_labels(
     index: Tensor, shape: tuple[int, ...], num_classes: int, seed: int, purpose: str = "evaluation"
 ) -> tuple[Tensor, Tensor | None]:
     """Latents `(B, *shape)` and labels `(B,)` (None without classes) of images `index`."""
     stream = Stream(seed, purpose)
-    labels = stream.child("label").integers(index, num_classes) if num_classes else None
+    labels = balanced_labels(index, num_classes, stream.child("label")) if num_classes else None
     return stream.normal(index, shape), labels
 
 

@@ -73,7 +73,7 @@ class TrainingRun:
 
 @dataclass
 class Outcome:
-    """`stop`: the limit that ended the run. `snapshots`: records, oldest first; the last is final."""
+    """`stop`: the limit that ended the run. `snapshots`: records, the last is the end."""
 
     stop: dict
     ledger: Ledger
@@ -299,8 +299,8 @@ class Trainer:
             self.consecutive += 1
             if self.consecutive > self.run.max_nonfinite:
                 raise NonFiniteError(
-                    f"{self.run.name}: {self.consecutive} consecutive non-finite steps, the last in "
-                    f"phase {phase.name!r} at step {self.step} ({self.ledger.images} images); "
+                    f"{self.run.name}: {self.consecutive} consecutive non-finite steps, the last "
+                    f"in phase {phase.name!r} at step {self.step} ({self.ledger.images} images); "
                     f"last good snapshot: {self._last_snapshot()}"
                 )
         optimizer.zero_grad(set_to_none=True)
@@ -447,7 +447,7 @@ class Trainer:
         if limit is not None:
             raise UserError(
                 f"{self.run.name}: what is charged before training (teacher pairs) already spends "
-                f"the budget of {limit['amount']:g} {limit['unit']}; raise it or ask for fewer pairs"
+                f"the budget of {limit['amount']:g} {limit['unit']}; raise it or use fewer pairs"
             )
 
     def _loop(self, bar) -> None:
@@ -500,13 +500,19 @@ class Trainer:
             return
         from tqdm import tqdm
 
-        with tqdm(total=1.0, desc=self.run.name, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}") as bar:
+        with tqdm(
+            total=1.0,
+            desc=self.run.name,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}",
+        ) as bar:
             yield bar
 
     def _report(self, bar, row: dict) -> None:
         losses = " ".join(f"{k[5:]} {v:.4g}" for k, v in row.items() if k.startswith("loss/"))
         lost = sum(self.nonfinite.values())
-        text = f"{row['images_per_second']:.0f} img/s, {losses}" + (f", {lost} non-finite" if lost else "")
+        text = f"{row['images_per_second']:.0f} img/s, {losses}" + (
+            f", {lost} non-finite" if lost else ""
+        )
         if bar is not None:
             bar.n = min(1.0, self._spent())
             bar.set_postfix_str(text)

@@ -125,6 +125,8 @@ class DMD(Method):
         if c.regression == "none":
             return loss
         z, target, condition = context.pairs()
-        regression = mse_loss(one_step(context.networks["student"], z, condition, c.sigma_init), target)
+        regression = mse_loss(
+            one_step(context.networks["student"], z, condition, c.sigma_init), target
+        )
         context.log("regression", regression)
         return loss + c.regression_weight * regression

@@ -45,7 +45,7 @@ def discriminator_loss(real_logits: list[Tensor], fake_logits: list[Tensor]) -> 
 
 
 def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> Tensor:
-    """`gamma/2 ‖∂Σlogits/∂x‖²` per sample, `(B,)` (Mescheder et al. 2018), on unaugmented images."""
+    """`gamma/2 ‖∂Σlogits/∂x‖²` per sample, `(B,)`, unaugmented images (Mescheder et al. 2018)."""
     total = sum(head.sum() for head in real_logits)
     (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
     return gamma / 2 * gradient.square().sum(dim=(1, 2, 3))
@@ -67,7 +67,9 @@ class FeatureDiscriminator(nn.Module):
     def forward(self, maps: list[Tensor], labels: Tensor | None) -> list[Tensor]:
         """Logits `(B, H_i, W_i)` per head."""
         logits = []
-        for x, hidden, embed, output in zip(maps, self.hidden, self.embed, self.output, strict=True):
+        for x, hidden, embed, output in zip(
+            maps, self.hidden, self.embed, self.output, strict=True
+        ):
             h = leaky_relu(hidden(x), 0.2)
             score = output(h).squeeze(1)
             if labels is not None:
@@ -118,7 +120,9 @@ class GDD(Method):
             lr=c.discriminator_lr * ratio, betas=(c.betas[0] ** ratio, c.betas[1] ** ratio)
         )
         return [
-            Phase("generator", "student", self.generator_loss, OptimizerConfig(lr=c.lr, betas=c.betas)),
+            Phase(
+                "generator", "student", self.generator_loss, OptimizerConfig(lr=c.lr, betas=c.betas)
+            ),
             Phase(
                 "discriminator",
                 "discriminator",

@@ -72,7 +72,9 @@ class SIM(Method):
         fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas)
         return [
             denoising_phase(fake, self.teacher.sigma_data, self.fake_sigma),
-            Phase("generator", "student", self.generator_loss, OptimizerConfig(lr=c.lr, betas=c.betas)),
+            Phase(
+                "generator", "student", self.generator_loss, OptimizerConfig(lr=c.lr, betas=c.betas)
+            ),
         ]
 
     def fake_sigma(self, context: Context) -> Tensor:

@@ -2,7 +2,7 @@
 
 LAION's heads rate how much people like a picture. On digits the head is trained here to rate
 legibility: real training digits are degraded by known kinds at known strength, and the target is
-10 (1 - strength). Kinds that it never saw, on held-out digits, tell whether the rating carries over.
+10 (1 - strength). Kinds that it never saw, on held-out digits, tell whether this carries over.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ class AestheticHead(nn.Module):
 
     def __init__(self, dim: int, hidden: int = 64):
         super().__init__()
-        layers = [nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1)] if hidden else [nn.Linear(dim, 1)]
+        layers = (
+            [nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1)]
+            if hidden
+            else [nn.Linear(dim, 1)]
+        )
         self.layers = nn.Sequential(*layers)
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def train_head(clip: nn.Module, dataset: Dataset, rounds: int = 3, steps: int = 400):
-    """Train a head on `clip`'s embeddings; returns it and its rank correlations on held-out digits."""
+    """Train a head on `clip`'s embeddings; returns it and its rank correlations when held out."""
     with torch.no_grad():
         parts = [
             _degraded(dataset.train, kind, degrade, r)

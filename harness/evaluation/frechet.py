@@ -43,9 +43,7 @@ class Moments:
         return cls(len(features), features.sum(dim=0), features.T @ features)
 
     def __sub__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count - other.count, self.total - other.total, self.outer - other.outer
-        )
+        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         mean = self.total / self.count

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,14 +33,17 @@ class Views:
     aesthetic: Tensor | None = None
     neighbours: int = 3
 
-    def head(self, count: int) -> Views:
-        """The first `count` samples."""
-        cut = {
-            name: None if value is None else value[:count]
+    def disjoint(self, count: int) -> list[Views]:
+        """All disjoint subsets of `count` consecutive samples (a remainder is left out)."""
+        per_sample = {
+            name: value
             for name, value in vars(self).items()
-            if name not in ("reference", "neighbours")
+            if isinstance(value, Tensor) and name != "reference"
         }
-        return Views(**cut, reference=self.reference, neighbours=self.neighbours)
+        return [
+            replace(self, **{name: v[start : start + count] for name, v in per_sample.items()})
+            for start in range(0, len(self.features) - count + 1, count)
+        ]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from harness.artifacts import digest, read_json, save_tensors, write_json
 from harness.config import Experiment
 from harness.data import Dataset
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.metrics import METRICS, Metric, Views
 from harness.networks import denoiser_record, load_denoiser
 from harness.sampling import heun_generator, one_step_generator, sample
 
@@ -26,6 +26,18 @@ QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 SCHEMA = 1
 
 Blocks = Iterator[tuple[Tensor, Tensor]]
+
+
+def over_subsets(metric: Metric, parts: list[Views]) -> tuple[float, float]:
+    """Mean over disjoint subsets with the error that their spread shows; one subset has its own.
+
+    At the held-out size one subset alone would be as noisy as the floor it is compared with.
+    """
+    values = [metric.compute(part) for part in parts]
+    if len(values) == 1:
+        return values[0]
+    t = torch.tensor([value for value, _ in values], dtype=torch.float64)
+    return t.mean().item(), (t.std() / len(t) ** 0.5).item()
 
 
 class Scorer:
@@ -71,18 +83,21 @@ class Scorer:
             "extractor": extractor.name,
             "extractor_sha256": extractor.hashes,
             "num_samples": count,
+            "subsets": "all disjoint ones of this size, averaged",
             "reference": self.reference,
             "reference_sha256": self.dataset.sha256,
             "quantisation": QUANTISATION,
             "resize": "none",
-            "sampling": f"image i from (sampling seed {evaluation.sampling_seed}, i)",
+            "sampling": f"image i from (seed {evaluation.sampling_seed}, i), balanced labels",
             "library": f"harness {__version__}",
         }
         name = digest(record)
         self.protocols[name] = record
         return name
 
-    def score(self, blocks: Blocks, counts: list[int], against: list[str] | None = None) -> list[dict]:
+    def score(
+        self, blocks: Blocks, counts: list[int], against: list[str] | None = None
+    ) -> list[dict]:
         """Rows for the images in `blocks` (uint8 pixels, labels), at each of `counts`.
 
         `against`: feature networks that the generator was trained on; their rows are flagged.
@@ -99,11 +114,11 @@ class Scorer:
             )
             flag = "trained-on-extractor" if extractor.name in (against or []) else ""
             for count in counts:
-                part = views.head(count)
+                parts = views.disjoint(count)
                 for metric in METRICS.values():
-                    if any(getattr(part, need) is None for need in metric.needs):
+                    if any(getattr(views, need) is None for need in metric.needs):
                         continue
-                    value, stderr = metric.compute(part)
+                    value, stderr = over_subsets(metric, parts)
                     rows.append(
                         {
                             "metric": metric.name,

@@ -73,7 +73,9 @@ def load_denoiser(folder: Path, sha256: str | None = None, device: str = "cpu") 
         backbone.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {reason}") from None
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {reason}"
+        ) from None
     denoiser = denoiser_class(backbone, record["num_classes"], record["sigma_data"])
     return denoiser.eval().to(device)
 

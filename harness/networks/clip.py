@@ -33,7 +33,9 @@ class SmallCLIP(nn.Module):
         self.size = image_shape[1]
         self.clip = CLIP(
             self.embed_dim,
-            CLIPVisionCfg(layers=3, width=2 * width, head_width=16, patch_size=2, image_size=self.size),
+            CLIPVisionCfg(
+                layers=3, width=2 * width, head_width=16, patch_size=2, image_size=self.size
+            ),
             CLIPTextCfg(context_length=CONTEXT_LENGTH, width=2 * width, heads=4, layers=2),
         )
         self.register_buffer(

@@ -20,6 +20,8 @@ except UserError as error:
 # The running interpreter; stages get the resolved experiment, kept under a name of its content.
 HARNESS = f"{sys.executable} -m harness"
 THREADS = job_threads(workflow.cores)
+# profiles/default limits `gpu` to 1: jobs that use the GPU take turns, jobs on CPU do not.
+GPU = int(E.device.startswith("cuda"))
 
 
 wildcard_constraints:

@@ -24,11 +24,11 @@ rule train:
         f"{E.root}/logs/students/{{student}}/seed{{seed}}.log",
     benchmark:
         f"{E.root}/benchmarks/students/{{student}}/seed{{seed}}.tsv"
-    params:
-        spec=lambda w: spec([E.run_spec(w.student, int(w.seed)), E.budget_spec()]),
     # A budget in seconds is only fair on a machine of its own.
     threads: workflow.cores if E.seconds_budget else THREADS
     resources:
-        gpu=1,
+        gpu=GPU,
+    params:
+        spec=lambda w: spec([E.run_spec(w.student, int(w.seed)), E.budget_spec()]),
     shell:
         "{HARNESS} train {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"

@@ -12,12 +12,12 @@ rule score:
         f"{E.root}/scores/{{student}}/seed{{seed}}.json",
     log:
         f"{E.root}/logs/scores/{{student}}/seed{{seed}}.log",
+    priority: 1
+    threads: THREADS
+    resources:
+        gpu=GPU,
     params:
         spec=spec(E.score_spec()),
-    threads: THREADS
-    priority: 1
-    resources:
-        gpu=1,
     shell:
         "{HARNESS} score {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"
 
@@ -30,10 +30,10 @@ rule score_references:
         f"{E.root}/scores/teachers/{{teacher}}.json",
     log:
         f"{E.root}/logs/scores/teachers/{{teacher}}.log",
-    params:
-        spec=lambda w: spec([E.score_spec(), E.teachers[w.teacher].sampler.model_dump()]),
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=GPU,
+    params:
+        spec=lambda w: spec([E.score_spec(), E.teachers[w.teacher].sampler.model_dump()]),
     shell:
         "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"

@@ -6,9 +6,9 @@ rule data:
         f"{E.root}/data/data.json",
     log:
         f"{E.root}/logs/data.log",
+    threads: THREADS
     params:
         spec=spec(E.data_spec()),
-    threads: THREADS
     shell:
         "{HARNESS} data --configfile {CONFIG} > {log} 2>&1"
 
@@ -22,11 +22,11 @@ rule features:
         f"{E.root}/logs/features/{{features}}.log",
     benchmark:
         f"{E.root}/benchmarks/features/{{features}}.tsv"
-    params:
-        spec=lambda w: spec(E.features_spec(w.features)),
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=GPU,
+    params:
+        spec=lambda w: spec(E.features_spec(w.features)),
     shell:
         "{HARNESS} features {wildcards.features} --configfile {CONFIG} > {log} 2>&1"
 
@@ -40,12 +40,12 @@ rule teacher:
         f"{E.root}/logs/teachers/{{teacher}}.log",
     benchmark:
         f"{E.root}/benchmarks/teachers/{{teacher}}.tsv"
+    priority: 10
+    threads: THREADS
+    resources:
+        gpu=GPU,
     params:
         spec=lambda w: spec(E.teacher_spec(w.teacher)),
-    threads: THREADS
-    priority: 10
-    resources:
-        gpu=1,
     shell:
         "{HARNESS} teacher {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
 
@@ -57,11 +57,11 @@ rule pairs:
         f"{E.root}/pairs/{{pairs}}/pairs.json",
     log:
         f"{E.root}/logs/pairs/{{pairs}}.log",
+    priority: 5
+    threads: THREADS
+    resources:
+        gpu=GPU,
     params:
         spec=lambda w: spec(E.pairs_spec(w.pairs)),
-    threads: THREADS
-    priority: 5
-    resources:
-        gpu=1,
     shell:
         "{HARNESS} pairs {wildcards.pairs} --configfile {CONFIG} > {log} 2>&1"

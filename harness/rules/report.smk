@@ -1,7 +1,10 @@
 # Tables, figures and the manifest, in one job; and the table that is written when a run failed.
 FIGURES = ["quality_vs_images", "quality_vs_compute", "samples", "training_health"]
 REPORT = [
-    *(f"{E.root}/tables/{table}" for table in ("metrics.csv", "comparison.csv", "comparison.md", "comparison.tex")),
+    *(
+        f"{E.root}/tables/{table}"
+        for table in ("metrics.csv", "comparison.csv", "comparison.md", "comparison.tex")
+    ),
     *expand(f"{E.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
     f"{E.root}/manifest.json",
 ]
@@ -15,9 +18,9 @@ rule report:
         REPORT,
     log:
         f"{E.root}/logs/report.log",
+    threads: THREADS
     params:
         spec=spec([list(E.students), E.evaluation.main_metric]),
-    threads: THREADS
     shell:
         "{HARNESS} report --configfile {CONFIG} > {log} 2>&1"
 
@@ -25,7 +28,10 @@ rule report:
 onerror:
     # One failed run must not hide the others: the table is written with a row that says why.
     shell("{HARNESS} report --partial --configfile {CONFIG} >> {E.root}/logs/report.log 2>&1")
-    print(f"\nSome jobs failed; the table with the reasons: {E.root}/tables/comparison.md", file=sys.stderr)
+    print(
+        f"\nSome jobs failed; the table with the reasons: {E.root}/tables/comparison.md",
+        file=sys.stderr,
+    )
 
 
 onsuccess:

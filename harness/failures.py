@@ -1,0 +1,43 @@
+"""Why a stage failed, kept beside what it would have made, for the tables and `status`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.artifacts import read_json, write_json
+from harness.config import Experiment
+
+FILE = "failure.json"
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, stage: str) -> Iterator[None]:
+    """Write `failure.json` if the block fails; a new attempt removes the old one."""
+    (folder / FILE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        write_json(folder / FILE, {"stage": stage, "reason": reason})
+        raise
+
+
+def reason(experiment: Experiment, student: str, seed: int) -> str:
+    """One line that says why a run has no scores: its own failure, or that of what it needs."""
+    needs = experiment.requirements(student)
+    folders = [
+        experiment.run_dir(student, seed),
+        experiment.teacher_dir(experiment.teacher_of(student)),
+        *(experiment.features_dir(name) for name in experiment.evaluation.extractors),
+    ]
+    if needs.pairs:
+        folders.append(experiment.pairs_dir(experiment.pairs_name(student)))
+    if needs.features:
+        folders.append(experiment.features_dir(needs.features))
+    for folder in folders:
+        if (folder / FILE).exists():
+            record = read_json(folder / FILE)
+            return f"{record['stage']}: {record['reason']}"
+    return f"no result and no message; see {experiment.root / 'logs'}"

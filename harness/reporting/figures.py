@@ -1,0 +1,253 @@
+"""Figures, each as png and pdf: quality against budget, sample grid, training health."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from harness.artifacts import load_tensors, read_json
+from harness.config import Experiment
+from harness.evaluation.metrics import METRICS
+from harness.reporting.collect import column_name
+
+# Okabe and Ito's palette, safe for colour-blind readers; markers and dashes carry it in grey too.
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#000000", "#8C8C00")
+MARKERS = "oPs^DvX<"
+DASHES = ("-", "--", "-", "-.", "-", "--", ":", "-.")
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 100,
+        "savefig.dpi": 160,
+        "savefig.bbox": "tight",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "pdf.fonttype": 42,
+    }
+)
+
+
+def _style(experiment: Experiment) -> dict[str, dict]:
+    return {
+        name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
+        for i, name in enumerate(experiment.students)
+    }
+
+
+def _save(figure, folder: Path, name: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
+    for path in paths:
+        # No dates inside: the same numbers give the same file.
+        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    plt.close(figure)
+    return paths
+
+
+def _plain(axis, unit: str = "") -> None:
+    """Powers on a logarithmic axis as plain numbers."""
+
+    def text(value: float, _) -> str:
+        if value >= 1000 and not unit:
+            return f"{value / 1000:g}k"
+        return f"{value:g}"
+
+    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _scale_lines(axes, table: pd.DataFrame, column: str, log: bool) -> None:
+    """Horizontal lines: the teacher with many steps and with one, and the floor."""
+    for name, text in (("teacher", "teacher"), ("teacher-1step", "teacher"), ("floor", "floor")):
+        rows = table[(table.student == name) & (table.column == column)]
+        if rows.empty or (log and rows.value.iloc[0] <= 0):
+            continue
+        value, nfe = rows.value.iloc[0], rows.nfe.iloc[0]
+        label = text if pd.isna(nfe) else f"{text}, {nfe} NFE"
+        axes.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(
+            f"{label}: {value:.3g}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color="0.25",
+        )
+
+
+def quality(
+    experiment: Experiment, table: pd.DataFrame, axis: str, metrics: list[tuple[str, str]]
+) -> plt.Figure:
+    """One panel per (metric, extractor) against `axis` ("images" or "flops").
+
+    Lines are means over training seeds, bands reach from the lowest to the highest seed. Shown are
+    the snapshots on the axis's own grid, and the last.
+    """
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=(5.4 * len(metrics), 4.2), squeeze=False, layout="constrained"
+    )
+    scale = 1 if axis == "images" else 1e12
+    for panel, (metric, extractor) in zip(panels[0], metrics, strict=True):
+        column = column_name(metric, experiment.evaluation.num_samples, extractor)
+        rows = table[table.column == column]
+        log = METRICS[metric].name == "fd"
+        for name, style in _style(experiment).items():
+            mine = rows[(rows.student == name) & (rows.grid.str.contains(axis) | rows.final)]
+            if mine.empty:
+                continue
+            by = mine.assign(value=mine.value.astype(float)).groupby("images")
+            x = by[axis].mean().astype(float).to_numpy() / scale
+            panel.plot(x, by.value.mean().to_numpy(), label=name, markersize=5, **style)
+            panel.fill_between(
+                x,
+                by.value.min().to_numpy(),
+                by.value.max().to_numpy(),
+                color=style["color"],
+                alpha=0.15,
+                lw=0,
+            )
+        _scale_lines(panel, rows, column, log)
+        panel.set_xscale("log", base=2 if axis == "images" else 10)
+        if log:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            _plain(panel.yaxis, "value")
+        _plain(panel.xaxis, "" if axis == "images" else "TFLOPs")
+        arrow = "higher is better" if METRICS[metric].higher_is_better else "lower is better"
+        panel.set_title(f"{METRICS[metric].label} ({arrow})\n{column}", fontsize=10)
+        panel.set_xlabel(
+            "images that received a generator update"
+            if axis == "images"
+            else "training compute, teacher pairs included (TFLOPs)"
+        )
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
+    return figure
+
+
+def sample_grid(experiment: Experiment, per_class: int = 2) -> plt.Figure:
+    """Rows: the teacher and each student (first seed). One column: one noise and one label."""
+    sources = {"teacher": experiment.reference_score_path(next(iter(experiment.teachers)))}
+    sources |= {
+        s: experiment.score_path(s, experiment.training.seeds[0]) for s in experiment.students
+    }
+    rows, names = [], []
+    for name, path in sources.items():
+        if not path.exists():
+            continue
+        record = read_json(path)["samples"]
+        kept = load_tensors(path.parent / record["file"], record["sha256"])
+        labels = kept["labels"].numpy()
+        chosen = [i for c in np.unique(labels) for i in np.flatnonzero(labels == c)[:per_class]]
+        rows.append(kept["pixels"].numpy()[chosen])
+        names.append(name)
+    columns = max(map(len, rows)) if rows else 1
+    height, width = rows[0].shape[2:] if rows else (1, 1)
+    gap = 1
+    canvas = np.full(
+        (len(rows) * (height + gap) - gap, columns * (width + gap) - gap), 255, np.uint8
+    )
+    for r, images in enumerate(rows):
+        for c, image in enumerate(images):
+            top, left = r * (height + gap), c * (width + gap)
+            canvas[top : top + height, left : left + width] = 255 - image[0]
+    figure, axes = plt.subplots(
+        figsize=(0.5 * columns + 1.2, 0.52 * len(rows) + 0.7), layout="constrained"
+    )
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_yticks([(i + 0.5) * (height + gap) - gap for i in range(len(rows))], names)
+    axes.set_xticks(
+        [(i + 0.5) * (width + gap) - gap for i in range(columns)],
+        [str(labels[i]) for i in chosen],
+    )
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel("class asked for (top); the noise is the same down each column", labelpad=8)
+    return figure
+
+
+def training_health(experiment: Experiment) -> plt.Figure:
+    """Losses, gradient norms and skipped steps of every student, one line per seed."""
+    students = list(experiment.students)
+    figure, panels = plt.subplots(
+        3,
+        len(students),
+        figsize=(2.7 * len(students), 6.6),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    kinds = (("loss/", "loss"), ("grad_norm/", "gradient norm"), ("nonfinite/", "non-finite steps"))
+    phases: list[str] = []
+    for j, student in enumerate(students):
+        for seed in experiment.training.seeds:
+            path = experiment.run_dir(student, seed) / "train.csv"
+            if not path.exists():
+                continue
+            log = pd.read_csv(path)
+            for i, (prefix, _) in enumerate(kinds):
+                for column in (c for c in log.columns if c.startswith(prefix)):
+                    phase = column.removeprefix(prefix)
+                    if phase not in phases:
+                        phases.append(phase)
+                    k = phases.index(phase)
+                    panels[i][j].plot(
+                        log.images,
+                        log[column],
+                        color=COLOURS[(0, 2, 4, 5, 3)[k % 5]],
+                        linestyle=("-", "--", ":", "-.")[k % 4],
+                        linewidth=1.2,
+                        label=phase,
+                    )
+        panels[0][j].set_title(student, fontsize=10)
+        panels[1][j].set_yscale("log")
+        panels[2][j].set_ylim(bottom=-0.5, top=max(5, panels[2][j].get_ylim()[1]))
+        panels[2][j].set_xlabel("images")
+        panels[2][j].xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k"))
+        panels[2][j].xaxis.set_major_locator(plt.MaxNLocator(4))
+    for i, (_, text) in enumerate(kinds):
+        panels[i][0].set_ylabel(text)
+    handles = {}
+    for panel in panels.flat:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, len(handles))
+    )
+    return figure
+
+
+def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
+    """All figures; returns their paths."""
+    available = set(zip(table.metric, table.extractor, strict=True))
+    main = experiment.evaluation.main_metric
+    wanted = [(main, e) for e in experiment.evaluation.extractors]
+    wanted += [("accuracy", e) for e in experiment.evaluation.extractors]
+    metrics = [pair for pair in wanted if pair in available]
+    paths = []
+    if metrics:
+        paths += _save(quality(experiment, table, "images", metrics), folder, "quality_vs_images")
+        paths += _save(quality(experiment, table, "flops", metrics), folder, "quality_vs_compute")
+    paths += _save(sample_grid(experiment), folder, "samples")
+    paths += _save(training_health(experiment), folder, "training_health")
+    return paths

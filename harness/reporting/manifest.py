@@ -1,0 +1,84 @@
+"""manifest.json: what made the results."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from harness.artifacts import read_json, sha256_file
+from harness.config import Experiment
+from harness.machine import usable_cpus
+
+PACKAGES = (
+    *("torch", "torchvision", "diffusers", "safetensors", "open_clip_torch", "torch-fidelity"),
+    *("clean-fid", "scipy", "numpy", "pandas", "matplotlib", "snakemake", "pydantic"),
+    "scikit-learn",
+)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) -> dict:
+    """Commit, configuration, versions, device, and the hashes of weights, scores and outputs."""
+    root, status = experiment.root, _git("status", "--porcelain")
+    runs = {}
+    for student, seed in experiment.runs:
+        path = experiment.run_dir(student, seed) / "student.json"
+        if path.exists():
+            record = read_json(path)
+            runs[f"{student}/seed{seed}"] = {
+                k: record[k] for k in ("key", "sha256", "stop", "device")
+            }
+    return {
+        "schema": 1,
+        "experiment": experiment.name,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": {
+            "setting": experiment.device_setting,
+            "used": experiment.device,
+            "processor": _processor(),
+            "usable_cpus": usable_cpus(),
+        },
+        "config": experiment.raw,
+        "runs": runs,
+        "features": {
+            name: {k: record.get(k) for k in ("sha256", "held_out_accuracy", "aesthetic")}
+            for name in experiment.features
+            if (path := experiment.features_dir(name) / "features.json").exists()
+            and (record := read_json(path))
+        },
+        "protocols": protocols,
+        "outputs": {str(path.relative_to(root)): sha256_file(path) for path in outputs},
+    }

@@ -1,0 +1,56 @@
+"""The report stage: metrics.csv, comparison tables, figures, manifest."""
+
+from __future__ import annotations
+
+import sys
+
+from harness.artifacts import write_json, write_text
+from harness.config import Experiment
+from harness.reporting.collect import COLUMNS, collect
+from harness.reporting.manifest import manifest
+from harness.reporting.tables import compare, formatted, main_columns, to_latex, to_markdown
+
+
+def write_report(experiment: Experiment, partial: bool = False) -> None:
+    """Write everything under tables/ and figures/, and manifest.json.
+
+    `partial`: after a failure. Runs without scores become rows `failed (reason)`, and the manifest,
+    which vouches for a complete comparison, goes; so the workflow will write the report again.
+    """
+    root = experiment.root
+    (root / "manifest.json").unlink(missing_ok=True)
+    table, protocols = collect(experiment, partial)
+    tables = root / "tables"
+    comparison = compare(experiment, table)
+    columns = main_columns(
+        comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
+    )
+    failed = int((table.status != "ok").sum())
+    title = f"One-step students on {experiment.name}"
+    if failed:
+        title += f" (incomplete: {failed} of {len(experiment.runs)} runs failed)"
+    write_text(tables / "metrics.csv", table[list(COLUMNS)].to_csv(index=False))
+    write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))
+    write_text(tables / "comparison.md", to_markdown(comparison, title, columns))
+    write_text(tables / "comparison.tex", to_latex(comparison, title, columns))
+    outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
+    outputs += [tables / "metrics.csv"]
+    from harness.reporting.figures import draw
+
+    outputs += draw(experiment, table, root / "figures")
+    if not failed:
+        write_json(root / "manifest.json", manifest(experiment, protocols, outputs))
+
+
+def print_summary(experiment: Experiment) -> None:
+    """The comparison table for a terminal, and where the rest is."""
+    table, _ = collect(experiment, partial=True)
+    comparison = compare(experiment, table)
+    main, count = experiment.evaluation.main_metric, experiment.evaluation.num_samples
+    columns = [c for c in main_columns(comparison, main, count) if not c.startswith("recall_")]
+    text = formatted(comparison, columns).set_index("student").T
+    print(f"\n{experiment.name}: mean ± std over training seeds {experiment.training.seeds}\n")
+    print(text.to_markdown(tablefmt="simple", disable_numparse=True))
+    print(f"\nTables:  {experiment.root / 'tables'}/comparison.md, .csv, .tex and metrics.csv")
+    print(f"Figures: {experiment.root / 'figures'}/")
+    sys.stdout.flush()
