@@ -283,6 +283,8 @@ def read_yaml(path: Path) -> dict:
     def mapping(loader, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag.endswith(":merge"):  # <<: *anchor
+                continue
             key = loader.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1

@@ -1,0 +1,104 @@
+"""Shared fixtures: the smallest experiment, and a copy of the project in which it has been run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).parent / "data"
+
+torch.set_num_threads(1)
+
+
+class Workspace:
+    """A copy of the project in its own folder, with the tiny experiment as configs/tiny.yaml."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @classmethod
+    def create(cls, root: Path) -> Workspace:
+        root.mkdir(parents=True)
+        for name in ("harness", "methods", "profiles"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(ROOT / "Snakefile", root / "Snakefile")
+        (root / "configs").mkdir()
+        shutil.copy(DATA / "tiny.yaml", root / "configs" / "tiny.yaml")
+        return cls(root)
+
+    def clone(self, root: Path) -> Workspace:
+        """The same with everything that was made so far (times kept, so that nothing is stale)."""
+        shutil.copytree(self.root, root, symlinks=True)
+        return Workspace(root)
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results" / "tiny"
+
+    def config(self) -> dict:
+        return yaml.safe_load((self.root / "configs" / "tiny.yaml").read_text())
+
+    def write_config(self, config: dict, name: str = "tiny") -> Path:
+        path = self.root / "configs" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        return path
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
+
+    def run(self, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def harness(self, *arguments: str, config: str = "tiny") -> subprocess.CompletedProcess:
+        return self.run("harness", *arguments, "--configfile", f"configs/{config}.yaml")
+
+    def snakemake(self, *arguments: str, config: str = "tiny") -> subprocess.CompletedProcess:
+        return self.run(
+            "snakemake", "--cores", "8", "all", "--configfile", f"configs/{config}.yaml", *arguments
+        )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Workspace:
+    """The tiny experiment, run from nothing to the report by the workflow. Not to be changed."""
+    workspace = Workspace.create(tmp_path_factory.mktemp("finished") / "project")
+    done = workspace.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
+    workspace.first_run = done
+    return workspace
+
+
+@pytest.fixture
+def workspace(finished, tmp_path) -> Workspace:
+    """A copy of the finished project that a test may change."""
+    return finished.clone(tmp_path / "project")
+
+
+@pytest.fixture
+def empty_workspace(tmp_path) -> Workspace:
+    return Workspace.create(tmp_path / "project")
+
+
+@pytest.fixture
+def tiny() -> dict:
+    """The tiny experiment as a dict that a test may change."""
+    return yaml.safe_load((DATA / "tiny.yaml").read_text())

@@ -1,0 +1,147 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from harness.artifacts import write_json
+from harness.denoiser import EDMDenoiser, one_step
+from harness.errors import UserError
+from harness.networks import WEIGHTS, build_denoiser, load_denoiser, save_denoiser
+from harness.sampling import BLOCK, heun, noise_and_labels, one_step_generator, sample
+
+NETWORK = {
+    "type": "UNet2DModel",
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+def tiny_denoiser(seed: int = 0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_denoiser(NETWORK, (1, 8, 8), 10, 0.5)
+
+
+class Echo(EDMDenoiser):
+    """A backbone that returns its scaled input times its noise input."""
+
+    def __init__(self):
+        super().__init__(nn.Identity(), num_classes=0, sigma_data=0.5)
+
+    def null_condition(self, batch):
+        return None
+
+    def run_backbone(self, x, c_noise, condition, **extras):
+        return x * c_noise.view(-1, 1, 1, 1)
+
+
+def test_preconditioning_is_edm_table_1():
+    x, sigma = torch.randn(3, 1, 4, 4), torch.tensor([0.002, 0.7, 80.0])
+    s = sigma.view(-1, 1, 1, 1)
+    expected = 0.25 / (s**2 + 0.25) * x + s * 0.5 / (s**2 + 0.25).sqrt() * (
+        x / (s**2 + 0.25).sqrt() * s.log() / 4
+    )
+    torch.testing.assert_close(Echo()(x, sigma), expected)
+
+
+def test_a_missing_label_is_the_null_label_and_labels_matter():
+    denoiser, x, sigma = tiny_denoiser(), torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
+    with torch.no_grad():
+        without = denoiser(x, sigma)
+        assert torch.equal(without, denoiser(x, sigma, torch.full((4,), 10)))
+        assert not torch.allclose(without, denoiser(x, sigma, torch.zeros(4, dtype=torch.long)))
+        assert denoiser(x, torch.tensor([1e-3, 0.1, 5.0, 80.0])).isfinite().all()
+
+
+def test_backbone_may_run_in_bfloat16_but_the_result_is_float32():
+    denoiser, x = tiny_denoiser(), torch.randn(2, 1, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = denoiser(x, torch.full((2,), 0.5))
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, denoiser(x, torch.full((2,), 0.5)), atol=0.05, rtol=0.05)
+
+
+def test_a_student_is_its_denoiser_at_sigma_init():
+    denoiser, z, labels = tiny_denoiser(), torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    expected = denoiser(2.5 * z, torch.full((2,), 2.5), labels)
+    assert torch.equal(one_step(denoiser, z, labels, 2.5), expected)
+
+
+def test_heun_solves_the_flow_of_a_gaussian():
+    """Data N(0, s²): D(x; σ) = x s²/(s² + σ²), and the flow shrinks x by s / sqrt(s² + σ_max²)."""
+    s, z = 0.5, torch.randn(8, 1, 2, 2, dtype=torch.float64)
+    calls = []
+
+    def denoiser(x, sigma, condition):
+        calls.append(float(sigma[0]))
+        return x * s**2 / (s**2 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    exact = 80 * z * s / math.sqrt(s**2 + 80**2)
+    errors = []
+    for steps in (18, 72):
+        calls.clear()
+        x = heun(denoiser, z, steps=steps)
+        assert len(calls) == 2 * steps - 1
+        errors.append((x - exact).abs().max() / exact.abs().max())
+    assert errors[0] < 0.06
+    assert errors[1] < errors[0] / 8  # second order
+    assert calls[0] == pytest.approx(80) and calls[-1] == pytest.approx(0.002)
+
+
+def test_samples_do_not_depend_on_how_many_are_asked_for():
+    generate = one_step_generator(tiny_denoiser(), 2.5)
+
+    def images(count):
+        return torch.cat([x for x, _ in sample(generate, count, (1, 8, 8), 10, seed=5)])
+
+    many = images(2 * BLOCK + 9)
+    assert len(many) == 2 * BLOCK + 9
+    assert torch.equal(many[:7], images(7))
+    assert torch.equal(many[: BLOCK + 1], images(BLOCK + 1))
+
+
+def test_labels_are_balanced_and_belong_to_their_index():
+    _, labels = noise_and_labels(torch.arange(1000), (1,), 10, seed=0)
+    assert (labels.view(100, 10).sort(dim=1).values == torch.arange(10)).all()
+    _, part = noise_and_labels(torch.arange(137, 151), (1,), 10, seed=0)
+    assert torch.equal(part, labels[137:151])
+    assert not torch.equal(labels, noise_and_labels(torch.arange(1000), (1,), 10, seed=1)[1])
+    assert not torch.equal(labels[:10], labels[10:20])
+
+
+def test_a_folder_gives_the_denoiser_back(tmp_path):
+    denoiser, x, sigma = tiny_denoiser().eval(), torch.randn(2, 1, 8, 8), torch.ones(2)
+    sha256 = save_denoiser(denoiser, tmp_path / "d", {"sigma_init": 2.5})
+    again = load_denoiser(tmp_path / "d", sha256)
+    assert torch.equal(denoiser(x, sigma), again(x, sigma))
+    from diffusers import UNet2DModel
+
+    assert UNet2DModel.from_pretrained(tmp_path / "d", low_cpu_mem_usage=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]), "damaged"),
+        (lambda d: (d / WEIGHTS).unlink(), "missing"),
+        (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+        (lambda d: (d / "denoiser.json").write_text("{"), "denoiser.json is damaged"),
+        (lambda d: write_json(d / "config.json", {"_class_name": "UNet2DMode"}), "UNet2DModel"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(tmp_path, damage, message):
+    save_denoiser(tiny_denoiser(), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_denoiser(tmp_path)
+
+
+def test_foreign_weights_are_refused(tmp_path):
+    sha256 = save_denoiser(tiny_denoiser(0), tmp_path)
+    save_denoiser(tiny_denoiser(1), tmp_path)
+    with pytest.raises(UserError, match="from another run"):
+        load_denoiser(tmp_path, sha256)
