@@ -372,6 +372,11 @@ def _messages(error: ValidationError, prefix: tuple = (), known=_known_keys) -> 
     return lines
 
 
+def _valid(items: dict) -> list[tuple[str, Any]]:
+    """The named items of a section that are right by themselves."""
+    return [(name, item) for name, item in items.items() if item is not None]
+
+
 def _check_names(model: ExperimentModel) -> list[str]:
     names = [("name", model.name)]
     for section in ("features", "teachers", "students"):
@@ -414,7 +419,7 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
             f"{where}.settings: feature network {needs.features!r} is not under features"
             f"{did_you_mean(needs.features, model.features)}"
         )
-    elif needs.features is not None and model.features[needs.features].type == "clip":
+    elif (features := model.features.get(needs.features)) and features.type == "clip":
         lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
     return lines + _check_batch(where, own.batch, model.training)
 
@@ -441,7 +446,7 @@ def _check_shared_settings(model: ExperimentModel) -> list[str]:
     from harness.method import get_method
 
     known: set[str] = set()
-    for section in model.students.values():
+    for _, section in _valid(model.students):
         try:
             known |= set(get_method(section.method).Config.model_fields)
         except UserError:
@@ -462,32 +467,31 @@ def _check(model: ExperimentModel) -> list[str]:
     if model.data is not None and model.data.name not in SOURCES:
         hint = did_you_mean(model.data.name, SOURCES)
         lines.append(f"data.name: unknown data set {model.data.name!r}{hint}")
-    for name, teacher in model.teachers.items():
+    for name, teacher in _valid(model.teachers):
         kind = str(teacher.network.get("type"))
         if kind not in ARCHITECTURES:
             hint = did_you_mean(kind, ARCHITECTURES)
             lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
     for section in ("teachers", "features"):
-        for name, item in getattr(model, section).items():
+        for name, item in _valid(getattr(model, section)):
             if item.images % item.batch:
                 lines.append(f"{section}.{name}.images: not a multiple of its batch {item.batch}")
     for name in model.evaluation.extractors if model.evaluation else []:
         if name not in model.features:
             hint = did_you_mean(name, model.features)
             lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
-    if model.training is not None:
-        for name, student in model.students.items():
-            lines += _check_student(name, student, model)
-        if len(set(model.training.seeds)) < len(model.training.seeds):
-            lines.append("training.seeds: a seed stands twice")
-        lines += _check_shared_settings(model)
+    for name, student in _valid(model.students):
+        lines += _check_student(name, student, model)
+    if len(set(model.training.seeds)) < len(model.training.seeds):
+        lines.append("training.seeds: a seed stands twice")
+    lines += _check_shared_settings(model)
     return list(dict.fromkeys(lines))
 
 
 def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
     """Validate section by section (and named item by item), so that one mistake hides no other.
 
-    Sections that are wrong or missing are None in the model, wrong items are left out of theirs.
+    What is wrong or missing is None in the model, a section as well as a named item of one.
     """
     values: dict[str, Any] = {}
     lines: list[str] = []
@@ -506,12 +510,15 @@ def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
             values[key] = attempt(section, raw[key], (key,))
         else:
             items = {name: attempt(section, item, (key, name)) for name, item in raw[key].items()}
-            values[key] = {name: item for name, item in items.items() if item is not None}
+            values[key] = items
     try:
         return ExperimentModel.model_validate(raw), lines
     except ValidationError as error:
         lines += _messages(error)
+    training = TrainingSection.model_construct(seeds=[], budget=[])
     defaults = {"features": {}, "teachers": {}, "students": {}, "name": "unnamed"}
+    defaults["training"] = training
+    values["training"] = values.get("training") or training
     missing = dict.fromkeys(ExperimentModel.model_fields)
     return ExperimentModel.model_construct(**(missing | defaults | values)), lines
 

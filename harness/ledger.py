@@ -80,6 +80,11 @@ class Ledger:
         return cls(**record, costs=costs)
 
 
+# The costs being measured, innermost last: a backward pass counts where it runs, which may be
+# another phase than the one that ran forward.
+_ACTIVE: list[Cost] = []
+
+
 @contextlib.contextmanager
 def measure(networks: Mapping[str, nn.Module]) -> Iterator[Cost]:
     """Count operations, and the images that pass each network, while the block runs.
@@ -89,31 +94,30 @@ def measure(networks: Mapping[str, nn.Module]) -> Iterator[Cost]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    cost = Cost(passes={name: [0, 0] for name in networks})
-    hooks = []
+    def count(name: str, direction: int, images: int) -> None:
+        if _ACTIVE:
+            _ACTIVE[-1].passes.setdefault(name, [0, 0])[direction] += images
 
     def watch(name: str):
-        def backward(gradient: Tensor) -> None:
-            cost.passes[name][1] += len(gradient)
-
         def forward(module: nn.Module, args: tuple, output) -> None:
             first = output
             while not isinstance(first, Tensor):
                 first = first[0]
-            cost.passes[name][0] += len(first)
+            count(name, 0, len(first))
             if first.requires_grad:
-                first.register_hook(backward)
+                first.register_hook(lambda gradient: count(name, 1, len(gradient)))
 
         return forward
 
-    for name, network in networks.items():
-        hooks.append(network.register_forward_hook(watch(name)))
+    cost = Cost()
+    hooks = [net.register_forward_hook(watch(name)) for name, net in networks.items()]
+    _ACTIVE.append(cost)
     try:
         with FlopCounterMode(display=False) as counter:
             yield cost
         cost.flops = counter.get_total_flops()
-        cost.passes = {name: pair for name, pair in cost.passes.items() if any(pair)}
     finally:
+        _ACTIVE.remove(cost)
         for hook in hooks:
             hook.remove()
 

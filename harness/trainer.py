@@ -232,24 +232,41 @@ class Trainer:
             for start in range(0, batch, micro)
         ]
         due = [phase for phase in run.phases if self.step % phase.every == 0]
-        for position, phase in enumerate(due):
+        updates = [
+            (phase, repeat, self._variant(phase, repeat, due))
+            for phase in due
+            for repeat in range(phase.repeat)
+        ]
+        # A new variant is measured with all that runs beside it: its backward pass may go through
+        # what another phase made.
+        measuring = any(variant not in self.ledger.costs for _, _, variant in updates)
+        for phase, repeat, variant in updates:
             # Images made now carry a graph to the student only if its own update will use it; with
             # several micro-batches they would all have to be held, so they are made again instead.
-            later = due[position:] if len(contexts) == 1 else due[position : position + 1]
+            later = due[due.index(phase) :] if len(contexts) == 1 else [phase]
             with_graph = any(other.network == run.main for other in later)
-            for repeat in range(phase.repeat):
+            for context in contexts:
+                context.enter(phase.name, repeat, with_graph)
+            self._update(phase, contexts, variant, measuring)
+            if phase.network == run.main:
+                self.ledger.images += batch
+            if phase.network == run.main or len(contexts) > 1:
                 for context in contexts:
-                    context.enter(phase.name, repeat, with_graph)
-                self._update(phase, contexts)
-                if phase.network == run.main:
-                    self.ledger.images += batch
-                if phase.network == run.main or len(contexts) > 1:
-                    for context in contexts:
-                        context.forget_generated()
+                    context.forget_generated()
         self._update_ema()
         self.step += 1
 
-    def _update(self, phase: Phase, contexts: list[Context]) -> None:
+    def _variant(self, phase: Phase, repeat: int, due: list[Phase]) -> str:
+        """A name for everything that makes an update of this phase cost what it costs: the phase's
+        own variants, and which others run beside it (they share generated images)."""
+        parts = [phase.name, phase.variant(self.step)]
+        if phase.repeat > 1:
+            parts.append("first" if repeat == 0 else "again")
+        if any(other.every > 1 for other in self.run.phases):
+            parts.append("with " + "+".join(other.name for other in due))
+        return "/".join(filter(None, parts))
+
+    def _update(self, phase: Phase, contexts: list[Context], variant: str, measuring: bool) -> None:
         """Gradient of the phase's loss over the batch, and one step of its network's optimiser."""
         run = self.run
         for name, parameters in self.trainable.items():
@@ -257,11 +274,9 @@ class Trainer:
             if name != run.main:
                 for parameter in parameters:
                     parameter.requires_grad_(name == phase.network)
-        variant = "/".join(filter(None, (phase.name, phase.variant(self.step))))
-        known = variant in self.ledger.costs
         everything = {**self.frozen, **self.networks}
         total = torch.zeros((), device=run.device)
-        with contextlib.nullcontext() if known else measure(everything) as cost:
+        with measure(everything) if measuring else contextlib.nullcontext() as cost:
             for context in contexts:
                 with torch.autocast(
                     run.device.split(":")[0], torch.bfloat16, enabled=run.precision == "bf16"
@@ -269,7 +284,7 @@ class Trainer:
                     loss = phase.loss(context) / len(contexts)
                 loss.backward()
                 total += loss.detach()
-        if not known:
+        if variant not in self.ledger.costs:
             self.ledger.costs[variant] = cost
         self.ledger.add(self.ledger.costs[variant])
         self._apply(phase, total)

@@ -1,0 +1,169 @@
+"""Experiments: what is accepted, what is refused, and how a mistake is told."""
+
+import pytest
+import yaml
+
+from harness.artifacts import canonical
+from harness.cli import main
+from harness.config import load_experiment, parse_experiment
+from harness.errors import UserError
+
+
+def mistakes(raw: dict) -> list[str]:
+    with pytest.raises(UserError) as error:
+        parse_experiment(raw, "tiny.yaml")
+    first, *lines = str(error.value).splitlines()
+    count = len(lines)
+    assert first == f"tiny.yaml: {'1 mistake' if count == 1 else f'{count} mistakes'}"
+    return [line.strip() for line in lines]
+
+
+def put(raw: dict, path: str, value) -> dict:
+    *parents, last = path.split(".")
+    for parent in parents:
+        raw = raw[parent]
+    raw[last] = value
+    return raw
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-tune"])
+def test_the_shipped_experiments_are_valid(name):
+    load_experiment(f"configs/{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("students.sid.method", "sld", "students.sid.method: unknown method 'sld'; did you mean 'sid'?"),
+        (
+            "students.sid.settings",
+            {"alhpa": 1.0},
+            "students.sid.settings.alhpa: unknown key; did you mean 'alpha'?",
+        ),
+        ("students.sid.metod", "sid", "students.sid.metod: unknown key; did you mean 'method'?"),
+        ("trainng", {}, "trainng: unknown key; did you mean 'training'?"),
+        ("evaluation.num_sample", 5, "evaluation.num_sample: unknown key; did you mean 'num_samples'?"),
+        ("training.settings.lrr", 1, "training.settings.lrr: no student has this setting; did you mean 'lr'?"),
+        ("training.budget", [{"unit": "images", "amount": -5}],
+         "training.budget.0.amount: input should be greater than 0, not -5"),
+        ("training.budget", [{"unit": "image", "amount": 5}],
+         "training.budget.0.unit: input should be 'images', 'flops' or 'seconds', not 'image'"),
+        ("training.seeds", "zero", "training.seeds: input should be a valid list, not 'zero'"),
+        ("training.seeds", [1, 1], "training.seeds: a seed stands twice"),
+        ("students.sid.settings", {"lr": "fast"},
+         "students.sid.settings.lr: input should be a valid number, unable to parse string as a number, not 'fast'"),
+        ("students.sid.settings", {"lr": -1.0},
+         "students.sid.settings.lr: input should be greater than 0, not -1.0"),
+        ("students.sid.freeze", "inate",
+         "students.sid.freeze: input should be 'none' or 'innate', not 'inate'"),
+        ("students.sid.teacher", "edn",
+         "students.sid.teacher: unknown teacher 'edn'; did you mean 'edm'?"),
+        ("students.gdd.settings", {"features": "tiny-critc"},
+         "students.gdd.settings: feature network 'tiny-critc' is not under features; did you mean 'tiny-critic'?"),
+        ("students.gdd.settings", {"features": "tiny-clip"},
+         "students.gdd.settings: feature network 'tiny-clip' gives no feature maps"),
+        ("evaluation.extractors", ["tiny-cn"],
+         "evaluation.extractors: 'tiny-cn' is not under features; did you mean 'tiny-cnn'?"),
+        ("data.name", "digit", "data.name: unknown data set 'digit'; did you mean 'digits'?"),
+        ("teachers.edm.network.type", "UNet2D",
+         "teachers.edm.network.type: unknown network 'UNet2D'; did you mean 'UNet2DModel'?"),
+        ("teachers.edm.images", 1000, "teachers.edm.images: not a multiple of its batch 64"),
+        ("training.micro_batch", 5,
+         "students.dmd: batch 16 is not a multiple of training.micro_batch 5"),
+        ("name", "a/b", "name: a name is lower-case letters, digits, '.', '_' and '-', not 'a/b'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_its_key(tiny, path, value, expected):
+    put(tiny, path, value)
+    assert expected in mistakes(tiny)
+
+
+def test_a_reserved_name_is_refused(tiny):
+    tiny["students"]["teacher"] = {"method": "sid"}
+    assert mistakes(tiny) == ["students.teacher: this name is reserved"]
+
+
+def test_a_batch_that_does_not_divide_the_budget_is_told_with_the_nearest_that_do(tiny):
+    put(tiny, "training.budget", [{"unit": "images", "amount": 100}])
+    assert any("the nearest are 96 and 112" in line for line in mistakes(tiny))
+
+
+def test_all_mistakes_are_told_at_once(tiny):
+    put(tiny, "training.budget", [{"unit": "images", "amount": -5}])
+    put(tiny, "evaluation.extractors", ["tiny-cn"])
+    put(tiny, "students.sid.settings", {"alhpa": 1})
+    put(tiny, "students.sim.method", "simm")
+    put(tiny, "teachers.edm.lr", "x")
+    del tiny["data"]
+    lines = "\n".join(mistakes(tiny))
+    for key in ("training.budget.0.amount", "evaluation.extractors", "students.sid.settings.alhpa",
+                "students.sim.method", "teachers.edm.lr", "data: missing"):  # fmt: skip
+        assert key in lines
+
+
+def test_no_traceback_for_a_users_mistake(tmp_path, tiny, capsys):
+    put(tiny, "students.sid.method", "sld")
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny))
+    assert main(["train", "sid", "0", "--configfile", str(tmp_path / "x.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "did you mean 'sid'" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "not valid YAML"),
+        ("- a\n- b\n", "holds keys and values"),
+        ("name: a\nname: b\n", "line 2: key 'name' stands twice"),
+        ("extends: x.yaml\n", "leads back to the file itself"),
+        ("extends: other.yaml\n", "no such experiment file"),
+    ],
+)
+def test_a_broken_file_is_one_clear_line(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_experiment(tmp_path / "x.yaml")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_extends_merges_and_null_removes(tmp_path, tiny):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.yaml").write_text(
+        "extends: ../base.yaml\nname: x\ntraining: {seeds: [7]}\nstudents: {sid: null}\n"
+    )
+    experiment = load_experiment(tmp_path / "sub" / "x.yaml")
+    assert experiment.name == "x"
+    assert experiment.training.seeds == [7]
+    assert "sid" not in experiment.students and "sim" in experiment.students
+    assert experiment.training.budget[0].amount == 160
+
+
+def test_a_students_own_setting_wins_over_the_shared_one(tiny):
+    tiny["training"]["settings"]["lr"] = 3e-4
+    tiny["students"]["sid"]["settings"] = {"lr": 5e-4}
+    experiment = parse_experiment(tiny, "x")
+    assert experiment.method_config("sid").lr == 5e-4
+    assert experiment.method_config("sim").lr == 3e-4
+
+
+def test_specs_hold_what_matters_and_nothing_else(tiny):
+    """Evaluation and the budget are no part of what decides a run's weights."""
+    before = parse_experiment(tiny, "x")
+    tiny["evaluation"]["num_samples"] = 500
+    tiny["training"]["budget"] = [{"unit": "images", "amount": 320}]
+    tiny["students"]["sid"]["settings"] = {"alpha": 1.0}
+    after = parse_experiment(tiny, "x")
+    assert canonical(before.run_spec("sim", 0)) == canonical(after.run_spec("sim", 0))
+    assert canonical(before.run_spec("sid", 0)) != canonical(after.run_spec("sid", 0))
+    assert canonical(before.score_spec()) != canonical(after.score_spec())
+
+
+def test_every_default_says_where_it_comes_from():
+    from harness.method import get_method, method_names
+
+    for name in method_names():
+        for key, field in get_method(name).Config.model_fields.items():
+            assert field.json_schema_extra["origin"] in ("paper", "code", "ours"), (name, key)
+            assert field.description, (name, key)

@@ -1,0 +1,144 @@
+"""Every method in methods/, on a tiny denoiser: contracts, costs, freezing."""
+
+import pytest
+import torch
+
+from harness.denoiser import one_step
+from harness.freezing import freeze
+from harness.method import Sources, get_method, method_names
+from harness.networks import build_denoiser, clone_denoiser
+from harness.networks.classifiers import FeatureMaps, ResNet
+from harness.trainer import TrainingRun, train
+from tests.test_denoiser import tiny_denoiser
+
+SETTINGS = {"dmd": {"pairs": 32}, "gdd": {"features": "critic", "r1_every": 2}}
+
+
+def run_method(name: str, folder, iterations: int = 3, freezing: str = "none", **settings):
+    method_class = get_method(name)
+    config = method_class.Config(**({"batch": 8} | SETTINGS.get(name, {}) | settings))
+    teacher = tiny_denoiser()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        features = FeatureMaps(ResNet((1, 8, 8), 10, 4)) if name == "gdd" else None
+        method = method_class(config, teacher, features)
+    student = clone_denoiser(teacher)
+    freeze(student, freezing)
+    z = torch.randn(32, 1, 8, 8)
+    condition = torch.arange(32) % 10
+    with torch.no_grad():
+        pairs = {"z": z, "x": one_step(teacher, z, condition, 80.0), "condition": condition}
+    run = TrainingRun(
+        name=name,
+        folder=folder,
+        key="k",
+        seed=0,
+        networks={"student": student, **method.networks()},
+        frozen=method.frozen_networks(),
+        main="student",
+        phases=method.phases(),
+        sources=Sources((1, 8, 8), 10, config.sigma_init, z.clamp(-1, 1), condition, pairs),
+        batch=config.batch,
+        budget=[{"unit": "images", "amount": config.batch * iterations}],
+        export=lambda ema, to: {"sha256": ""},
+        progress=False,
+    )
+    return train(lambda: run), run, teacher
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_trains_its_networks_and_leaves_the_teacher_alone(name, tmp_path):
+    teacher = tiny_denoiser()
+    outcome, run, used = run_method(name, tmp_path)
+    assert all(n == 0 for n in outcome.nonfinite.values())
+    for a, b in zip(teacher.parameters(), used.parameters(), strict=True):
+        assert torch.equal(a, b)
+    student = dict(run.networks["student"].named_parameters())
+    moved = [n for n, p in teacher.named_parameters() if not torch.equal(p, student[n])]
+    # All of it but what the loss cannot reach: the row of the missing label, for instance, moves
+    # nowhere, but it is part of a table that does.
+    assert len(moved) > 0.9 * len(student)
+    for kind, network in run.networks.items():
+        for parameter in network.parameters():
+            assert parameter.isfinite().all(), kind
+
+
+# Images that pass each network in one iteration of n, as [forward, backward].
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("dmd", {}, {"student": [2, 2], "teacher": [1, 0], "fake_score": [2, 1]}),
+        ("dmd", {"regression": "none"}, {"student": [1, 1], "teacher": [1, 0], "fake_score": [2, 1]}),
+        ("sid", {}, {"student": [1, 1], "teacher": [1, 1], "fake_score": [2, 2]}),
+        ("sim", {}, {"student": [1, 1], "teacher": [1, 1], "fake_score": [2, 2]}),
+        ("gdd", {"r1_gamma": 0.0}, {"student": [2, 1], "features": [3, 1], "discriminator": [3, 3]}),
+    ],
+)  # fmt: skip
+def test_passes_of_an_iteration(name, settings, expected, tmp_path):
+    ledger = run_method(name, tmp_path, **settings)[0].ledger
+    assert ledger.passes == {k: [24 * f, 24 * b] for k, (f, b) in expected.items()}
+    assert ledger.images == 24
+    assert ledger.generated == 24 * expected["student"][0]
+
+
+def test_r1_is_a_variant_of_its_phase_and_costs_more(tmp_path):
+    ledger = run_method("gdd", tmp_path, iterations=5)[0].ledger
+    plain, regularised = ledger.costs["discriminator"], ledger.costs["discriminator/r1"]
+    assert regularised.flops > plain.flops
+    # Steps 2 and 4 of 0 .. 4: not step 0.
+    expected = 5 * ledger.costs["generator"].flops + 3 * plain.flops + 2 * regularised.flops
+    assert ledger.flops == expected
+
+
+@pytest.mark.parametrize("name", ["gdd", "sid"])
+def test_frozen_parameters_keep_every_bit_and_the_others_move(name, tmp_path):
+    _, run, teacher = run_method(name, tmp_path, freezing="innate")
+    for n, p in teacher.named_parameters():
+        mine = dict(run.networks["student"].named_parameters())[n]
+        assert torch.equal(p, mine) == (not mine.requires_grad) or "class_embedding" in n, n
+
+
+def test_innate_freezes_convolutions_and_attention_outputs_inside_the_blocks():
+    network = build_denoiser(
+        {
+            "type": "UNet2DModel",
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+        },
+        (1, 8, 8),
+        10,
+        0.5,
+    )
+    share = freeze(network, "innate")
+    frozen = {n for n, p in network.named_parameters() if not p.requires_grad}
+    b = "backbone."
+    for name in (
+        "down_blocks.0.resnets.0.conv1.weight",
+        "down_blocks.1.attentions.0.to_out.0.bias",
+        "down_blocks.0.downsamplers.0.conv.weight",
+        "up_blocks.0.upsamplers.0.conv.bias",
+        "mid_block.resnets.1.conv2.weight",
+        "mid_block.attentions.0.to_out.0.weight",
+    ):
+        assert b + name in frozen, name
+    for name in (
+        "conv_in.weight",
+        "conv_out.weight",
+        "up_blocks.0.resnets.0.conv_shortcut.weight",
+        "down_blocks.0.resnets.0.norm1.weight",
+        "down_blocks.0.resnets.0.time_emb_proj.weight",
+        "down_blocks.1.attentions.0.to_q.weight",
+        "time_embedding.linear_1.weight",
+        "class_embedding.weight",
+        "mid_block.attentions.0.group_norm.weight",
+    ):
+        assert b + name in dict(network.named_parameters()) and b + name not in frozen, name
+    total = sum(p.numel() for p in network.parameters())
+    assert share == sum(p.numel() for p in network.parameters() if not p.requires_grad) / total
+    assert 0.5 < share < 0.95
+    assert freeze(network, "none") == 0
+    with pytest.raises(ValueError, match="freezes nothing"):
+        freeze(torch.nn.Linear(2, 2), "innate")

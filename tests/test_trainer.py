@@ -1,0 +1,311 @@
+"""The loop and the ledger on a network small enough to count by hand."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.artifacts import save_tensors
+from harness.errors import UserError
+from harness.ledger import Ledger, measure
+from harness.method import Context, OptimizerConfig, Phase, Sources
+from harness.trainer import NonFiniteError, TrainingRun, grid_index, train
+
+ADAM = OptimizerConfig(lr=1e-2)
+# One image: 8 x 8 weights, forward and the gradient of the weights, multiply and add.
+FLOPS_PER_IMAGE = 2 * 2 * 64
+
+
+class Linear(nn.Module):
+    """A "denoiser" of `(B, 1, 1, 8)` with 64 weights."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor, sigma: Tensor, condition=None) -> Tensor:
+        return self.layer(x.flatten(1)).view_as(x)
+
+
+def loss(context: Context) -> Tensor:
+    return (context.generated().x - 1).square().mean()
+
+
+def run_of(folder, **settings) -> TrainingRun:
+    options = {
+        "name": "test/seed0",
+        "folder": folder,
+        "key": "k",
+        "seed": 0,
+        "networks": {"student": Linear()},
+        "frozen": {},
+        "main": "student",
+        "phases": [Phase("generator", "student", loss, ADAM)],
+        "sources": Sources((1, 1, 8), 0, 1.0),
+        "batch": 8,
+        "budget": [{"unit": "images", "amount": 64}],
+        "export": lambda ema, to: {"sha256": save_tensors(to / "w.safetensors", ema.state_dict())},
+        "tick_images": 16,
+        "checkpoint_seconds": 0,
+        "progress": False,
+    }
+    return TrainingRun(**(options | settings))
+
+
+def fit(folder, **settings):
+    return train(lambda: run_of(folder, **settings))
+
+
+def test_ledger_counts_images_passes_and_operations(tmp_path):
+    ledger = fit(tmp_path).ledger
+    assert ledger.images == 64
+    assert ledger.generated == 64
+    assert ledger.passes == {"student": [64, 64]}
+    assert ledger.flops == 64 * FLOPS_PER_IMAGE
+    assert ledger.seconds > 0 and ledger.peak_memory > 0
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    whole = fit(tmp_path / "a")
+    parts = fit(tmp_path / "b", micro_batch=2)
+    from safetensors.torch import load_file
+
+    name = f"snapshots/{whole.snapshots[-1]['name']}/w.safetensors"
+    a, b = (load_file(tmp_path / x / name)["layer.weight"] for x in "ab")
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert parts.ledger.flops == whole.ledger.flops
+
+
+@pytest.mark.parametrize(
+    ("limit", "images"),
+    [
+        ({"unit": "images", "amount": 40}, 40),
+        ({"unit": "flops", "amount": 40 * FLOPS_PER_IMAGE}, 40),
+        ({"unit": "flops", "amount": 40 * FLOPS_PER_IMAGE + 1}, 48),
+    ],
+)
+def test_a_run_stops_at_the_first_step_that_reaches_its_limit(tmp_path, limit, images):
+    far = {"unit": "seconds", "amount": 1e9}
+    outcome = fit(tmp_path, budget=[far, limit])
+    assert outcome.stop == limit
+    assert outcome.ledger.images == images
+
+
+def test_a_budget_in_seconds(tmp_path):
+    outcome = fit(tmp_path, budget=[{"unit": "seconds", "amount": 0.2}])
+    assert outcome.stop["unit"] == "seconds"
+    last = outcome.snapshots[-1]
+    assert last["before"]["seconds"] < 0.2 <= outcome.ledger.seconds
+
+
+def test_charges_count_against_the_budget(tmp_path):
+    from harness.ledger import Cost
+
+    ledger = Ledger()
+    ledger.charge("pairs", Cost(32 * FLOPS_PER_IMAGE, {"teacher": [100, 0]}), seconds=5.0)
+    budget = [{"unit": "flops", "amount": 40 * FLOPS_PER_IMAGE}]
+    outcome = fit(tmp_path / "a", ledger=ledger, budget=budget)
+    assert outcome.ledger.images == 8
+    assert outcome.ledger.passes["teacher"] == [100, 0]
+    assert outcome.ledger.seconds > 5
+    with pytest.raises(UserError, match="already spends the budget"):
+        fit(tmp_path / "b", ledger=ledger, budget=[{"unit": "seconds", "amount": 5}])
+
+
+def test_snapshots_lie_on_a_grid_that_does_not_depend_on_the_budget(tmp_path):
+    grid = {"images": {"first": 16, "per_octave": 1}, "flops": {"first": 24 * FLOPS_PER_IMAGE}}
+    grid["flops"]["per_octave"] = 1
+    short = fit(tmp_path / "a", snapshot_grid=grid, budget=[{"unit": "images", "amount": 56}])
+    assert [s["ledger"]["images"] for s in short.snapshots] == [16, 24, 32, 48, 56]
+    assert [s["grid"] for s in short.snapshots] == [
+        ["images"],
+        ["flops"],
+        ["images"],
+        ["flops"],
+        [],
+    ]
+    longer = [{"unit": "images", "amount": 72}]
+    extended = fit(tmp_path / "a", snapshot_grid=grid, budget=longer)
+    at_once = fit(tmp_path / "b", snapshot_grid=grid, budget=longer)
+    images = [s["ledger"]["images"] for s in extended.snapshots]
+    assert images == [s["ledger"]["images"] for s in at_once.snapshots] == [16, 24, 32, 48, 64, 72]
+    assert [s["sha256"] for s in extended.snapshots] == [s["sha256"] for s in at_once.snapshots]
+
+
+def test_a_shortened_budget_gives_the_weights_of_that_budget(tmp_path):
+    grid = {"images": {"first": 16, "per_octave": 1}}
+    fit(tmp_path / "a", snapshot_grid=grid, budget=[{"unit": "images", "amount": 72}])
+    for amount in (32, 40):  # on the grid: taken from it; beside it: trained again
+        budget = [{"unit": "images", "amount": amount}]
+        short = fit(tmp_path / "a", snapshot_grid=grid, budget=budget)
+        fresh = fit(tmp_path / f"b{amount}", snapshot_grid=grid, budget=budget)
+        assert short.ledger.images == amount
+        assert short.snapshots[-1]["sha256"] == fresh.snapshots[-1]["sha256"]
+        assert len(short.snapshots) == len(fresh.snapshots)
+
+
+def test_a_shortened_flops_budget_is_not_answered_by_a_later_snapshot(tmp_path):
+    fit(tmp_path, budget=[{"unit": "images", "amount": 64}])
+    budget = [{"unit": "flops", "amount": 33 * FLOPS_PER_IMAGE}]
+    assert fit(tmp_path, budget=budget).ledger.images == 40
+
+
+def test_grid_index():
+    assert [grid_index(x, 16, 1) for x in (0, 15, 16, 31, 32, 64)] == [0, 0, 1, 1, 2, 3]
+    assert [grid_index(16 * 2 ** (k / 4), 16, 4) for k in range(5)] == [1, 2, 3, 4, 5]
+
+
+def test_repeat_every_and_sharing_of_generated_images(tmp_path):
+    """A critic twice an iteration, the student every second: images are made once for both."""
+    seen = []
+
+    def critic_loss(context: Context) -> Tensor:
+        x = context.generated().x.detach()
+        seen.append(x)
+        return (context.networks["critic"](x, torch.ones(len(x))) - x).square().mean()
+
+    outcome = fit(
+        tmp_path,
+        networks={"student": Linear(), "critic": Linear()},
+        phases=[
+            Phase("critic", "critic", critic_loss, ADAM, repeat=2),
+            Phase("generator", "student", loss, ADAM, every=2),
+        ],
+        budget=[{"unit": "images", "amount": 16}],
+    )
+    # iterations 0, 1, 2; the student is updated in 0 and 2, and its batch is repeat 0's
+    assert outcome.ledger.images == 16
+    assert outcome.ledger.passes["student"] == [6 * 8, 2 * 8]
+    assert outcome.ledger.passes["critic"] == [6 * 8, 6 * 8]
+    assert not torch.equal(seen[0], seen[1])
+
+
+def nan_at(steps):
+    def broken(context: Context) -> Tensor:
+        value = loss(context)
+        return value * float("nan") if context.step in steps else value
+
+    return [Phase("generator", "student", broken, ADAM)]
+
+
+def test_non_finite_steps_are_skipped_counted_and_logged(tmp_path):
+    outcome = fit(tmp_path, phases=nan_at({1, 2, 5}), max_nonfinite=2)
+    assert outcome.nonfinite == {"generator": 3}
+    with open(tmp_path / "train.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["nonfinite/generator"] == "3"
+    assert all(float(row["loss/generator"]) < 100 for row in rows if row["loss/generator"])
+
+
+def test_too_many_non_finite_steps_stop_the_run(tmp_path):
+    grid = {"images": {"first": 16, "per_octave": 1}}
+    with pytest.raises(NonFiniteError) as error:
+        fit(tmp_path, phases=nan_at(set(range(3, 99))), max_nonfinite=2, snapshot_grid=grid)
+    message = str(error.value)
+    assert "test/seed0" in message and "'generator'" in message and "step 5" in message
+    assert "images-000000032" in message
+    assert "\n" not in message
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_resume_equals_uninterrupted(tmp_path):
+    grid = {"images": {"first": 16, "per_octave": 2}}
+    whole = fit(tmp_path / "a", snapshot_grid=grid, checkpoint_seconds=0)
+    for stop_at in (1, 3, 6):
+
+        def dying(context: Context, stop_at=stop_at) -> Tensor:
+            if context.step == stop_at:
+                raise Killed
+            return loss(context)
+
+        folder = tmp_path / f"b{stop_at}"
+        with pytest.raises(Killed):
+            fit(folder, snapshot_grid=grid, phases=[Phase("generator", "student", dying, ADAM)])
+        again = fit(folder, snapshot_grid=grid)
+        assert [s["sha256"] for s in again.snapshots] == [s["sha256"] for s in whole.snapshots]
+        assert again.ledger.flops == whole.ledger.flops
+        columns = ("step", "images", "flops", "loss/generator", "grad_norm/generator")
+        logs = []
+        for path in (tmp_path / "a", folder):
+            with open(path / "train.csv") as file:
+                logs.append([[row[c] for c in columns] for row in csv.DictReader(file)])
+        assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncate", "state-00000008.safetensors is damaged or from another run"),
+        ("remove", "state-00000008.safetensors is missing"),
+        ("foreign", "belongs to another run"),
+        ("garbage", "state.json is damaged"),
+        ("version", "another version"),
+    ],
+)
+def test_damaged_or_foreign_state_is_refused_by_name(tmp_path, damage, message):
+    fit(tmp_path)
+    tensors, record = tmp_path / "state-00000008.safetensors", tmp_path / "state.json"
+    state = json.loads(record.read_text())
+    if damage == "truncate":
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif damage == "remove":
+        tensors.unlink()
+    elif damage == "foreign":
+        record.write_text(json.dumps(state | {"key": "other"}))
+    elif damage == "garbage":
+        record.write_text(record.read_text()[:50])
+    else:
+        record.write_text(json.dumps(state | {"format": 0}))
+    with pytest.raises(UserError, match=message) as error:
+        fit(tmp_path, budget=[{"unit": "images", "amount": 128}])
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_ema_follows_its_half_life(tmp_path):
+    """With a rate of 0 but for the first step, the average closes in by half every half-life."""
+    outcome = fit(tmp_path, ema_half_life=16, ema_ramp_up=1e9)
+    from safetensors.torch import load_file
+
+    states = load_file(tmp_path / "state-00000008.safetensors")
+    assert outcome.ledger.images == 64
+    start, ema = Linear().layer.weight.detach(), states["ema/layer.weight"]
+    student = states["student/layer.weight"]
+    assert not torch.equal(ema, student) and not torch.equal(ema, start)
+    # Each step of Adam's moves every weight by about lr in one direction: the lag of an average
+    # with decay d per step is d / (1 - d) steps, d = 0.5 ** (8 / 16).
+    d = 0.5**0.5
+    lag = (student - ema).abs().mean() / ((student - start).abs().mean() / 8)
+    assert float(lag) == pytest.approx(d / (1 - d), rel=0.2)
+
+
+def test_warm_up_and_clipping(tmp_path):
+    slow = OptimizerConfig(lr=1e-2, warmup_steps=1000, clip=1e-9)
+    fit(tmp_path, phases=[Phase("generator", "student", loss, slow)])
+    from safetensors.torch import load_file
+
+    moved = load_file(tmp_path / "state-00000008.safetensors")["student/layer.weight"]
+    change = (moved - Linear().layer.weight.detach()).abs().max()
+    # Rates 1e-5, 2e-5, ... 8e-5; with the gradient clipped to eps, Adam's steps are below the rate.
+    assert 0 < change < 36e-5
+
+
+def test_measure_follows_a_gradient_penalty_and_attention():
+    q = torch.randn(2, 1, 4, 8, requires_grad=True)
+    with measure({}) as cost:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert cost.flops >= 2 * (2 * 2 * 4 * 4 * 8)
+    layer = nn.Conv2d(1, 1, 3)
+    with measure({"critic": layer}) as cost:
+        real = torch.randn(2, 1, 8, 8).requires_grad_()
+        real = real.view_as(real)
+        (gradient,) = torch.autograd.grad(layer(real).sum(), real, create_graph=True)
+        gradient.square().sum().backward()
+    assert cost.flops > 0
+    assert cost.passes["critic"][0] == 2
