@@ -44,7 +44,7 @@ def test_distributions():
     assert abs(normal.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert abs((normal[:, 0] * normal[:, 13]).mean()) < 4 / 4000**0.5
     uniform = Stream(0, "u").uniform(index, (25,)).double()
-    assert 0 <= uniform.min() and uniform.max() <= 1
+    assert uniform.min() >= 0 and uniform.max() <= 1
     assert abs(uniform.mean() - 0.5) < 4 * (1 / 12 / n) ** 0.5
     counts = Stream(0, "i").integers(index, 10, (25,)).flatten().bincount()
     assert len(counts) == 10

@@ -59,15 +59,10 @@ def _save(figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _plain(axis, unit: str = "") -> None:
-    """Powers on a logarithmic axis as plain numbers."""
-
-    def text(value: float, _) -> str:
-        if value >= 1000 and not unit:
-            return f"{value / 1000:g}k"
-        return f"{value:g}"
-
-    axis.set_major_formatter(FuncFormatter(text))
+def _plain_log(axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade of a logarithmic axis, as plain numbers."""
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -127,9 +122,11 @@ def quality(
         panel.set_xscale("log", base=2 if axis == "images" else 10)
         if log:
             panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-            _plain(panel.yaxis, "value")
-        _plain(panel.xaxis, "" if axis == "images" else "TFLOPs")
+            _plain_log(panel.yaxis)
+        if axis == "images":
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k"))
+        else:
+            _plain_log(panel.xaxis)
         arrow = "higher is better" if METRICS[metric].higher_is_better else "lower is better"
         panel.set_title(f"{METRICS[metric].label} ({arrow})\n{column}", fontsize=10)
         panel.set_xlabel(
@@ -220,7 +217,11 @@ def training_health(experiment: Experiment) -> plt.Figure:
                         label=phase,
                     )
         panels[0][j].set_title(student, fontsize=10)
-        panels[1][j].set_yscale("log")
+        if panels[1][j].lines:
+            panels[1][j].set_yscale("log")
+            _plain_log(panels[1][j].yaxis)
+        else:
+            panels[0][j].annotate("no run", (0.5, 0.5), xycoords="axes fraction", ha="center")
         panels[2][j].set_ylim(bottom=-0.5, top=max(5, panels[2][j].get_ylim()[1]))
         panels[2][j].set_xlabel("images")
         panels[2][j].xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k"))

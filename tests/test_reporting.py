@@ -1,0 +1,125 @@
+"""The tables say what the score files say."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from harness.config import load_experiment
+from harness.errors import UserError
+from harness.reporting.collect import COLUMNS, collect
+from harness.reporting.tables import _cell, compare
+
+
+@pytest.fixture(scope="session")
+def experiment(finished):
+    from pathlib import Path
+
+    path = Path(finished.root)
+    return load_experiment(path / "configs" / "tiny.yaml", results=path / "results")
+
+
+def test_metrics_csv_is_tidy(finished, experiment):
+    table = pd.read_csv(finished.results / "tables" / "metrics.csv")
+    assert tuple(table.columns) == COLUMNS
+    assert (table.schema == 1).all() and (table.experiment == "tiny").all()
+    keys = ["student", "seed", "snapshot", "metric", "extractor", "num_samples"]
+    assert not table.duplicated(keys).any()
+    # Every number that a column would hold was made by one protocol.
+    per_column = table.groupby(["metric", "extractor", "num_samples"]).protocol.nunique()
+    assert (per_column == 1).all()
+    protocols = json.loads((finished.results / "manifest.json").read_text())["protocols"]
+    assert set(table.protocol) == set(protocols)
+    assert set(table.reference) == {"digits-train1438"}
+
+
+def test_scale_rows(finished):
+    table = pd.read_csv(finished.results / "tables" / "metrics.csv")
+    nfe = table.groupby("student").nfe.unique()
+    assert list(nfe["teacher"]) == [7] and list(nfe["teacher-1step"]) == [1]
+    floor = table[table.student == "floor"]
+    assert set(floor.num_samples) == {359}  # the held-out part, never a redraw of the reference
+    for name in ("teacher", "teacher-1step", "sid"):
+        assert set(table[table.student == name].num_samples) == {359, 400}
+    accuracy = floor[(floor.metric == "accuracy") & (floor.extractor == "tiny-cnn")].value.item()
+    record = json.loads((finished.results / "features/tiny-cnn/features.json").read_text())
+    assert accuracy == pytest.approx(100 * record["held_out_accuracy"])
+
+
+def test_comparison_is_mean_and_std_of_the_scores(experiment):
+    table, _ = collect(experiment)
+    doubled = table.copy()
+    doubled["seed"] = doubled.seed + 1
+    doubled["value"] = doubled.value + 2.0
+    comparison = compare(experiment, pd.concat([table, doubled[doubled.student == "sid"]]))
+    values = comparison.values.set_index("student")
+    column = "fd_n400_tiny-cnn"
+    one = table[table.final & (table.student == "sid") & (table.column == column)].value.item()
+    assert values[column]["sid"] == pytest.approx(one + 1)
+    assert values[f"{column}_std"]["sid"] == pytest.approx(2**0.5)
+    assert values.images["sid"] == 160
+    assert pd.isna(values[f"{column}_std"]["sim"])
+    assert values.frozen["gdd-i"] > 0.5 and values.frozen["gdd"] == 0
+    assert values.data_free["gdd"] == "no" and values.data_free["sid"] == "yes"
+    note = next(n for n in comparison.notes if n.startswith("gdd-i:"))
+    assert "frozen" in note and "r1_every 4" in note
+
+
+def test_a_network_trained_against_is_flagged(finished, experiment, tmp_path):
+    from harness.evaluation.score import Scorer
+
+    scorer = Scorer(experiment)
+    held = scorer.dataset.held_out
+    rows = scorer.score(iter([(held.pixels, held.labels)]), [359], against=["tiny-cnn"])
+    flags = {row["extractor"]: row["flag"] for row in rows}
+    assert flags == {"tiny-cnn": "trained-on-extractor", "tiny-clip": ""}
+
+
+def test_scores_of_other_weights_are_not_reported(workspace):
+    experiment = load_experiment(
+        workspace.root / "configs" / "tiny.yaml", results=workspace.root / "results"
+    )
+    path = experiment.score_path("sid", 0)
+    score = json.loads(path.read_text())
+    path.write_text(json.dumps(score | {"weights": "0" * 64}))
+    with pytest.raises(UserError, match="belongs to other weights"):
+        collect(experiment)
+
+
+def test_mixed_protocols_are_refused(workspace):
+    experiment = load_experiment(
+        workspace.root / "configs" / "tiny.yaml", results=workspace.root / "results"
+    )
+    path = experiment.score_path("sid", 0)
+    score = json.loads(path.read_text())
+    old = score["entries"][0]["rows"][0]["protocol"]
+    score["protocols"]["f" * 16] = score["protocols"][old]
+    score["entries"][0]["rows"][0]["protocol"] = "f" * 16
+    path.write_text(json.dumps(score))
+    with pytest.raises(UserError, match="would mix 2 protocols"):
+        collect(experiment)
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "text"),
+    [(3.14159, None, "3.14"), (42.6, 1.26, "42.6 ± 1.3"), (0.00123, 0.0004, "0.0012 ± 0.0004"),
+     (None, None, "–"), (1234.5, 10.4, "1234 ± 10")],
+)  # fmt: skip
+def test_cells(value, std, text):
+    assert _cell(value, std) == text
+
+
+def test_latex_uses_booktabs(finished):
+    text = (finished.results / "tables" / "comparison.tex").read_text()
+    assert r"\toprule" in text and r"\bottomrule" in text
+    assert "±" not in text and "↓" not in text
+
+
+def test_manifest_holds_what_made_the_results(finished):
+    manifest = json.loads((finished.results / "manifest.json").read_text())
+    assert manifest["config"]["name"] == "tiny"
+    assert manifest["packages"]["torch"]
+    assert len(manifest["runs"]) == 6
+    assert "tables/metrics.csv" in manifest["outputs"]
+    assert 0 <= manifest["features"]["tiny-cnn"]["held_out_accuracy"] <= 1
+    assert manifest["features"]["tiny-clip"]["aesthetic"]["rank_correlation_unseen"]

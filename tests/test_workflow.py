@@ -1,0 +1,327 @@
+"""The workflow as a user runs it: what reruns, what survives a failure, what a report holds."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pandas as pd
+import pytest
+from conftest import DATA, Workspace
+
+STUDENTS = ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
+MEASURED = ["seconds"]  # columns of metrics.csv that no two runs share
+
+
+def jobs(output: str) -> list[str]:
+    """Rules (with their wildcards) that a dry run would execute: "train sid 0"."""
+    found = []
+    for block in re.split(r"\n(?=(?:local)?rule )", output)[1:]:
+        rule = re.match(r"(?:local)?rule (\w+):", block).group(1)
+        wildcards = re.search(r"wildcards: (.*)", block)
+        values = re.findall(r"=([^,\n]+)", wildcards.group(1)) if wildcards else []
+        found.append(" ".join([rule, *values]))
+    return sorted(found)
+
+
+def plan(workspace: Workspace, *arguments: str, config: str = "tiny") -> list[str]:
+    dry = workspace.snakemake("-n", *arguments, config=config)
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    return jobs(dry.stdout + dry.stderr)
+
+
+def metrics(workspace: Workspace) -> pd.DataFrame:
+    table = pd.read_csv(workspace.results / "tables" / "metrics.csv", keep_default_na=False)
+    return table.drop(columns=MEASURED)
+
+
+def test_one_command_makes_everything(finished):
+    root = finished.results
+    for name in ("metrics.csv", "comparison.csv", "comparison.md", "comparison.tex"):
+        assert (root / "tables" / name).stat().st_size > 0
+    for name in ("quality_vs_images", "quality_vs_compute", "samples", "training_health"):
+        assert (root / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (root / "figures" / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
+    table = pd.read_csv(root / "tables" / "comparison.csv")
+    assert list(table.student) == ["teacher", "teacher-1step", "floor", *STUDENTS]
+    assert (table.status == "ok").all()
+    for name in STUDENTS:  # printed at the end, with where to look
+        assert name in finished.first_run.stdout
+    assert "results/tiny/figures" in finished.first_run.stdout
+    assert (root / "logs" / "students" / "sid" / "seed0.log").read_text().count("img/s") == 5
+    assert (root / "benchmarks" / "students" / "sid" / "seed0.tsv").exists()
+
+
+def test_the_second_run_has_nothing_to_do(finished):
+    started = time.monotonic()
+    again = finished.snakemake()
+    assert again.returncode == 0
+    assert "Nothing to be done" in again.stdout + again.stderr
+    assert time.monotonic() - started < 20
+
+
+def test_editing_a_method_reruns_its_training_and_what_follows(workspace):
+    with open(workspace.root / "methods" / "sid.py", "a") as file:
+        file.write("\n# edited\n")
+    assert plan(workspace) == ["all", "report", "score sid 0", "train sid 0"]
+
+
+def test_changing_the_evaluation_reruns_scores_and_no_training(workspace):
+    config = workspace.config()
+    config["evaluation"]["num_samples"] = 410
+    workspace.write_config(config)
+    expected = ["all", "report", "score_references edm", *(f"score {s} 0" for s in STUDENTS)]
+    assert plan(workspace) == sorted(expected)
+
+
+def test_adding_a_student_trains_only_that_one(workspace):
+    config = workspace.config()
+    config["students"]["sid-12"] = {"method": "sid", "settings": {"alpha": 1.0}}
+    workspace.write_config(config)
+    assert plan(workspace) == ["all", "report", "score sid-12 0", "train sid-12 0"]
+
+
+def test_a_longer_budget_continues_and_a_shared_setting_starts_over(workspace):
+    config = workspace.config()
+    config["training"]["budget"][0]["amount"] = 192
+    workspace.write_config(config)
+    trained = [job for job in plan(workspace) if job.startswith("train")]
+    assert trained == sorted(f"train {s} 0" for s in STUDENTS)
+    done = workspace.harness("train", "sid", "0")
+    assert "resumed at 160 images" in done.stderr
+
+
+def test_another_experiment_replaces_the_default_wholly(workspace):
+    config = workspace.config() | {"name": "other"}
+    config["students"] = {"sid": config["students"]["sid"]}
+    workspace.write_config(config, "other")
+    planned = plan(workspace, config="other")
+    assert [job for job in planned if job.startswith("train")] == ["train sid 0"]
+
+
+def test_a_seconds_budget_takes_the_machine_alone(workspace):
+    config = workspace.config()
+    config["training"]["budget"] = [{"unit": "seconds", "amount": 1}]
+    workspace.write_config(config)
+    dry = workspace.snakemake("-n", "--forcerun", "train")
+    block = next(b for b in re.split(r"\n(?=rule )", dry.stdout + dry.stderr) if "rule train" in b)
+    assert "threads: 8" in block
+
+
+def test_a_seconds_budget_beside_other_work_is_flagged(workspace):
+    from harness.artifacts import machine_slot
+
+    config = workspace.config()
+    config["training"]["budget"] = [{"unit": "seconds", "amount": 0.5}]
+    workspace.write_config(config)
+    record = workspace.results / "students" / "sid" / "seed0" / "student.json"
+    with machine_slot():
+        assert workspace.harness("train", "sid", "0").returncode == 0
+    assert json.loads(record.read_text())["contended"] is True
+    assert workspace.harness("score", "sid", "0").returncode == 0
+    assert workspace.harness("report").returncode == 0
+    table = metrics(workspace)
+    assert (table[table.student == "sid"].flag == "contended").all()
+    assert (table[table.student == "sim"].flag == "").all()
+
+
+BREAK = """
+    def generator_loss(self, context):
+        import os
+
+        if context.step >= 6 and os.environ.get("BREAK"):
+            raise RuntimeError("the generator broke")
+        return self.working_generator_loss(context)
+
+    def working_generator_loss("""
+
+
+def test_a_failed_run_is_a_row_and_the_next_command_resumes_it_alone(finished, tmp_path):
+    workspace = finished.clone(tmp_path / "project")
+    # A method that fails only while BREAK is set, so that its file stays the same.
+    path = workspace.root / "methods" / "sim.py"
+    path.write_text(path.read_text().replace("\n    def generator_loss(", BREAK))
+    environment = workspace.environment | {"BREAK": "1"}
+    command = workspace.command(
+        "snakemake", "--cores", "8", "all", "--configfile", "configs/tiny.yaml"
+    )
+    broken = subprocess.run(
+        command, cwd=workspace.root, env=environment, capture_output=True, text=True
+    )
+    assert broken.returncode != 0
+    table = metrics(workspace)
+    row = table[table.student == "sim"]
+    assert list(row.status) == ["failed (training: the generator broke)"]
+    assert set(table.student) == {"teacher", "teacher-1step", "floor", *STUDENTS}
+    comparison = (workspace.results / "tables" / "comparison.md").read_text()
+    assert "incomplete: 1 of 6 runs failed" in comparison
+    assert "failed (training: the generator broke)" in comparison
+    assert not (workspace.results / "manifest.json").exists()
+    status = workspace.harness("status").stdout
+    assert re.search(r"sim/seed0 +failed", status)
+    assert "the generator broke" in status
+
+    assert plan(workspace) == ["all", "report", "score sim 0", "train sim 0"]
+    mended = workspace.snakemake()
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    log = (workspace.results / "logs" / "students" / "sim" / "seed0.log").read_text()
+    assert "resumed at 96 images" in log
+    table = metrics(workspace)
+    assert (table.status == "ok").all()
+    assert "incomplete" not in (workspace.results / "tables" / "comparison.md").read_text()
+    assert (workspace.results / "manifest.json").exists()
+    # The method's mathematics is what it was, so the numbers are, too.
+    assert table.equals(metrics(finished))
+
+
+def test_the_example_in_the_readme_runs_as_a_new_method(workspace):
+    """Diff-Instruct: copied into methods/, named in the experiment, run, and removed again."""
+    example = DATA / "example" / "diff_instruct.py"
+    assert len(example.read_text().splitlines()) <= 40
+    shutil.copy(example, workspace.root / "methods")
+    config = workspace.config()
+    config["students"]["diff-instruct"] = {"method": "diff_instruct", "settings": {"lr": 1e-4}}
+    workspace.write_config(config)
+    done = workspace.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = pd.read_csv(workspace.results / "tables" / "comparison.csv").set_index("student")
+    assert table.status["diff-instruct"] == "ok"
+    assert table["fd_n400_tiny-cnn"]["diff-instruct"] > 0
+    (workspace.root / "methods" / "diff_instruct.py").unlink()
+    gone = workspace.snakemake("-n")
+    assert gone.returncode != 0
+    assert "unknown method 'diff_instruct'" in gone.stdout + gone.stderr
+
+
+def test_a_mistake_stops_the_workflow_before_any_job(empty_workspace):
+    config = empty_workspace.config()
+    config["students"]["sid"]["method"] = "sld"
+    config["training"]["budget"][0]["amount"] = -1
+    empty_workspace.write_config(config)
+    done = empty_workspace.snakemake()
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "students.sid.method: unknown method 'sld'; did you mean 'sid'?" in output
+    assert "training.budget.0.amount: input should be greater than 0" in output
+    assert "Traceback" not in output
+    assert not empty_workspace.results.exists()
+
+
+def kill_when(workspace: Workspace, arguments: list[str], ready) -> None:
+    """Start a command, kill -9 it as soon as `ready()`, and check that it had not ended."""
+    process = subprocess.Popen(
+        workspace.command(*arguments, "--configfile", "configs/tiny.yaml"),
+        cwd=workspace.root,
+        env=workspace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def state_step(folder):
+    """The step of the only state under a run's folder, or -1."""
+    for path in folder.glob("runs/*/state.json"):
+        try:
+            return json.loads(path.read_text())["step"]
+        except (OSError, ValueError):
+            return -1
+    return -1
+
+
+@pytest.mark.parametrize(("student", "step"), zip(STUDENTS, (2, 4, 6, 8, 2, 6), strict=True))
+def test_a_killed_run_resumes_bit_for_bit(finished, workspace, student, step):
+    folder = workspace.results / "students" / student / "seed0"
+    shutil.rmtree(folder)
+    arguments = ["harness", "train", student, "0"]
+    kill_when(workspace, arguments, lambda: state_step(folder) >= step)
+    assert not (folder / "student.json").exists()
+    again = workspace.harness("train", student, "0")
+    assert again.returncode == 0, again.stderr
+    assert f"{student}/seed0: resumed at" in again.stderr
+    original = finished.results / "students" / student / "seed0"
+    mine, theirs = (json.loads((f / "student.json").read_text()) for f in (folder, original))
+    for record in (mine, theirs):
+        for snapshot in [record, *record["snapshots"]]:
+            for measured in ("seconds", "peak_memory"):
+                del snapshot["ledger"][measured]
+            snapshot.get("before", {}).pop("seconds", None)
+    # A teacher pair set has its own measured seconds; here both runs used the same files.
+    assert mine == theirs
+    logs = [
+        pd.read_csv(f / "train.csv").drop(columns=["seconds", "images_per_second"])
+        for f in (folder, original)
+    ]
+    assert logs[0].equals(logs[1])
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder", "record"),
+    [
+        (["teacher", "edm"], "teachers/edm", "teacher.json"),
+        (["features", "tiny-cnn"], "features/tiny-cnn", "features.json"),
+    ],
+)
+def test_a_killed_teacher_or_feature_network_resumes_bit_for_bit(
+    finished, workspace, stage, folder, record
+):
+    shutil.rmtree(workspace.results / folder)
+    kill_when(workspace, ["harness", *stage], lambda: state_step(workspace.results / folder) >= 2)
+    again = workspace.harness(*stage)
+    assert again.returncode == 0 and "resumed at" in again.stderr, again.stderr
+    mine, theirs = (
+        json.loads((w.results / folder / record).read_text()) for w in (workspace, finished)
+    )
+    assert mine["sha256"] == theirs["sha256"]
+
+
+def test_killed_sampling_gives_the_same_scores(finished, workspace):
+    path = workspace.results / "scores" / "sid" / "seed0.json"
+    before = path.read_text()
+    path.unlink()
+    started = time.monotonic()
+    kill_when(workspace, ["harness", "score", "sid", "0"], lambda: time.monotonic() > started + 4)
+    assert not path.exists()
+    assert workspace.harness("score", "sid", "0").returncode == 0
+    assert path.read_text() == before
+
+
+def test_a_killed_snakemake_and_its_orphans_do_no_harm(finished, tmp_path):
+    workspace = finished.clone(tmp_path / "project")
+    for student in ("sid", "gdd"):
+        shutil.rmtree(workspace.results / "students" / student)
+        shutil.rmtree(workspace.results / "scores" / student)
+    folder = workspace.results / "students" / "sid" / "seed0"
+    arguments = ["snakemake", "--cores", "8", "all"]
+    # Only Snakemake itself dies: its children go on, its lock stays.
+    kill_when(workspace, arguments, lambda: state_step(folder) >= 0)
+    done = workspace.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics(workspace).equals(metrics(finished))
+
+
+def test_teacher_pairs_resume_at_the_shard_and_are_charged(finished):
+    pairs = json.loads(next(finished.results.glob("pairs/*/pairs.json")).read_text())
+    assert pairs["evaluations"] == 64 * (2 * 3 - 1)
+    run = finished.results / "students"
+    with_pairs = json.loads((run / "dmd" / "seed0" / "student.json").read_text())["ledger"]
+    without = json.loads((run / "dmd-noreg" / "seed0" / "student.json").read_text())["ledger"]
+    assert with_pairs["images"] == without["images"] == 160
+    assert with_pairs["charges"]["pairs"]["flops"] == pairs["flops"] > 0
+    assert with_pairs["passes"]["teacher"][0] == without["passes"]["teacher"][0] + 64 * 5
+    assert with_pairs["seconds"] > pairs["seconds"]
+
+
+def test_nothing_but_whole_files_is_left(finished):
+    leftovers = [p for p in finished.results.rglob("*") if p.name.endswith(".tmp")]
+    assert leftovers == []
+    assert os.access(finished.results, os.R_OK)
