@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 8
 
-.PHONY: all install test lint format status clean
+.PHONY: all install test lint format status reference clean
 
 all: install
 	$(BIN)/snakemake --cores $(CORES) all
@@ -33,6 +33,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Keep the tables, figures and manifest of a finished experiment in the repository.
+EXPERIMENT ?= digits
+reference:
+	test -f results/$(EXPERIMENT)/manifest.json
+	mkdir -p results/reference/$(EXPERIMENT)/figures
+	cp -r results/$(EXPERIMENT)/tables results/$(EXPERIMENT)/manifest.json results/reference/$(EXPERIMENT)/
+	cp results/$(EXPERIMENT)/figures/*.png results/reference/$(EXPERIMENT)/figures/
 
 clean:
 	rm -rf results/digits .snakemake

@@ -101,6 +101,17 @@ def _status(args) -> None:
     print_status(_experiment(args))
 
 
+def _methods(args) -> None:
+    from harness.method import get_method, method_names
+
+    for name in method_names():
+        method = get_method(name)
+        print(f"{name}: {method.paper}{'' if method.data_free else ' (needs real images)'}")
+        for key, field in method.Config.model_fields.items():
+            origin = field.json_schema_extra["origin"]
+            print(f"    {key} = {field.default!r}  ({origin}: {field.description})")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -129,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--partial", action="store_true", help="show missing runs as failed")
     stage("summary", _summary, "print the comparison table")
     stage("status", _status, "show how far every run is")
+    stage("methods", _methods, "list the methods and where each default comes from")
     return parser
 
 
@@ -139,4 +151,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

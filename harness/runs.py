@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from harness import data as datasets
 from harness.artifacts import digest, machine_slot, run_lock, sha256_file, write_json
 from harness.config import Experiment
+from harness.data import Dataset
+from harness.denoiser import Denoiser
 from harness.ledger import Cost, Ledger
+from harness.method import Sources, get_method
 from harness.trainer import Outcome, TrainingRun, train
 
 
@@ -49,125 +54,147 @@ def training_record(outcome: Outcome, key: str) -> dict:
     }
 
 
-def _pairs(experiment: Experiment, student: str) -> tuple[dict, dict] | None:
-    """The record and the tensors of the teacher pairs a student needs, or None."""
+@dataclass
+class Inputs:
+    """What a student's run is made from. `charge`: what its teacher pairs cost (name, cost,
+    seconds). `hashes`: of everything here that came from a file."""
+
+    dataset: Dataset
+    teacher: Denoiser
+    features: nn.Module | None = None
+    pairs: dict[str, Tensor] | None = None
+    charge: tuple[str, Cost, float] | None = None
+    hashes: dict[str, str | None] | None = None
+
+
+def load_inputs(experiment: Experiment, student: str) -> Inputs:
+    """Read a student's data, teacher, feature network and pairs from the experiment's folder."""
+    import methods
+    from harness.feature_networks import load_feature_network
+    from harness.networks import WEIGHTS, load_denoiser
     from harness.pairs import load_pairs
 
-    name = experiment.pairs_name(student)
-    return load_pairs(experiment.pairs_dir(name)) if name else None
+    needs = experiment.requirements(student)
+    folder = experiment.teacher_dir(experiment.teacher_of(student))
+    dataset = datasets.load(experiment.data_dir())
+    source = Path(methods.__path__[0]) / f"{experiment.students[student].method}.py"
+    hashes: dict[str, str | None] = {
+        "data": dataset.sha256,
+        "teacher": sha256_file(folder / WEIGHTS),
+        "method": sha256_file(source),
+        "pairs": None,
+        "features": None,
+    }
+    inputs = Inputs(dataset, load_denoiser(folder, device=experiment.device), hashes=hashes)
+    if needs.features:
+        inputs.features, record = load_feature_network(
+            experiment.features_dir(needs.features), dataset
+        )
+        hashes["features"] = record["sha256"]
+    if needs.pairs:
+        record, inputs.pairs = load_pairs(experiment.pairs_dir(experiment.pairs_name(student)))
+        cost = Cost(record["flops"], {"teacher": [record["evaluations"], 0]})
+        inputs.charge = ("pairs", cost, record["seconds"])
+        hashes["pairs"] = record["sha256"]
+    return inputs
 
 
-def build_student_run(experiment: Experiment, student: str, seed: int, contended: bool = False):
-    """The `TrainingRun` of a student and a function that builds it afresh: `(key, make, facts)`.
-
-    `facts` is what student.json says beside the training record.
-    """
-    from harness.feature_networks import load_feature_network
+def assemble(
+    experiment: Experiment, student: str, seed: int, inputs: Inputs, folder: Path, key: str
+) -> TrainingRun:
+    """The run of a student: its networks, its method's phases, and what they draw from."""
     from harness.freezing import freeze
-    from harness.method import Sources, get_method
-    from harness.networks import clone_denoiser, load_denoiser, save_denoiser
+    from harness.networks import clone_denoiser, save_denoiser
     from harness.networks.classifiers import FeatureMaps
 
     section, training = experiment.students[student], experiment.training
     config, needs = experiment.method_config(student), experiment.requirements(student)
-    method_class, device = get_method(section.method), experiment.device
-    teacher_folder = experiment.teacher_dir(experiment.teacher_of(student))
-    dataset = datasets.load(experiment.data_dir())
-    teacher = load_denoiser(teacher_folder, device=device)
-    pairs = _pairs(experiment, student)
-    features, features_record = None, None
-    if needs.features:
-        features, features_record = load_feature_network(
-            experiment.features_dir(needs.features), dataset
-        )
-    import methods
-
-    source = Path(methods.__path__[0]) / f"{section.method}.py"
-    key = digest(
-        {
-            "spec": experiment.run_spec(student, seed),
-            "data": dataset.sha256,
-            "teacher": sha256_file(teacher_folder / "diffusion_pytorch_model.safetensors"),
-            "pairs": pairs[0]["sha256"] if pairs else None,
-            "features": features_record["sha256"] if features_record else None,
-            "method": sha256_file(source),
-        }
+    dataset, device = inputs.dataset, experiment.device
+    with seeded(seed):
+        features = FeatureMaps(inputs.features) if inputs.features else None
+        method = get_method(section.method)(config, inputs.teacher, features)
+    network = clone_denoiser(inputs.teacher)
+    freeze(network, section.freeze)
+    sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init)
+    if needs.real_images:
+        sources.images = datasets.to_model_space(dataset.train.pixels).to(device)
+        sources.labels = dataset.train.labels.to(device)
+    if inputs.pairs:
+        sources.pair_tensors = {k: v.to(device) for k, v in inputs.pairs.items()}
+    ledger = Ledger()
+    if inputs.charge:
+        ledger.charge(*inputs.charge)
+    return TrainingRun(
+        name=f"{student}/seed{seed}",
+        folder=folder,
+        key=key,
+        seed=seed,
+        networks={"student": network, **method.networks()},
+        frozen=method.frozen_networks(),
+        main="student",
+        phases=method.phases(),
+        sources=sources,
+        batch=config.batch,
+        budget=experiment.budget_spec(),
+        export=lambda ema, to: {
+            "sha256": save_denoiser(ema, to, {"sigma_init": config.sigma_init})
+        },
+        ledger=ledger,
+        micro_batch=training.micro_batch,
+        ema_half_life=config.ema_half_life,
+        ema_ramp_up=config.ema_ramp_up,
+        snapshot_grid={unit: grid.model_dump() for unit, grid in training.snapshots.items()},
+        device=device,
+        precision=training.precision,
+        tick_images=training.tick_images,
+        checkpoint_seconds=training.checkpoint_seconds,
+        max_nonfinite=training.max_nonfinite,
     )
-    facts: dict = {}
 
-    def make() -> TrainingRun:
-        with seeded(seed):
-            method = method_class(config, teacher, FeatureMaps(features) if features else None)
-        network = clone_denoiser(teacher)
-        facts["frozen_fraction"] = freeze(network, section.freeze)
-        facts["parameters"] = sum(p.numel() for p in network.parameters())
-        ledger = Ledger()
-        if pairs:
-            cost = Cost(pairs[0]["flops"], {"teacher": [pairs[0]["evaluations"], 0]})
-            ledger.charge("pairs", cost, pairs[0]["seconds"])
-        return TrainingRun(
-            name=f"{student}/seed{seed}",
-            folder=experiment.run_dir(student, seed) / "runs" / key,
-            key=key,
-            seed=seed,
-            networks={"student": network, **method.networks()},
-            frozen=method.frozen_networks(),
-            main="student",
-            phases=method.phases(),
-            sources=Sources(
-                dataset.image_shape,
-                dataset.num_classes,
-                config.sigma_init,
-                images=datasets.to_model_space(dataset.train.pixels).to(device)
-                if needs.real_images
-                else None,
-                labels=dataset.train.labels.to(device) if needs.real_images else None,
-                pair_tensors={k: v.to(device) for k, v in pairs[1].items()} if pairs else None,
-            ),
-            batch=config.batch,
-            budget=experiment.budget_spec(),
-            export=lambda ema, to: {
-                "sha256": save_denoiser(ema, to, {"sigma_init": config.sigma_init})
-            },
-            ledger=ledger,
-            micro_batch=training.micro_batch,
-            ema_half_life=config.ema_half_life,
-            ema_ramp_up=config.ema_ramp_up,
-            snapshot_grid={unit: grid.model_dump() for unit, grid in training.snapshots.items()},
-            device=device,
-            precision=training.precision,
-            tick_images=training.tick_images,
-            checkpoint_seconds=training.checkpoint_seconds,
-            max_nonfinite=training.max_nonfinite,
-        )
 
-    defaults = method_class.Config().model_dump()
-    changed = {k: v for k, v in config.model_dump().items() if v != defaults[k]}
-    facts |= {
+def describe(experiment: Experiment, student: str, seed: int) -> dict:
+    """What student.json says of a run beside its training record."""
+    section, config = experiment.students[student], experiment.method_config(student)
+    method, features = get_method(section.method), experiment.requirements(student).features
+    settings, defaults = config.model_dump(), method.Config().model_dump()
+    return {
         "experiment": experiment.name,
         "student": student,
         "seed": seed,
         "method": section.method,
-        "paper": method_class.paper,
-        "data_free": method_class.data_free,
-        "deviations": list(method_class.deviations),
-        "settings": config.model_dump(),
-        "changed_settings": changed,
+        "paper": method.paper,
+        "data_free": method.data_free,
+        "deviations": list(method.deviations),
+        "settings": settings,
+        "changed_settings": {k: v for k, v in settings.items() if v != defaults[k]},
         "freeze": section.freeze,
         "teacher": experiment.teacher_of(student),
-        "trained_against": [needs.features] if needs.features else [],
-        "device": device,
+        "trained_against": [features] if features else [],
+        "device": experiment.device,
         "nfe": 1,
     }
-    return key, make, facts
+
+
+def _parameters(network: nn.Module) -> dict:
+    total = sum(p.numel() for p in network.parameters())
+    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
+    return {"parameters": total, "frozen_fraction": frozen / total}
 
 
 def train_student(experiment: Experiment, student: str, seed: int) -> dict:
     """Train one run to its budget and write `student.json`; returns what it says."""
     run_dir = experiment.run_dir(student, seed)
     with run_lock(run_dir), machine_slot(exclusive=experiment.seconds_budget) as alone:
-        key, make, facts = build_student_run(experiment, student, seed)
+        inputs = load_inputs(experiment, student)
+        key = digest([experiment.run_spec(student, seed), inputs.hashes])
         folder = run_dir / "runs" / key
+        contended = folder / "contended"  # stays when an interrupted run goes on alone
+        if not alone:
+            folder.mkdir(parents=True, exist_ok=True)
+            contended.touch()
+        make: Callable[[], TrainingRun] = lambda: assemble(  # noqa: E731
+            experiment, student, seed, inputs, folder, key
+        )
         try:
             outcome = train(make)
         finally:
@@ -175,7 +202,12 @@ def train_student(experiment: Experiment, student: str, seed: int) -> dict:
                 for name in ("snapshots", "train.csv"):
                     link(run_dir / name, folder / name)
         link(run_dir / "model", folder / "snapshots" / outcome.snapshots[-1]["name"])
-        record = {**facts, **training_record(outcome, key), "snapshots": outcome.snapshots}
-        record["contended"] = experiment.seconds_budget and not alone
+        record = {
+            **describe(experiment, student, seed),
+            **_parameters(make().networks["student"]),
+            **training_record(outcome, key),
+            "snapshots": outcome.snapshots,
+            "contended": experiment.seconds_budget and contended.exists(),
+        }
         write_json(run_dir / "student.json", record)
     return record

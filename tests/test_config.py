@@ -43,7 +43,7 @@ def test_the_shipped_experiments_are_valid(name):
         ("students.sid.metod", "sid", "students.sid.metod: unknown key; did you mean 'method'?"),
         ("trainng", {}, "trainng: unknown key; did you mean 'training'?"),
         ("evaluation.num_sample", 5, "evaluation.num_sample: unknown key; did you mean 'num_samples'?"),
-        ("training.settings.lrr", 1, "training.settings.lrr: no student has this setting; did you mean 'lr'?"),
+        ("training.settings.lrr", 1, "training.settings.lrr: no method has this setting; did you mean 'lr'?"),
         ("training.budget", [{"unit": "images", "amount": -5}],
          "training.budget.0.amount: input should be greater than 0, not -5"),
         ("training.budget", [{"unit": "image", "amount": 5}],

@@ -8,7 +8,7 @@ import torch
 
 from harness.evaluation.aesthetic import AestheticHead, spearman
 from harness.evaluation.frechet import Moments, frechet_distance, gaussian_statistics
-from harness.evaluation.metrics import METRICS, Views, jackknife, register
+from harness.evaluation.metrics import METRICS, Reference, Views, jackknife, register
 
 
 def features(n: int, d: int = 8, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_frechet_distance_of_known_gaussians():
 
 def test_frechet_error_bar_covers_the_spread_of_repeated_draws():
     reference = features(2000, seed=7)
-    results = [compute("fd", Views(features(400, seed=s), reference)) for s in range(20)]
+    results = [compute("fd", Views(features(400, seed=s), Reference(reference))) for s in range(20)]
     spread = torch.tensor([value for value, _ in results]).std().item()
     stated = sum(error for _, error in results) / len(results)
     assert 0.5 < stated / spread < 3
@@ -61,7 +61,7 @@ def test_frechet_error_bar_covers_the_spread_of_repeated_draws():
 
 def test_kernel_distance_is_the_unbiased_estimate():
     x, y = features(60), features(45, seed=1) + 0.3
-    value, _ = compute("kd", Views(x, y))
+    value, _ = compute("kd", Views(x, Reference(y)))
     mean, std = y.double().mean(0), y.double().std(0)
     a, b = (x.double() - mean) / std, (y.double() - mean) / std
 
@@ -87,14 +87,16 @@ def test_kernel_distance_agrees_with_torch_fidelity_on_one_full_subset():
         kid_kernel_poly_degree=3,
         kid_kernel_poly_coef0=1,
     )
-    assert compute("kd", Views(x, y))[0] == pytest.approx(1000 * theirs, rel=1e-9)
+    assert compute("kd", Views(x, Reference(y)))[0] == pytest.approx(1000 * theirs, rel=1e-9)
 
 
 def test_kernel_distance_jackknife_leaves_groups_out():
     x, y = features(40), features(50, seed=1)
-    _, error = compute("kd", Views(x, y))
+    _, error = compute("kd", Views(x, Reference(y)))
     estimates = [
-        compute("kd", Views(torch.cat([g for j, g in enumerate(x.chunk(10)) if j != i]), y))[0]
+        compute(
+            "kd", Views(torch.cat([g for j, g in enumerate(x.chunk(10)) if j != i]), Reference(y))
+        )[0]
         for i in range(10)
     ]
     assert error == pytest.approx(jackknife(estimates), rel=1e-9)
@@ -110,10 +112,10 @@ def test_precision_and_recall_know_generated_from_real():
     """All generated at one real point: precise, no recall. Swapped, it is the other way round."""
     real = features(200)
     collapsed = real[:1].expand(100, -1) + 1e-4 * torch.randn(100, 8)
-    one = Views(collapsed, real)
+    one = Views(collapsed, Reference(real))
     assert compute("precision", one)[0] == 1
     assert compute("recall", one)[0] < 0.05
-    other = Views(real, collapsed)
+    other = Views(real, Reference(collapsed))
     assert compute("precision", other)[0] < 0.05
     assert compute("recall", other)[0] == 1
 
@@ -122,7 +124,7 @@ def test_precision_and_recall_agree_with_torch_fidelity():
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     x, y = features(150), features(130, seed=1) + 0.5
-    views = Views(x, y, neighbours=3)
+    views = Views(x, Reference(y), neighbours=3)
     theirs = prc_features_to_metric(x, y, prc_neighborhood=3, verbose=False)
     assert compute("precision", views)[0] == pytest.approx(float(theirs["precision"]))
     assert compute("recall", views)[0] == pytest.approx(float(theirs["recall"]))
@@ -130,17 +132,19 @@ def test_precision_and_recall_agree_with_torch_fidelity():
 
 def test_accuracy_and_clip_score():
     probabilities = torch.eye(4)[torch.tensor([0, 1, 2, 3])]
-    views = Views(torch.randn(4, 2), torch.randn(9, 2), torch.tensor([0, 1, 2, 0]), probabilities)
+    views = Views(
+        torch.randn(4, 2), Reference(torch.randn(9, 2)), torch.tensor([0, 1, 2, 0]), probabilities
+    )
     assert compute("accuracy", views)[0] == 75
     views.text_similarity = torch.tensor([0.5, -0.5, 1.0, 0.0])
     assert compute("clip-score", views)[0] == pytest.approx(37.5)
 
 
 def test_disjoint_subsets():
-    views = Views(torch.arange(10.0).view(10, 1), torch.zeros(3, 1), torch.arange(10))
+    views = Views(torch.arange(10.0).view(10, 1), Reference(torch.zeros(3, 1)), torch.arange(10))
     parts = views.disjoint(4)
     assert [p.labels.tolist() for p in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert all(len(p.reference) == 3 for p in parts)
+    assert all(p.reference is views.reference for p in parts)
 
 
 def test_a_metric_name_is_taken_once():

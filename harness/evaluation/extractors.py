@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.artifacts import load_tensors
 from harness.data import Dataset, to_model_space
-from harness.evaluation.metrics import Views
+from harness.evaluation.metrics import Reference, Views
 from harness.feature_networks import load_feature_network
 
 
@@ -73,7 +73,7 @@ class Observer:
         for extractor in self.extractors:
             self._seen[extractor.name].append(extractor.see(pixels, labels))
 
-    def views(self, name: str, reference: Tensor, neighbours: int) -> Views:
+    def views(self, name: str, reference: Reference, neighbours: int) -> Views:
         parts = self._seen[name]
         joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         return Views(

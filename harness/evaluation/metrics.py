@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,14 +20,46 @@ from harness.evaluation.frechet import Moments, frechet_distance, gaussian_stati
 GROUPS = 10
 
 
+class Reference:
+    """The reference's features `(M, D)`, and what every comparison with them needs again."""
+
+    def __init__(self, features: Tensor):
+        self.features = features
+        self._radii: dict[int, Tensor] = {}
+
+    @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        return gaussian_statistics(self.features)
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """float64, by the reference's own mean and deviation."""
+        mean, covariance = self.statistics
+        return (x.double() - mean) / covariance.diagonal().sqrt().clamp_min(1e-6)
+
+    @cached_property
+    def standardised(self) -> Tensor:
+        return self.standardise(self.features)
+
+    @cached_property
+    def kernel_within(self) -> Tensor:
+        """Mean kernel value of two different reference samples."""
+        k, m = cubic_kernel(self.standardised, self.standardised), len(self.features)
+        return (k.sum() - k.diagonal().sum()) / (m * (m - 1))
+
+    def radii(self, k: int) -> Tensor:
+        if k not in self._radii:
+            self._radii[k] = neighbour_radii(self.features, k)
+        return self._radii[k]
+
+
 @dataclass
 class Views:
-    """What one extractor saw. `features`, `reference`: `(N, D)`, `(M, D)`; `labels`: the classes
-    asked for; `probabilities`: `(N, classes)`; `text_similarity`: cosine with the caption asked
-    for, `(N,)`; `aesthetic`: `(N,)`."""
+    """What one extractor saw. `features`: `(N, D)`; `labels`: the classes asked for;
+    `probabilities`: `(N, classes)`; `text_similarity`: cosine with the caption asked for, `(N,)`;
+    `aesthetic`: `(N,)`."""
 
     features: Tensor
-    reference: Tensor
+    reference: Reference
     labels: Tensor | None = None
     probabilities: Tensor | None = None
     text_similarity: Tensor | None = None
@@ -36,9 +69,7 @@ class Views:
     def disjoint(self, count: int) -> list[Views]:
         """All disjoint subsets of `count` consecutive samples (a remainder is left out)."""
         per_sample = {
-            name: value
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name != "reference"
+            name: value for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return [
             replace(self, **{name: v[start : start + count] for name, v in per_sample.items()})
@@ -89,11 +120,16 @@ def jackknife(estimates: list[float]) -> float:
 
 @register("fd", "Fréchet distance", False, covariance="N-1")
 def frechet(views: Views) -> tuple[float, float]:
-    reference = gaussian_statistics(views.reference)
+    reference = views.reference.statistics
     everything = Moments.of(views.features)
     value = frechet_distance(*everything.statistics(), *reference)
     without = [everything - Moments.of(group) for group in views.features.chunk(GROUPS)]
     return value, jackknife([frechet_distance(*m.statistics(), *reference) for m in without])
+
+
+def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """`(x·y / D + 1)³` of all pairs."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
 
 
 @register("kd", "Kernel distance", False, kernel="(x·y/D + 1)³", estimate="unbiased", scale=1000)
@@ -101,35 +137,26 @@ def kernel_distance(views: Views) -> tuple[float, float]:
     """Squared maximum mean discrepancy, unbiased, on all samples, times 1000 (Bińkowski et al.
     2018). Features are standardised by the reference: on raw ones the cube is dominated by a few
     large coordinates and the estimate is noise."""
-    mean, std = views.reference.double().mean(dim=0), views.reference.double().std(dim=0)
-    x = (views.features.double() - mean) / std.clamp_min(1e-6)
-    y = (views.reference.double() - mean) / std.clamp_min(1e-6)
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    xx, xy, yy = kernel(x, x), kernel(x, y), kernel(y, y)
-    n, m = len(x), len(y)
-    within_y = (yy.sum() - yy.diagonal().sum()) / (m * (m - 1))
-    xx.fill_diagonal_(0)
-    rows, cross = xx.sum(dim=1), xy.sum(dim=1)
+    x, y = views.reference.standardise(views.features), views.reference.standardised
+    xx, cross = cubic_kernel(x, x).fill_diagonal_(0), cubic_kernel(x, y).sum(dim=1)
+    rows, n, m = xx.sum(dim=1), len(x), len(y)
 
     def estimate(total_xx: Tensor, total_xy: Tensor, count: int) -> float:
-        value = total_xx / (count * (count - 1)) + within_y - 2 * total_xy / (count * m)
-        return 1000 * value.item()
+        within = total_xx / (count * (count - 1)) + views.reference.kernel_within
+        return 1000 * (within - 2 * total_xy / (count * m)).item()
 
     without, start = [], 0
     for group in x.chunk(GROUPS):
         g = slice(start, start + len(group))
         start += len(group)
-        left = xx.sum() - 2 * rows[g].sum() + xx[g, g].sum()
+        left = rows.sum() - 2 * rows[g].sum() + xx[g, g].sum()
         without.append(estimate(left, cross.sum() - cross[g].sum(), n - len(group)))
-    return estimate(xx.sum(), cross.sum(), n), jackknife(without)
+    return estimate(rows.sum(), cross.sum(), n), jackknife(without)
 
 
-def _radii(points: Tensor, k: int) -> Tensor:
+def neighbour_radii(points: Tensor, k: int) -> Tensor:
     """Distance of each point to its k-th neighbour, itself not counted."""
-    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
+    return torch.cdist(points, points).topk(k + 1, dim=1, largest=False).values[:, -1]
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
@@ -140,15 +167,17 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
 @register("precision", "Precision", True)
 def precision(views: Views) -> tuple[float, float]:
     """Share of generated samples within the reference's manifold (Kynkäänniemi et al. 2019)."""
-    radii = _radii(views.reference, views.neighbours)
-    return _mean(_covered(views.features, views.reference, radii))
+    reference = views.reference
+    radii = reference.radii(views.neighbours)
+    return _mean(_covered(views.features, reference.features, radii))
 
 
 @register("recall", "Recall", True)
 def recall(views: Views) -> tuple[float, float]:
     """Share of reference samples within the generated samples' manifold."""
-    radii = _radii(views.features, views.neighbours)
-    return _covered(views.reference, views.features, radii).double().mean().item(), math.nan
+    radii = neighbour_radii(views.features, views.neighbours)
+    covered = _covered(views.reference.features, views.features, radii)
+    return covered.double().mean().item(), math.nan
 
 
 @register("accuracy", "Class accuracy (%)", True, ("probabilities", "labels"))

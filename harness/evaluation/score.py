@@ -18,7 +18,7 @@ from harness.artifacts import digest, read_json, save_tensors, write_json
 from harness.config import Experiment
 from harness.data import Dataset
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
-from harness.evaluation.metrics import METRICS, Metric, Views
+from harness.evaluation.metrics import METRICS, Metric, Reference, Views
 from harness.networks import denoiser_record, load_denoiser
 from harness.sampling import heun_generator, one_step_generator, sample
 
@@ -52,11 +52,15 @@ class Scorer:
         ]
         train = self.dataset.train
         self._reference = {
-            e.name: torch.cat(
-                [
-                    e.see(p, y)["features"]
-                    for p, y in zip(train.pixels.split(256), train.labels.split(256), strict=True)
-                ]
+            e.name: Reference(
+                torch.cat(
+                    [
+                        e.see(p, y)["features"]
+                        for p, y in zip(
+                            train.pixels.split(256), train.labels.split(256), strict=True
+                        )
+                    ]
+                )
             )
             for e in self.extractors
         }

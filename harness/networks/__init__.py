@@ -81,10 +81,10 @@ def load_denoiser(folder: Path, sha256: str | None = None, device: str = "cpu") 
 
 
 def clone_denoiser(denoiser: Denoiser) -> Denoiser:
-    """An independent copy with the same weights (a student or fake score begins as its teacher)."""
+    """An independent, trainable copy: a student or fake score begins as its teacher."""
     import copy
 
-    return copy.deepcopy(denoiser)
+    return copy.deepcopy(denoiser).requires_grad_(True)
 
 
 def denoiser_record(folder: Path) -> dict:

@@ -8,7 +8,14 @@ from harness.artifacts import write_json, write_text
 from harness.config import Experiment
 from harness.reporting.collect import COLUMNS, collect
 from harness.reporting.manifest import manifest
-from harness.reporting.tables import compare, formatted, main_columns, to_latex, to_markdown
+from harness.reporting.tables import (
+    Comparison,
+    compare,
+    formatted,
+    main_columns,
+    to_latex,
+    to_markdown,
+)
 
 
 def write_report(experiment: Experiment, partial: bool = False) -> None:
@@ -33,6 +40,7 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))
     write_text(tables / "comparison.md", to_markdown(comparison, title, columns))
     write_text(tables / "comparison.tex", to_latex(comparison, title, columns))
+    write_text(tables / "headline.md", headline(experiment, comparison))
     outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     outputs += [tables / "metrics.csv"]
     from harness.reporting.figures import draw
@@ -42,15 +50,31 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
         write_json(root / "manifest.json", manifest(experiment, protocols, outputs))
 
 
+def headline(experiment: Experiment, comparison: Comparison) -> str:
+    """The few columns that README shows: quality in the first extractor, and what it cost."""
+    extractor = experiment.evaluation.extractors[0]
+    names = (experiment.evaluation.main_metric, "recall", "accuracy")
+    wanted = [c for c in comparison.columns if c.endswith(f"_{extractor}") and c.startswith(names)]
+    columns = main_columns(
+        comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
+    )
+    text = formatted(comparison, [c for c in columns if c in wanted])
+    text = text.drop(columns=["parameters", "frozen"])
+    return text.to_markdown(index=False, disable_numparse=True) + "\n"
+
+
 def print_summary(experiment: Experiment) -> None:
     """The comparison table for a terminal, and where the rest is."""
     table, _ = collect(experiment, partial=True)
     comparison = compare(experiment, table)
     main, count = experiment.evaluation.main_metric, experiment.evaluation.num_samples
     columns = [c for c in main_columns(comparison, main, count) if not c.startswith("recall_")]
-    text = formatted(comparison, columns).set_index("student").T
+    text = formatted(comparison, columns).drop(columns="status", errors="ignore")
+    text = text.set_index("student").T
     print(f"\n{experiment.name}: mean ± std over training seeds {experiment.training.seeds}\n")
     print(text.to_markdown(tablefmt="simple", disable_numparse=True))
+    for _, row in comparison.values[comparison.values.status != "ok"].iterrows():
+        print(f"\n{row.student}: {row.status}")
     print(f"\nTables:  {experiment.root / 'tables'}/comparison.md, .csv, .tex and metrics.csv")
     print(f"Figures: {experiment.root / 'figures'}/")
     sys.stdout.flush()

@@ -1,0 +1,21 @@
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_throughput_prints_a_row_for_every_student():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/throughput.py", "--configfile", "tests/data/tiny.yaml"]
+        + ["--iterations", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [row[0].strip() for row in rows] == ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
+    for row in rows:
+        assert float(row[2]) > 0 and float(row[3]) > 0
+        assert 0 < float(row[4].strip(" %")) < 100 or row[4].strip() == "0 %"
+    assert "matmul peak" in done.stdout

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+
+from harness import data
+from harness.errors import UserError
+from harness.evaluation.aesthetic import KNOWN, UNSEEN
+
+
+def test_the_digits_split_is_stratified_fixed_and_complete(tmp_path):
+    record = data.prepare("digits", 0.2, tmp_path)
+    digits = data.load(tmp_path)
+    assert (len(digits.train), len(digits.held_out)) == (1438, 359)
+    assert digits.image_shape == (1, 8, 8) and digits.num_classes == 10
+    assert digits.class_names[7] == "seven"
+    shares = digits.held_out.labels.bincount() / (
+        digits.train.labels.bincount() + digits.held_out.labels.bincount()
+    )
+    assert ((shares - 0.2).abs() < 0.005).all()
+    # Always the same: a change here changes every number of the digits experiment.
+    assert digits.held_out.labels[:12].tolist() == HELD_OUT_LABELS
+    again = data.prepare("digits", 0.2, tmp_path / "again")
+    assert again["sha256"] == record["sha256"]
+
+
+HELD_OUT_LABELS = [7, 8, 4, 6, 9, 1, 2, 3, 6, 2, 2, 2]
+
+
+def test_no_image_is_on_both_sides():
+    labels = torch.arange(100) % 7
+    train, held_out = data.stratified_split(labels, 0.3)
+    assert sorted(torch.cat([train, held_out]).tolist()) == list(range(100))
+
+
+def test_pixels_and_model_space():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    x = data.to_model_space(pixels)
+    assert x.min() == -1 and x.max() == 1
+    assert torch.equal(data.to_pixels(x), pixels)
+    outside = data.to_pixels(torch.tensor([-3.0, 2.0, 0.0]))
+    assert outside.tolist() == [0, 255, 128]
+
+
+def test_a_damaged_data_set_is_refused_by_name(tmp_path):
+    data.prepare("digits", 0.2, tmp_path)
+    path = tmp_path / "images.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="images.safetensors is damaged"):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize("degrade", [*KNOWN.values(), *UNSEEN.values()])
+def test_degradations_begin_with_the_image_itself(degrade):
+    images = torch.rand(6, 1, 8, 8) * 2 - 1
+    noise = torch.randn_like(images)
+    none, full = torch.zeros(6, 1, 1, 1), torch.ones(6, 1, 1, 1)
+    torch.testing.assert_close(degrade(images, none, noise), images)
+    assert not torch.allclose(degrade(images, full, noise), images, atol=0.1)
+
+
+def test_feature_networks_learn_and_say_how_well(finished):
+    """Even the tiny ones beat chance by far; the aesthetic head reports both kinds of degradation."""
+    for name, chance in (("tiny-cnn", 0.5), ("tiny-critic", 0.3)):
+        record = json.loads((finished.results / "features" / name / "features.json").read_text())
+        assert record["held_out_accuracy"] > chance
+    clip = json.loads((finished.results / "features/tiny-clip/features.json").read_text())
+    assert set(clip["aesthetic"]["rank_correlation_known"]) == set(KNOWN)
+    assert set(clip["aesthetic"]["rank_correlation_unseen"]) == set(UNSEEN)
