@@ -6,8 +6,10 @@ from conftest import ROOT
 
 def test_throughput_prints_a_row_for_every_student():
     done = subprocess.run(
-        [sys.executable, "benchmarks/throughput.py", "--configfile", "tests/data/tiny.yaml"]
-        + ["--iterations", "2"],
+        [
+            *(sys.executable, "benchmarks/throughput.py", "--iterations", "2"),
+            *("--configfile", "tests/data/tiny.yaml"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -46,7 +46,7 @@ def test_a_damaged_data_set_is_refused_by_name(tmp_path):
     data.prepare("digits", 0.2, tmp_path)
     path = tmp_path / "images.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match="images.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"images\.safetensors is damaged"):
         data.load(tmp_path)
 
 
