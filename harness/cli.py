@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from harness.artifacts import machine_slot
 from harness.errors import UserError
 from harness.failures import recorded
 
@@ -37,7 +38,7 @@ def _features(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
-    with recorded(experiment.features_dir(args.name), f"features {args.name}"):
+    with recorded(experiment.features_dir(args.name), f"features {args.name}"), machine_slot():
         train_features(experiment, args.name)
 
 
@@ -46,7 +47,7 @@ def _teacher(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
-    with recorded(experiment.teacher_dir(args.name), f"teacher {args.name}"):
+    with recorded(experiment.teacher_dir(args.name), f"teacher {args.name}"), machine_slot():
         train_teacher(experiment, args.name)
 
 
@@ -55,7 +56,7 @@ def _pairs(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
-    with recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"):
+    with recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"), machine_slot():
         make_pairs(experiment, args.name)
 
 
@@ -73,7 +74,7 @@ def _score(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
-    with recorded(experiment.run_dir(args.student, args.seed), "scoring"):
+    with recorded(experiment.run_dir(args.student, args.seed), "scoring"), machine_slot():
         score_run(experiment, args.student, args.seed)
 
 
@@ -81,7 +82,8 @@ def _score_references(args) -> None:
     from harness.evaluation.score import score_references
 
     _threads(args)
-    score_references(_experiment(args), args.name)
+    with machine_slot():
+        score_references(_experiment(args), args.name)
 
 
 def _report(args) -> None:
@@ -147,6 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if not sys.stderr.isatty():  # a log begins with the command that repeats it
+        print("$ python -m harness", *(argv or sys.argv[1:]), file=sys.stderr, flush=True)
     try:
         args.function(args)
     except UserError as error:

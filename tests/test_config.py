@@ -106,7 +106,7 @@ def test_no_traceback_for_a_users_mistake(tmp_path, tiny, capsys):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny))
     assert main(["train", "sid", "0", "--configfile", str(tmp_path / "x.yaml")]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and "did you mean 'sid'" in message
+    assert message.splitlines()[1].startswith("error: ") and "did you mean 'sid'" in message
     assert "Traceback" not in message
 
 
