@@ -29,7 +29,6 @@ from harness.method import (
     Requirements,
     code,
     ours,
-    paper,
 )
 
 
@@ -92,7 +91,7 @@ class GDD(Method):
         r1_gamma: float = code(1e-4, "acts as gamma / n here", ge=0)
         r1_every: int = code(16, "lazy regularisation, loss x 16, not at step 0", gt=0)
         features: str = ours("", "the experiment's feature network under the discriminator")
-        width: int = paper(64, "cout 64", gt=0)
+        width: int = code(64, "cout: channels of the projected discriminator", gt=0)
         ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
         ema_ramp_up: float = code(0.05, "CIFAR-10", gt=0)
 

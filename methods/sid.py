@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from harness.fake_score import denoising_phase
-from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, code, paper
+from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, code
 from harness.networks import clone_denoiser
 from harness.schedules import karras_sigma, lognormal_sigma
 
@@ -40,7 +40,7 @@ class SiD(Method):
 
     class Config(MethodConfig):
         batch: int = code(256, "CIFAR-10", gt=0)
-        sigma_init: float = paper(2.5, "training settings", gt=0)
+        sigma_init: float = code(2.5, "initial noise level", gt=0)
         lr: float = code(1e-5, "CIFAR-10", gt=0)
         fake_lr: float = code(1e-5, "CIFAR-10", gt=0)
         betas: tuple[float, float] = code((0.0, 0.999), "CIFAR-10")

@@ -60,7 +60,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) 
         "schema": 1,
         "experiment": experiment.name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m harness", *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
