@@ -28,9 +28,16 @@ def digest(value) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
+def _missing(path: Path) -> UserError:
+    return UserError(f"{path} is missing; run the workflow (or the stage that makes it)")
+
+
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise _missing(path) from None
 
 
 @contextlib.contextmanager
@@ -78,9 +85,7 @@ def read_json(path: Path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing; run the workflow (or the stage that makes it)"
-        ) from None
+        raise _missing(path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run the same command again"
@@ -109,9 +114,7 @@ def load_tensors(path: Path, sha256: str | None = None, device: str = "cpu") -> 
             )
         return load_file(path, device=device)
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing; run the workflow (or the stage that makes it)"
-        ) from None
+        raise _missing(path) from None
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run the same command again"

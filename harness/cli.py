@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from harness.artifacts import machine_slot
-from harness.errors import UserError
+from harness.errors import UserError, did_you_mean
 from harness.failures import recorded
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
@@ -18,6 +18,11 @@ def _experiment(args):
     from harness.config import load_experiment
 
     return load_experiment(args.configfile)
+
+
+def _check_known(what: str, name: str, known) -> None:
+    if name not in known:
+        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
 
 
 def _threads(args) -> None:
@@ -38,7 +43,8 @@ def _features(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
-    with recorded(experiment.features_dir(args.name), f"features {args.name}"), machine_slot():
+    _check_known("feature network", args.name, experiment.features)
+    with recorded(experiment.features_dir(args.name), "training"), machine_slot():
         train_features(experiment, args.name)
 
 
@@ -47,7 +53,8 @@ def _teacher(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
-    with recorded(experiment.teacher_dir(args.name), f"teacher {args.name}"), machine_slot():
+    _check_known("teacher", args.name, experiment.teachers)
+    with recorded(experiment.teacher_dir(args.name), "training"), machine_slot():
         train_teacher(experiment, args.name)
 
 
@@ -56,6 +63,7 @@ def _pairs(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
+    _check_known("pair set", args.name, experiment.pair_sets)
     with recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"), machine_slot():
         make_pairs(experiment, args.name)
 
@@ -65,6 +73,7 @@ def _train(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
+    _check_known("student", args.student, experiment.students)
     with recorded(experiment.run_dir(args.student, args.seed), "training"):
         train_student(experiment, args.student, args.seed)
 
@@ -74,6 +83,7 @@ def _score(args) -> None:
 
     _threads(args)
     experiment = _experiment(args)
+    _check_known("student", args.student, experiment.students)
     with recorded(experiment.run_dir(args.student, args.seed), "scoring"), machine_slot():
         score_run(experiment, args.student, args.seed)
 
@@ -82,8 +92,10 @@ def _score_references(args) -> None:
     from harness.evaluation.score import score_references
 
     _threads(args)
+    experiment = _experiment(args)
+    _check_known("teacher", args.name, experiment.teachers)
     with machine_slot():
-        score_references(_experiment(args), args.name)
+        score_references(experiment, args.name)
 
 
 def _report(args) -> None:

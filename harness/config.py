@@ -112,7 +112,7 @@ class EvaluationSection(Section):
 
 class ExperimentModel(Section):
     name: str
-    device: str = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     data: DataSection
     features: dict[str, FeatureSection]
     teachers: dict[str, TeacherSection] = Field(min_length=1)
@@ -138,11 +138,16 @@ class Experiment:
 
     @property
     def device(self) -> str:
-        if self.device_setting != "auto":
-            return self.device_setting
+        if self.device_setting == "cpu":
+            return "cpu"
         import torch
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        available = torch.cuda.is_available()
+        if self.device_setting == "auto":
+            return "cuda" if available else "cpu"
+        if not available:
+            raise UserError(f"device: {self.device_setting} is not there; use cpu or auto")
+        return self.device_setting
 
     def teacher_of(self, student: str) -> str:
         return self.students[student].teacher or next(iter(self.teachers))

@@ -26,16 +26,22 @@ def recorded(folder: Path, stage: str) -> Iterator[None]:
 
 def reason(experiment: Experiment, student: str, seed: int) -> str:
     """One line that says why a run has no scores: its own failure, or that of what it needs."""
-    needs = experiment.requirements(student)
-    folders = [
-        experiment.run_dir(student, seed),
-        experiment.teacher_dir(experiment.teacher_of(student)),
-        *(experiment.features_dir(name) for name in experiment.evaluation.extractors),
-    ]
+    needs, folders = experiment.requirements(student), [experiment.run_dir(student, seed)]
     if needs.pairs:
         folders.append(experiment.pairs_dir(experiment.pairs_name(student)))
     if needs.features:
         folders.append(experiment.features_dir(needs.features))
+    return _first(experiment, folders, experiment.teacher_of(student))
+
+
+def teacher_reason(experiment: Experiment, teacher: str) -> str:
+    """The same for the rows of a teacher."""
+    return _first(experiment, [], teacher)
+
+
+def _first(experiment: Experiment, folders: list[Path], teacher: str) -> str:
+    folders = [*folders, experiment.teacher_dir(teacher)]
+    folders += [experiment.features_dir(name) for name in experiment.evaluation.extractors]
     for folder in folders:
         if (folder / FILE).exists():
             record = read_json(folder / FILE)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -192,9 +193,7 @@ def train_student(experiment: Experiment, student: str, seed: int) -> dict:
         if not alone:
             folder.mkdir(parents=True, exist_ok=True)
             contended.touch()
-        make: Callable[[], TrainingRun] = lambda: assemble(  # noqa: E731
-            experiment, student, seed, inputs, folder, key
-        )
+        make = partial(assemble, experiment, student, seed, inputs, folder, key)
         try:
             outcome = train(make)
         finally:

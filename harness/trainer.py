@@ -81,7 +81,7 @@ class Outcome:
     nonfinite: dict[str, int]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """Too many consecutive steps with a non-finite loss or gradient."""
 
 

@@ -70,6 +70,7 @@ def test_the_shipped_experiments_are_valid(name):
         ("teachers.edm.images", 1000, "teachers.edm.images: not a multiple of its batch 64"),
         ("training.micro_batch", 5,
          "students.dmd: batch 16 is not a multiple of training.micro_batch 5"),
+        ("device", "gpu", "device: string should match pattern '^(auto|cpu|cuda(:\\d+)?)$', not 'gpu'"),
         ("name", "a/b", "name: a name is lower-case letters, digits, '.', '_' and '-', not 'a/b'"),
     ],
 )  # fmt: skip
@@ -108,6 +109,27 @@ def test_no_traceback_for_a_users_mistake(tmp_path, tiny, capsys):
     message = capsys.readouterr().err
     assert message.splitlines()[1].startswith("error: ") and "did you mean 'sid'" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "sdi", "0"], "unknown student 'sdi'; did you mean 'sid'?"),
+        (["teacher", "end"], "unknown teacher 'end'; did you mean 'edm'?"),
+        (["features", "tiny-cn"], "unknown feature network 'tiny-cn'; did you mean 'tiny-cnn'?"),
+        (["pairs", "x"], "unknown pair set 'x'; known: edm_n64_steps3"),
+        (["train", "sid", "0"], "data.json is missing; run the workflow"),
+        (["score", "sid", "0"], "student.json is missing; run the workflow"),
+        (["report"], "edm.json is missing or belongs to other weights; run the workflow"),
+    ],
+)
+def test_a_stage_called_by_hand_too_early_or_by_a_wrong_name(
+    tmp_path, monkeypatch, tiny, capsys, arguments, message
+):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny))
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--configfile", "x.yaml"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

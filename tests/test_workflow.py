@@ -177,6 +177,20 @@ def test_a_failed_run_is_a_row_and_the_next_command_resumes_it_alone(finished, t
     assert table.equals(metrics(finished))
 
 
+def test_a_failed_teacher_fails_every_student_by_name(workspace):
+    config = workspace.config()
+    config["teachers"]["edm"]["lr"] = 1e30
+    config["training"]["max_nonfinite"] = 3
+    workspace.write_config(config)
+    assert workspace.snakemake().returncode != 0
+    table = metrics(workspace)
+    students = table[table.student.isin(STUDENTS)]
+    assert list(students.student) == STUDENTS
+    assert students.status.str.match(
+        r"failed \(training: teacher edm: 4 consecutive non-finite steps, .* 'denoise' at step"
+    ).all()
+
+
 def test_the_example_in_the_readme_runs_as_a_new_method(workspace):
     """Diff-Instruct: copied into methods/, named in the experiment, run, and removed again."""
     example = DATA / "example" / "diff_instruct.py"

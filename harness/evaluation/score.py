@@ -232,7 +232,13 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         print(f"{teacher}: scored {name}", file=sys.stderr, flush=True)
     _finish(
         experiment.reference_score_path(teacher),
-        {"teacher": teacher, "method": None, "seed": None, "entries": entries},
+        {
+            "teacher": teacher,
+            "method": None,
+            "seed": None,
+            "weights": record["sha256"],
+            "entries": entries,
+        },
         scorer,
         kept,
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
 import pandas as pd
 
 from harness import failures
@@ -22,16 +26,12 @@ def column_name(metric: str, num_samples: int, extractor: str) -> str:
     return f"{metric}_n{num_samples}_{extractor}"
 
 
-def _score(experiment: Experiment, student: str, seed: int) -> dict | None:
-    """The run's scores, if they belong to its present weights."""
-    run, path = (
-        experiment.run_dir(student, seed) / "student.json",
-        experiment.score_path(student, seed),
-    )
-    if not run.exists() or not path.exists():
+def _score(made: Path, scores: Path) -> dict | None:
+    """The scores of what the record `made` describes, if they belong to its present weights."""
+    if not made.exists() or not scores.exists():
         return None
-    score = read_json(path)
-    return score if score["weights"] == read_json(run)["sha256"] else None
+    score = read_json(scores)
+    return score if score["weights"] == read_json(made)["sha256"] else None
 
 
 def _rows(experiment: Experiment, record: dict, common: dict) -> list[dict]:
@@ -70,27 +70,34 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
     """
     rows, protocols = [], {}
     common = {"schema": SCHEMA, "experiment": experiment.name, "status": "ok"}
-    for teacher in experiment.teachers:
-        path = experiment.reference_score_path(teacher)
-        if path.exists() or not partial:
-            record = read_json(path)
-            protocols |= record["protocols"]
-            rows += _rows(experiment, record, common)
-    for student, seed in experiment.runs:
-        score = _score(experiment, student, seed)
-        if score is not None:
-            protocols |= score["protocols"]
-            rows += _rows(experiment, score, common)
+
+    def add(made: Path, scores: Path, identity: dict, reason: Callable[[], str]) -> None:
+        record = _score(made, scores)
+        if record is not None:
+            protocols.update(record["protocols"])
+            rows.extend(_rows(experiment, record, common))
         elif partial:
-            reason = failures.reason(experiment, student, seed)
-            method = experiment.students[student].method
-            failed = {"student": student, "method": method, "seed": seed, "final": True, "grid": ""}
-            rows.append(common | failed | {"status": f"failed ({reason})"})
+            failed = {"status": f"failed ({reason()})", "final": True, "grid": ""}
+            rows.append(common | identity | failed)
         else:
             raise UserError(
-                f"{experiment.score_path(student, seed)} is missing or belongs to other weights; "
-                "run the workflow again"
+                f"{scores} is missing or belongs to other weights; run the workflow again"
             )
+
+    for teacher in experiment.teachers:
+        add(
+            experiment.teacher_dir(teacher) / "teacher.json",
+            experiment.reference_score_path(teacher),
+            {"student": "teacher"},
+            functools.partial(failures.teacher_reason, experiment, teacher),
+        )
+    for student, seed in experiment.runs:
+        add(
+            experiment.run_dir(student, seed) / "student.json",
+            experiment.score_path(student, seed),
+            {"student": student, "method": experiment.students[student].method, "seed": seed},
+            functools.partial(failures.reason, experiment, student, seed),
+        )
     table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid"])
     for column in ("seed", "nfe", "ema", "images", "flops", "sample_seed", "num_samples"):
         table[column] = table[column].astype("Int64")

@@ -96,10 +96,14 @@ def quality(
     the snapshots on the axis's own grid, and the last.
     """
     figure, panels = plt.subplots(
-        1, len(metrics), figsize=(5.4 * len(metrics), 4.2), squeeze=False, layout="constrained"
+        1,
+        max(1, len(metrics)),
+        figsize=(5.4 * max(1, len(metrics)), 4.2),
+        squeeze=False,
+        layout="constrained",
     )
     scale = 1 if axis == "images" else 1e12
-    for panel, (metric, extractor) in zip(panels[0], metrics, strict=True):
+    for panel, (metric, extractor) in zip(panels[0], metrics, strict=bool(metrics)):
         column = column_name(metric, experiment.evaluation.num_samples, extractor)
         rows = table[table.column == column]
         log = METRICS[metric].name == "fd"
@@ -135,7 +139,8 @@ def quality(
             else "training compute, teacher pairs included (TFLOPs)"
         )
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -155,9 +160,13 @@ def sample_grid(experiment: Experiment, per_class: int = 2) -> plt.Figure:
         chosen = [i for c in np.unique(labels) for i in np.flatnonzero(labels == c)[:per_class]]
         rows.append(kept["pixels"].numpy()[chosen])
         names.append(name)
-    columns = max(map(len, rows)) if rows else 1
-    height, width = rows[0].shape[2:] if rows else (1, 1)
-    gap = 1
+    if not rows:
+        figure, axes = plt.subplots(figsize=(4, 1), layout="constrained")
+        axes.set_axis_off()
+        axes.annotate("no samples", (0.5, 0.5), xycoords="axes fraction", ha="center")
+        return figure
+    columns, gap = max(map(len, rows)), 1
+    height, width = rows[0].shape[2:]
     canvas = np.full(
         (len(rows) * (height + gap) - gap, columns * (width + gap) - gap), 255, np.uint8
     )
@@ -232,9 +241,10 @@ def training_health(experiment: Experiment) -> plt.Figure:
     for panel in panels.flat:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, len(handles))
-    )
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
+        )
     return figure
 
 
@@ -245,10 +255,10 @@ def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path
     wanted = [(main, e) for e in experiment.evaluation.extractors]
     wanted += [("accuracy", e) for e in experiment.evaluation.extractors]
     metrics = [pair for pair in wanted if pair in available]
-    paths = []
-    if metrics:
-        paths += _save(quality(experiment, table, "images", metrics), folder, "quality_vs_images")
-        paths += _save(quality(experiment, table, "flops", metrics), folder, "quality_vs_compute")
-    paths += _save(sample_grid(experiment), folder, "samples")
-    paths += _save(training_health(experiment), folder, "training_health")
-    return paths
+    figures = {
+        "quality_vs_images": quality(experiment, table, "images", metrics),
+        "quality_vs_compute": quality(experiment, table, "flops", metrics),
+        "samples": sample_grid(experiment),
+        "training_health": training_health(experiment),
+    }
+    return [path for name, figure in figures.items() for path in _save(figure, folder, name)]

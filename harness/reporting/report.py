@@ -32,9 +32,10 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     columns = main_columns(
         comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
     )
-    failed = int((table.status != "ok").sum())
+    complete = bool((table.status == "ok").all())
     title = f"One-step students on {experiment.name}"
-    if failed:
+    if not complete:
+        failed = int((table.seed.notna() & (table.status != "ok")).sum())
         title += f" (incomplete: {failed} of {len(experiment.runs)} runs failed)"
     write_text(tables / "metrics.csv", table[list(COLUMNS)].to_csv(index=False))
     write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))
@@ -46,7 +47,7 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     from harness.reporting.figures import draw
 
     outputs += draw(experiment, table, root / "figures")
-    if not failed:
+    if complete:
         write_json(root / "manifest.json", manifest(experiment, protocols, outputs))
 
 
