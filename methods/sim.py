@@ -8,7 +8,8 @@ distance it is SiD's case α = 1 without its projection; here `d` is the pseudo-
 Deviations:
 * Only inference code was released, and no CIFAR-10 training setting was confirmed: a
   re-implementation in SiD's frame (noise levels, optimiser, EMA), whose settings are tagged `ours`.
-* `weight: sid` normalises each sample as SiD does; `one` is the plain divergence.
+* `weight: one` is the plain divergence, whose gradient d' already has a bounded length; `sid`
+  divides each sample's loss as SiD does.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class SIM(Method):
         fake_lr: float = ours(1e-5, "as SiD; not published", gt=0)
         betas: tuple[float, float] = ours((0.0, 0.999), "as SiD; not published")
         c: float = code(0.001, "the author, in an issue of the repository", ge=0)
-        weight: Literal["one", "sid"] = ours("sid", "as SiD; not published")
+        weight: Literal["one", "sid"] = ours("one", "the plain divergence; not published")
         t_max: float = ours(0.8, "as SiD; not published", gt=0, le=1)
         p_mean: float = ours(-1.2, "as SiD; not published")
         p_std: float = ours(1.2, "as SiD; not published", gt=0)

@@ -31,7 +31,7 @@ def _score(made: Path, scores: Path) -> dict | None:
     if not made.exists() or not scores.exists():
         return None
     score = read_json(scores)
-    return score if score["weights"] == read_json(made)["sha256"] else None
+    return score if score.get("weights") == read_json(made)["sha256"] else None
 
 
 def _rows(experiment: Experiment, record: dict, common: dict) -> list[dict]:
