@@ -126,7 +126,7 @@ def test_manifest_holds_what_made_the_results(finished):
 
 
 def test_readme_shows_the_reference_table_and_the_example_that_is_tested():
-    from conftest import DATA, ROOT
+    from tests.conftest import DATA, ROOT
 
     readme = (ROOT / "README.md").read_text()
     assert (ROOT / "results/reference/digits/tables/headline.md").read_text() in readme

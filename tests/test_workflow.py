@@ -10,7 +10,7 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import DATA, Workspace
+from tests.conftest import DATA, Workspace
 
 STUDENTS = ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
 MEASURED = ["seconds"]  # columns of metrics.csv that no two runs share
