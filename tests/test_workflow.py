@@ -10,6 +10,7 @@ import time
 
 import pandas as pd
 import pytest
+
 from tests.conftest import DATA, Workspace
 
 STUDENTS = ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
