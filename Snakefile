@@ -2,7 +2,7 @@
 # The experiment is configs/digits.yaml, or whatever --configfile names (which replaces it wholly).
 from snakemake.utils import min_version
 
-min_version("9.10")
+min_version("9.27")
 
 if not workflow.configfiles:
 

@@ -29,7 +29,10 @@ def digest(value) -> str:
 
 
 def _missing(path: Path) -> UserError:
-    return UserError(f"{path} is missing; run the workflow (or the stage that makes it)")
+    return UserError(
+        f"{path} is missing; run the workflow (or the stage that makes it), and if it is still "
+        f"missing delete {path.parent} first"
+    )
 
 
 def sha256_file(path: Path) -> str:
@@ -80,16 +83,23 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path):
+def _damaged(path: Path, why: str, owner: Path | None) -> UserError:
+    """`owner`: the folder that has to go for the file to be made again."""
+    return UserError(
+        f"{path} is damaged or from another run ({why}); delete {owner or path.parent} and run the "
+        "same command again"
+    )
+
+
+def read_json(path: Path, owner: Path | None = None):
     """The value in a JSON file that a stage wrote; a missing or broken file is one clear line."""
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _missing(path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it and run the same command again"
-        ) from None
+        raise _damaged(path, str(error), owner) from None
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> str:
@@ -101,24 +111,23 @@ def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = No
         return sha256_file(temporary)
 
 
-def load_tensors(path: Path, sha256: str | None = None, device: str = "cpu") -> dict:
-    """Read safetensors; a truncated or foreign file is refused with one clear line."""
+def load_tensors(
+    path: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
+) -> dict:
+    """Read safetensors; a missing, truncated or foreign file is refused with one clear line, which
+    says that `owner` (its folder, if not given) is to be deleted."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = Path(path)
     try:
         if sha256 is not None and sha256_file(path) != sha256:
-            raise UserError(
-                f"{path} is damaged or from another run (its sha256 is not the recorded one); "
-                "delete it and run the same command again"
-            )
+            raise _damaged(path, "its sha256 is not the recorded one", owner)
         return load_file(path, device=device)
     except FileNotFoundError:
         raise _missing(path) from None
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it and run the same command again"
-        ) from None
+        raise _damaged(path, str(error), owner) from None
 
 
 @contextlib.contextmanager

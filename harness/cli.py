@@ -64,8 +64,11 @@ def _pairs(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("pair set", args.name, experiment.pair_sets)
-    with recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"), machine_slot():
-        make_pairs(experiment, args.name)
+    with (
+        recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"),
+        machine_slot(exclusive=experiment.seconds_budget) as alone,
+    ):
+        make_pairs(experiment, args.name, alone)
 
 
 def _train(args) -> None:
@@ -94,7 +97,7 @@ def _score_references(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("teacher", args.name, experiment.teachers)
-    with machine_slot():
+    with recorded(experiment.teacher_dir(args.name), "scoring"), machine_slot():
         score_references(experiment, args.name)
 
 

@@ -7,6 +7,7 @@ these parts as parameters, so that a change reruns what it touches and nothing e
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +33,7 @@ class DataSection(Section):
 
 class Limit(Section):
     unit: Literal["images", "flops", "seconds"]
-    amount: float = Field(gt=0)
+    amount: float = Field(gt=0, allow_inf_nan=False)
 
 
 class Grid(Section):
@@ -190,7 +191,9 @@ class Experiment:
     # What each stage depends on, as JSON-like values.
 
     def data_spec(self) -> dict:
-        return self.data.model_dump()
+        from harness import RESULTS_FORMAT
+
+        return self.data.model_dump() | {"format": RESULTS_FORMAT}
 
     def features_spec(self, name: str) -> dict:
         return {"data": self.data_spec(), "features": self.features[name].model_dump()}
@@ -236,6 +239,10 @@ class Experiment:
         return {"data": self.data_spec(), "evaluation": self.evaluation_spec()} | {
             "features": {name: self.features_spec(name) for name in self.evaluation.extractors}
         }
+
+    def reference_score_spec(self, teacher: str) -> dict:
+        """The same for a teacher's rows and the floor."""
+        return self.score_spec() | {"sampler": self.teachers[teacher].sampler.model_dump()}
 
     # Where things lie.
 
@@ -302,8 +309,10 @@ def read_yaml(path: Path) -> dict:
         lambda loader, node: mapping(loader, node, deep=True),
     )
     try:
-        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
+        text = Path(path).read_text(encoding="utf-8")
+        # A snapshot of a resolved experiment: YAML 1.1 would read its 1e-06 as text.
+        value = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader)
+    except OSError:
         raise UserError(f"{path}: no such experiment file") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -327,13 +336,15 @@ def merge(base: dict, over: dict) -> dict:
 
 def resolve(path: Path, _chain: tuple[Path, ...] = ()) -> dict:
     """The file's content with `extends: other.yaml` (relative to the file) merged underneath."""
-    path = Path(path)
+    path = Path(str(path))
     if path.resolve() in _chain:
         raise UserError(f"{path}: extends: leads back to the file itself")
     raw = read_yaml(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends: names one file, not {base!r}")
     return merge(resolve(path.parent / base, (*_chain, path.resolve())), raw)
 
 
@@ -414,10 +425,11 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
             **shared_settings(model.training.settings, method.Config) | section.settings
         )
     except ValidationError as error:
-        return lines + [
-            line
-            for line in _messages(error, (where, "settings"), known=lambda location: sorted(fields))
-        ]
+        # A setting for all is blamed where it stands, once for all students.
+        for line in _messages(error, (), known=lambda location: sorted(fields)):
+            mine = line.split(":")[0].split(".")[0] in section.settings
+            lines.append(f"{where}.settings.{line}" if mine else f"training.settings.{line}")
+        return lines
     needs = method.requirements(own)
     if needs.features is not None and needs.features not in model.features:
         lines.append(
@@ -450,9 +462,16 @@ def _check_shared_settings(model: ExperimentModel) -> list[str]:
     """A setting for all students must be known to some method, of this experiment or not."""
     from harness.method import get_method, method_names
 
+    mine = {section.method for _, section in _valid(model.students)}
     known: set[str] = set()
-    for name in method_names():
-        known |= set(get_method(name).Config.model_fields)
+    for name in sorted(method_names(), key=lambda name: name not in mine):
+        if name not in mine and known >= set(model.training.settings):
+            break  # a file that nobody uses may be half-written
+        try:
+            known |= set(get_method(name).Config.model_fields)
+        except Exception:
+            if name in mine:
+                raise
     return [
         f"training.settings.{key}: no method has this setting{did_you_mean(key, known)}"
         for key in model.training.settings
@@ -482,6 +501,14 @@ def _check(model: ExperimentModel) -> list[str]:
         if name not in model.features:
             hint = did_you_mean(name, model.features)
             lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
+    from harness.evaluation.metrics import METRICS
+
+    if model.evaluation and model.evaluation.main_metric not in METRICS:
+        name = model.evaluation.main_metric
+        hint = did_you_mean(name, METRICS)
+        lines.append(f"evaluation.main_metric: unknown metric {name!r}{hint}")
+    if len(model.teachers) > 1:
+        lines.append("teachers: an experiment has one teacher")
     for name, student in _valid(model.students):
         lines += _check_student(name, student, model)
     if len(set(model.training.seeds)) < len(model.training.seeds):

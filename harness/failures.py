@@ -25,25 +25,25 @@ def recorded(folder: Path, stage: str) -> Iterator[None]:
 
 
 def reason(experiment: Experiment, student: str, seed: int) -> str:
-    """One line that says why a run has no scores: its own failure, or that of what it needs."""
-    needs, folders = experiment.requirements(student), [experiment.run_dir(student, seed)]
-    if needs.pairs:
-        folders.append(experiment.pairs_dir(experiment.pairs_name(student)))
+    """The status of a run without scores: what failed first on the way to them."""
+    needs, between = experiment.requirements(student), []
     if needs.features:
-        folders.append(experiment.features_dir(needs.features))
-    return _first(experiment, folders, experiment.teacher_of(student))
+        between.append(experiment.features_dir(needs.features))
+    if needs.pairs:
+        between.append(experiment.pairs_dir(experiment.pairs_name(student)))
+    last = experiment.run_dir(student, seed)
+    return _first(experiment, experiment.teacher_of(student), [*between, last])
 
 
 def teacher_reason(experiment: Experiment, teacher: str) -> str:
     """The same for the rows of a teacher."""
-    return _first(experiment, [], teacher)
+    return _first(experiment, teacher, [])
 
 
-def _first(experiment: Experiment, folders: list[Path], teacher: str) -> str:
-    folders = [*folders, experiment.teacher_dir(teacher)]
-    folders += [experiment.features_dir(name) for name in experiment.evaluation.extractors]
-    for folder in folders:
+def _first(experiment: Experiment, teacher: str, later: list[Path]) -> str:
+    folders = [experiment.features_dir(name) for name in experiment.evaluation.extractors]
+    for folder in [*folders, experiment.teacher_dir(teacher), *later]:
         if (folder / FILE).exists():
             record = read_json(folder / FILE)
-            return f"{record['stage']}: {record['reason']}"
-    return f"no result and no message; see {experiment.root / 'logs'}"
+            return f"failed ({record['stage']}: {record['reason']})"
+    return f"missing (not finished; see {experiment.root / 'logs'})"

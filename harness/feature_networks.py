@@ -156,7 +156,7 @@ def load_feature_network(folder: Path, dataset: Dataset) -> tuple[nn.Module, dic
     path = folder / "features.safetensors"
     network = _build(record, dataset)
     try:
-        network.load_state_dict(load_tensors(path, record["sha256"]))
+        network.load_state_dict(load_tensors(path, record["sha256"], owner=folder))
     except RuntimeError as error:
         raise UserError(
             f"{path} does not fit its features.json: {str(error).splitlines()[-1]}"

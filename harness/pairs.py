@@ -15,7 +15,6 @@ from harness.artifacts import (
     read_json,
     run_lock,
     save_tensors,
-    sha256_file,
     write_json,
 )
 from harness.config import Experiment
@@ -28,23 +27,28 @@ from harness.sampling import BLOCK, heun, noise_and_labels
 SHARD = 16 * BLOCK
 
 
-def make_pairs(experiment: Experiment, name: str) -> dict:
-    """Generate a pair set shard by shard (a killed job goes on where it stopped)."""
+def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
+    """Generate a pair set shard by shard (a killed job goes on where it stopped).
+
+    `alone`: whether its seconds were measured without other work beside it.
+    """
     teacher_name, count, steps = experiment.pair_sets[name]
     folder, device = experiment.pairs_dir(name), experiment.device
     sampler = experiment.pairs_spec(name)["sampler"]
-    teacher = load_denoiser(experiment.teacher_dir(teacher_name), device=device)
-    weights = experiment.teacher_dir(teacher_name) / "diffusion_pytorch_model.safetensors"
-    key = digest([experiment.pairs_spec(name), sha256_file(weights)])
+    made_by = experiment.teacher_dir(teacher_name)
+    sha256 = read_json(made_by / "teacher.json")["sha256"]
+    teacher = load_denoiser(made_by, sha256, device)
+    key = digest([experiment.pairs_spec(name), sha256])
     shape = tuple(read_json(experiment.data_dir() / "data.json")["image_shape"])
     with run_lock(folder):
         shards = []
         for start in range(0, count, SHARD):
             size = min(SHARD, count - start)
             record_path = folder / key / f"shard-{start:08d}.json"
-            if not record_path.exists():
+            tensor_path = record_path.with_suffix(".safetensors")
+            if not (record_path.exists() and tensor_path.exists()):
                 tensors, record = _make_shard(teacher, sampler, shape, start, size, device)
-                record["sha256"] = save_tensors(record_path.with_suffix(".safetensors"), tensors)
+                record["sha256"] = save_tensors(tensor_path, tensors)
                 write_json(record_path, record)
             file = f"{key}/{record_path.stem}.safetensors"
             shards.append(read_json(record_path) | {"file": file})
@@ -56,6 +60,7 @@ def make_pairs(experiment: Experiment, name: str) -> dict:
             "evaluations": count * (2 * steps - 1),
             "flops": sum(shard["flops"] for shard in shards),
             "seconds": sum(shard["seconds"] for shard in shards),
+            "contended": not alone,
             "sha256": digest([shard["sha256"] for shard in shards]),
             "shards": shards,
         }
@@ -93,7 +98,10 @@ def _make_shard(
 def load_pairs(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """`pairs.json` and the tensors z, x `(N, C, H, W)` and condition `(N,)`."""
     record = read_json(folder / "pairs.json")
-    shards = [load_tensors(folder / shard["file"], shard["sha256"]) for shard in record["shards"]]
+    shards = [
+        load_tensors(folder / shard["file"], shard["sha256"], owner=folder)
+        for shard in record["shards"]
+    ]
     if not shards:
         raise UserError(f"{folder / 'pairs.json'} names no pairs; delete it and run again")
     return record, {k: torch.cat([shard[k] for shard in shards]) for k in shards[0]}

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from harness import data as datasets
-from harness.artifacts import digest, machine_slot, run_lock, sha256_file, write_json
+from harness.artifacts import (
+    digest,
+    machine_slot,
+    read_json,
+    run_lock,
+    sha256_file,
+    write_json,
+)
 from harness.config import Experiment
 from harness.data import Dataset
 from harness.denoiser import Denoiser
@@ -66,13 +73,14 @@ class Inputs:
     pairs: dict[str, Tensor] | None = None
     charge: tuple[str, Cost, float] | None = None
     hashes: dict[str, str | None] | None = None
+    contended: bool = False  # the pairs' seconds were measured beside other work
 
 
 def load_inputs(experiment: Experiment, student: str) -> Inputs:
     """Read a student's data, teacher, feature network and pairs from the experiment's folder."""
     import methods
     from harness.feature_networks import load_feature_network
-    from harness.networks import WEIGHTS, load_denoiser
+    from harness.networks import load_denoiser
     from harness.pairs import load_pairs
 
     needs = experiment.requirements(student)
@@ -81,12 +89,13 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     source = Path(methods.__path__[0]) / f"{experiment.students[student].method}.py"
     hashes: dict[str, str | None] = {
         "data": dataset.sha256,
-        "teacher": sha256_file(folder / WEIGHTS),
+        "teacher": read_json(folder / "teacher.json")["sha256"],
         "method": sha256_file(source),
         "pairs": None,
         "features": None,
     }
-    inputs = Inputs(dataset, load_denoiser(folder, device=experiment.device), hashes=hashes)
+    teacher = load_denoiser(folder, hashes["teacher"], experiment.device)
+    inputs = Inputs(dataset, teacher, hashes=hashes)
     if needs.features:
         inputs.features, record = load_feature_network(
             experiment.features_dir(needs.features), dataset
@@ -96,6 +105,7 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
         record, inputs.pairs = load_pairs(experiment.pairs_dir(experiment.pairs_name(student)))
         cost = Cost(record["flops"], {"teacher": [record["evaluations"], 0]})
         inputs.charge = ("pairs", cost, record["seconds"])
+        inputs.contended = record["contended"]
         hashes["pairs"] = record["sha256"]
     return inputs
 
@@ -114,6 +124,7 @@ def assemble(
     with seeded(seed):
         features = FeatureMaps(inputs.features) if inputs.features else None
         method = get_method(section.method)(config, inputs.teacher, features)
+        beside = method.networks()
     network = clone_denoiser(inputs.teacher)
     freeze(network, section.freeze)
     sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init)
@@ -130,7 +141,7 @@ def assemble(
         folder=folder,
         key=key,
         seed=seed,
-        networks={"student": network, **method.networks()},
+        networks={"student": network, **beside},
         frozen=method.frozen_networks(),
         main="student",
         phases=method.phases(),
@@ -190,7 +201,7 @@ def train_student(experiment: Experiment, student: str, seed: int) -> dict:
         key = digest([experiment.run_spec(student, seed), inputs.hashes])
         folder = run_dir / "runs" / key
         contended = folder / "contended"  # stays when an interrupted run goes on alone
-        if not alone:
+        if not alone or inputs.contended:
             folder.mkdir(parents=True, exist_ok=True)
             contended.touch()
         make = partial(assemble, experiment, student, seed, inputs, folder, key)
@@ -202,11 +213,13 @@ def train_student(experiment: Experiment, student: str, seed: int) -> dict:
                     link(run_dir / name, folder / name)
         link(run_dir / "model", folder / "snapshots" / outcome.snapshots[-1]["name"])
         record = {
+            "spec": digest([experiment.run_spec(student, seed), experiment.budget_spec()]),
             **describe(experiment, student, seed),
             **_parameters(make().networks["student"]),
             **training_record(outcome, key),
             "snapshots": outcome.snapshots,
-            "contended": experiment.seconds_budget and contended.exists(),
+            "contended": experiment.seconds_budget
+            and (not alone or inputs.contended or contended.exists()),
         }
         write_json(run_dir / "student.json", record)
     return record

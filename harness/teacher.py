@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from harness import data as datasets
-from harness.artifacts import digest, read_json, run_lock, write_json
+from harness.artifacts import digest, run_lock, write_json
 from harness.config import Experiment, TeacherSection
 from harness.fake_score import denoising_loss
 from harness.method import Context, OptimizerConfig, Phase, Sources
-from harness.networks import build_denoiser, save_denoiser
+from harness.networks import WEIGHTS, build_denoiser, save_denoiser
 from harness.runs import link, seeded, training_record
 from harness.schedules import lognormal_sigma
 from harness.trainer import TrainingRun, train
@@ -77,15 +75,11 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
     with run_lock(folder):
         outcome = train(make)
         final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
-        for file in ("config.json", "denoiser.json", "diffusion_pytorch_model.safetensors"):
+        for file in ("config.json", "denoiser.json", WEIGHTS):
             link(folder / file, final / file)
         link(folder / "train.csv", folder / "runs" / key / "train.csv")
-        record = {"teacher": name, "sampler": section.sampler.model_dump(), "device": device}
+        record = {"teacher": name, "device": device, "spec": digest(experiment.teacher_spec(name))}
         record |= training_record(outcome, key)
         record["parameters"] = sum(p.numel() for p in make().networks["teacher"].parameters())
         write_json(folder / "teacher.json", record)
     return record
-
-
-def read_teacher(folder: Path) -> dict:
-    return read_json(folder / "teacher.json")

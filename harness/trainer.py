@@ -115,7 +115,7 @@ class Trainer:
         self.step, self.ledger = 0, copy.deepcopy(run.ledger)
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.nonfinite = {phase.name: 0 for phase in run.phases}
-        self.consecutive = 0
+        self.consecutive = {phase.name: 0 for phase in run.phases}
         self.snapshots: list[dict] = []
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
@@ -184,7 +184,7 @@ class Trainer:
         path = folder / "state.json"
         if not path.exists():
             return False
-        state = read_json(path)
+        state = read_json(path, owner=folder)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise UserError(f"{path} was written by another version; delete {folder} to start over")
         if state["key"] != self.run.key:
@@ -192,7 +192,9 @@ class Trainer:
                 f"{path} belongs to another run ({state['run']}, key {state['key']}); "
                 f"delete {folder} to start {self.run.name} over"
             )
-        tensors = load_tensors(folder / state["file"], state["sha256"], self.run.device)
+        tensors = load_tensors(
+            folder / state["file"], state["sha256"], self.run.device, owner=folder
+        )
         for name, net in [*self.networks.items(), ("ema", self.ema)]:
             prefix = f"{name}/"
             net.load_state_dict(
@@ -219,7 +221,7 @@ class Trainer:
     def _iteration(self) -> None:
         run, batch = self.run, self.run.batch
         micro = run.micro_batch or batch
-        first = self.step * batch
+        first, images = self.step * batch, self.ledger.images
         everything = {**self.frozen, **self.networks}
         contexts = [
             Context(
@@ -247,13 +249,13 @@ class Trainer:
             with_graph = any(other.network == run.main for other in later)
             for context in contexts:
                 context.enter(phase.name, repeat, with_graph)
-            self._update(phase, contexts, variant, measuring)
-            if phase.network == run.main:
+            applied = self._update(phase, contexts, variant, measuring)
+            if phase.network == run.main and applied:
                 self.ledger.images += batch
             if phase.network == run.main or len(contexts) > 1:
                 for context in contexts:
                     context.forget_generated()
-        self._update_ema()
+        self._update_ema(self.ledger.images - images)
         self.step += 1
 
     def _variant(self, phase: Phase, repeat: int, due: list[Phase]) -> str:
@@ -266,8 +268,9 @@ class Trainer:
             parts.append("with " + "+".join(other.name for other in due))
         return "/".join(filter(None, parts))
 
-    def _update(self, phase: Phase, contexts: list[Context], variant: str, measuring: bool) -> None:
-        """Gradient of the phase's loss over the batch, and one step of its network's optimiser."""
+    def _update(self, phase: Phase, contexts: list[Context], variant: str, measuring: bool) -> bool:
+        """Gradient of the phase's loss over the batch, and one step of its network's optimiser;
+        False if the step was skipped because something was not finite."""
         run = self.run
         for name, parameters in self.trainable.items():
             # The student's images may be made in another network's phase: it always stays open.
@@ -287,18 +290,20 @@ class Trainer:
         if variant not in self.ledger.costs:
             self.ledger.costs[variant] = cost
         self.ledger.add(self.ledger.costs[variant])
-        self._apply(phase, total)
+        applied = self._apply(phase, total)
         for context in contexts:
             for name, value in context.logs.items():
-                self._record(name, value / len(contexts))
+                self._record(name, value)
             context.logs.clear()
+        return applied
 
-    def _apply(self, phase: Phase, loss: Tensor) -> None:
+    def _apply(self, phase: Phase, loss: Tensor) -> bool:
         name, config = phase.network, self.configs[phase.network]
         optimizer, parameters = self.optimizers[name], self.trainable[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if torch.isfinite(norm + loss):
+        finite = bool(torch.isfinite(norm + loss))
+        if finite:
             if config.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm, foreach=True)
             self.updates[name] += 1
@@ -306,24 +311,27 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * warm
             optimizer.step()
-            self.consecutive = 0
+            self.consecutive[phase.name] = 0
             self._record(f"loss/{phase.name}", loss)
             self._record(f"grad_norm/{phase.name}", norm)
         else:
             self.nonfinite[phase.name] += 1
-            self.consecutive += 1
-            if self.consecutive > self.run.max_nonfinite:
+            self.consecutive[phase.name] += 1
+            if self.consecutive[phase.name] > self.run.max_nonfinite:
                 raise NonFiniteError(
-                    f"{self.run.name}: {self.consecutive} consecutive non-finite steps, the last "
-                    f"in phase {phase.name!r} at step {self.step} ({self.ledger.images} images); "
+                    f"{self.run.name}: {self.consecutive[phase.name]} consecutive non-finite steps "
+                    f"in phase {phase.name!r} up to step {self.step} "
+                    f"({self.ledger.images} images); "
                     f"last good snapshot: {self._last_snapshot()}"
                 )
         optimizer.zero_grad(set_to_none=True)
+        return finite
 
-    def _update_ema(self) -> None:
+    def _update_ema(self, images: int) -> None:
+        """Move the average by the images that the iteration added."""
         run = self.run
         half_life = min(run.ema_half_life, self.ledger.images * run.ema_ramp_up)
-        decay = 0.5 ** (run.batch / half_life) if half_life > 0 else 0.0
+        decay = 0.5 ** (images / half_life) if half_life > 0 else 0.0
         with torch.no_grad():
             torch._foreach_lerp_(*self._averaged, 1 - decay)
             for a, b in zip(self.ema.buffers(), self.networks[run.main].buffers(), strict=True):
@@ -346,6 +354,8 @@ class Trainer:
         """Export the averaged weights. `grid`: the units whose grid this point lies on; `before`:
         what was spent one iteration earlier, which tells whether a budget ends exactly here."""
         name = f"images-{self.ledger.images:09d}"
+        if any(other["name"] == name for other in self.snapshots):
+            name += f"-step-{self.step}"  # compute went on without a student's update
         with atomic_folder(self.run.folder / "snapshots" / name) as folder:
             record = self.run.export(self.ema, folder)
             record |= {"name": name, "grid": grid, "step": self.step, "before": before}
@@ -425,6 +435,8 @@ class Trainer:
         """The outcome of a budget that the saved state has reached or passed, if a snapshot lies
         exactly where that budget ends."""
         for i, record in enumerate(self.snapshots):
+            if not (self.run.folder / "snapshots" / record["name"] / "snapshot.json").exists():
+                return None
             ledger = Ledger.from_json(record["ledger"])
             stop = ledger.reached(self.run.budget)
             if stop is not None:
@@ -440,7 +452,9 @@ class Trainer:
         """Train until the budget is spent, continuing from the saved state if there is one."""
         run = self.run
         run.folder.mkdir(parents=True, exist_ok=True)
-        if self.load():
+        if not self.load():
+            self._trim_csv()
+        else:
             if self.ledger.reached(run.budget):
                 outcome = self._already_beyond()
                 if outcome is not None:

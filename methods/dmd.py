@@ -49,7 +49,11 @@ def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
 
 class DMD(Method):
     paper = "Yin et al. 2024, arXiv 2311.18828"
-    deviations = ("re-implementation: no training code was released",)
+    deviations = (
+        "re-implementation: no training code was released",
+        "regression, where used, in L2 instead of LPIPS",
+        "fake score first, on the generator's batch; EMA",
+    )
 
     class Config(MethodConfig):
         batch: int = paper(392, "7 GPUs, batch 392, and as many pairs", gt=0)

@@ -10,8 +10,8 @@ Deviations:
   are both below 1e-4.
 * The discriminator's heads are two convolutions per feature map; the authors mix the maps by a
   random projection first.
-* R1: the authors' adversarial terms are sums over the n images of one GPU and R1 is a mean, so that
-  their gamma acts as gamma / n in the losses here, which are means throughout.
+* R1: the authors' adversarial terms are sums over the n = 64 images of one GPU, while R1 is a mean.
+  Here all are means, so the default is their gamma of 1e-4 divided by n.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class FeatureDiscriminator(nn.Module):
 class GDD(Method):
     paper = "Zheng and Yang 2024, arXiv 2405.20750"
     data_free = False
-    deviations = ("another feature network and simpler heads in the discriminator",)
+    deviations = (
+        "another feature network and simpler heads in the discriminator",
+        "EDM's preconditioning instead of a consistency model's",
+    )
 
     class Config(MethodConfig):
         batch: int = code(256, "CIFAR-10", gt=0)
@@ -88,7 +91,7 @@ class GDD(Method):
         lr: float = code(1e-4, "CIFAR-10", gt=0)
         discriminator_lr: float = code(1e-4, "CIFAR-10; scaled by lazy R1", gt=0)
         betas: tuple[float, float] = code((0.0, 0.99), "Adam")
-        r1_gamma: float = code(1e-4, "acts as gamma / n here", ge=0)
+        r1_gamma: float = code(1e-4 / 64, "1e-4 against sums over one GPU's 64 images", ge=0)
         r1_every: int = code(16, "lazy regularisation, loss x 16, not at step 0", gt=0)
         features: str = ours("", "the experiment's feature network under the discriminator")
         width: int = code(64, "cout: channels of the projected discriminator", gt=0)

@@ -36,7 +36,11 @@ def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float) -> Te
 
 class SiD(Method):
     paper = "Zhou et al. 2024, arXiv 2404.04057"
-    deviations = ("no dropout and no augmentation in the fake score",)
+    deviations = (
+        "no dropout and no augmentation in the fake score",
+        "fake score and generator share a batch of images",
+        "non-finite steps are skipped",
+    )
 
     class Config(MethodConfig):
         batch: int = code(256, "CIFAR-10", gt=0)

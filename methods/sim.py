@@ -45,7 +45,10 @@ def sim_loss(
 
 class SIM(Method):
     paper = "Luo et al. 2024, arXiv 2410.16794"
-    deviations = ("re-implementation: no training code was released",)
+    deviations = (
+        "re-implementation in SiD's frame: no training code was released",
+        "fake score and generator share a batch of images",
+    )
 
     class Config(MethodConfig):
         batch: int = ours(256, "as SiD; not published", gt=0)

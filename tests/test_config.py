@@ -70,6 +70,9 @@ def test_the_shipped_experiments_are_valid(name):
         ("teachers.edm.images", 1000, "teachers.edm.images: not a multiple of its batch 64"),
         ("training.micro_batch", 5,
          "students.dmd: batch 16 is not a multiple of training.micro_batch 5"),
+        ("evaluation.main_metric", "fdd", "evaluation.main_metric: unknown metric 'fdd'; did you mean 'fd'?"),
+        ("training.settings.lr", "fast", "training.settings.lr: input should be a valid number, unable to parse string as a number, not 'fast'"),
+        ("training.budget", [{"unit": "flops", "amount": float("inf")}], "training.budget.0.amount: input should be a finite number, not inf"),
         ("device", "gpu", "device: string should match pattern '^(auto|cpu|cuda(:\\d+)?)$', not 'gpu'"),
         ("name", "a/b", "name: a name is lower-case letters, digits, '.', '_' and '-', not 'a/b'"),
     ],
@@ -114,13 +117,13 @@ def test_no_traceback_for_a_users_mistake(tmp_path, tiny, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "sdi", "0"], "unknown student 'sdi'; did you mean 'sid'?"),
+        (["train", "sidd", "0"], "unknown student 'sidd'; did you mean 'sid'?"),
         (["teacher", "end"], "unknown teacher 'end'; did you mean 'edm'?"),
         (["features", "tiny-cn"], "unknown feature network 'tiny-cn'; did you mean 'tiny-cnn'?"),
         (["pairs", "x"], "unknown pair set 'x'; known: edm_n64_steps3"),
         (["train", "sid", "0"], "data.json is missing; run the workflow"),
         (["score", "sid", "0"], "student.json is missing; run the workflow"),
-        (["report"], "edm.json is missing or belongs to other weights; run the workflow"),
+        (["report"], "edm.json is missing or belongs to other weights or settings; run the"),
     ],
 )
 def test_a_stage_called_by_hand_too_early_or_by_a_wrong_name(
@@ -140,6 +143,7 @@ def test_a_stage_called_by_hand_too_early_or_by_a_wrong_name(
         ("name: a\nname: b\n", "line 2: key 'name' stands twice"),
         ("extends: x.yaml\n", "leads back to the file itself"),
         ("extends: other.yaml\n", "no such experiment file"),
+        ("extends: [a.yaml]\n", "names one file"),
     ],
 )
 def test_a_broken_file_is_one_clear_line(tmp_path, text, message):

@@ -102,7 +102,7 @@ def test_mixed_protocols_are_refused(workspace):
 
 @pytest.mark.parametrize(
     ("value", "std", "text"),
-    [(3.14159, None, "3.14"), (42.6, 1.26, "42.6 ± 1.3"), (0.00123, 0.0004, "0.0012 ± 0.0004"),
+    [(3.14159, None, "3.14"), (42.6, 1.26, "42.6 ± 1.3"), (0.00123, 0.0004, "0.00123 ± 0.00040"),
      (None, None, "–"), (1234.5, 10.4, "1234 ± 10")],
 )  # fmt: skip
 def test_cells(value, std, text):

@@ -207,8 +207,41 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path):
         fit(tmp_path, phases=nan_at(set(range(3, 99))), max_nonfinite=2, snapshot_grid=grid)
     message = str(error.value)
     assert "test/seed0" in message and "'generator'" in message and "step 5" in message
-    assert "images-000000032" in message
+    assert "images-000000016" in message
     assert "\n" not in message
+
+
+def test_each_phase_has_its_own_guard(tmp_path):
+    """A healthy critic does not hide a generator that is broken for good, and a skipped step is no
+    image that received an update."""
+
+    def critic_loss(context: Context) -> Tensor:
+        x = context.generated().x.detach()
+        return context.networks["critic"](x, torch.ones(len(x))).square().mean()
+
+    def broken(context: Context) -> Tensor:
+        return loss(context) * float("nan")
+
+    with pytest.raises(
+        NonFiniteError, match=r"3 consecutive.*'generator' up to step 2 \(0 images\)"
+    ):
+        fit(
+            tmp_path,
+            networks={"student": Linear(), "critic": Linear()},
+            phases=[
+                Phase("critic", "critic", critic_loss, ADAM),
+                Phase("generator", "student", broken, ADAM),
+            ],
+            max_nonfinite=2,
+        )
+
+
+def test_a_kill_before_the_first_state_leaves_no_rows_behind(tmp_path):
+    (tmp_path / "train.csv").write_text("step,images\n2,16\n4,")
+    fit(tmp_path)
+    with open(tmp_path / "train.csv") as file:
+        steps = [row["step"] for row in csv.DictReader(file)]
+    assert steps == ["2", "4", "6", "8"]
 
 
 class Killed(BaseException):

@@ -72,7 +72,8 @@ class Scorer:
 
     def counts(self) -> list[int]:
         """The main sample count and the size of the held-out part, at which the floor stands."""
-        return [self.experiment.evaluation.num_samples, len(self.dataset.held_out)]
+        main, held_out = self.experiment.evaluation.num_samples, len(self.dataset.held_out)
+        return list(dict.fromkeys([main, held_out]))
 
     def _protocol(self, metric: str, extractor: Extractor, count: int) -> str:
         """Register the record that identifies a number; returns its hash."""
@@ -177,7 +178,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
     device, entries, kept = experiment.device, [], {}
     for snapshot in run["snapshots"]:
         folder = run_dir / "snapshots" / snapshot["name"]
-        denoiser = load_denoiser(folder, snapshot["sha256"], device)
+        denoiser = load_denoiser(folder, snapshot["sha256"], device, owner=run_dir)
         generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
         blocks = scorer.generated(generate, device)
         if snapshot is run["snapshots"][-1]:
@@ -198,6 +199,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
         )
         print(f"{student}/seed{seed}: scored {snapshot['name']}", file=sys.stderr, flush=True)
     record = {"student": student, "method": run["method"], "seed": seed, "weights": run["sha256"]}
+    record["spec"] = digest(experiment.score_spec())
     record |= {"contended": run["contended"], "entries": entries}
     _finish(experiment.score_path(student, seed), record, scorer, kept)
 
@@ -225,7 +227,7 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     for name, nfe, blocks, counts in (
         ("teacher", 2 * sampler["steps"] - 1, many, scorer.counts()),
         ("teacher-1step", 1, one, scorer.counts()),
-        ("floor", None, real, scorer.counts()[1:]),
+        ("floor", None, real, [len(held_out)]),
     ):
         entry = common | {"student": name, "nfe": nfe, "rows": scorer.score(blocks, counts)}
         entries.append(entry | (nothing if name == "floor" else {}))
@@ -237,6 +239,7 @@ def score_references(experiment: Experiment, teacher: str) -> None:
             "method": None,
             "seed": None,
             "weights": record["sha256"],
+            "spec": digest(experiment.reference_score_spec(teacher)),
             "entries": entries,
         },
         scorer,

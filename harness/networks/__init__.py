@@ -6,7 +6,6 @@ A folder holds what diffusers' `save_pretrained` writes (`config.json`,
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from harness.artifacts import load_tensors, read_json, sha256_file, write_json
@@ -39,14 +38,17 @@ def build_denoiser(
     settings = dict(network)
     backbone_class, denoiser_class = _architecture(settings.pop("type"))
     channels, height, _ = image_shape
-    backbone = backbone_class(
-        sample_size=height,
-        in_channels=channels,
-        out_channels=channels,
-        num_class_embeds=num_classes + 1 if num_classes else None,
-        **settings,
-    )
-    return denoiser_class(backbone, num_classes, sigma_data)
+    try:
+        backbone = backbone_class(
+            sample_size=height,
+            in_channels=channels,
+            out_channels=channels,
+            num_class_embeds=num_classes + 1 if num_classes else None,
+            **settings,
+        )
+        return denoiser_class(backbone, num_classes, sigma_data)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"network of type {network['type']}: {error}") from None
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -> str:
@@ -57,18 +59,21 @@ def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -
     return sha256_file(Path(folder) / WEIGHTS)
 
 
-def load_denoiser(folder: Path, sha256: str | None = None, device: str = "cpu") -> Denoiser:
+def load_denoiser(
+    folder: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
+) -> Denoiser:
     """The denoiser in a teacher or student folder, in evaluation mode.
 
     Weights come from safetensors alone. A missing part, a damaged file, weights that do not fit
-    the architecture, or (if `sha256` is given) weights of another run raise a `UserError`.
+    the architecture, or (if `sha256` is given) weights of another run raise a `UserError`, which
+    names `owner` (the folder, if not given) as what to delete.
     """
     folder = Path(folder)
     record = read_json(folder / "denoiser.json")
     config = read_json(folder / "config.json")
     backbone_class, denoiser_class = _architecture(config["_class_name"])
     backbone = backbone_class.from_config(config)
-    weights = load_tensors(folder / WEIGHTS, sha256)
+    weights = load_tensors(folder / WEIGHTS, sha256, owner=owner)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
@@ -89,4 +94,4 @@ def clone_denoiser(denoiser: Denoiser) -> Denoiser:
 
 def denoiser_record(folder: Path) -> dict:
     """What `denoiser.json` says: preconditioning and, for students, `sigma_init`."""
-    return json.loads((Path(folder) / "denoiser.json").read_text())
+    return read_json(Path(folder) / "denoiser.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness import failures
-from harness.artifacts import read_json
+from harness.artifacts import digest, read_json
 from harness.config import Experiment
 from harness.errors import UserError
 
@@ -26,12 +26,14 @@ def column_name(metric: str, num_samples: int, extractor: str) -> str:
     return f"{metric}_n{num_samples}_{extractor}"
 
 
-def _score(made: Path, scores: Path) -> dict | None:
-    """The scores of what the record `made` describes, if they belong to its present weights."""
+def _score(made: Path, made_spec: object, scores: Path, score_spec: object) -> dict | None:
+    """The scores of what the record `made` describes, if both are what the experiment now asks
+    for and belong together."""
     if not made.exists() or not scores.exists():
         return None
-    score = read_json(scores)
-    return score if score.get("weights") == read_json(made)["sha256"] else None
+    record, score = read_json(made), read_json(scores)
+    present = record["spec"] == digest(made_spec) and score.get("spec") == digest(score_spec)
+    return score if present and score["weights"] == record["sha256"] else None
 
 
 def _rows(experiment: Experiment, record: dict, common: dict) -> list[dict]:
@@ -71,30 +73,34 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
     rows, protocols = [], {}
     common = {"schema": SCHEMA, "experiment": experiment.name, "status": "ok"}
 
-    def add(made: Path, scores: Path, identity: dict, reason: Callable[[], str]) -> None:
-        record = _score(made, scores)
+    def add(made: tuple, scores: tuple, identity: dict, reason: Callable[[], str]) -> None:
+        record = _score(*made, *scores)
         if record is not None:
             protocols.update(record["protocols"])
             rows.extend(_rows(experiment, record, common))
         elif partial:
-            failed = {"status": f"failed ({reason()})", "final": True, "grid": ""}
+            failed = {"status": reason(), "final": True, "grid": ""}
             rows.append(common | identity | failed)
         else:
             raise UserError(
-                f"{scores} is missing or belongs to other weights; run the workflow again"
+                f"{scores[0]} is missing or belongs to other weights or settings; run the "
+                "workflow again"
             )
 
     for teacher in experiment.teachers:
         add(
-            experiment.teacher_dir(teacher) / "teacher.json",
-            experiment.reference_score_path(teacher),
+            (experiment.teacher_dir(teacher) / "teacher.json", experiment.teacher_spec(teacher)),
+            (experiment.reference_score_path(teacher), experiment.reference_score_spec(teacher)),
             {"student": "teacher"},
             functools.partial(failures.teacher_reason, experiment, teacher),
         )
     for student, seed in experiment.runs:
         add(
-            experiment.run_dir(student, seed) / "student.json",
-            experiment.score_path(student, seed),
+            (
+                experiment.run_dir(student, seed) / "student.json",
+                [experiment.run_spec(student, seed), experiment.budget_spec()],
+            ),
+            (experiment.score_path(student, seed), experiment.score_spec()),
             {"student": student, "method": experiment.students[student].method, "seed": seed},
             functools.partial(failures.reason, experiment, student, seed),
         )

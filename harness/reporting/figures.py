@@ -144,16 +144,22 @@ def quality(
     return figure
 
 
-def sample_grid(experiment: Experiment, per_class: int = 2) -> plt.Figure:
+def _present(table: pd.DataFrame) -> set[tuple[str, int]]:
+    """The runs whose scores are in the table; what lies in the folders of others may be old."""
+    ok = table[(table.status == "ok") & table.seed.notna()]
+    return set(zip(ok.student, ok.seed.astype(int), strict=True))
+
+
+def sample_grid(experiment: Experiment, table: pd.DataFrame, per_class: int = 2) -> plt.Figure:
     """Rows: the teacher and each student (first seed). One column: one noise and one label."""
-    sources = {"teacher": experiment.reference_score_path(next(iter(experiment.teachers)))}
-    sources |= {
-        s: experiment.score_path(s, experiment.training.seeds[0]) for s in experiment.students
-    }
+    sources, seed = {}, experiment.training.seeds[0]
+    if ((table.student == "teacher") & (table.status == "ok")).any():
+        sources["teacher"] = experiment.reference_score_path(next(iter(experiment.teachers)))
+    for student in experiment.students:
+        if (student, seed) in _present(table):
+            sources[student] = experiment.score_path(student, seed)
     rows, names = [], []
     for name, path in sources.items():
-        if not path.exists():
-            continue
         record = read_json(path)["samples"]
         kept = load_tensors(path.parent / record["file"], record["sha256"])
         labels = kept["labels"].numpy()
@@ -192,7 +198,7 @@ def sample_grid(experiment: Experiment, per_class: int = 2) -> plt.Figure:
     return figure
 
 
-def training_health(experiment: Experiment) -> plt.Figure:
+def training_health(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
     """Losses, gradient norms and skipped steps of every student, one line per seed."""
     students = list(experiment.students)
     figure, panels = plt.subplots(
@@ -208,7 +214,7 @@ def training_health(experiment: Experiment) -> plt.Figure:
     for j, student in enumerate(students):
         for seed in experiment.training.seeds:
             path = experiment.run_dir(student, seed) / "train.csv"
-            if not path.exists():
+            if (student, seed) not in _present(table) or not path.exists():
                 continue
             log = pd.read_csv(path)
             for i, (prefix, _) in enumerate(kinds):
@@ -258,7 +264,7 @@ def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path
     figures = {
         "quality_vs_images": quality(experiment, table, "images", metrics),
         "quality_vs_compute": quality(experiment, table, "flops", metrics),
-        "samples": sample_grid(experiment),
-        "training_health": training_health(experiment),
+        "samples": sample_grid(experiment, table),
+        "training_health": training_health(experiment, table),
     }
     return [path for name, figure in figures.items() for path in _save(figure, folder, name)]

@@ -46,7 +46,7 @@ def _processor() -> str:
 
 
 def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) -> dict:
-    """Commit, configuration, versions, device, and the hashes of weights, scores and outputs."""
+    """Commit, configuration, versions, device, protocols, and hashes of weights and outputs."""
     root, status = experiment.root, _git("status", "--porcelain")
     runs = {}
     for student, seed in experiment.runs:

@@ -65,7 +65,9 @@ def headline(experiment: Experiment, comparison: Comparison) -> str:
 
 
 def print_summary(experiment: Experiment) -> None:
-    """The comparison table for a terminal, and where the rest is."""
+    """The comparison table for a terminal, and where the rest is, once it is complete."""
+    if not (experiment.root / "manifest.json").exists():
+        return
     table, _ = collect(experiment, partial=True)
     comparison = compare(experiment, table)
     main, count = experiment.evaluation.main_metric, experiment.evaluation.num_samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -40,12 +41,14 @@ def _facts(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
         facts["data_free"] = "yes" if records[0]["data_free"] else "no"
         for unit in ("images", "flops", "seconds"):
             facts[unit] = sum(r["ledger"][unit] for r in records) / len(records)
-    elif name.startswith("teacher"):
-        record = read_json(experiment.teacher_dir(next(iter(experiment.teachers))) / "teacher.json")
+    made = experiment.teacher_dir(next(iter(experiment.teachers))) / "teacher.json"
+    if name in ("teacher", "teacher-1step") and made.exists():
+        record = read_json(made)
         facts |= {"parameters": record["parameters"], "frozen": 0.0, "data_free": "no"}
         facts |= {unit: record["ledger"][unit] for unit in ("images", "flops", "seconds")}
     bad = rows[rows.status != "ok"]
-    facts["status"] = "ok" if bad.empty else f"{len(bad)} of {len(seeds)} {bad.status.iloc[0]}"
+    share = f"{len(bad)} of {len(seeds)} " if len(seeds) > 1 else ""
+    facts["status"] = "ok" if bad.empty else share + bad.status.iloc[0]
     return facts
 
 
@@ -111,11 +114,11 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
 
 
 def _cell(value, std, digits: int = 3) -> str:
+    """A value to `digits` significant digits, and its spread to the same decimals."""
     if value is None or pd.isna(value):
         return "–"
-    # Enough decimals for `digits` significant ones of the value, the same for its spread.
-    size = abs(value)
-    decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.095 else 4
+    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    decimals = max(0, digits - 1 - magnitude)
     text = f"{value:.{decimals}f}"
     return text if std is None or pd.isna(std) else f"{text} ± {std:.{decimals}f}"
 

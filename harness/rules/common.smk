@@ -1,5 +1,6 @@
 # The validated experiment, and what every rule shares.
-import json
+import re
+import shlex
 import sys
 
 sys.path.insert(0, str(workflow.basedir))
@@ -13,15 +14,15 @@ from harness.machine import job_threads
 
 try:
     E = load_experiment(workflow.configfiles, dict(workflow.config_settings.config))
+    # profiles/default limits `gpu` to 1: jobs on the GPU take turns, jobs on CPU do not.
+    GPU = int(E.device.startswith("cuda"))
     CONFIG = E.write_snapshot()
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
 # The running interpreter; stages get the resolved experiment, kept under a name of its content.
-HARNESS = f"{sys.executable} -m harness"
+HARNESS = f"{shlex.quote(sys.executable)} -m harness"
 THREADS = job_threads(workflow.cores)
-# profiles/default limits `gpu` to 1: jobs that use the GPU take turns, jobs on CPU do not.
-GPU = int(E.device.startswith("cuda"))
 
 
 wildcard_constraints:

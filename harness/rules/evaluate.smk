@@ -34,6 +34,6 @@ rule score_references:
     resources:
         gpu=GPU,
     params:
-        spec=lambda w: spec([E.score_spec(), E.teachers[w.teacher].sampler.model_dump()]),
+        spec=lambda w: spec(E.reference_score_spec(w.teacher)),
     shell:
         "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"

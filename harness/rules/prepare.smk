@@ -58,7 +58,8 @@ rule pairs:
     log:
         f"{E.root}/logs/pairs/{{pairs}}.log",
     priority: 5
-    threads: THREADS
+    # Their seconds are charged to the runs that use them.
+    threads: workflow.cores if E.seconds_budget else THREADS
     resources:
         gpu=GPU,
     params:

@@ -10,8 +10,13 @@ REPORT = [
 ]
 
 
+# The records stand among the inputs beside the scores: a failed job's record is deleted, and only
+# what is an input is made again.
 rule report:
     input:
+        runs=[f"{E.root}/students/{student}/seed{seed}/student.json" for student, seed in E.runs],
+        teachers=expand(f"{E.root}/teachers/{{teacher}}/teacher.json", teacher=E.teachers),
+        features=EXTRACTORS,
         scores=[f"{E.root}/scores/{student}/seed{seed}.json" for student, seed in E.runs],
         references=expand(f"{E.root}/scores/teachers/{{teacher}}.json", teacher=E.teachers),
     output:

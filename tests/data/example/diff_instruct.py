@@ -1,7 +1,7 @@
 """Diff-Instruct: Luo et al. 2023 (arXiv 2305.18455), the integral KL divergence.
 
-The gradient of the student's images is the plain difference of the two scores, weight 1. Deviation:
-no dropout and no augmentation in the fake score.
+The gradient of the student's images is the difference of the two scores (here times sigma squared).
+Deviation: no dropout and no augmentation in the fake score.
 """
 
 import torch
@@ -34,7 +34,7 @@ class DiffInstruct(Method):
     def loss(self, context):
         images, sigma = context.generated(), self.sigma(context)
         noised = context.noised(images.x.detach(), sigma)
-        with torch.no_grad():  # the difference of scores, times sigma²
+        with torch.no_grad():
             teacher = context.networks["teacher"](noised, sigma, images.condition)
             fake = context.networks["fake_score"](noised, sigma, images.condition)
         return ((fake - teacher) * images.x).mean()
