@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.denoiser import Denoiser
-from harness.method import Context, OptimizerConfig, Phase
+from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase
+from harness.networks import clone_denoiser
 from harness.schedules import edm_weight
+
+
+class FakeScoreMethod(Method):
+    """A method that trains, beside the student, a denoiser of the student's own images."""
+
+    def __init__(self, config: MethodConfig, teacher: Denoiser, features: nn.Module | None = None):
+        super().__init__(config, teacher, features)
+        self.fake_score = clone_denoiser(teacher)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"fake_score": self.fake_score}
 
 
 def denoising_loss(

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn, no_grad
+from torch import Tensor, no_grad
 from torch.nn.functional import mse_loss
 
 from harness.denoiser import one_step
-from harness.fake_score import denoising_phase
+from harness.fake_score import FakeScoreMethod, denoising_phase
 from harness.method import (
     Context,
-    Method,
     MethodConfig,
     OptimizerConfig,
     Phase,
@@ -33,7 +32,6 @@ from harness.method import (
     ours,
     paper,
 )
-from harness.networks import clone_denoiser
 from harness.schedules import karras_sigma
 
 
@@ -47,7 +45,7 @@ def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
     return (x0_fake - x0_teacher) / (x - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
-class DMD(Method):
+class DMD(FakeScoreMethod):
     paper = "Yin et al. 2024, arXiv 2311.18828"
     deviations = (
         "re-implementation: no training code was released",
@@ -73,18 +71,11 @@ class DMD(Method):
         pair_steps: int = paper(18, "Heun steps per pair", gt=0)
         ema_half_life: int = ours(500_000, "images, as SiD and GDD; the paper has none", ge=0)
 
-    def __init__(self, config: Config, teacher, features: nn.Module | None = None):
-        super().__init__(config, teacher)
-        self.fake_score = clone_denoiser(teacher)
-
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
         if config.regression == "none":
             return Requirements()
         return Requirements(pairs=config.pairs, pair_steps=config.pair_steps)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"fake_score": self.fake_score}
 
     def _optimizer(self, lr: float) -> OptimizerConfig:
         c = self.config

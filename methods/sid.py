@@ -2,11 +2,11 @@
 
 Zhou, Zheng, Wang, Yin, Huang 2024 (arXiv 2404.04057). The student minimises a model-based Fisher
 divergence between the noised distributions of its images and of the data, estimated through two
-score identities; the gradient flows through the teacher and the
-fake score, whose weights it leaves alone.
+score identities; the gradient flows through the teacher and the fake score, whose weights it leaves
+alone.
 
 Deviations:
-* No augmentation of the fake score's training images and no dropout (paper: 0.12 and 0.13 on
+* No augmentation of the fake score's training images and no dropout (authors: 0.12 and 0.13 on
   CIFAR-10).
 * The fake score and the generator share one batch of generated images per iteration; the authors
   draw a second one.
@@ -15,11 +15,10 @@ Deviations:
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.fake_score import denoising_phase
-from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, code
-from harness.networks import clone_denoiser
+from harness.fake_score import FakeScoreMethod, denoising_phase
+from harness.method import Context, MethodConfig, OptimizerConfig, Phase, code
 from harness.schedules import karras_sigma, lognormal_sigma
 
 
@@ -34,7 +33,7 @@ def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float) -> Te
     return (difference * ((x0_teacher - x) - alpha * difference)).sum(dim=(1, 2, 3)) / weight
 
 
-class SiD(Method):
+class SiD(FakeScoreMethod):
     paper = "Zhou et al. 2024, arXiv 2404.04057"
     deviations = (
         "no dropout and no augmentation in the fake score",
@@ -55,13 +54,6 @@ class SiD(Method):
         p_std: float = code(1.2, "fake score's lognormal noise", gt=0)
         ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
         ema_ramp_up: float = code(0.05, "training settings", gt=0)
-
-    def __init__(self, config: Config, teacher, features: nn.Module | None = None):
-        super().__init__(config, teacher)
-        self.fake_score = clone_denoiser(teacher)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"fake_score": self.fake_score}
 
     def phases(self) -> list[Phase]:
         c = self.config

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.fake_score import denoising_phase
-from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, code, ours
-from harness.networks import clone_denoiser
+from harness.fake_score import FakeScoreMethod, denoising_phase
+from harness.method import Context, MethodConfig, OptimizerConfig, Phase, code, ours
 from harness.schedules import karras_sigma, lognormal_sigma
 
 
@@ -43,7 +42,7 @@ def sim_loss(
     raise ValueError(f"weight is 'one' or 'sid', not {weight!r}")
 
 
-class SIM(Method):
+class SIM(FakeScoreMethod):
     paper = "Luo et al. 2024, arXiv 2410.16794"
     deviations = (
         "re-implementation in SiD's frame: no training code was released",
@@ -63,13 +62,6 @@ class SIM(Method):
         p_std: float = ours(1.2, "as SiD; not published", gt=0)
         ema_half_life: int = ours(500_000, "images, as SiD; not published", ge=0)
         ema_ramp_up: float = ours(0.05, "as SiD; not published", gt=0)
-
-    def __init__(self, config: Config, teacher, features: nn.Module | None = None):
-        super().__init__(config, teacher)
-        self.fake_score = clone_denoiser(teacher)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"fake_score": self.fake_score}
 
     def phases(self) -> list[Phase]:
         c = self.config

@@ -6,22 +6,18 @@ Deviation: no dropout and no augmentation in the fake score.
 
 import torch
 
-from harness.fake_score import denoising_phase
-from harness.method import Method, MethodConfig, OptimizerConfig, Phase, code
-from harness.networks import clone_denoiser
+from harness.fake_score import FakeScoreMethod, denoising_phase
+from harness.method import MethodConfig, OptimizerConfig, Phase, code
 from harness.schedules import lognormal_sigma
 
 
-class DiffInstruct(Method):
+class DiffInstruct(FakeScoreMethod):
     paper = "Luo et al. 2023, arXiv 2305.18455"
 
     class Config(MethodConfig):
         batch: int = code(128, "CIFAR-10", gt=0)
         sigma_init: float = code(1.0, "CIFAR-10", gt=0)
         lr: float = code(1e-5, "generator and fake score", gt=0)
-
-    def networks(self):
-        return {"fake_score": clone_denoiser(self.teacher)}
 
     def phases(self):
         adam = OptimizerConfig(lr=self.config.lr, betas=(0.0, 0.999))
