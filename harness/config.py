@@ -71,12 +71,19 @@ class TeacherSection(Section):
 
 
 class FeatureSection(Section):
-    """A feature network trained in the workflow on the labelled training part."""
+    """A feature network trained in the workflow on the labelled training part.
+
+    Label smoothing and weight decay (classifiers only) bound the features. Without them confidence
+    grows for as long as training lasts, one class's features outgrow the others', and a Fréchet
+    distance depends on that class and on the sampling seed more than on the generator.
+    """
 
     type: Literal["cnn", "resnet", "clip"]
     images: Positive
     batch: Positive = 128
     lr: float = Field(2e-3, gt=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.05, ge=0)
     width: Positive = 32
     seed: int = Field(0, ge=0)
 

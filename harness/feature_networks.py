@@ -6,6 +6,7 @@ They give the features of distances, class probabilities and text similarity. Ea
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,9 +46,10 @@ def augmented(context: Context, x: Tensor) -> Tensor:
     return shifted + 0.1 * context.normal("augment_noise", tuple(x.shape[1:]))
 
 
-def classification_loss(context: Context) -> Tensor:
+def classification_loss(context: Context, label_smoothing: float) -> Tensor:
     x, labels = context.real()
-    return cross_entropy(context.networks["features"](augmented(context, x)), labels)
+    logits = context.networks["features"](augmented(context, x))
+    return cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
 def contrastive_loss(context: Context) -> Tensor:
@@ -79,7 +81,10 @@ def train_features(experiment: Experiment, name: str) -> dict:
             )
         if section.type == "clip":
             network.set_captions(dataset.class_names)
-        loss = contrastive_loss if section.type == "clip" else classification_loss
+            loss, optimizer = contrastive_loss, OptimizerConfig(lr=section.lr)
+        else:
+            loss = partial(classification_loss, label_smoothing=section.label_smoothing)
+            optimizer = OptimizerConfig(lr=section.lr, weight_decay=section.weight_decay)
         return TrainingRun(
             name=f"features {name}",
             folder=folder / "runs" / key,
@@ -88,7 +93,7 @@ def train_features(experiment: Experiment, name: str) -> dict:
             networks={"features": network},
             frozen={},
             main="features",
-            phases=[Phase("classify", "features", loss, OptimizerConfig(lr=section.lr))],
+            phases=[Phase("classify", "features", loss, optimizer)],
             sources=Sources(
                 dataset.image_shape,
                 dataset.num_classes,

@@ -326,7 +326,7 @@ def test_a_killed_snakemake_and_its_orphans_do_no_harm(finished, tmp_path):
     assert metrics(workspace).equals(metrics(finished))
 
 
-def test_teacher_pairs_resume_at_the_shard_and_are_charged(finished):
+def test_teacher_pairs_are_charged_to_the_student_that_uses_them(finished):
     pairs = json.loads(next(finished.results.glob("pairs/*/pairs.json")).read_text())
     assert pairs["evaluations"] == 64 * (2 * 3 - 1)
     run = finished.results / "students"
