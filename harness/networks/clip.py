@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-CONTEXT_LENGTH = 16  # captions here have at most 10 tokens; 77 would cost 2.6 times as much
+CONTEXT_LENGTH = 16  # captions here are short; the usual 77 would only cost time
 TEMPLATES = ("a handwritten digit {}", "the digit {}", "a scan of the number {}")
 
 
