@@ -59,6 +59,7 @@ class TeacherSection(Section):
     images: Positive
     batch: Positive = 128
     lr: float = Field(1e-3, gt=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     ema_half_life: int = Field(500_000, ge=0)
     ema_ramp_up: float = Field(0.05, gt=0)

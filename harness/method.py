@@ -7,6 +7,7 @@ file and knows no workflow; `harness.trainer` runs its phases.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,15 @@ class OptimizerConfig(BaseModel):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0, description="cosine to 0 over so many updates; 0: constant")
     clip: float | None = Field(None, gt=0, description="largest gradient norm")
+
+    def rate(self, update: int) -> float:
+        """The learning rate of update 1, 2, …: linear warm-up, times the cosine decay."""
+        rate = self.lr * min(1.0, update / max(self.warmup_steps, 1))
+        if self.decay_steps:
+            rate *= (1 + math.cos(math.pi * min(1.0, (update - 1) / self.decay_steps))) / 2
+        return rate
 
 
 class MethodConfig(BaseModel):

@@ -29,7 +29,11 @@ def teacher_phase(section: TeacherSection, null_label: int) -> Phase:
         noised = context.noised(clean, sigma)
         return denoising_loss(teacher, clean, noised, sigma, labels, section.sigma_data)
 
-    optimizer = OptimizerConfig(lr=section.lr, warmup_steps=section.warmup_steps)
+    optimizer = OptimizerConfig(
+        lr=section.lr,
+        warmup_steps=section.warmup_steps,
+        decay_steps=-(-section.images // section.batch) if section.lr_schedule == "cosine" else 0,
+    )
     return Phase("denoise", "teacher", loss, optimizer)
 
 

@@ -307,9 +307,8 @@ class Trainer:
             if config.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm, foreach=True)
             self.updates[name] += 1
-            warm = min(1.0, self.updates[name] / max(config.warmup_steps, 1))
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * warm
+                group["lr"] = config.rate(self.updates[name])
             optimizer.step()
             self.consecutive[phase.name] = 0
             self._record(f"loss/{phase.name}", loss)

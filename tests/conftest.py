@@ -12,9 +12,12 @@ import pytest
 import torch
 import yaml
 
+from tests import stages
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
@@ -56,34 +59,61 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
+        return {**os.environ, "PYTHONPATH": str(self.root)}
 
-    def run(self, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             self.command(*arguments),
             cwd=self.root,
-            env=self.environment,
+            env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=400,
         )
 
-    def harness(self, *arguments: str, config: str = "tiny") -> subprocess.CompletedProcess:
-        return self.run("harness", *arguments, "--configfile", f"configs/{config}.yaml")
+    def stage(self, *arguments: str) -> subprocess.CompletedProcess:
+        """One stage of the tiny experiment, to its end."""
+        process = stages.start(self.root, [*arguments, "--configfile", "configs/tiny.yaml"])
+        process.join(timeout=120)
+        assert process.exitcode is not None
+        output = [(self.root / name).read_text() for name in ("stdout.txt", "stderr.txt")]
+        return subprocess.CompletedProcess(arguments, process.exitcode, *output)
 
-    def snakemake(self, *arguments: str, config: str = "tiny") -> subprocess.CompletedProcess:
-        return self.run(
-            "snakemake", "--cores", "8", "all", "--configfile", f"configs/{config}.yaml", *arguments
-        )
+    def snakemake(
+        self, *arguments: str, config: str = "tiny", **environment: str
+    ) -> subprocess.CompletedProcess:
+        options = ["--cores", "8", "all", "--configfile", f"configs/{config}.yaml"]
+        return self.run("snakemake", *options, *arguments, **environment)
+
+
+# A SIM that fails at its seventh step while BREAK is set: its file stays the same.
+BREAK = """
+    def generator_loss(self, context):
+        import os
+
+        if context.step >= 6 and os.environ.get("BREAK"):
+            raise RuntimeError("the generator broke")
+        return self.working_generator_loss(context)
+
+    def working_generator_loss("""
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Workspace:
-    """The tiny experiment, run from nothing to the report by the workflow. Not to be changed."""
-    workspace = Workspace.create(tmp_path_factory.mktemp("finished") / "project")
-    done = workspace.snakemake()
+def broken(tmp_path_factory) -> Workspace:
+    """The tiny experiment, run from nothing by the workflow with one method that fails."""
+    workspace = Workspace.create(tmp_path_factory.mktemp("broken") / "project")
+    path = workspace.root / "methods" / "sim.py"
+    path.write_text(path.read_text().replace("\n    def generator_loss(", BREAK))
+    workspace.last_run = workspace.snakemake(BREAK="1")
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def finished(broken, tmp_path_factory) -> Workspace:
+    """The same, finished by the next command, when nothing fails any more. Not to be changed."""
+    workspace = broken.clone(tmp_path_factory.mktemp("finished") / "project")
+    workspace.last_run = done = workspace.snakemake()
     assert done.returncode == 0, done.stdout + done.stderr
-    workspace.first_run = done
     return workspace
 
 

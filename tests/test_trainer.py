@@ -329,6 +329,13 @@ def test_warm_up_and_clipping(tmp_path):
     assert 0 < change < 36e-5
 
 
+def test_cosine_decay_ends_at_nothing():
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, decay_steps=4)
+    rates = [config.rate(update) for update in range(1, 7)]
+    assert rates == pytest.approx([0.5, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0.0, 0.0])
+    assert OptimizerConfig(lr=1.0).rate(10**9) == 1.0
+
+
 def test_measure_follows_a_gradient_penalty_and_attention():
     q = torch.randn(2, 1, 4, 8, requires_grad=True)
     with measure({}) as cost:

@@ -128,7 +128,7 @@ def quality(
             panel.set_yscale("log")
             _plain_log(panel.yaxis)
         if axis == "images":
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k"))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:.3g}k"))
         else:
             _plain_log(panel.xaxis)
         arrow = "higher is better" if METRICS[metric].higher_is_better else "lower is better"
@@ -239,7 +239,7 @@ def training_health(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
             panels[0][j].annotate("no run", (0.5, 0.5), xycoords="axes fraction", ha="center")
         panels[2][j].set_ylim(bottom=-0.5, top=max(5, panels[2][j].get_ylim()[1]))
         panels[2][j].set_xlabel("images")
-        panels[2][j].xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k"))
+        panels[2][j].xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:.3g}k"))
         panels[2][j].xaxis.set_major_locator(plt.MaxNLocator(4))
     for i, (_, text) in enumerate(kinds):
         panels[i][0].set_ylabel(text)
