@@ -44,12 +44,16 @@ class Grid(Section):
 
 
 class Sampler(Section):
-    """EDM's deterministic Heun sampler (Karras et al. 2022, algorithm 1)."""
+    """EDM's Heun sampler (Karras et al. 2022): deterministic, or stochastic with `s_churn`."""
 
     steps: Positive = 18
     sigma_min: float = Field(SIGMA_MIN, gt=0)
     sigma_max: float = Field(SIGMA_MAX, gt=0)
     rho: float = Field(RHO, gt=0)
+    s_churn: float = Field(0.0, ge=0)
+    s_min: float = Field(0.0, ge=0)
+    s_max: float | None = Field(None, gt=0)
+    s_noise: float = Field(1.0, gt=0)
 
 
 class TeacherSection(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 
 class Denoiser(nn.Module):
@@ -35,12 +36,39 @@ class EDMDenoiser(Denoiser):
     """EDM's preconditioning (Karras et al. 2022, table 1) around a backbone.
 
     The preconditioning runs in float32; the backbone may run in bfloat16 under autocast.
-    A subclass says how its backbone takes the noise level and the condition.
+    A subclass says how its backbone is built and takes the noise level and the condition.
+
+    Labels run from 0 to `num_classes - 1`; `num_classes` itself means "no label".
+
+    `epsilon`: 0 for EDM's; consistency models (Song et al. 2023) and GDD's students put
+    σ - epsilon in place of σ in c_skip and in the numerator of c_out.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, sigma_data: float = 0.5):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        sigma_data: float = 0.5,
+        epsilon: float = 0.0,
+    ):
         super().__init__()
-        self.backbone, self.num_classes, self.sigma_data = backbone, num_classes, sigma_data
+        self.backbone, self.num_classes = backbone, num_classes
+        self.sigma_data, self.epsilon = sigma_data, epsilon
+
+    @staticmethod
+    def backbone_arguments(image_shape: tuple[int, int, int], num_classes: int) -> dict:
+        """Constructor arguments of the backbone that follow from the data."""
+        raise NotImplementedError
+
+    @property
+    def precondition(self) -> dict:
+        """What `denoiser.json` holds: the constructor's arguments beside the backbone."""
+        return {name: getattr(self, name) for name in ("num_classes", "sigma_data", "epsilon")}
+
+    def null_condition(self, batch: int) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        return torch.full((batch,), self.num_classes, device=self.backbone.device)
 
     def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
         """The raw network: scaled input `(B, C, H, W)` and `c_noise = ln(σ)/4` `(B,)`."""
@@ -49,8 +77,9 @@ class EDMDenoiser(Denoiser):
     def forward(self, x: Tensor, sigma: Tensor, condition=None, **extras) -> Tensor:
         x, sigma = x.float(), sigma.float().view(-1, 1, 1, 1)
         variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
+        excess = sigma - self.epsilon
+        c_skip = self.sigma_data**2 / (excess**2 + self.sigma_data**2)
+        c_out = excess * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()
         c_noise = sigma.flatten().log() / 4
         if condition is None:
@@ -71,20 +100,47 @@ class UNet2DDenoiser(EDMDenoiser):
 
     TIME_SCALE = 100.0
 
-    def __init__(self, backbone: nn.Module, num_classes: int, sigma_data: float = 0.5):
-        super().__init__(backbone, num_classes, sigma_data)
+    def __init__(self, backbone: nn.Module, num_classes: int, *args, **kwargs):
+        super().__init__(backbone, num_classes, *args, **kwargs)
         if backbone.config.time_embedding_type != "positional":
             raise ValueError("UNet2DDenoiser needs time_embedding_type 'positional'")
         if num_classes and backbone.config.num_class_embeds != num_classes + 1:
             raise ValueError(f"num_class_embeds must be num_classes + 1 = {num_classes + 1}")
 
-    def null_condition(self, batch: int) -> Tensor | None:
-        if not self.num_classes:
-            return None
-        return torch.full((batch,), self.num_classes, device=self.backbone.device)
+    @staticmethod
+    def backbone_arguments(image_shape: tuple[int, int, int], num_classes: int) -> dict:
+        channels, height, _ = image_shape
+        return {
+            "sample_size": height,
+            "in_channels": channels,
+            "out_channels": channels,
+            "num_class_embeds": num_classes + 1 if num_classes else None,
+        }
 
     def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
         return self.backbone(x, c_noise * self.TIME_SCALE, class_labels=condition, **extras).sample
+
+
+class OneHotDenoiser(EDMDenoiser):
+    """One of EDM's networks (`harness.networks.edm`), whose labels are one-hot vectors: the missing
+    label is the zero vector. `condition` may also hold such vectors, float `(B, num_classes)`."""
+
+    @staticmethod
+    def backbone_arguments(image_shape: tuple[int, int, int], num_classes: int) -> dict:
+        channels, height, _ = image_shape
+        return {
+            "img_resolution": height,
+            "in_channels": channels,
+            "out_channels": channels,
+            "label_dim": num_classes,
+        }
+
+    def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
+        if not self.num_classes:
+            condition = None
+        elif not condition.is_floating_point():
+            condition = one_hot(condition, self.num_classes + 1)[:, :-1].float()
+        return self.backbone(x, c_noise, condition, **extras)
 
 
 def one_step(student: Denoiser, z: Tensor, condition, sigma_init: float) -> Tensor:

@@ -17,6 +17,9 @@ from torch import nn
 _DIFFUSERS_UNET = re.compile(
     r"(^|\.)(down_blocks|mid_block|up_blocks)\.\d*.*\b(conv1|conv2|to_out\.\d+|(down|up)samplers\.\d+\.(conv|Conv2d_0))\."
 )
+# EDM's networks: GDD's rule (names that contain conv or proj, inside the blocks); norms, `affine`,
+# `skip`, `qkv`, the mapping network, input and output convolutions stay trainable.
+_EDM_UNET = re.compile(r"(^|\.)(enc|dec)\.\d+x\d+_(block\d+|up|down|in[01])\.(conv[01]|proj)\.")
 # diffusers transformers: attention output projections and the MLPs' weights.
 _DIFFUSERS_TRANSFORMER = re.compile(
     r"(^|\.)transformer_blocks\.\d+\.(attn\d?\.to_out\.\d+\.|ff\.net\..*weight$)"
@@ -24,7 +27,7 @@ _DIFFUSERS_TRANSFORMER = re.compile(
 
 
 def _innate(name: str) -> bool:
-    return bool(_DIFFUSERS_UNET.search(name) or _DIFFUSERS_TRANSFORMER.search(name))
+    return any(p.search(name) for p in (_DIFFUSERS_UNET, _EDM_UNET, _DIFFUSERS_TRANSFORMER))
 
 
 PRESETS: dict[str, Callable[[str], bool]] = {"none": lambda name: False, "innate": _innate}

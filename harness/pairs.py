@@ -22,7 +22,7 @@ from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.ledger import measure
 from harness.networks import load_denoiser
-from harness.sampling import BLOCK, heun, noise_and_labels
+from harness.sampling import BLOCK, heun, noise_and_labels, step_noise
 
 SHARD = 16 * BLOCK
 
@@ -84,7 +84,8 @@ def _make_shard(
                 teacher(z.to(device), torch.ones(BLOCK, device=device), condition)
             flops_per_image = cost.flops / BLOCK * (2 * sampler["steps"] - 1)
         started = time.perf_counter()
-        x = heun(teacher, z.to(device), condition, **sampler).float().cpu()
+        noise = step_noise(index, shape, seed=0, purpose="pairs", device=device)
+        x = heun(teacher, z.to(device), condition, noise, **sampler).float().cpu()
         seconds += time.perf_counter() - started
         wanted = min(BLOCK, start + size - first)
         parts["z"].append(z[:wanted])

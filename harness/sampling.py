@@ -6,6 +6,7 @@ image i in any call. Noise and labels are drawn on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -19,31 +20,51 @@ from harness.streams import Stream
 BLOCK = 64
 
 
+# Step number -> standard normal noise of the images that are being sampled, `(B, C, H, W)`.
+Noise = Callable[[int], Tensor]
+
+
 def heun(
     denoiser: Denoiser,
     latents: Tensor,
     condition=None,
+    noise: Noise | None = None,
+    *,
     steps: int = 18,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float | None = None,
+    s_noise: float = 1.0,
 ) -> Tensor:
-    """EDM's deterministic sampler (Karras et al. 2022, algorithm 1), `2 steps - 1` evaluations.
+    """EDM's sampler (Karras et al. 2022): Heun's method, `2 steps - 1` evaluations.
+
+    Deterministic (algorithm 1) with `s_churn` 0; else stochastic (algorithm 2), and `noise` gives
+    what each step adds at levels from `s_min` to `s_max` (None: no bound).
 
     `latents`: standard normal `(B, C, H, W)`. The state is float64, the network float32.
     Returns float64 images in the model's space.
     """
+    if s_churn and noise is None:
+        raise ValueError("a sampler with s_churn needs noise")
     sigmas = heun_sigmas(steps, sigma_min, sigma_max, rho).to(latents.device)
+    # The levels on the host: their comparisons must not wait for the device.
+    levels = heun_sigmas(steps, sigma_min, sigma_max, rho).tolist()
 
     def slope(x: Tensor, sigma: Tensor) -> Tensor:
-        levels = sigma.float().expand(len(x))
-        return (x - denoiser(x.float(), levels, condition).double()) / sigma
+        return (x - denoiser(x.float(), sigma.float().expand(len(x)), condition).double()) / sigma
 
     x = latents.double() * sigmas[0]
-    for now, then in pairwise(sigmas):
+    for step, (now, then) in enumerate(pairwise(sigmas)):
+        if s_churn and s_min <= levels[step] and (s_max is None or levels[step] <= s_max):
+            raised = now * (1 + min(s_churn / steps, math.sqrt(2) - 1))
+            x = x + (raised**2 - now**2).sqrt() * s_noise * noise(step).double()
+            now = raised
         first = slope(x, now)
         following = x + (then - now) * first
-        if then > 0:
+        if step + 1 < steps:  # the last step, to 0, is Euler's
             following = x + (then - now) * (first + slope(following, then)) / 2
         x = following
     return x
@@ -65,23 +86,31 @@ def noise_and_labels(
     return stream.normal(index, shape), labels
 
 
+def step_noise(
+    index: Tensor, shape: tuple[int, ...], seed: int, purpose: str = "evaluation", device="cpu"
+) -> Noise:
+    """What a stochastic sampler adds to images `index` at each of its steps."""
+    stream = Stream(seed, purpose)
+    return lambda step: stream.child(f"churn{step}").normal(index, shape).to(device)
+
+
 def blocks(count: int, block: int = BLOCK) -> Iterator[tuple[Tensor, int]]:
     """Index tensors of equal size that cover 0 .. count - 1, and how many of each are wanted."""
     for start in range(0, count, block):
         yield torch.arange(start, start + block), min(block, count - start)
 
 
-Generator = Callable[[Tensor, Tensor | None], Tensor]
+Generator = Callable[[Tensor, Tensor | None, Noise], Tensor]
 
 
 def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
     """z, condition -> images, for a student."""
-    return lambda z, condition: one_step(student, z, condition, sigma_init)
+    return lambda z, condition, noise: one_step(student, z, condition, sigma_init)
 
 
 def heun_generator(denoiser: Denoiser, sampler: dict) -> Generator:
-    """z, condition -> images, by the sampler settings of a teacher."""
-    return lambda z, condition: heun(denoiser, z, condition, **sampler)
+    """z, condition, noise -> images, by the sampler settings of a teacher."""
+    return lambda z, condition, noise: heun(denoiser, z, condition, noise, **sampler)
 
 
 @torch.no_grad()
@@ -97,5 +126,6 @@ def sample(
     for index, wanted in blocks(count):
         z, labels = noise_and_labels(index, shape, num_classes, seed)
         condition = None if labels is None else labels.to(device)
-        images = generate(z.to(device), condition)
+        noise = step_noise(index, shape, seed, device=device)
+        images = generate(z.to(device), condition, noise)
         yield images[:wanted], None if labels is None else labels[:wanted]

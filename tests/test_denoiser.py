@@ -8,7 +8,14 @@ from harness.artifacts import write_json
 from harness.denoiser import EDMDenoiser, one_step
 from harness.errors import UserError
 from harness.networks import WEIGHTS, build_denoiser, load_denoiser, save_denoiser
-from harness.sampling import BLOCK, heun, noise_and_labels, one_step_generator, sample
+from harness.sampling import (
+    BLOCK,
+    heun,
+    noise_and_labels,
+    one_step_generator,
+    sample,
+    step_noise,
+)
 
 NETWORK = {
     "type": "UNet2DModel",
@@ -90,6 +97,24 @@ def test_heun_solves_the_flow_of_a_gaussian():
     assert errors[0] < 0.06
     assert errors[1] < errors[0] / 8  # second order
     assert calls[0] == pytest.approx(80) and calls[-1] == pytest.approx(0.002)
+
+
+def test_the_stochastic_sampler_keeps_the_variance_of_a_gaussian():
+    """Churn adds noise and removes it again: with the exact denoiser of N(0, s²), the images' spread
+    stays s, while single images differ from the deterministic ones."""
+    s, z = 0.5, torch.randn(4096, 1, 1, 1, dtype=torch.float64)
+
+    def denoiser(x, sigma, condition):
+        return x * s**2 / (s**2 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    churn = {"steps": 64, "s_churn": 20.0, "s_min": 0.05, "s_max": 50.0}
+    noise = step_noise(torch.arange(4096), (1, 1, 1), seed=3)
+    x, plain = heun(denoiser, z, None, noise, **churn), heun(denoiser, z, steps=64)
+    assert x.std().item() == pytest.approx(s, rel=0.05)
+    assert plain.std().item() == pytest.approx(s, rel=0.05)
+    assert abs(torch.corrcoef(torch.stack([x.flatten(), plain.flatten()]))[0, 1]) < 0.9
+    with pytest.raises(ValueError, match="s_churn needs noise"):
+        heun(denoiser, z, **churn)
 
 
 def test_samples_do_not_depend_on_how_many_are_asked_for():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.artifacts import load_tensors, read_json, sha256_file, write_json
-from harness.denoiser import Denoiser, UNet2DDenoiser
+from harness.denoiser import EDMDenoiser, OneHotDenoiser, UNet2DDenoiser
 from harness.errors import UserError, did_you_mean
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -21,8 +21,20 @@ def _unet2d():
     return UNet2DModel, UNet2DDenoiser
 
 
+def _song():
+    from harness.networks.edm import SongUNet
+
+    return SongUNet, OneHotDenoiser
+
+
+def _dhariwal():
+    from harness.networks.edm import DhariwalUNet
+
+    return DhariwalUNet, OneHotDenoiser
+
+
 # Backbone class name (as in config.json) -> (backbone class, its denoiser), imported when used.
-ARCHITECTURES = {"UNet2DModel": _unet2d}
+ARCHITECTURES = {"UNet2DModel": _unet2d, "SongUNet": _song, "DhariwalUNet": _dhariwal}
 
 
 def _architecture(name: str):
@@ -32,36 +44,32 @@ def _architecture(name: str):
 
 
 def build_denoiser(
-    network: dict, image_shape: tuple[int, int, int], num_classes: int, sigma_data: float
-) -> Denoiser:
+    network: dict,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    sigma_data: float = 0.5,
+    epsilon: float = 0.0,
+) -> EDMDenoiser:
     """A fresh denoiser: `network` names the backbone under `type` and holds its arguments."""
     settings = dict(network)
     backbone_class, denoiser_class = _architecture(settings.pop("type"))
-    channels, height, _ = image_shape
+    given = denoiser_class.backbone_arguments(image_shape, num_classes)
     try:
-        backbone = backbone_class(
-            sample_size=height,
-            in_channels=channels,
-            out_channels=channels,
-            num_class_embeds=num_classes + 1 if num_classes else None,
-            **settings,
-        )
-        return denoiser_class(backbone, num_classes, sigma_data)
+        return denoiser_class(backbone_class(**given, **settings), num_classes, sigma_data, epsilon)
     except (TypeError, ValueError) as error:
         raise UserError(f"network of type {network['type']}: {error}") from None
 
 
-def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -> str:
+def save_denoiser(denoiser: EDMDenoiser, folder: Path, extra: dict | None = None) -> str:
     """Write a denoiser folder; returns the sha256 of its weights. `extra` joins denoiser.json."""
     denoiser.backbone.save_pretrained(folder, safe_serialization=True)
-    record = {"num_classes": denoiser.num_classes, "sigma_data": denoiser.sigma_data}
-    write_json(Path(folder) / "denoiser.json", record | (extra or {}))
+    write_json(Path(folder) / "denoiser.json", denoiser.precondition | (extra or {}))
     return sha256_file(Path(folder) / WEIGHTS)
 
 
 def load_denoiser(
     folder: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
-) -> Denoiser:
+) -> EDMDenoiser:
     """The denoiser in a teacher or student folder, in evaluation mode.
 
     Weights come from safetensors alone. A missing part, a damaged file, weights that do not fit
@@ -81,11 +89,12 @@ def load_denoiser(
         raise UserError(
             f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {reason}"
         ) from None
-    denoiser = denoiser_class(backbone, record["num_classes"], record["sigma_data"])
+    precondition = {name: record[name] for name in ("num_classes", "sigma_data", "epsilon")}
+    denoiser = denoiser_class(backbone, **precondition)
     return denoiser.eval().to(device)
 
 
-def clone_denoiser(denoiser: Denoiser) -> Denoiser:
+def clone_denoiser(denoiser: EDMDenoiser) -> EDMDenoiser:
     """An independent, trainable copy: a student or fake score begins as its teacher."""
     import copy
 

@@ -1,0 +1,151 @@
+"""EDM's networks against numbers of the official implementation (tests/data)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from harness.denoiser import OneHotDenoiser
+from harness.freezing import freeze
+from harness.networks import ARCHITECTURES, build_denoiser, load_denoiser, save_denoiser
+from harness.sampling import heun
+from tests.conftest import DATA, ROOT
+
+OFFICIAL = ROOT.parent / "shared" / "reference" / "edm_state_dicts.json"
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / f"{name}.npz") as file:
+        return dict(file)
+
+
+def golden_denoiser(data: dict[str, np.ndarray]) -> OneHotDenoiser:
+    settings = json.loads(str(data["init_kwargs"]))
+    denoiser = from_official(settings)
+    weights = {
+        k.removeprefix("weight/").replace("model.", "backbone.", 1): torch.from_numpy(v)
+        for k, v in data.items()
+        if k.startswith("weight/")
+    }
+    denoiser.load_state_dict(weights)
+    return denoiser.eval()
+
+
+def from_official(settings: dict) -> OneHotDenoiser:
+    settings = dict(settings)
+    shape = (settings.pop("img_channels"), *[settings.pop("img_resolution")] * 2)
+    labels, kind = settings.pop("label_dim", 0), settings.pop("model_type")
+    settings.pop("use_fp16", None)
+    return build_denoiser({"type": kind, **settings}, shape, labels)
+
+
+def error(value: torch.Tensor, reference: np.ndarray) -> float:
+    reference = torch.from_numpy(reference)
+    return float((value.detach() - reference).abs().max() / reference.abs().max())
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_networks_compute_what_the_official_ones_compute(name, layout):
+    data = golden(name)
+    denoiser = golden_denoiser(data).to(memory_format=layout)
+    assert sum(p.numel() for p in denoiser.parameters()) == int(data["parameters"])
+    x = torch.from_numpy(data["x"]).contiguous(memory_format=layout).requires_grad_()
+    sigma = torch.from_numpy(data["sigma"]).float()
+    labels = torch.from_numpy(data["labels"]) if "labels" in data else None
+    extras = (
+        {"augment_labels": torch.from_numpy(data["augment_labels"])}
+        if "augment_labels" in data
+        else {}
+    )
+    output = denoiser(x, sigma, labels, **extras)
+    assert error(output, data["output"]) < 1e-5
+    (output * torch.from_numpy(data["v"])).sum().backward()
+    assert error(x.grad, data["grad_x"]) < 1e-4
+    with torch.no_grad():
+        if labels is None:
+            plain = denoiser(x, sigma)
+            assert error(plain, data["output_without_augment"]) < 1e-5
+            zeros = denoiser(x, sigma, augment_labels=torch.zeros(3, 9))
+            assert error(zeros, data["output_without_augment"]) < 1e-5
+        else:
+            assert error(denoiser(x, sigma), data["output_without_labels"]) < 1e-5
+            null = denoiser(x, sigma, denoiser.null_condition(3))
+            assert error(null, data["output_without_labels"]) < 1e-5
+            vectors = denoiser(x, sigma, torch.from_numpy(data["labels_onehot"]).float())
+            assert error(vectors, data["output"]) < 1e-5
+
+
+def test_a_folder_keeps_an_edm_network(tmp_path):
+    data = golden("ncsnpp")
+    denoiser = golden_denoiser(data)
+    denoiser.epsilon = 0.002
+    save_denoiser(denoiser, tmp_path)
+    again = load_denoiser(tmp_path)
+    assert again.epsilon == 0.002
+    x, sigma = torch.from_numpy(data["x"]), torch.from_numpy(data["sigma"]).float()
+    assert torch.equal(denoiser(x, sigma), again(x, sigma))
+
+
+def test_the_consistency_preconditioning_is_the_identity_at_epsilon():
+    denoiser = golden_denoiser(golden("ddpmpp"))
+    denoiser.epsilon = 0.002
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(denoiser(x, torch.full((2,), 0.002)), x, atol=1e-7)
+    exact = denoiser(x, torch.full((2,), 80.0))
+    denoiser.epsilon = 0.0
+    edm = denoiser(x, torch.full((2,), 80.0))
+    assert 0 < (exact - edm).abs().max() / edm.abs().max() < 5e-5
+
+
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="needs the reference folder beside the project")
+def test_official_configurations_have_the_official_names_shapes_and_frozen_share():
+    official = json.loads(OFFICIAL.read_text())
+    for name, entry in official.items():
+        if name == "about":
+            continue
+        with torch.device("meta"):
+            denoiser = from_official(entry["init_kwargs"])
+        mine = [[f"model.{k}", list(v.shape)] for k, v in denoiser.backbone.state_dict().items()]
+        assert mine == [[n, shape] for n, shape, *_ in entry["tensors"]], name
+        share = freeze(denoiser, "innate")
+        assert round(share, 6) == entry["innate_freezing"]["frozen_fraction"], name
+        frozen = {n for n, p in denoiser.named_parameters() if not p.requires_grad}
+        assert frozen == {n.replace("model.", "backbone.", 1) for n in entry["innate_names"]}
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
+def test_fresh_networks_begin_as_the_papers_do(kind):
+    """The last layer is (nearly) zero, so D(x) is c_skip x, and training has a gradient."""
+    torch.manual_seed(0)
+    settings = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
+    denoiser = build_denoiser({"type": kind, "attn_resolutions": [8], **settings}, (3, 16, 16), 10)
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 2.0])
+    output = denoiser(x, sigma, torch.tensor([1, 2]))
+    c_skip = (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1, 1)
+    assert torch.allclose(output, c_skip * x, atol=1e-4)
+    output.square().mean().backward()
+    assert ARCHITECTURES[kind]()[0].__name__ == kind
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
+
+
+def test_networks_compile_without_a_graph_break():
+    denoiser = golden_denoiser(golden("ncsnpp"))
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 2.0])
+    report = torch._dynamo.explain(denoiser)(x, sigma, torch.tensor([1, 2]))
+    assert report.graph_break_count == 0, report.break_reasons
+
+
+def test_heun_follows_the_official_trajectory():
+    data = golden("edm_heun")
+    denoiser, seen = golden_denoiser(golden("ddpmpp")), []
+
+    def watched(x, sigma, condition):
+        seen.append(float(sigma[0]))
+        return denoiser(x, sigma, condition)
+
+    with torch.no_grad():
+        images = heun(watched, torch.from_numpy(data["latents"]), steps=int(data["num_steps"]))
+    assert error(images, data["images"]) < 1e-5
+    np.testing.assert_allclose(seen, data["evaluated_sigmas"], rtol=1e-6)
