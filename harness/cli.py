@@ -119,6 +119,16 @@ def _status(args) -> None:
     print_status(_experiment(args))
 
 
+def _import_edm(args) -> None:
+    from harness.networks.import_edm import import_edm
+
+    if args.folder.exists() and not (args.folder / "denoiser.json").exists():
+        raise UserError(f"{args.folder} exists and is no denoiser folder; name another")
+    made = import_edm(args.file, args.folder)
+    print(f"{args.folder}: {made['parameters']:,} parameters from {made['file']}")
+    print("The licence of the checkpoint stays (NVIDIA's official ones: CC BY-NC-SA 4.0).")
+
+
 def _methods(args) -> None:
     from harness.method import get_method, method_names
 
@@ -158,6 +168,12 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--partial", action="store_true", help="show missing runs as failed")
     stage("summary", _summary, "print the comparison table")
     stage("status", _status, "show how far every run is")
+    imported = stages.add_parser(
+        "import-edm", help="convert an official EDM pickle, running nothing"
+    )
+    imported.add_argument("file", type=Path)
+    imported.add_argument("folder", type=Path)
+    imported.set_defaults(function=_import_edm)
     stage("methods", _methods, "list the methods and where each default comes from")
     return parser
 

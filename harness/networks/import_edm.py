@@ -1,0 +1,241 @@
+"""Official EDM pickles (Karras et al. 2022, and what SiD and GDD publish) as denoiser folders.
+
+Nothing in the file is executed. A pickle is a program for a small machine that may call whatever
+Python function it names; here the machine knows only the names in `_ALLOWED`, each bound to a
+function of ours that builds inert data. Anything else is refused with its name. Tensor data lies in
+*inner* pickles, which `torch.load(weights_only=True)` reads.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.artifacts import atomic_folder, sha256_file
+from harness.denoiser import EDMDenoiser
+from harness.errors import UserError
+
+# Preconditioning classes and their epsilon (see `EDMDenoiser`).
+_PRECONDITIONS = {"EDMPrecond": 0.0, "GDDPrecond": 0.002}
+_BACKBONES = ("SongUNet", "DhariwalUNet")
+# Arguments of the preconditioning; all others are the backbone's.
+_OUTER = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max")
+
+
+class Refused(pickle.UnpicklingError):
+    """The file holds something that an official pickle does not."""
+
+
+# -- inert stand-ins for what the file names ----------------------------------------------------
+
+
+class _Record:
+    """A pickled network object: its class's name and its `__dict__`. Its source text is dropped."""
+
+    def __init__(self, meta: dict):
+        if type(meta) is not dict or meta.get("type") != "class":
+            raise Refused("a persistent object that is no class instance")
+        self.class_name, self.state = meta["class_name"], meta["state"]
+
+
+class _ModuleDict:
+    def __setstate__(self, state: dict) -> None:
+        self.state = state
+
+
+class _EasyDict(dict):
+    def __setstate__(self, state: dict) -> None:
+        self.update(state)
+
+
+class _DType:
+    def __init__(self, code: str, *_):
+        if code not in ("f4", "f8", "i4", "i8", "b1"):
+            raise Refused(f"numpy dtype {code!r}")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", "|"):
+            raise Refused(f"numpy byte order {state[1]!r}")
+
+
+def _scalar(dtype: _DType, data: bytes):
+    import numpy
+
+    if type(dtype) is not _DType:
+        raise Refused("a numpy scalar of unknown dtype")
+    return numpy.frombuffer(data, "<" + dtype.code, count=1)[0].item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise Refused(f"text encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _storage(data: bytes) -> Tensor:
+    """An inner file: one storage in torch's legacy format, as a flat tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # typed storages are deprecated
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if (
+            not isinstance(storage, torch.storage.TypedStorage)
+            or not storage.dtype.is_floating_point
+        ):
+            raise Refused("tensor data that is no storage of floating-point numbers")
+        return torch.tensor([], dtype=storage.dtype).set_(storage)
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+    numbers = (offset, *size, *stride)
+    if type(storage) is not Tensor or any(type(n) is not int or n < 0 for n in numbers):
+        raise Refused("a tensor with an impossible shape")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if math.prod(size) and last >= storage.numel():
+        raise Refused("a tensor that is larger than its data")
+    return storage.as_strided(size, stride, offset)
+
+
+def _parameter(tensor: Tensor, *_) -> Tensor:
+    return tensor
+
+
+_ALLOWED = {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Record,
+    ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy", "dtype"): _DType,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("_codecs", "encode"): _encode,
+    ("dnnlib.util", "EasyDict"): _EasyDict,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise Refused(f"{module}.{name}, which no official EDM pickle needs") from None
+
+    def persistent_load(self, pid):
+        raise Refused("a persistent id")
+
+
+# -- from records to a denoiser -----------------------------------------------------------------
+
+
+def _children(record: _Record | _ModuleDict) -> dict:
+    return dict(record.state.get("_modules", {}))
+
+
+def _tensors(record, prefix: str) -> dict[str, Tensor]:
+    """Names -> tensors of a module and all below it, as its state dict would have them."""
+    if not isinstance(record, _Record | _ModuleDict):
+        raise Refused(f"{prefix.rstrip('.')} of type {type(record).__name__}")
+    tensors = {}
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in record.state.get(kind, {}).items():
+            if tensor is None:
+                continue
+            if type(tensor) is not Tensor:
+                raise Refused(f"{prefix}{name} of type {type(tensor).__name__}")
+            tensors[prefix + name] = tensor
+    for name, child in _children(record).items():
+        if child is not None:
+            tensors |= _tensors(child, f"{prefix}{name}.")
+    return tensors
+
+
+def _compare(expected: dict, found: dict) -> None:
+    """Names and shapes must agree in both directions."""
+    for name in expected:
+        if name not in found:
+            raise Refused(f"no tensor {name}, which its settings ask for")
+        if expected[name].shape != found[name].shape:
+            raise Refused(
+                f"{name} of shape {tuple(found[name].shape)} where its settings ask for "
+                f"{tuple(expected[name].shape)}"
+            )
+    for name in found:
+        if name not in expected:
+            raise Refused(f"a tensor {name}, which its settings do not ask for")
+
+
+def _denoiser(network: _Record) -> EDMDenoiser:
+    from harness.networks import build_denoiser
+
+    if not isinstance(network, _Record):
+        raise Refused(f"'ema' of type {type(network).__name__}, not a network")
+    if network.class_name not in _PRECONDITIONS:
+        raise Refused(
+            f"a {network.class_name}, but only {' and '.join(_PRECONDITIONS)} can be imported"
+        )
+    settings = dict(network.state["_init_kwargs"])
+    kind = settings.pop("model_type", "DhariwalUNet")
+    if kind not in _BACKBONES:
+        raise Refused(f"a backbone {kind}, but only {' and '.join(_BACKBONES)} can be imported")
+    if network.state.get("_init_args"):
+        raise Refused("positional constructor arguments")
+    sigma_data = settings.pop("sigma_data", 0.5)
+    outer = {name: settings.pop(name, None) for name in _OUTER}
+    size = outer["img_resolution"]
+    denoiser = build_denoiser(
+        {"type": kind, **settings},
+        (outer["img_channels"], size, size),
+        outer["label_dim"] or 0,
+        sigma_data,
+        _PRECONDITIONS[network.class_name],
+    )
+    found = _tensors(_children(network)["model"], "")
+    _compare(denoiser.backbone.state_dict(), found)
+    denoiser.backbone.load_state_dict(found)
+    return denoiser.eval()
+
+
+def read_edm_pickle(path: Path) -> EDMDenoiser:
+    """The network under `ema` of an official pickle. Raises `UserError`, in one line, for anything
+    that an official pickle would not hold."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            content = _Unpickler(file).load()
+        if not isinstance(content, dict) or "ema" not in content:
+            raise Refused("no entry 'ema'")
+        return _denoiser(content["ema"])
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Refused as error:
+        raise UserError(f"{path} is refused: it holds {error}") from None
+    except (
+        Exception
+    ) as error:  # a foreign file may fail in any way; none of them is a crash of ours
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path} is damaged or no EDM pickle ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def import_edm(path: Path, folder: Path) -> dict:
+    """Convert an official pickle to a denoiser folder; returns what `denoiser.json` says of the
+    source. The licence of the checkpoint stays what it is (NVIDIA's: CC BY-NC-SA 4.0)."""
+    from harness.networks import save_denoiser
+
+    denoiser = read_edm_pickle(path)
+    source = {"file": Path(path).name, "sha256": sha256_file(path)}
+    with atomic_folder(folder) as temporary:
+        sha256 = save_denoiser(denoiser, temporary, {"imported": source})
+    return source | {"weights": sha256, "parameters": sum(p.numel() for p in denoiser.parameters())}

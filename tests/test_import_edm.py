@@ -1,0 +1,199 @@
+"""Official pickles become denoiser folders, and nothing in them is run."""
+
+import json
+import pickle
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from harness.cli import main
+from harness.errors import UserError
+from harness.networks import denoiser_record, load_denoiser
+from harness.networks.import_edm import import_edm, read_edm_pickle
+from tests.test_edm_networks import error, golden
+
+BOOKKEEPING = {"training": False, "_backward_hooks": OrderedDict(), "_is_full_backward_hook": None}
+
+
+class Persistent:
+    """Pickles as the official persistent classes do: a function, its one argument, no state."""
+
+    def __init__(self, class_name: str, **state):
+        meta = {"type": "class", "version": 6, "module_src": "raise SystemExit('executed')"}
+        self.meta = meta | {"class_name": class_name, "state": BOOKKEEPING | state}
+
+    def __reduce_ex__(self, protocol):
+        return (
+            sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj,
+            (self.meta,),
+            None,
+        )
+
+
+def modules(weights: dict[str, torch.Tensor], class_name="Conv2d", **state) -> Persistent:
+    """A tree of records that holds `weights` under their dotted names."""
+    own, below = {}, {}
+    for name, tensor in weights.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            below.setdefault(head, {})[rest] = tensor
+        else:
+            own[name] = tensor
+    children = OrderedDict()
+    for name, inside in below.items():
+        if name in ("enc", "dec"):
+            children[name] = torch.nn.ModuleDict()
+            children[name].__dict__["_modules"] = {
+                k: modules({n[len(k) + 1 :]: t for n, t in inside.items() if n.startswith(k + ".")})
+                for k in dict.fromkeys(n.split(".")[0] for n in inside)
+            }
+        else:
+            children[name] = modules(inside)
+    buffers = {k: v for k, v in own.items() if k in ("resample_filter", "freqs")}
+    parameters = {k: torch.nn.Parameter(v, False) for k, v in own.items() if k not in buffers}
+    return Persistent(
+        class_name,
+        _parameters=parameters,
+        _buffers={"resample_filter": None} | buffers,
+        _modules=children,
+        skip_scale=np.float64(0.5),
+        **state,
+    )
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """The names that official pickles refer to, while this test writes one."""
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("the official loader must not be called")
+
+    persistence = types.ModuleType("torch_utils.persistence")
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", persistence)
+
+    def make(name: str, class_name="EDMPrecond", **changes) -> dict:
+        data = golden(name)
+        settings = json.loads(str(data["init_kwargs"])) | changes
+        weights = {
+            k.removeprefix("weight/model."): torch.from_numpy(v)
+            for k, v in data.items()
+            if k.startswith("weight/")
+        }
+        model = modules(weights, settings["model_type"], _init_kwargs={}, _init_args=())
+        network = Persistent(
+            class_name, _init_args=(), _init_kwargs=settings, _modules=OrderedDict(model=model)
+        )
+        return {"ema": network, "augment_pipe": None, "dataset_kwargs": {"path": "x"}}
+
+    return make
+
+
+def write(path, content, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_official_pickle_becomes_a_folder(official, tmp_path, name, protocol):
+    file = write(tmp_path / "network.pkl", official(name), protocol)
+    assert main(["import-edm", str(file), str(tmp_path / "net")]) == 0
+    denoiser, data = load_denoiser(tmp_path / "net"), golden(name)
+    labels = torch.from_numpy(data["labels"]) if "labels" in data else None
+    extras = {"augment_labels": torch.from_numpy(data["augment_labels"])} if labels is None else {}
+    x, sigma = torch.from_numpy(data["x"]), torch.from_numpy(data["sigma"]).float()
+    assert error(denoiser(x, sigma, labels, **extras), data["output"]) < 1e-5
+    assert denoiser_record(tmp_path / "net")["imported"]["file"] == "network.pkl"
+
+
+def test_gdd_students_keep_their_preconditioning(official, tmp_path):
+    file = write(tmp_path / "gdd.pkl", official("ncsnpp", class_name="GDDPrecond"))
+    import_edm(file, tmp_path / "net")
+    assert load_denoiser(tmp_path / "net").epsilon == 0.002
+
+
+class Call:
+    """A pickle of this calls `function(*arguments)` when it is loaded the ordinary way."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def inner_attack(marker):
+    """Tensor data whose own pickle is hostile."""
+    return Call(torch.storage._load_from_bytes, pickle.dumps(Call(open, str(marker), "w")))
+
+
+@pytest.mark.parametrize(
+    ("hostile", "named"),
+    [
+        (lambda marker: Call(open, str(marker), "w"), "open"),
+        (lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"), "builtins.eval"),
+        (lambda marker: Call(getattr, "x", "y"), "builtins.getattr"),
+        (lambda marker: Call(torch.load, str(marker)), "torch.serialization.load"),
+        (lambda marker: np.zeros(2), "_reconstruct"),
+        (inner_attack, "damaged or no EDM pickle"),
+    ],
+)
+def test_a_hostile_pickle_is_refused_and_not_run(official, tmp_path, capsys, hostile, named):
+    marker = tmp_path / "executed"
+    for place in ("beside", "ema"):
+        content = official("ncsnpp")
+        content["loss_fn" if place == "beside" else "ema"] = hostile(marker)
+        file = write(tmp_path / "hostile.pkl", content)
+        assert main(["import-edm", str(file), str(tmp_path / "net")]) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: ") and "hostile.pkl" in message and named in message
+        assert not marker.exists() and not (tmp_path / "net").exists()
+
+
+def strip(content, name):
+    model = content["ema"].meta["state"]["_modules"]["model"]
+    del model.meta["state"]["_modules"][name]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda official: official("ncsnpp", class_name="VPPrecond"), "a VPPrecond, but only"),
+        (lambda official: official("ncsnpp", model_type="EDM2"), "a backbone EDM2, but only"),
+        (lambda official: official("ncsnpp", num_blocks=2), "no tensor"),
+        (lambda official: official("ncsnpp", label_dim=0), "do not ask for"),
+        (lambda official: official("ncsnpp", model_channels=32), "of shape"),
+        (lambda official: official("ncsnpp", encoder_type="skip"), "encoder_type must be one of"),
+        (lambda official: official("ncsnpp", colour="red"), "colour"),
+        (lambda official: strip(official("ncsnpp"), "map_layer1"), "no tensor map_layer1.weight"),
+        (lambda official: {"net": 1}, "no entry 'ema'"),
+        (lambda official: {"ema": [1]}, "'ema' of type list"),
+        (lambda official: [], "no entry 'ema'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(official, tmp_path, make, message):
+    file = write(tmp_path / "odd.pkl", make(official))
+    with pytest.raises(UserError) as caught:
+        read_edm_pickle(file)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_truncated_or_missing_file_is_one_line(official, tmp_path):
+    file = write(tmp_path / "whole.pkl", official("ncsnpp"))
+    content = file.read_bytes()
+    for end in (0, 10, len(content) // 2, len(content) - 1):
+        (tmp_path / "cut.pkl").write_bytes(content[:end])
+        with pytest.raises(UserError, match="damaged or no EDM pickle") as caught:
+            read_edm_pickle(tmp_path / "cut.pkl")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="does not exist"):
+        read_edm_pickle(tmp_path / "none.pkl")
