@@ -126,6 +126,76 @@ def gaussian_denoiser(x, sigma, mean, std):
     return (std**2 * x + sigma**2 * mean) / (std**2 + sigma**2)
 
 
+class Quadrature:
+    """Expectations over z and n, both standard normal, for a linear student x = a z + b: with
+    Gaussian data all scores are linear, and Gauss-Hermite sums are exact or nearly so."""
+
+    def __init__(self, a: float, b: float, sigma: float, mean=1.0, std=0.5, nodes=96):
+        points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+        weights = weights / weights.sum()
+        z, n = (torch.from_numpy(g).view(-1, 1, 1, 1) for g in np.meshgrid(points, points))
+        self.weights = torch.from_numpy(np.outer(weights, weights)).flatten()
+        self.a, self.b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, b))
+        self.sigma = torch.full((len(z),), sigma, dtype=torch.float64)
+        level = self.sigma.view(-1, 1, 1, 1)
+        self.x = self.a * z + self.b
+        noised = self.x + level * n
+        self.teacher = gaussian_denoiser(noised, level, mean, std)
+        # The fake score knows the student's distribution; its own parameters are constants.
+        self.fake = gaussian_denoiser(noised, level, self.b.detach(), self.a.detach())
+        # The difference that a divergence measures, as a function of the student's parameters
+        # while the points at which it is looked at, the sampling law, are held fixed.
+        fixed = noised.detach()
+        self.difference = gaussian_denoiser(fixed, level, self.b, self.a) - self.teacher.detach()
+        self.normaliser = (self.x - self.teacher).detach().abs().mean(dim=(1, 2, 3))
+
+    def gradient(self, per_sample: torch.Tensor) -> torch.Tensor:
+        loss = (self.weights * per_sample.flatten()).sum()
+        return torch.stack(torch.autograd.grad(loss, (self.a, self.b), retain_graph=True))
+
+
+POINTS = [(0.3, -0.4, 0.2), (0.3, -0.4, 1.5), (0.9, 1.7, 0.7), (0.5, 0.2, 5.0)]
+
+
+@pytest.mark.parametrize(("a", "b", "sigma"), POINTS)
+def test_dmd_gradient_times_its_normaliser_is_that_of_the_kl_divergence(a, b, sigma):
+    """... of the noised distributions N(b, a² + σ²) and N(m, s² + σ²), times σ²."""
+    q, mean, std = Quadrature(a, b, sigma), 1.0, 0.5
+    surrogate = dmd_gradient(q.x, q.teacher, q.fake) * q.normaliser.view(-1, 1, 1, 1) * q.x
+    mine, data = a**2 + sigma**2, std**2 + sigma**2
+    divergence = torch.tensor([a / data - a / mine, (b - mean) / data], dtype=torch.float64)
+    torch.testing.assert_close(q.gradient(surrogate), sigma**2 * divergence, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("a", "b", "sigma"), POINTS)
+@pytest.mark.parametrize("c", [0.5, 2.0])
+def test_sim_has_the_gradient_of_its_divergence(a, b, sigma, c):
+    """E d(y), d pseudo-Huber, with the sampling law held fixed (score-gradient theorem)."""
+    q = Quadrature(a, b, sigma)
+    loss = sim_loss(q.x, q.teacher, q.fake, q.sigma, c, "one")
+    divergence = (q.difference.square() + c**2).sqrt() - c
+    torch.testing.assert_close(q.gradient(loss), q.gradient(divergence), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("a", "b", "sigma"), POINTS)
+def test_sid_has_the_gradient_of_the_squared_distance(a, b, sigma):
+    """α = 1, w = 1: E y²/2 with the sampling law held fixed."""
+    q = Quadrature(a, b, sigma)
+    loss = sid_loss(q.x, q.teacher, q.fake, alpha=1.0) * q.normaliser.clamp_min(1e-5)
+    expected = q.gradient(q.difference.square() / 2)
+    torch.testing.assert_close(q.gradient(loss), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_all_gradients_vanish_at_the_teachers_distribution():
+    q = Quadrature(0.5, 1.0, 0.8)
+    for loss in (
+        dmd_gradient(q.x, q.teacher, q.fake) * q.x,
+        sid_loss(q.x, q.teacher, q.fake, alpha=1.2),
+        sim_loss(q.x, q.teacher, q.fake, q.sigma, 0.1, "one"),
+    ):
+        assert q.gradient(loss).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("method", ["dmd", "sid", "sim"])
 def test_descent_with_exact_scores_reaches_the_teachers_distribution(method):
     """Data N(1, 0.5²) and a linear student a z + b: from (0.2, -1) each loss leads to (±0.5, 1)."""
