@@ -49,13 +49,13 @@ def _features(args) -> None:
 
 
 def _teacher(args) -> None:
-    from harness.teacher import train_teacher
+    from harness.teacher import make_teacher
 
     _threads(args)
     experiment = _experiment(args)
     _check_known("teacher", args.name, experiment.teachers)
     with recorded(experiment.teacher_dir(args.name), "training"), machine_slot():
-        train_teacher(experiment, args.name)
+        make_teacher(experiment, args.name)
 
 
 def _pairs(args) -> None:
@@ -153,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     stage("data", _data, "read the data set and split it")
     stage("features", _features, "train a feature network").add_argument("name")
-    stage("teacher", _teacher, "train a teacher").add_argument("name")
+    stage("teacher", _teacher, "train or import a teacher").add_argument("name")
     stage("pairs", _pairs, "generate a set of teacher pairs").add_argument("name")
     train = stage("train", _train, "distil one student")
     train.add_argument("student")

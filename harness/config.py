@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from harness.artifacts import digest, write_json
 from harness.errors import UserError, did_you_mean
@@ -57,6 +58,19 @@ class Sampler(Section):
 
 
 class TeacherSection(Section):
+    """What every teacher has; `sampler` makes its rows in the table."""
+
+    sampler: Sampler = Sampler()
+
+
+class ImportedTeacher(TeacherSection):
+    """A teacher from elsewhere: a denoiser folder, an official EDM pickle, or an address of one."""
+
+    source: str
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+
+
+class TrainedTeacher(TeacherSection):
     """A teacher trained in the workflow: a denoiser with EDM's loss."""
 
     network: dict[str, Any]
@@ -72,7 +86,18 @@ class TeacherSection(Section):
     sigma_data: float = Field(0.5, gt=0)
     label_dropout: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0)
-    sampler: Sampler = Sampler()
+
+
+def _teacher_kind(value: Any) -> str:
+    given = value if isinstance(value, dict) else vars(value)
+    return "<imported>" if "source" in given else "<trained>"
+
+
+TEACHERS = {"<trained>": TrainedTeacher, "<imported>": ImportedTeacher}
+AnyTeacher = Annotated[
+    Annotated[TrainedTeacher, Tag("<trained>")] | Annotated[ImportedTeacher, Tag("<imported>")],
+    Discriminator(_teacher_kind),
+]
 
 
 class FeatureSection(Section):
@@ -128,7 +153,7 @@ class ExperimentModel(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     data: DataSection
     features: dict[str, FeatureSection]
-    teachers: dict[str, TeacherSection] = Field(min_length=1)
+    teachers: dict[str, AnyTeacher] = Field(min_length=1)
     students: dict[str, StudentSection] = Field(min_length=1)
     training: TrainingSection
     evaluation: EvaluationSection
@@ -164,6 +189,20 @@ class Experiment:
 
     def teacher_of(self, student: str) -> str:
         return self.students[student].teacher or next(iter(self.teachers))
+
+    def teacher_row(self, teacher: str, row: str = "teacher") -> str:
+        """The name in the tables of a teacher's `row` ("teacher", "teacher-1step")."""
+        return row if len(self.teachers) == 1 else f"{row}/{teacher}"
+
+    @property
+    def scale_rows(self) -> dict[str, str | None]:
+        """The rows that give a table its scale, in order -> the teacher they belong to."""
+        rows: dict[str, str | None] = {}
+        for teacher in self.teachers:
+            rows |= {
+                self.teacher_row(teacher, row): teacher for row in ("teacher", "teacher-1step")
+            }
+        return rows | {"floor": None}
 
     def method_config(self, student: str):
         """The student's validated method settings (an instance of its method's `Config`)."""
@@ -363,10 +402,14 @@ def resolve(path: Path, _chain: tuple[Path, ...] = ()) -> dict:
 # -- checking -----------------------------------------------------------------------------------
 
 
-def _known_keys(location: tuple) -> list[str]:
-    """The valid keys of the section at a location such as ("students", "sid")."""
-    model: Any = ExperimentModel
+def _known_keys(location: tuple, model: Any = None) -> list[str]:
+    """The valid keys at a location, such as ("students", "sid"), of a section: by default of the
+    experiment."""
+    model = model or ExperimentModel
     for part in location:
+        if part in TEACHERS:
+            model = TEACHERS[part]
+            continue
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
         if part in model.model_fields:
@@ -387,10 +430,12 @@ def _section_of(annotation):
 def _messages(error: ValidationError, prefix: tuple = (), known=_known_keys) -> list[str]:
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in (*prefix, *item["loc"]))
+        # Parts in angle brackets name a kind of section; they are no keys.
+        location = tuple(part for part in item["loc"] if not str(part).startswith("<"))
+        where = ".".join(str(part) for part in (*prefix, *location))
         if item["type"] == "extra_forbidden":
             lines.append(
-                f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known(item['loc'][:-1]))}"
+                f"{where}: unknown key{did_you_mean(str(location[-1]), known(item['loc'][:-1]))}"
             )
         elif item["type"] == "missing":
             lines.append(f"{where}: missing")
@@ -416,6 +461,15 @@ def _check_names(model: ExperimentModel) -> list[str]:
     ]
     reserved = {"teacher", "teacher-1step", "floor", "teachers"} & set(model.students)
     return lines + [f"students.{name}: this name is reserved" for name in sorted(reserved)]
+
+
+def _check_source(where: str, source: str, sha256: str | None) -> list[str]:
+    """A file from elsewhere: it is there, or it can be downloaded and checked."""
+    from harness.downloads import is_address
+
+    if is_address(source):
+        return [] if sha256 else [f"{where}.sha256: missing; a download is checked by its hash"]
+    return [] if Path(source).exists() else [f"{where}.source: {source} does not exist"]
 
 
 def _check_student(name: str, section: StudentSection, model: ExperimentModel) -> list[str]:
@@ -501,13 +555,16 @@ def _check(model: ExperimentModel) -> list[str]:
         hint = did_you_mean(model.data.name, SOURCES)
         lines.append(f"data.name: unknown data set {model.data.name!r}{hint}")
     for name, teacher in _valid(model.teachers):
+        if isinstance(teacher, ImportedTeacher):
+            lines += _check_source(f"teachers.{name}", teacher.source, teacher.sha256)
+            continue
         kind = str(teacher.network.get("type"))
         if kind not in ARCHITECTURES:
             hint = did_you_mean(kind, ARCHITECTURES)
             lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
     for section in ("teachers", "features"):
         for name, item in _valid(getattr(model, section)):
-            if item.images % item.batch:
+            if not isinstance(item, ImportedTeacher) and item.images % item.batch:
                 lines.append(f"{section}.{name}.images: not a multiple of its batch {item.batch}")
     for name in model.evaluation.extractors if model.evaluation else []:
         if name not in model.features:
@@ -519,8 +576,6 @@ def _check(model: ExperimentModel) -> list[str]:
         name = model.evaluation.main_metric
         hint = did_you_mean(name, METRICS)
         lines.append(f"evaluation.main_metric: unknown metric {name!r}{hint}")
-    if len(model.teachers) > 1:
-        lines.append("teachers: an experiment has one teacher")
     for name, student in _valid(model.students):
         lines += _check_student(name, student, model)
     if len(set(model.training.seeds)) < len(model.training.seeds):
@@ -541,7 +596,8 @@ def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
         try:
             return section_class.model_validate(value)
         except ValidationError as error:
-            lines.extend(_messages(error, location, lambda inner: _known_keys(location + inner)))
+            known = partial(_known_keys, model=section_class)
+            lines.extend(_messages(error, location, known))
 
     for key, field in ExperimentModel.model_fields.items():
         section = _section_of(field.annotation)
@@ -550,8 +606,14 @@ def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
         if field.annotation is section:
             values[key] = attempt(section, raw[key], (key,))
         else:
-            items = {name: attempt(section, item, (key, name)) for name, item in raw[key].items()}
-            values[key] = items
+            values[key] = {
+                name: attempt(
+                    TEACHERS[_teacher_kind(item)] if key == "teachers" else section,
+                    item,
+                    (key, name),
+                )
+                for name, item in raw[key].items()
+            }
     try:
         return ExperimentModel.model_validate(raw), lines
     except ValidationError as error:

@@ -61,6 +61,11 @@ class EDMDenoiser(Denoiser):
         raise NotImplementedError
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of the images it denoises."""
+        raise NotImplementedError
+
+    @property
     def precondition(self) -> dict:
         """What `denoiser.json` holds: the constructor's arguments beside the backbone."""
         return {name: getattr(self, name) for name in ("num_classes", "sigma_data", "epsilon")}
@@ -117,6 +122,11 @@ class UNet2DDenoiser(EDMDenoiser):
             "num_class_embeds": num_classes + 1 if num_classes else None,
         }
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        config = self.backbone.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
     def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
         return self.backbone(x, c_noise * self.TIME_SCALE, class_labels=condition, **extras).sample
 
@@ -134,6 +144,11 @@ class OneHotDenoiser(EDMDenoiser):
             "out_channels": channels,
             "label_dim": num_classes,
         }
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        config = self.backbone.config
+        return (config.in_channels, config.img_resolution, config.img_resolution)
 
     def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
         if not self.num_classes:

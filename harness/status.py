@@ -81,7 +81,8 @@ def status(experiment: Experiment) -> list[dict]:
         ("teacher", experiment.teachers, experiment.teacher_dir, "teacher.json"),
     ):
         for name, section in sections.items():
-            budget = [{"unit": "images", "amount": section.images}]
+            images = getattr(section, "images", 1)  # an imported teacher is there or not
+            budget = [{"unit": "images", "amount": images}]
             lines.append(_line(f"{kind} {name}", folder(name), done, budget, None))
     for student, seed in experiment.runs:
         lines.append(

@@ -1,13 +1,18 @@
-"""Teachers: training in the workflow, and the stage that leaves a teacher's folder."""
+"""The stage that leaves a teacher's folder: trained in the workflow, or from elsewhere."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from harness import data as datasets
-from harness.artifacts import digest, run_lock, write_json
-from harness.config import Experiment, TeacherSection
+from harness.artifacts import atomic_folder, digest, run_lock, sha256_file, write_json
+from harness.config import Experiment, ImportedTeacher, TrainedTeacher
+from harness.data import Dataset
+from harness.denoiser import EDMDenoiser
+from harness.errors import UserError
 from harness.fake_score import denoising_loss
 from harness.method import Context, OptimizerConfig, Phase, Sources
 from harness.networks import WEIGHTS, build_denoiser, save_denoiser
@@ -16,7 +21,7 @@ from harness.schedules import lognormal_sigma
 from harness.trainer import TrainingRun, train
 
 
-def teacher_phase(section: TeacherSection, null_label: int) -> Phase:
+def teacher_phase(section: TrainedTeacher, null_label: int) -> Phase:
     """EDM's training (Karras et al. 2022): denoise real images at lognormal noise levels."""
 
     def loss(context: Context) -> Tensor:
@@ -35,6 +40,57 @@ def teacher_phase(section: TeacherSection, null_label: int) -> Phase:
         decay_steps=-(-section.images // section.batch) if section.lr_schedule == "cosine" else 0,
     )
     return Phase("denoise", "teacher", loss, optimizer)
+
+
+def make_teacher(experiment: Experiment, name: str) -> dict:
+    """Leave `teachers/<name>/` with its `teacher.json`; returns what that says."""
+    if isinstance(experiment.teachers[name], ImportedTeacher):
+        return import_teacher(experiment, name)
+    return train_teacher(experiment, name)
+
+
+def _check_fit(name: str, denoiser: EDMDenoiser, dataset: Dataset) -> None:
+    """A teacher must speak of the experiment's images and labels."""
+    teacher = (*denoiser.image_shape, denoiser.num_classes)
+    data = (*dataset.image_shape, dataset.num_classes)
+    if teacher != data:
+        said = ["{}x{}x{} images with {} labels".format(*facts) for facts in (teacher, data)]
+        raise UserError(f"teacher {name} makes {said[0]}, but data {dataset.name} has {said[1]}")
+
+
+def import_teacher(experiment: Experiment, name: str) -> dict:
+    """Bring a teacher in: a denoiser folder, an official EDM pickle, or the address of one."""
+    from harness.downloads import fetch
+    from harness.networks import load_denoiser
+    from harness.networks.import_edm import read_edm_pickle
+
+    section, folder = experiment.teachers[name], experiment.teacher_dir(name)
+    if Path(section.source).is_dir():
+        origin = Path(section.source) / WEIGHTS
+        denoiser = load_denoiser(section.source, section.sha256)
+    else:
+        origin = fetch(section.source, section.sha256)
+        denoiser = read_edm_pickle(origin)
+    _check_fit(name, denoiser, datasets.load(experiment.data_dir()))
+    source = {"source": section.source, "sha256": sha256_file(origin)}
+    key = digest([experiment.teacher_spec(name), source])
+    final = folder / "runs" / key
+    with run_lock(folder):
+        with atomic_folder(final) as temporary:
+            sha256 = save_denoiser(denoiser, temporary, {"imported": source})
+        for file in ("config.json", "denoiser.json", WEIGHTS):
+            link(folder / file, final / file)
+        record = {
+            "schema": 1,
+            "teacher": name,
+            "spec": digest(experiment.teacher_spec(name)),
+            "key": key,
+            "sha256": sha256,
+            "imported": source,
+            "parameters": sum(p.numel() for p in denoiser.parameters()),
+        }
+        write_json(folder / "teacher.json", record)
+    return record
 
 
 def train_teacher(experiment: Experiment, name: str) -> dict:

@@ -11,9 +11,12 @@ import time
 import pandas as pd
 import pytest
 
+from harness.networks import build_denoiser, save_denoiser
 from tests import stages
 from tests.conftest import DATA, Workspace
+from tests.test_denoiser import tiny_denoiser
 
+SMALL = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
 STUDENTS = ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
 MEASURED = ["seconds"]  # columns of metrics.csv that no two runs share
 
@@ -189,6 +192,51 @@ def test_the_example_in_the_readme_runs_as_a_new_method(workspace):
     gone = workspace.snakemake("-n")
     assert gone.returncode != 0
     assert "unknown method 'diff_instruct'" in gone.stdout + gone.stderr
+
+
+def test_a_second_teacher_from_elsewhere(workspace, tmp_path):
+    """A denoiser folder as a teacher beside the trained one; each student names its own."""
+    save_denoiser(tiny_denoiser(seed=3), tmp_path / "elsewhere")
+    config = workspace.config()
+    config["teachers"]["other"] = {"source": str(tmp_path / "elsewhere"), "sampler": {"steps": 3}}
+    config["students"] = {
+        "sid": config["students"]["sid"],
+        "sid-other": {"method": "sid", "teacher": "other"},
+    }
+    workspace.write_config(config)
+    assert plan(workspace) == [
+        *("all", "report", "score sid-other 0", "score_references other"),
+        *("teacher other", "train sid-other 0"),
+    ]
+    for stage in (
+        ["teacher", "other"],
+        ["score-references", "other"],
+        ["train", "sid-other", "0"],
+        ["score", "sid-other", "0"],
+        ["report"],
+    ):
+        done = workspace.stage(*stage)
+        assert done.returncode == 0, done.stderr
+    table = metrics(workspace)
+    assert list(dict.fromkeys(table.student)) == [
+        *("teacher/edm", "teacher-1step/edm", "floor"),
+        *("teacher/other", "teacher-1step/other", "sid", "sid-other"),
+    ]
+    assert set(table[table.student == "teacher/other"].nfe) == {"5"}
+    record = json.loads((workspace.results / "students/sid-other/seed0/student.json").read_text())
+    assert record["teacher"] == "other"
+    comparison = (workspace.results / "tables" / "comparison.md").read_text()
+    assert "| teacher-1step/other" in comparison
+    # A teacher of other images is refused before anything is written.
+    save_denoiser(build_denoiser({"type": "SongUNet", **SMALL}, (3, 16, 16), 0), tmp_path / "big")
+    config["teachers"]["other"]["source"] = str(tmp_path / "big")
+    workspace.write_config(config)
+    refused = workspace.stage("teacher", "other")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "error: teacher other makes 3x16x16 images with 0 labels, but data digits has 1x8x8 images "
+        "with 10 labels"
+    )
 
 
 def test_a_mistake_stops_the_workflow_before_any_job(empty_workspace):

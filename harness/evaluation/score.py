@@ -220,8 +220,9 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     held_out = scorer.dataset.held_out
     real = zip(held_out.pixels.split(256), held_out.labels.split(256), strict=True)
     common = {"snapshot": "", "final": True, "grid": [], "sha256": record["sha256"]}
-    common |= {"ema": experiment.teachers[teacher].ema_half_life}
-    common |= {key: record["ledger"][key] for key in ("images", "flops", "seconds")}
+    # Nothing is known of how an imported teacher was trained.
+    common |= {"ema": getattr(experiment.teachers[teacher], "ema_half_life", None)}
+    common |= {key: record.get("ledger", {}).get(key) for key in ("images", "flops", "seconds")}
     nothing = dict.fromkeys(("ema", "images", "flops", "seconds", "sha256"))
     entries = []
     for name, nfe, blocks, counts in (

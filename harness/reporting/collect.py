@@ -36,13 +36,19 @@ def _score(made: Path, made_spec: object, scores: Path, score_spec: object) -> d
     return score if present and score["weights"] == record["sha256"] else None
 
 
-def _rows(experiment: Experiment, record: dict, common: dict) -> list[dict]:
+def _rows(
+    experiment: Experiment, record: dict, common: dict, names: dict[str, str] | None
+) -> list[dict]:
     rows = []
     for entry in record["entries"]:
         facts = {
             key: entry[key] for key in ("snapshot", "nfe", "ema", "images", "flops", "seconds")
         }
         name = entry.get("student", record.get("student"))
+        if names is not None:
+            if name not in names:
+                continue
+            name = names[name]
         real = name == "floor"
         for row in entry["rows"]:
             protocol = record["protocols"][row["protocol"]]
@@ -73,11 +79,18 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
     rows, protocols = [], {}
     common = {"schema": SCHEMA, "experiment": experiment.name, "status": "ok"}
 
-    def add(made: tuple, scores: tuple, identity: dict, reason: Callable[[], str]) -> None:
+    def add(
+        made: tuple,
+        scores: tuple,
+        identity: dict,
+        reason: Callable[[], str],
+        names: dict[str, str] | None = None,
+    ) -> None:
+        """`names`: the entries of the score file to take, and what to call them; None: all."""
         record = _score(*made, *scores)
         if record is not None:
             protocols.update(record["protocols"])
-            rows.extend(_rows(experiment, record, common))
+            rows.extend(_rows(experiment, record, common, names))
         elif partial:
             failed = {"status": reason(), "final": True, "grid": ""}
             rows.append(common | identity | failed)
@@ -87,12 +100,16 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
                 "workflow again"
             )
 
+    first = next(iter(experiment.teachers))
     for teacher in experiment.teachers:
         add(
             (experiment.teacher_dir(teacher) / "teacher.json", experiment.teacher_spec(teacher)),
             (experiment.reference_score_path(teacher), experiment.reference_score_spec(teacher)),
-            {"student": "teacher"},
+            {"student": experiment.teacher_row(teacher)},
             functools.partial(failures.teacher_reason, experiment, teacher),
+            # The floor stands in every teacher's file, since one job makes both.
+            {row: experiment.teacher_row(teacher, row) for row in ("teacher", "teacher-1step")}
+            | ({"floor": "floor"} if teacher == first else {}),
         )
     for student, seed in experiment.runs:
         add(

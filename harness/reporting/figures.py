@@ -66,9 +66,10 @@ def _plain_log(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _scale_lines(axes, table: pd.DataFrame, column: str, log: bool) -> None:
-    """Horizontal lines: the teacher with many steps and with one, and the floor."""
-    for name, text in (("teacher", "teacher"), ("teacher-1step", "teacher"), ("floor", "floor")):
+def _scale_lines(axes, experiment: Experiment, table: pd.DataFrame, column: str, log: bool) -> None:
+    """Horizontal lines: teachers with many steps and with one, and the floor."""
+    for name in experiment.scale_rows:
+        text = name.replace("teacher-1step", "teacher").replace("/", " ")
         rows = table[(table.student == name) & (table.column == column)]
         if rows.empty or (log and rows.value.iloc[0] <= 0):
             continue
@@ -122,7 +123,7 @@ def quality(
                 alpha=0.15,
                 lw=0,
             )
-        _scale_lines(panel, rows, column, log)
+        _scale_lines(panel, experiment, rows, column, log)
         panel.set_xscale("log", base=2 if axis == "images" else 10)
         if log:
             panel.set_yscale("log")
@@ -153,8 +154,10 @@ def _present(table: pd.DataFrame) -> set[tuple[str, int]]:
 def sample_grid(experiment: Experiment, table: pd.DataFrame, per_class: int = 2) -> plt.Figure:
     """Rows: the teacher and each student (first seed). One column: one noise and one label."""
     sources, seed = {}, experiment.training.seeds[0]
-    if ((table.student == "teacher") & (table.status == "ok")).any():
-        sources["teacher"] = experiment.reference_score_path(next(iter(experiment.teachers)))
+    for teacher in experiment.teachers:
+        row = experiment.teacher_row(teacher)
+        if ((table.student == row) & (table.status == "ok")).any():
+            sources[row] = experiment.reference_score_path(teacher)
     for student in experiment.students:
         if (student, seed) in _present(table):
             sources[student] = experiment.score_path(student, seed)

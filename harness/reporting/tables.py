@@ -11,8 +11,6 @@ from harness.artifacts import read_json
 from harness.config import Experiment
 from harness.evaluation.metrics import METRICS
 
-SCALE_ROWS = ("teacher", "teacher-1step", "floor")
-
 
 @dataclass
 class Comparison:
@@ -41,11 +39,11 @@ def _facts(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
         facts["data_free"] = "yes" if records[0]["data_free"] else "no"
         for unit in ("images", "flops", "seconds"):
             facts[unit] = sum(r["ledger"][unit] for r in records) / len(records)
-    made = experiment.teacher_dir(next(iter(experiment.teachers))) / "teacher.json"
-    if name in ("teacher", "teacher-1step") and made.exists():
+    teacher = experiment.scale_rows.get(name)
+    if teacher and (made := experiment.teacher_dir(teacher) / "teacher.json").exists():
         record = read_json(made)
         facts |= {"parameters": record["parameters"], "frozen": 0.0, "data_free": "no"}
-        facts |= {unit: record["ledger"][unit] for unit in ("images", "flops", "seconds")}
+        facts |= {u: record.get("ledger", {}).get(u) for u in ("images", "flops", "seconds")}
     bad = rows[rows.status != "ok"]
     share = f"{len(bad)} of {len(seeds)} " if len(seeds) > 1 else ""
     facts["status"] = "ok" if bad.empty else share + bad.status.iloc[0]
@@ -59,7 +57,7 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
         columns.append((group.num_samples.iloc[0] != main, column))
     columns = [column for _, column in sorted(columns, key=lambda pair: pair[0])]
     rows = []
-    for name in [*SCALE_ROWS, *experiment.students]:
+    for name in [*experiment.scale_rows, *experiment.students]:
         mine = final[final.student == name]
         if mine.empty:
             continue

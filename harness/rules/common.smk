@@ -2,6 +2,7 @@
 import re
 import shlex
 import sys
+from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
 

@@ -31,9 +31,17 @@ rule features:
         "{HARNESS} features {wildcards.features} --configfile {CONFIG} > {log} 2>&1"
 
 
+def teacher_inputs(w):
+    """An imported teacher follows its local file; the weights of a folder, since they are hashed."""
+    source = Path(getattr(E.teachers[w.teacher], "source", ""))
+    weights = source / "diffusion_pytorch_model.safetensors"
+    return [str(path) for path in (source, weights) if path.is_file()]
+
+
 rule teacher:
     input:
         rules.data.output,
+        source=teacher_inputs,
     output:
         f"{E.root}/teachers/{{teacher}}/teacher.json",
     log:
