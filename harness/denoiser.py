@@ -66,6 +66,11 @@ class EDMDenoiser(Denoiser):
         raise NotImplementedError
 
     @property
+    def augment_labels(self) -> int:
+        """How many numbers it takes under the keyword `augment_labels`; 0: it has none."""
+        return 0
+
+    @property
     def precondition(self) -> dict:
         """What `denoiser.json` holds: the constructor's arguments beside the backbone."""
         return {name: getattr(self, name) for name in ("num_classes", "sigma_data", "epsilon")}
@@ -149,6 +154,10 @@ class OneHotDenoiser(EDMDenoiser):
     def image_shape(self) -> tuple[int, int, int]:
         config = self.backbone.config
         return (config.in_channels, config.img_resolution, config.img_resolution)
+
+    @property
+    def augment_labels(self) -> int:
+        return self.backbone.config.augment_dim
 
     def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
         if not self.num_classes:

@@ -115,7 +115,7 @@ def assemble(
 ) -> TrainingRun:
     """The run of a student: its networks, its method's phases, and what they draw from."""
     from harness.freezing import freeze
-    from harness.networks import clone_denoiser, save_denoiser
+    from harness.networks import clone_denoiser, save_denoiser, set_dropout
     from harness.networks.classifiers import FeatureMaps
 
     section, training = experiment.students[student], experiment.training
@@ -126,6 +126,7 @@ def assemble(
         method = get_method(section.method)(config, inputs.teacher, features)
         beside = method.networks()
     network = clone_denoiser(inputs.teacher)
+    set_dropout(network, 0.0)  # a generator has none; its teacher was trained with some
     freeze(network, section.freeze)
     sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init)
     if needs.real_images:

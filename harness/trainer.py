@@ -38,6 +38,7 @@ from harness.artifacts import (
 from harness.errors import UserError
 from harness.ledger import UNITS, Ledger, measure, peak_memory
 from harness.method import Context, OptimizerConfig, Phase, Sources
+from harness.streams import Stream
 
 STATE_FORMAT = 1
 
@@ -249,7 +250,7 @@ class Trainer:
             with_graph = any(other.network == run.main for other in later)
             for context in contexts:
                 context.enter(phase.name, repeat, with_graph)
-            applied = self._update(phase, contexts, variant, measuring)
+            applied = self._update(phase, repeat, contexts, variant, measuring)
             if phase.network == run.main and applied:
                 self.ledger.images += batch
             if phase.network == run.main or len(contexts) > 1:
@@ -268,15 +269,21 @@ class Trainer:
             parts.append("with " + "+".join(other.name for other in due))
         return "/".join(filter(None, parts))
 
-    def _update(self, phase: Phase, contexts: list[Context], variant: str, measuring: bool) -> bool:
+    def _update(
+        self, phase: Phase, repeat: int, contexts: list[Context], variant: str, measuring: bool
+    ) -> bool:
         """Gradient of the phase's loss over the batch, and one step of its network's optimiser;
         False if the step was skipped because something was not finite."""
         run = self.run
         for name, parameters in self.trainable.items():
             # The student's images may be made in another network's phase: it always stays open.
             if name != run.main:
+                self.networks[name].train(name == phase.network)
                 for parameter in parameters:
                     parameter.requires_grad_(name == phase.network)
+        # For dropout alone, which takes its numbers from torch's own generator: with several
+        # micro-batches they depend on the split.
+        torch.manual_seed(Stream(run.seed, phase.name, self.step, repeat, "dropout").key[0])
         everything = {**self.frozen, **self.networks}
         total = torch.zeros((), device=run.device)
         with measure(everything) if measuring else contextlib.nullcontext() as cost:

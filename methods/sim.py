@@ -18,9 +18,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from harness.fake_score import FakeScoreMethod, denoising_phase
-from harness.method import Context, MethodConfig, OptimizerConfig, Phase, code, ours
-from harness.schedules import karras_sigma, lognormal_sigma
+from harness.fake_score import ScoreIdentityMethod
+from harness.method import MethodConfig, code, ours
 
 
 def sim_loss(
@@ -42,7 +41,7 @@ def sim_loss(
     raise ValueError(f"weight is 'one' or 'sid', not {weight!r}")
 
 
-class SIM(FakeScoreMethod):
+class SIM(ScoreIdentityMethod):
     paper = "Luo et al. 2024, arXiv 2410.16794"
     deviations = (
         "re-implementation in SiD's frame: no training code was released",
@@ -55,31 +54,17 @@ class SIM(FakeScoreMethod):
         lr: float = ours(1e-5, "as SiD; not published", gt=0)
         fake_lr: float = ours(1e-5, "as SiD; not published", gt=0)
         betas: tuple[float, float] = ours((0.0, 0.999), "as SiD; not published")
+        generator_betas: tuple[float, float] | None = ours(None, "betas; not published")
         c: float = code(0.001, "the author, in an issue of the repository", ge=0)
         weight: Literal["one", "sid"] = ours("one", "the plain divergence; not published")
         t_max: float = ours(0.8, "as SiD; not published", gt=0, le=1)
         p_mean: float = ours(-1.2, "as SiD; not published")
         p_std: float = ours(1.2, "as SiD; not published", gt=0)
+        dropout: float = ours(0.13, "fake score, as SiD; not published", ge=0, lt=1)
+        augment: float = ours(0.12, "fake score, as SiD; not published", ge=0, le=1)
+        eps: float = ours(1e-8, "Adam, as SiD; not published", gt=0)
         ema_half_life: int = ours(500_000, "images, as SiD; not published", ge=0)
         ema_ramp_up: float = ours(0.05, "as SiD; not published", gt=0)
 
-    def phases(self) -> list[Phase]:
-        c = self.config
-        fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas)
-        return [
-            denoising_phase(fake, self.teacher.sigma_data, self.fake_sigma),
-            Phase(
-                "generator", "student", self.generator_loss, OptimizerConfig(lr=c.lr, betas=c.betas)
-            ),
-        ]
-
-    def fake_sigma(self, context: Context) -> Tensor:
-        return lognormal_sigma(context.normal("sigma"), self.config.p_mean, self.config.p_std)
-
-    def generator_loss(self, context: Context) -> Tensor:
-        c, images = self.config, context.generated()
-        sigma = karras_sigma(c.t_max * context.uniform("sigma"))
-        noised = context.noised(images.x, sigma)
-        x0_teacher = context.networks["teacher"](noised, sigma, images.condition)
-        x0_fake = context.networks["fake_score"](noised, sigma, images.condition)
-        return sim_loss(images.x, x0_teacher, x0_fake, sigma, c.c, c.weight).mean()
+    def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
+        return sim_loss(x, x0_teacher, x0_fake, sigma, self.config.c, self.config.weight)

@@ -11,7 +11,13 @@ from harness.networks.classifiers import FeatureMaps, ResNet
 from harness.trainer import TrainingRun, train
 from tests.test_denoiser import tiny_denoiser
 
-SETTINGS = {"dmd": {"pairs": 32}, "gdd": {"features": "critic", "r1_every": 2}}
+PLAIN = {"augment": 0.0, "dropout": 0.0}
+SETTINGS = {
+    "dmd": {"pairs": 32},
+    "sid": PLAIN,
+    "sim": PLAIN,
+    "gdd": {"features": "critic", "r1_every": 2},
+}
 
 
 def run_method(name: str, folder, iterations: int = 3, freezing: str = "none", **settings):

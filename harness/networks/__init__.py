@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from harness.artifacts import load_tensors, read_json, sha256_file, write_json
 from harness.denoiser import EDMDenoiser, OneHotDenoiser, UNet2DDenoiser
 from harness.errors import UserError, did_you_mean
@@ -99,6 +101,15 @@ def clone_denoiser(denoiser: EDMDenoiser) -> EDMDenoiser:
     import copy
 
     return copy.deepcopy(denoiser).requires_grad_(True)
+
+
+def set_dropout(denoiser: EDMDenoiser, probability: float) -> None:
+    """Element dropout in training mode, everywhere in the backbone that has some."""
+    for module in denoiser.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        elif isinstance(vars(module).get("dropout"), float):
+            module.dropout = probability
 
 
 def denoiser_record(folder: Path) -> dict:

@@ -1,0 +1,68 @@
+"""EDM's augmentation of training images (Karras et al. 2022, appendix F.2), non-leaking by labels.
+
+Each geometric change is applied with its own probability, and the network is told about all of them
+by nine numbers per image; zeros mean "not augmented". Written from the paper; images are resampled
+bicubically with reflected borders, where the paper's pipeline filters with wavelets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from harness.method import Context
+
+LABELS = 9
+SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # octaves, octaves, image widths
+
+
+def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
+    """`(B, 3, 3)` from entries that are `(B,)` or numbers."""
+    return torch.stack(
+        [torch.stack([like.new_zeros(len(like)) + entry for entry in row], -1) for row in rows], 1
+    )
+
+
+def _scale(x: Tensor, y: Tensor) -> Tensor:
+    return _matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], x)
+
+
+def _rotate(angle: Tensor) -> Tensor:
+    c, s = angle.cos(), angle.sin()
+    return _matrix([[c, -s, 0], [s, c, 0], [0, 0, 1]], angle)
+
+
+def edm_augment(context: Context, x: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """Augmented images `(B, C, H, W)` and their augmentation labels `(B, 9)`.
+
+    Labels: x-flip, y-flip, scale, cos - 1 and sin of the rotation, two of the anisotropic scaling,
+    two of the translation. The x-flip is applied to half of all images, everything else with
+    `probability`. No gradient is needed to `x`.
+    """
+    uniform, normal = context.uniform("augment", (9,)), context.normal("augment_size", (4,))
+    on = uniform[:, :5] < probability  # y-flip, scale, rotation, anisotropy, translation
+    flip_x = (uniform[:, 5] < 0.5).float()
+    flip_y = (uniform[:, 6] < 0.5).float() * on[:, 0]
+    scale = normal[:, 0] * on[:, 1]
+    angle = (2 * uniform[:, 7] - 1) * math.pi * on[:, 2]
+    aniso, direction = normal[:, 1] * on[:, 3], (2 * uniform[:, 8] - 1) * math.pi
+    shift = normal[:, 2:] * on[:, 4:]
+
+    # From an output position to where it is read: the inverses, in the order of application. With
+    # coordinates from -1 to 1 a shift by one image width is 2.
+    factor, stretch = (-SCALE_STD * scale).exp2(), (-ANISO_STD * aniso).exp2()
+    one = torch.ones_like(factor)
+    matrix = _scale(1 - 2 * flip_x, 1 - 2 * flip_y)
+    matrix = matrix @ _scale(factor, factor) @ _rotate(-angle)
+    matrix = matrix @ _rotate(direction) @ _scale(stretch, 1 / stretch) @ _rotate(-direction)
+    step_x, step_y = (-2 * TRANSLATE_STD * shift).unbind(1)
+    matrix = matrix @ _matrix([[one, 0, step_x], [0, one, step_y], [0, 0, 1]], one)
+
+    labels = [flip_x, flip_y, scale, angle.cos() - 1, angle.sin()]
+    labels += [aniso * direction.cos(), aniso * direction.sin(), shift[:, 0], shift[:, 1]]
+    grid = affine_grid(matrix[:, :2].to(x.dtype), list(x.shape), align_corners=False)
+    moved = grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return moved, torch.stack(labels, dim=1)

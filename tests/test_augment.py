@@ -1,0 +1,78 @@
+"""EDM's augmentations: what they do to images, and that the labels say it."""
+
+import pytest
+import torch
+
+from harness.augment import LABELS, edm_augment
+from harness.method import Context, Sources
+
+
+class Chosen(Context):
+    """A context whose draws are given."""
+
+    def __init__(self, uniform, normal):
+        super().__init__({}, Sources((1, 8, 8), 10, 1.0), 0, 0, torch.arange(len(uniform)))
+        self._uniform, self._normal = torch.tensor(uniform), torch.tensor(normal)
+
+    def uniform(self, name, shape=()):
+        return self._uniform
+
+    def normal(self, name, shape=()):
+        return self._normal
+
+
+OFF = [1.0] * 5  # none of the five is drawn
+
+
+def augment(switches, flips, turns, sizes, x):
+    context = Chosen([[*switches, *flips, *turns]] * len(x), [sizes] * len(x))
+    return edm_augment(context, x, 0.5)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_nothing_drawn_is_nothing_done(x):
+    same, labels = augment(OFF, [1, 1], [0.3, 0.7], [1, 2, 3, 4], x)
+    torch.testing.assert_close(same, x, atol=1e-5, rtol=0)
+    assert labels.shape == (2, LABELS) and not labels.any()
+
+
+def test_flips_turns_and_shifts_are_exact(x):
+    flipped, labels = augment([0.0, *OFF[1:]], [0, 0], [0.5, 0.5], [0, 0, 0, 0], x)
+    torch.testing.assert_close(flipped, x.flip(2, 3), atol=1e-5, rtol=0)
+    assert labels[0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+    # u = 0.75 is an angle of π/2.
+    turned, labels = augment([1, 1, 0.0, 1, 1], [1, 1], [0.75, 0.5], [0, 0, 0, 0], x)
+    torch.testing.assert_close(labels[0, 3:5], torch.tensor([-1.0, 1.0]), atol=1e-6, rtol=0)
+    quarter = [x.rot90(k, (2, 3)) for k in (1, 3)]
+    assert min((turned - q).abs().max().item() for q in quarter) < 1e-5
+    # A shift of one standard deviation is an eighth of the width: one pixel of eight.
+    shifted, labels = augment([1, 1, 1, 1, 0.0], [1, 1], [0.5, 0.5], [0, 0, 1, -1], x)
+    torch.testing.assert_close(shifted[:, :, :-1, 1:], x[:, :, 1:, :-1], atol=1e-5, rtol=0)
+    assert labels[0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, -1]
+
+
+def test_scaling_magnifies_by_its_label():
+    """A linear ramp magnified by 2^(0.2 a) has its slope divided by that; the centre stays."""
+    ramp = torch.linspace(-1, 1, 16).view(1, 1, 1, 16).expand(1, 1, 16, 16)
+    scaled, labels = augment([1, 0.0, 1, 1, 1], [1, 1], [0.5, 0.5], [2.0, 0, 0, 0], ramp)
+    assert labels[0, 2] == 2
+    inner = scaled[0, 0, 8, 6] - scaled[0, 0, 8, 9]
+    assert inner / (ramp[0, 0, 8, 6] - ramp[0, 0, 8, 9]) == pytest.approx(2**-0.4, rel=0.04)
+    # Anisotropic along x (direction 0): the same ramp, but nothing changes along y.
+    wide, labels = augment([1, 1, 1, 0.0, 1], [1, 1], [0.5, 0.5], [0, 2.0, 0, 0], ramp)
+    assert labels[0, 5:7].tolist() == pytest.approx([2, 0])
+    inner = wide[0, 0, 8, 6] - wide[0, 0, 8, 9]
+    assert inner / (ramp[0, 0, 8, 6] - ramp[0, 0, 8, 9]) == pytest.approx(2**-0.4, rel=0.04)
+
+
+def test_how_often_each_is_drawn():
+    context = Context({}, Sources((1, 8, 8), 10, 1.0), 0, 0, torch.arange(4000))
+    context.enter("fake_score", 0, False)
+    _, labels = edm_augment(context, torch.zeros(4000, 1, 8, 8), 0.12)
+    share = (labels != 0).float().mean(dim=0)
+    expected = [0.5, 0.06, *[0.12] * 7]
+    assert share.tolist() == pytest.approx(expected, abs=0.025)
