@@ -7,8 +7,8 @@ teacher pairs of noise and image. The training code was never released: this is 
 re-implementation from the paper.
 
 Deviations:
-* `regression: l2` (mean squared error per pixel) replaces LPIPS where images are too small for VGG;
-  it is an explicit setting, `regression: none` is the paper's ablation.
+* LPIPS is the reference implementation's, version 0.1 (paper: PIQ's). `regression: l2` (mean
+  squared error per element) is for images that mean nothing to VGG; `none` is the ablation.
 * The batch of images that the generator's phase uses serves the fake score too, as in the paper's
   algorithm 1, but the fake score is updated first, so that both can share one forward pass.
 * EMA of the generator: the paper does not mention one.
@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, no_grad
+from torch import Tensor, nn, no_grad
 from torch.nn.functional import mse_loss
 
-from harness.denoiser import one_step
+from harness.denoiser import Denoiser, one_step
 from harness.fake_score import FakeScoreMethod, denoising_phase
 from harness.method import (
     Context,
@@ -32,6 +32,7 @@ from harness.method import (
     ours,
     paper,
 )
+from harness.networks.perceptual import load_lpips
 from harness.schedules import karras_sigma
 
 
@@ -49,7 +50,6 @@ class DMD(FakeScoreMethod):
     paper = "Yin et al. 2024, arXiv 2311.18828"
     deviations = (
         "re-implementation: no training code was released",
-        "regression, where used, in L2 instead of LPIPS",
         "fake score first, on the generator's batch; EMA",
     )
 
@@ -65,11 +65,19 @@ class DMD(FakeScoreMethod):
         bins: int = paper(1000, "Karras levels, rho 7", gt=1)
         t_min: float = paper(0.02, "t ~ U(0.02 T, 0.98 T)", ge=0, le=1)
         t_max: float = paper(0.98, "training details", ge=0, le=1)
-        regression: Literal["l2", "none"] = ours("l2", "LPIPS needs images larger than 8 x 8")
+        regression: Literal["lpips", "l2", "none"] = paper("lpips", "LPIPS-VGG at 224 px")
         regression_weight: float = paper(0.25, "lambda_reg, CIFAR-10 conditional", ge=0)
         pairs: int = paper(100_000, "CIFAR-10 conditional", gt=0)
         pair_steps: int = paper(18, "Heun steps per pair", gt=0)
         ema_half_life: int = ours(500_000, "images, as SiD and GDD; the paper has none", ge=0)
+
+    def __init__(self, config: Config, teacher: Denoiser, features: nn.Module | None = None):
+        super().__init__(config, teacher, features)
+        self.perceptual = load_lpips() if config.regression == "lpips" else None
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        lpips = {"lpips": self.perceptual} if self.perceptual else {}
+        return {"teacher": self.teacher} | lpips
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
@@ -120,8 +128,11 @@ class DMD(FakeScoreMethod):
         if c.regression == "none":
             return loss
         z, target, condition = context.pairs()
-        regression = mse_loss(
-            one_step(context.networks["student"], z, condition, c.sigma_init), target
-        )
+        made = one_step(context.networks["student"], z, condition, c.sigma_init)
+        if c.regression == "lpips":
+            pixels = map(self.teacher.codec, (made, target))
+            regression = context.networks["lpips"](*pixels).mean()
+        else:
+            regression = mse_loss(made, target)
         context.log("regression", regression)
         return loss + c.regression_weight * regression

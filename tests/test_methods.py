@@ -13,7 +13,7 @@ from tests.test_denoiser import tiny_denoiser
 
 PLAIN = {"augment": 0.0, "dropout": 0.0}
 SETTINGS = {
-    "dmd": {"pairs": 32},
+    "dmd": {"pairs": 32, "regression": "l2"},
     "sid": PLAIN,
     "sim": PLAIN,
     "gdd": {"features": "critic", "r1_every": 2},
