@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 8
 
-.PHONY: all install test lint format status reference clean
+.PHONY: all install test lint format status reference paper-tables clean
 
 all: install
 	$(BIN)/snakemake --cores $(CORES) all
@@ -24,6 +24,9 @@ format: install
 
 status: install
 	@$(BIN)/python -m harness status
+
+paper-tables: install
+	@$(BIN)/python -m harness paper-tables
 
 install: $(VENV)/.installed
 

@@ -101,10 +101,28 @@ def _score_references(args) -> None:
         score_references(experiment, args.name)
 
 
+def _verify_teacher(args) -> None:
+    from harness.reporting.collect import reference_scores
+    from harness.reporting.verify import teacher_lines
+
+    experiment = _experiment(args)
+    args.name = args.name or next(iter(experiment.teachers))
+    _check_known("teacher", args.name, experiment.teachers)
+    if reference_scores(experiment, args.name) is None:
+        _score_references(args)
+    print(*teacher_lines(experiment, args.name), sep="\n")
+
+
 def _report(args) -> None:
     from harness.reporting.report import write_report
 
     write_report(_experiment(args), args.partial)
+
+
+def _paper_tables(args) -> None:
+    from harness.reporting.paper import write_paper_tables
+
+    write_paper_tables()
 
 
 def _summary(args) -> None:
@@ -164,10 +182,14 @@ def build_parser() -> argparse.ArgumentParser:
     stage(
         "score-references", _score_references, "score a teacher, its one-step images and the floor"
     ).add_argument("name")
+    verify = stage("verify-teacher", _verify_teacher, "compare a teacher with its published FIDs")
+    verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
     report = stage("report", _report, "tables, figures and manifest from the scores")
     report.add_argument("--partial", action="store_true", help="show missing runs as failed")
     stage("summary", _summary, "print the comparison table")
     stage("status", _status, "show how far every run is")
+    tables = stages.add_parser("paper-tables", help="the papers' tables beside all runs here")
+    tables.set_defaults(function=_paper_tables)
     imported = stages.add_parser(
         "import-edm", help="convert an official EDM pickle, running nothing"
     )

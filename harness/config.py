@@ -11,7 +11,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
@@ -148,6 +148,26 @@ class EvaluationSection(Section):
     grid_samples: Positive = 100
 
 
+class PublishedName(Section):
+    """What the published tables call a student; no variant: the rows that name none."""
+
+    method: str
+    variant: str | None = None
+
+
+class PaperSection(Section):
+    """The published numbers that an experiment stands beside (harness/reporting/published.yaml).
+
+    `setting`: how far the experiment's settings are the papers'. `methods`: students (or teachers,
+    by their row's name) that the papers call otherwise than `harness.reporting.published` supposes.
+    """
+
+    dataset: str
+    conditioning: str | None = None
+    setting: Literal["exact", "scaled", "toy"] = "scaled"
+    methods: dict[str, PublishedName] = {}
+
+
 class ExperimentModel(Section):
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -157,6 +177,7 @@ class ExperimentModel(Section):
     students: dict[str, StudentSection] = Field(min_length=1)
     training: TrainingSection
     evaluation: EvaluationSection
+    paper: PaperSection | None = None
 
 
 class Experiment:
@@ -167,6 +188,7 @@ class Experiment:
         self.name, self.data, self.features = model.name, model.data, model.features
         self.teachers, self.students = model.teachers, model.students
         self.training, self.evaluation = model.training, model.evaluation
+        self.paper = model.paper
         self.device_setting = model.device
         self.root = results / model.name
 
@@ -295,6 +317,11 @@ class Experiment:
         """The same for a teacher's rows and the floor."""
         return self.score_spec() | {"sampler": self.teachers[teacher].sampler.model_dump()}
 
+    def report_spec(self) -> list:
+        """What decides the tables, the scores apart."""
+        spec = [list(self.students), self.evaluation.main_metric]
+        return spec + ([self.paper.model_dump()] if self.paper else [])
+
     # Where things lie.
 
     def data_dir(self) -> Path:
@@ -419,8 +446,6 @@ def _known_keys(location: tuple, model: Any = None) -> list[str]:
 
 def _section_of(annotation):
     """The Section class inside an annotation such as dict[str, StudentSection]."""
-    from typing import get_args
-
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = [s for s in map(_section_of, get_args(annotation)) if s is not None]
@@ -581,6 +606,10 @@ def _check(model: ExperimentModel) -> list[str]:
     if len(set(model.training.seeds)) < len(model.training.seeds):
         lines.append("training.seeds: a seed stands twice")
     lines += _check_shared_settings(model)
+    if model.paper is not None:
+        from harness.reporting.published import mistakes
+
+        lines += mistakes(model)
     return list(dict.fromkeys(lines))
 
 
@@ -603,7 +632,7 @@ def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
         section = _section_of(field.annotation)
         if section is None or key not in raw or not isinstance(raw[key], dict):
             continue
-        if field.annotation is section:
+        if get_origin(field.annotation) is not dict:
             values[key] = attempt(section, raw[key], (key,))
         else:
             values[key] = {

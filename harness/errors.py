@@ -13,8 +13,8 @@ def did_you_mean(name: str, known) -> str:
     """`"; did you mean 'x'?"` for the nearest of `known`, or the list of what is known."""
     from difflib import get_close_matches
 
-    known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    known = {text.lower(): text for text in sorted(known)}
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+        return f"; did you mean {known[near[0]]!r}?"
+    return f"; known: {', '.join(known.values())}" if known else ""

@@ -8,7 +8,7 @@ import pytest
 from harness.config import load_experiment
 from harness.errors import UserError
 from harness.reporting.collect import COLUMNS, collect
-from harness.reporting.tables import _cell, compare
+from harness.reporting.tables import cell, compare
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +106,7 @@ def test_mixed_protocols_are_refused(workspace):
      (None, None, "–"), (1234.5, 10.4, "1234 ± 10")],
 )  # fmt: skip
 def test_cells(value, std, text):
-    assert _cell(value, std) == text
+    assert cell(value, std) == text
 
 
 def test_latex_uses_booktabs(finished):

@@ -36,6 +36,20 @@ def _score(made: Path, made_spec: object, scores: Path, score_spec: object) -> d
     return score if present and score["weights"] == record["sha256"] else None
 
 
+def _reference_files(experiment: Experiment, teacher: str) -> tuple[tuple, tuple]:
+    """A teacher's record and its scores, each with its spec."""
+    return (
+        (experiment.teacher_dir(teacher) / "teacher.json", experiment.teacher_spec(teacher)),
+        (experiment.reference_score_path(teacher), experiment.reference_score_spec(teacher)),
+    )
+
+
+def reference_scores(experiment: Experiment, teacher: str) -> dict | None:
+    """A teacher's score file, if it is what the experiment now asks for."""
+    made, scores = _reference_files(experiment, teacher)
+    return _score(*made, *scores)
+
+
 def _rows(
     experiment: Experiment, record: dict, common: dict, names: dict[str, str] | None
 ) -> list[dict]:
@@ -103,8 +117,7 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
     first = next(iter(experiment.teachers))
     for teacher in experiment.teachers:
         add(
-            (experiment.teacher_dir(teacher) / "teacher.json", experiment.teacher_spec(teacher)),
-            (experiment.reference_score_path(teacher), experiment.reference_score_spec(teacher)),
+            *_reference_files(experiment, teacher),
             {"student": experiment.teacher_row(teacher)},
             functools.partial(failures.teacher_reason, experiment, teacher),
             # The floor stands in every teacher's file, since one job makes both.

@@ -44,6 +44,10 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     write_text(tables / "headline.md", headline(experiment, comparison))
     outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     outputs += [tables / "metrics.csv"]
+    if experiment.paper:
+        from harness.reporting.paper import write_paper
+
+        outputs += write_paper(experiment, table, tables)
     from harness.reporting.figures import draw
 
     outputs += draw(experiment, table, root / "figures")

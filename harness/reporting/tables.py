@@ -111,7 +111,7 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _cell(value, std, digits: int = 3) -> str:
+def cell(value, std, digits: int = 3) -> str:
     """A value to `digits` significant digits, and its spread to the same decimals."""
     if value is None or pd.isna(value):
         return "–"
@@ -132,7 +132,7 @@ def formatted(comparison: Comparison, columns: list[str] | None = None) -> pd.Da
             return "–" if value is None or pd.isna(value) else form.format(value / scale)
 
         line = {"student": row.student}
-        line |= {comparison.heading[c]: _cell(row[c], row[f"{c}_std"]) for c in columns}
+        line |= {comparison.heading[c]: cell(row[c], row[f"{c}_std"]) for c in columns}
         line |= {
             "NFE": number("nfe"),
             "seeds": number("seeds"),
@@ -166,9 +166,13 @@ def to_markdown(comparison: Comparison, title: str, columns: list[str]) -> str:
 
 
 def to_latex(comparison: Comparison, title: str, columns: list[str]) -> str:
-    """A booktabs table; needs \\usepackage{booktabs}."""
     text = formatted(comparison, columns)
-    body = text.to_latex(index=False, escape=True, column_format="l" + "r" * (text.shape[1] - 1))
+    return latex(text, title, "l" + "r" * (text.shape[1] - 1))
+
+
+def latex(text: pd.DataFrame, title: str, column_format: str) -> str:
+    """A booktabs table; needs \\usepackage{booktabs}."""
+    body = text.to_latex(index=False, escape=True, column_format=column_format)
     for old, new in (("±", r"$\pm$"), ("↑", r"$\uparrow$"), ("↓", r"$\downarrow$"), ("–", "--")):
         body = body.replace(old, new)
     return f"% {title}\n{body}"

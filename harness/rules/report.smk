@@ -8,6 +8,8 @@ REPORT = [
     *expand(f"{E.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
     f"{E.root}/manifest.json",
 ]
+if E.paper:
+    REPORT += expand(f"{E.root}/tables/paper.{{kind}}", kind=("csv", "md", "tex"))
 
 
 # The records stand among the inputs beside the scores: a failed job's record is deleted, and only
@@ -25,7 +27,7 @@ rule report:
         f"{E.root}/logs/report.log",
     threads: THREADS
     params:
-        spec=spec([list(E.students), E.evaluation.main_metric]),
+        spec=spec(E.report_spec()),
     shell:
         "{HARNESS} report --configfile {CONFIG} > {log} 2>&1"
 

@@ -1,0 +1,241 @@
+"""Published numbers beside those of this project's runs.
+
+`reported` comes from published.yaml, `reproduced` from an experiment's final scores, and only from
+a metric whose name is `fid` or `fid-…`: a Fréchet distance in another network's features is no FID.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from harness.artifacts import read_json, write_text
+from harness.config import Experiment, load_experiment, parse_experiment
+from harness.errors import UserError
+from harness.method import get_method
+from harness.reporting.collect import collect, column_name
+from harness.reporting.published import (
+    PAPERS,
+    STATISTIC,
+    base,
+    concerning,
+    is_own,
+    published,
+    runs_of,
+    same_data,
+)
+from harness.reporting.tables import cell, latex
+
+COLUMNS = (
+    *("paper", "table", "method", "variant", "nfe", "metric", "reported", "evidence", "source"),
+    *("reproduced", "difference", "setting_match", "note"),
+)
+# A published table may hold several data sets.
+TABLE_COLUMNS = (*COLUMNS[:2], "dataset", "conditioning", *COLUMNS[2:])
+# The tables that `paper-tables` writes, by the beginning of their names.
+TABLES = {name: ("",) for name in PAPERS} | {"DMD": ("Table 1", "Table 2", "Table 6")}
+FID_SAMPLES = 50_000
+CAPTION = (
+    "Reported: harness/reporting/published.yaml, as each source says it. Reproduced: one FID per "
+    "training seed, EMA weights at the end of the budget, mean ± std over seeds; a teacher's is "
+    "one FID. Difference: reproduced - reported."
+)
+
+
+def is_fid(metric) -> bool:
+    return isinstance(metric, str) and re.fullmatch(r"fid(-.*)?", metric) is not None
+
+
+def measured(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.Series, str]:
+    """The FIDs of a row of the tables, one per seed, and the column they stand in.
+
+    Final weights, the experiment's main sample count. Where several FIDs were computed: EDM's own
+    protocol, which all papers of `PAPERS` use.
+    """
+    rows = table[table.final & (table.student == name) & table.metric.map(is_fid)]
+    rows = rows[rows.num_samples == experiment.evaluation.num_samples]
+    columns = sorted(
+        {(m != "fid-edm", m, e) for m, e in zip(rows.metric, rows.extractor, strict=True)}
+    )
+    if not columns:
+        return pd.Series(dtype=float), ""
+    _, metric, extractor = columns[0]
+    rows = rows[(rows.metric == metric) & (rows.extractor == extractor)]
+    label = column_name(metric, experiment.evaluation.num_samples, extractor)
+    return rows.value.astype(float), " ".join([label, *sorted(set(rows.flag) - {""})])
+
+
+def _row(entry: dict) -> dict:
+    """A published number by itself."""
+    row = {key: entry[key] for key in TABLE_COLUMNS if key in entry}
+    row |= {"reported": entry["value"], "reproduced": "", "difference": None, "setting_match": ""}
+    statistic = STATISTIC.get((entry["paper"], base(entry["method"])))
+    notes = [f"reported is {statistic[0]} ({statistic[1]})" if statistic else "", entry["note"]]
+    return row | {"note": "; ".join(filter(None, notes))}
+
+
+def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry: dict) -> dict:
+    """What a run adds to the row of a published FID."""
+    values, label = measured(experiment, table, name)
+    who = f"{name} of {experiment.name}"
+    mine = table[table.final & (table.student == name)]
+    failed = mine[mine.status != "ok"]
+    if len(failed):
+        who += f", {len(failed)} not counted: {failed.status.iloc[0]}"
+    if values.empty:
+        return {"note": f"{who}: no run scored by an FID"}
+    notes = [f"{who}: {label}"]
+    if experiment.evaluation.num_samples != FID_SAMPLES:
+        notes.append(f"papers use {FID_SAMPLES} samples, and fewer raise an FID")
+    if name in experiment.students:
+        notes += get_method(experiment.students[name].method).deviations
+    return {
+        "reproduced": cell(values.mean(), values.std(ddof=1) if len(values) > 1 else None),
+        "difference": round(values.mean() - entry["value"], 4),
+        "setting_match": experiment.paper.setting,
+        "note": "; ".join(notes),
+    }
+
+
+def paper_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """The published numbers that concern an experiment, beside its own.
+
+    `table`: the tidy table of `collect`. Columns: COLUMNS; the index is the position of the number
+    in `published()`. A number that two students reproduce has two rows, and one that none does
+    has one, as context.
+    """
+    rows, index = [], []
+    for i in concerning(experiment.paper):
+        mine = _rows(experiment, table, published()[i])
+        rows += mine
+        index += [i] * len(mine)
+    return _frame(rows, COLUMNS, index)
+
+
+def _rows(experiment: Experiment, table: pd.DataFrame, entry: dict) -> list[dict]:
+    bare = _row(entry)
+    names = runs_of(experiment, entry) if entry["metric"] == "FID" else []
+    rows = [bare | _reproduction(experiment, table, name, entry) for name in names]
+    for row in rows:
+        row["note"] = "; ".join(filter(None, [row["note"], bare["note"]]))
+    return rows or [bare]
+
+
+def _frame(rows: list[dict], columns: tuple, index: list[int] | None = None) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=columns, index=index).astype({"nfe": "Int64"})
+
+
+def _text(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as text, empty where nothing is known."""
+    text = table.astype(object).where(table.notna(), "")
+    return text.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _markdown(table: pd.DataFrame, title: str, stage: str) -> str:
+    body = _text(table).to_markdown(index=False, disable_numparse=True)
+    return f"# {title}\n\n{body}\n\n{CAPTION} Written by `python -m harness {stage}`.\n"
+
+
+def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
+    """`paper.{csv,md,tex}` in a folder; returns their paths."""
+    paper = experiment.paper
+    rows = paper_table(experiment, table)
+    title = f"Published numbers on {paper.dataset} and those of {experiment.name}"
+    wide = "".join("p{4cm}" if name in ("source", "note") else "l" for name in COLUMNS)
+    files = {
+        folder / "paper.csv": rows.to_csv(index=False),
+        folder / "paper.md": _markdown(rows, title, "report"),
+        folder / "paper.tex": latex(_text(rows), title, wide),
+    }
+    for path, text in files.items():
+        write_text(path, text)
+    return list(files)
+
+
+# -- all experiments --------------------------------------------------------------------------
+
+
+def find_experiments(results: Path, configs: Path) -> list[Experiment]:
+    """The experiments with a `paper:` section: as their manifests in `results` say, and those of
+    the files in `configs` that have no manifest. One that cannot be read is left out, aloud."""
+
+    def of_manifest(path: Path) -> Experiment | None:
+        config = read_json(path)["config"]
+        return parse_experiment(config, str(path), results) if config.get("paper") else None
+
+    def of_file(path: Path) -> Experiment | None:
+        return load_experiment(path, results=results)
+
+    found: dict[str, Experiment] = {}
+    sources = [(of_manifest, path) for path in sorted(results.glob("*/manifest.json"))]
+    sources += [(of_file, path) for path in sorted(configs.glob("*.yaml"))]
+    for load, path in sources:
+        try:
+            experiment = load(path)
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        if experiment and experiment.paper:
+            found.setdefault(experiment.name, experiment)
+    return list(found.values())
+
+
+def _tables(experiments: list[Experiment]) -> list[tuple[Experiment, pd.DataFrame]]:
+    """The tidy table of each experiment, as far as its runs go."""
+    tables = []
+    for experiment in experiments:
+        try:
+            tables.append((experiment, collect(experiment, partial=True)[0]))
+        except UserError as error:
+            print(f"left out: {experiment.name}: {error}", file=sys.stderr)
+    return tables
+
+
+def _file_name(paper: str, table: str) -> str:
+    """`dmd-table-2` of DMD's "Table 2 (left)": both halves of a table are one file."""
+    return re.sub("[^a-z0-9]+", "-", f"{paper} {table.split(' (')[0]}".lower()).strip("-")
+
+
+def write_paper_tables(
+    results: Path = Path("results"), configs: Path = Path("configs/paper")
+) -> None:
+    """One file per published table of DMD, SiD, SIM and GDD, from whatever runs exist; prints the
+    cells (FIDs of the methods here and their teachers) that no run has filled."""
+    tables = _tables(find_experiments(results, configs))
+    files: dict[str, list[dict]] = {}
+    empty, cells, others = [], 0, 0
+    for entry in published():
+        if entry["paper"] not in PAPERS or not entry["table"].startswith(TABLES[entry["paper"]]):
+            continue
+        rows = [
+            row
+            for experiment, table in tables
+            if same_data(experiment.paper, entry)
+            for row in _rows(experiment, table, entry)
+            if row["reproduced"]
+        ]
+        name = _file_name(entry["paper"], entry["table"])
+        files.setdefault(name, []).extend(rows or [_row(entry)])
+        if is_own(entry):
+            cells += entry["metric"] == "FID"
+            others += entry["metric"] != "FID"
+            empty += [entry] if entry["metric"] == "FID" and not rows else []
+    folder = results / "paper-tables"
+    for name, rows in files.items():
+        table = _frame(rows, TABLE_COLUMNS)
+        title = f"{rows[0]['paper']}, {rows[0]['table'].split(' (')[0]}"
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+        write_text(folder / f"{name}.md", _markdown(table, title, "paper-tables"))
+    count = "1 experiment" if len(tables) == 1 else f"{len(tables)} experiments"
+    print(f"{len(files)} tables in {folder}/ (.csv, .md), from {count}")
+    print(
+        f"{len(empty)} of {cells} FIDs of the methods here and their teachers have no run yet"
+        f" ({others} numbers in other metrics are shown as reported)"
+    )
+    for entry in empty:
+        what = " ".join(filter(None, [entry["method"], entry["variant"]]))
+        where = f"{entry['paper']}, {entry['table']}: {entry['dataset']} {entry['conditioning']}"
+        print(f"  {where}: {what}: {entry['value']:g}")

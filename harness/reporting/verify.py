@@ -1,0 +1,48 @@
+"""verify-teacher: a teacher's published FIDs beside what its own sampler measures here."""
+
+from __future__ import annotations
+
+from harness.config import Experiment
+from harness.errors import UserError
+from harness.reporting.collect import column_name, reference_scores
+from harness.reporting.paper import is_fid
+from harness.reporting.published import concerning, is_number_of, is_teacher, published
+from harness.reporting.tables import cell
+
+
+def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
+    """`reported | measured`, one line per number; a measured value has its standard error over the
+    draw of samples."""
+    scores = reference_scores(experiment, teacher)
+    if scores is None:
+        raise UserError(
+            f"teacher {teacher} was made with other settings than the experiment's; run the "
+            "workflow again"
+        )
+    entry = next(entry for entry in scores["entries"] if entry["student"] == "teacher")
+    rows = [r for r in entry["rows"] if r["num_samples"] == experiment.evaluation.num_samples]
+    fids, others = [], []
+    for row in rows:
+        name = column_name(row["metric"], row["num_samples"], row["extractor"])
+        text = f"{name} {cell(row['value'], row['stderr'])}"
+        (fids if is_fid(row["metric"]) else others).append(text)
+    sampler = experiment.teachers[teacher].sampler
+    lines = [
+        f"teacher {teacher}: {sampler.steps} Heun steps, {entry['nfe']} network evaluations, "
+        f"S_churn {sampler.s_churn:g}",
+        "reported | measured",
+    ]
+    for i in concerning(experiment.paper) if experiment.paper else []:
+        number = published()[i]
+        if not is_teacher(number) or number["metric"] != "FID":
+            continue
+        if not fids:
+            found = "no FID extractor in this experiment"
+        elif is_number_of(experiment, teacher, number):
+            found = ", ".join(fids)
+        else:
+            found = "another sampler"
+        nfe = f"{number['nfe']} NFE" if number["nfe"] else "NFE not given"
+        source = f"{number['method']}, {nfe}; {number['paper']}, {number['table']}"
+        lines.append(f"FID {number['value']:g} ({source}) | {found}")
+    return lines + [f"- | {text}" for text in fids + others]

@@ -1,0 +1,357 @@
+"""Published numbers: where they come from, and what may stand beside them."""
+
+import pandas as pd
+import pytest
+import yaml
+
+from harness.artifacts import digest, write_json
+from harness.cli import main
+from harness.config import load_experiment, parse_experiment
+from harness.reporting import paper
+from harness.reporting.published import PAPERS, concerning, is_own, published, runs_of
+from harness.reporting.verify import teacher_lines
+from tests.conftest import ROOT
+from tests.test_config import mistakes, put
+
+ORIGINAL = ROOT.parent / "shared" / "reference" / "published_results.yaml"
+UNREAD = ("memory", "tertiary")
+
+
+@pytest.fixture
+def cifar(tiny) -> dict:
+    """The tiny experiment as if it were on CIFAR-10 with EDM's sampler."""
+    tiny["paper"] = {"dataset": "CIFAR-10", "conditioning": "cond"}
+    tiny["teachers"]["edm"]["sampler"] = {"steps": 18}
+    tiny["students"]["dmd"]["settings"] = {"regression": "lpips"}
+    tiny["students"]["dmd-l2"] = {"method": "dmd", "settings": {"regression": "l2"}}
+    tiny["training"]["seeds"] = [0, 1]
+    tiny["evaluation"]["num_samples"] = 50_000
+    return tiny
+
+
+def scores(*rows: tuple) -> pd.DataFrame:
+    """What `collect` gives, of rows (student, seed, metric, value) and optional other columns."""
+    common = {"extractor": "inception", "num_samples": 50_000, "final": True, "flag": ""}
+    common["status"] = "ok"
+    keys = ("student", "seed", "metric", "value")
+    return pd.DataFrame(
+        [
+            common | dict(zip(keys, row, strict=False)) | (row[4] if len(row) > 4 else {})
+            for row in rows
+        ]
+    )
+
+
+def rows_of(table: pd.DataFrame, paper: str, method: str, metric: str = "FID") -> pd.DataFrame:
+    return table[(table.paper == paper) & (table.method == method) & (table.metric == metric)]
+
+
+# -- the data -----------------------------------------------------------------------------------
+
+
+def test_every_published_number_has_a_source_that_was_read():
+    assert len(published()) > 400
+    for entry in published():
+        assert entry["source"] and entry["evidence"] and entry["evidence"] not in UNREAD
+        for key in ("paper", "table", "dataset", "conditioning", "method", "metric", "value"):
+            assert entry[key] is not None or (key, entry["evidence"]) == (
+                "table",
+                "third_party_repo",
+            ), entry
+
+
+def test_the_published_numbers_are_those_of_their_collection():
+    if not ORIGINAL.exists():
+        pytest.skip("the collection that the numbers were copied from is not here")
+    original = yaml.load(ORIGINAL.read_text(), yaml.CSafeLoader)
+
+    def known(entries):
+        return [{k: v for k, v in entry.items() if v is not None} for entry in entries]
+
+    assert known(published()) == known(e for e in original if e["evidence"] not in UNREAD)
+
+
+# -- the section --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"dataset": "cifar10"}, "paper.dataset: no published numbers on 'cifar10'; did you mean 'CIFAR-10'?"),
+        ({"dataset": "CIFAR-10"}, "paper.conditioning: CIFAR-10 has cond and uncond numbers; name one"),
+        ({"dataset": "FFHQ-64", "conditioning": "cond"},
+         "paper.conditioning: FFHQ-64 has no 'cond' numbers; did you mean 'uncond'?"),
+        ({"dataset": "FFHQ-64", "setting": "exactly"},
+         "paper.setting: input should be 'exact', 'scaled' or 'toy', not 'exactly'"),
+        ({"datset": "FFHQ-64"}, "paper.datset: unknown key; did you mean 'dataset'?"),
+        ({"dataset": "FFHQ-64", "methods": {"sidd": {"method": "SiD"}}},
+         "paper.methods.sidd: unknown student; did you mean 'sid'?"),
+        ({"dataset": "FFHQ-64", "methods": {"gdd": {"method": "GDDI"}}},
+         "paper.methods.gdd.method: no published numbers of 'GDDI'; did you mean 'GDD-I'?"),
+        ({"dataset": "FFHQ-64", "methods": {"sid": {"method": "SiD", "variant": "alpha=1.3"}}},
+         "paper.methods.sid.variant: no published numbers of 'alpha=1.3'; did you mean 'alpha=1.2'?"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_section_is_told(tiny, section, expected):
+    put(tiny, "paper", section)
+    assert expected in mistakes(tiny)
+
+
+def test_the_section_is_optional_and_so_is_the_only_conditioning(tiny):
+    before = parse_experiment(tiny, "x")
+    assert before.paper is None
+    tiny["paper"] = {"dataset": "FFHQ-64"}
+    after = parse_experiment(tiny, "x")
+    assert after.paper.setting == "scaled"
+    assert before.run_spec("sid", 0) == after.run_spec("sid", 0)
+    assert before.report_spec() != after.report_spec()
+
+
+# -- who stands beside what ---------------------------------------------------------------------
+
+
+def matched(experiment) -> set[tuple]:
+    return {
+        (name, entry["paper"], entry["method"], entry["variant"])
+        for entry in map(published().__getitem__, concerning(experiment.paper))
+        for name in runs_of(experiment, entry)
+    }
+
+
+def test_students_find_their_published_names(cifar):
+    found = matched(parse_experiment(cifar, "x"))
+    assert ("dmd", "DMD", "DMD", None) in found
+    assert ("dmd", "DMD", "DMD", "full") in found
+    assert ("dmd-noreg", "DMD", "DMD", "w/o regression loss") in found
+    assert ("dmd-noreg", "DMD", "DMD", "full") not in found
+    assert {row[3] for row in found if row[0] == "dmd-l2"} == {
+        "L2 instead of LPIPS in the regression loss"
+    }
+    assert ("sid", "SiD", "SiD", "alpha=1.2") in found
+    assert ("sid", "SiD", "SiD", "alpha=1.0") not in found
+    assert ("sim", "SIM", "SIM", None) in found
+    assert ("teacher", "EDM", "EDM (teacher)", None) in found
+    cifar["paper"]["conditioning"] = "uncond"
+    found = matched(parse_experiment(cifar, "x"))
+    assert ("gdd-i", "GDD", "GDD-I", None) in found
+    assert not any(name == "gdd" for name, *_ in found)  # plain GDD was read nowhere
+    assert ("sim", "IMM", "SiM", None) in found  # IMM's spelling
+
+
+def test_a_student_off_the_papers_settings_finds_nothing(cifar):
+    cifar["students"]["sid"]["freeze"] = "innate"
+    cifar["students"]["sim"]["freeze"] = "innate"
+    assert not {name for name, *_ in matched(parse_experiment(cifar, "x"))} & {"sid", "sim"}
+
+
+def test_a_name_can_be_given(cifar):
+    cifar["paper"]["methods"] = {"gdd": {"method": "DMD", "variant": "full"}}
+    found = matched(parse_experiment(cifar, "x"))
+    assert {row for row in found if row[0] == "gdd"} == {("gdd", "DMD", "DMD", "full")}
+
+
+def test_a_teacher_is_one_with_the_same_sampler(cifar):
+    cifar["paper"] = {"dataset": "ImageNet-64"}
+
+    def values(**sampler) -> set[float]:
+        cifar["teachers"]["edm"]["sampler"] = sampler
+        experiment = parse_experiment(cifar, "x")
+        entries = map(published().__getitem__, concerning(experiment.paper))
+        return {
+            entry["value"]
+            for entry in entries
+            if entry["metric"] == "FID" and "teacher" in runs_of(experiment, entry)
+        }
+
+    # DMD counts 512 evaluations; GDD's README gives 2.64 without a count.
+    assert values(steps=256) == {2.32, 2.64}
+    assert values(steps=256, s_churn=40.0) == {1.36}
+    assert values(steps=18) == set()
+
+
+def test_of_two_teachers_each_is_named(cifar):
+    cifar["teachers"]["other"] = cifar["teachers"]["edm"] | {"sampler": {"steps": 40}}
+    found = matched(parse_experiment(cifar, "x"))
+    assert ("teacher/edm", "EDM", "EDM (teacher)", None) in found
+    assert not any(name == "teacher/other" for name, *_ in found)
+
+
+# -- the table ----------------------------------------------------------------------------------
+
+
+def test_only_an_fid_is_reproduced(cifar):
+    experiment = parse_experiment(cifar, "x")
+    metrics = ("fd", "kd", "fidelity", "clip-fid")
+    table = paper.paper_table(experiment, scores(*(("sid", 0, m, 1.0) for m in metrics)))
+    assert tuple(table.columns) == paper.COLUMNS
+    assert (table.reproduced == "").all() and (table.setting_match == "").all()
+    assert table.difference.isna().all()
+    assert "no run scored by an FID" in rows_of(table, "SiD", "SiD").note.iloc[0]
+
+
+def test_reproduced_is_mean_and_std_over_seeds(cifar):
+    cifar["paper"]["setting"] = "exact"
+    table = paper.paper_table(
+        parse_experiment(cifar, "x"),
+        scores(
+            ("sid", 0, "fid-edm", 2.0),
+            ("sid", 1, "fid-edm", 3.0),
+            ("sid", 0, "fid", 9.0),  # another protocol: EDM's comes first
+            ("sid", 0, "fid-edm", 9.0, {"final": False}),
+            ("sid", 0, "fid-edm", 9.0, {"num_samples": 359}),
+            ("teacher", None, "fid-edm", 1.8),
+            ("sim", 0, "fd", 1.0),
+        ),
+    )
+    sid = rows_of(table, "SiD", "SiD")
+    sid = sid[(sid.variant == "alpha=1.2") & (sid.evidence == "author_repo")].iloc[0]
+    assert sid.reported == 1.71 and sid.reproduced == "2.50 ± 0.71"
+    assert sid.difference == pytest.approx(2.5 - 1.71) and sid.setting_match == "exact"
+    assert "sid of tiny: fid-edm_n50000_inception" in sid.note
+    assert "the mean of 10 evaluations (mingyuanzhou/SiD sid_metrics.py)" in sid.note
+    teacher = rows_of(table, "EDM", "EDM (teacher)").iloc[0]
+    assert teacher.reproduced == "1.80" and teacher.difference == pytest.approx(0.01)
+    assert "the minimum of 3 evaluations" in teacher.note
+    assert rows_of(table, "SIM", "SIM").reproduced.item() == ""
+    context = rows_of(table, "DMD", "StyleGAN-XL").iloc[0]
+    assert context.reproduced == "" and context.setting_match == "" and context.reported == 1.85
+
+
+def test_what_limits_a_reproduction_stands_in_its_row(cifar):
+    cifar["evaluation"]["num_samples"] = 2000
+    failed = {"metric": None, "status": "failed (training: broke)", "flag": None}
+    table = paper.paper_table(
+        parse_experiment(cifar, "x"),
+        scores(
+            ("dmd", 0, "fid", 3.0, {"num_samples": 2000, "flag": "trained-on-extractor"}),
+            ("dmd", 1, None, None, failed | {"num_samples": None, "extractor": None}),
+        ),
+    )
+    full = rows_of(table, "DMD", "DMD")
+    row = full[full.variant == "full"].iloc[0]
+    assert row.reproduced == "3.00" and row.setting_match == "scaled"
+    for part in ("1 not counted: failed (training: broke)", "fid_n2000_inception",
+                 "trained-on-extractor", "papers use 50000", "re-implementation"):  # fmt: skip
+        assert part in row.note
+
+
+def test_two_students_of_one_number_have_two_rows_and_clip_fid_is_never_filled(cifar):
+    cifar["paper"] = {"dataset": "FFHQ-64"}
+    cifar["students"]["again"] = cifar["students"]["gdd-i"]
+    table = paper.paper_table(
+        parse_experiment(cifar, "x"), scores(("gdd-i", 0, "fid", 1.0), ("again", 0, "fid", 1.1))
+    )
+    rows = rows_of(table, "GDD", "GDD-I")
+    abstract = rows[rows.evidence == "abstract"]
+    assert list(abstract.reproduced) == ["1.00", "1.10"]
+    assert (rows_of(table, "GDD", "GDD-I", "CLIP-FID").reproduced == "").all()
+
+
+def test_the_files_of_an_experiment(cifar, tmp_path):
+    experiment = parse_experiment(cifar, "x")
+    table = scores(("sid", 0, "fid", 2.0), ("sid", 1, "fid", 2.5))
+    csv, markdown, tex = paper.write_paper(experiment, table, tmp_path)
+    assert "2.25 ± 0.35" in csv.read_text() and "2.25 ± 0.35" in markdown.read_text()
+    assert r"2.25 $\pm$ 0.35" in tex.read_text() and r"\toprule" in tex.read_text()
+    assert "nan" not in markdown.read_text() and "<NA>" not in markdown.read_text()
+
+
+def test_the_workflow_declares_them_only_then(empty_workspace):
+    config = empty_workspace.config() | {"paper": {"dataset": "FFHQ-64", "setting": "toy"}}
+    empty_workspace.write_config(config, "with-paper")
+    for name, expected in (("tiny", False), ("with-paper", True)):
+        done = empty_workspace.snakemake("-n", config=name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("tables/paper.csv" in done.stdout) == expected
+
+
+# -- all experiments ----------------------------------------------------------------------------
+
+
+def test_paper_tables_without_any_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["paper-tables"]) == 0
+    output = capsys.readouterr().out
+    fids = [
+        entry
+        for entry in published()
+        if entry["paper"] in PAPERS
+        and entry["table"].startswith(paper.TABLES[entry["paper"]])
+        and is_own(entry)
+        and entry["metric"] == "FID"
+    ]
+    assert f"{len(fids)} of {len(fids)} FIDs" in output
+    assert "  DMD, Table 2 (left): CIFAR-10 cond: DMD w/o regression loss: 5.58" in output
+    folder = tmp_path / "results" / "paper-tables"
+    names = {path.name for path in folder.iterdir()}
+    assert {"dmd-table-1.csv", "dmd-table-2.md", "dmd-table-6.csv", "sid-readme.csv",
+            "sim-abstract.md", "gdd-abstract.csv"} <= names  # fmt: skip
+    half = pd.read_csv(folder / "dmd-table-2.csv")
+    assert set(half.table) == {"Table 2 (left)", "Table 2 (right)"}
+    assert set(half.dataset) == {"CIFAR-10", "ImageNet-64"}
+
+
+def test_paper_tables_take_what_there_is(cifar, tmp_path, monkeypatch, capsys):
+    """A manifest's configuration goes before a file of the same name; broken files are left out."""
+    results, configs = tmp_path / "results", tmp_path / "configs"
+    configs.mkdir()
+    (configs / "broken.yaml").write_text("name: [")
+    (configs / "tiny.yaml").write_text(yaml.safe_dump(cifar))
+    cifar["paper"]["setting"] = "toy"
+    write_json(results / "tiny" / "manifest.json", {"config": cifar})
+    write_json(results / "digits" / "manifest.json", {"config": {"name": "digits"}})
+    table = scores(("sim", 0, "fid-edm", 2.0))
+    monkeypatch.setattr(paper, "collect", lambda experiment, partial: (table, {}))
+    paper.write_paper_tables(results, configs)
+    output = capsys.readouterr()
+    assert "from 1 experiment\n" in output.out and "SIM: 1.96" not in output.out
+    assert "SIM, abstract: CIFAR-10 uncond: SIM: 2.06" in output.out
+    assert output.err.startswith("left out: ") and "not valid YAML" in output.err
+    row = pd.read_csv(results / "paper-tables" / "sim-abstract.csv").set_index("conditioning")
+    assert row.difference["cond"] == pytest.approx(0.04) and row.setting_match["cond"] == "toy"
+
+
+# -- the teacher --------------------------------------------------------------------------------
+
+
+def write_teacher_scores(experiment, *rows: tuple) -> None:
+    """A teacher's record and its score file, of rows (metric, extractor, value)."""
+    made = {"spec": digest(experiment.teacher_spec("edm")), "sha256": "0" * 64}
+    write_json(experiment.teacher_dir("edm") / "teacher.json", made)
+    keys = ("metric", "extractor", "value")
+    rows = [
+        dict(zip(keys, row, strict=True)) | {"num_samples": 50_000, "stderr": 0.02} for row in rows
+    ]
+    entries = [{"student": "teacher", "nfe": 35, "rows": rows}]
+    scores = {"spec": digest(experiment.reference_score_spec("edm")), "weights": "0" * 64}
+    write_json(experiment.reference_score_path("edm"), scores | {"entries": entries})
+
+
+def test_verify_teacher(cifar, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(cifar))
+    monkeypatch.chdir(tmp_path)
+    experiment = load_experiment("x.yaml")
+    write_teacher_scores(experiment, ("fd", "tiny-cnn", 0.4))
+    assert main(["verify-teacher", "--configfile", "x.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "reported | measured"
+    assert (
+        "FID 1.79 (EDM (teacher), 35 NFE; EDM, README) | no FID extractor in this experiment"
+        in lines
+    )
+    assert "- | fd_n50000_tiny-cnn 0.400 ± 0.020" in lines
+    write_teacher_scores(experiment, ("fid-edm", "inception", 1.85))
+    reported = "FID 1.79 (EDM (teacher), 35 NFE; EDM, README)"
+    assert f"{reported} | fid-edm_n50000_inception 1.85 ± 0.02" in teacher_lines(experiment, "edm")
+    del cifar["paper"]
+    alone = teacher_lines(parse_experiment(cifar, "x"), "edm")
+    assert alone[2:] == ["- | fid-edm_n50000_inception 1.85 ± 0.02"]
+
+
+def test_verify_teacher_before_there_is_one(cifar, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(cifar))
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify-teacher", "end", "--configfile", "x.yaml"]) == 2
+    assert "unknown teacher 'end'; did you mean 'edm'?" in capsys.readouterr().err
+    assert main(["verify-teacher", "--configfile", "x.yaml"]) == 2
+    assert "is missing; run the workflow" in capsys.readouterr().err
