@@ -7,6 +7,7 @@ from harness import data
 from harness.config import DataSection
 from harness.errors import UserError
 from harness.evaluation.aesthetic import KNOWN, UNSEEN
+from harness.feature_networks import held_out_accuracy, load_feature_network
 from harness.method import Sources
 from harness.streams import Stream
 
@@ -67,8 +68,15 @@ def test_a_random_batch_is_what_it_was_when_all_images_were_floats(tmp_path):
     chosen = stream.integers(index, len(train))
     assert torch.equal(images, (train.pixels.float() / 127.5 - 1)[chosen])
     assert torch.equal(labels, train.labels[chosen])
-    sources.num_classes = 0
+
+
+def test_without_classes_there_are_no_labels():
+    pixels, labels = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
+    pairs = {"z": torch.zeros(5, 1, 8, 8), "x": torch.zeros(5, 1, 8, 8)}
+    sources = Sources((1, 8, 8), 0, 1.0, pixels, labels, pairs)
+    index, stream = torch.arange(3), Stream(3, "real")
     assert sources.real(index, stream)[1] is None
+    assert sources.pairs(index, stream)[2] is None
 
 
 def test_model_space_is_the_plain_quotient_bit_for_bit():
@@ -90,6 +98,23 @@ def test_degradations_begin_with_the_image_itself(degrade):
     none, full = torch.zeros(6, 1, 1, 1), torch.ones(6, 1, 1, 1)
     torch.testing.assert_close(degrade(images, none, noise), images)
     assert not torch.allclose(degrade(images, full, noise), images, atol=0.1)
+
+
+def test_without_a_held_out_part_there_is_no_floor_and_no_accuracy(workspace):
+    config = workspace.config()
+    config["data"]["held_out"] = 0
+    workspace.write_config(config)
+    assert workspace.stage("data").returncode == 0
+    folder = workspace.results / "features" / "tiny-cnn"
+    digits = data.load(workspace.results / "data")
+    network, _ = load_feature_network(folder, digits)
+    assert held_out_accuracy(network, digits) is None
+    done = workspace.stage("score-references", "edm")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((workspace.results / "scores" / "teachers" / "edm.json").read_text())
+    assert [entry["student"] for entry in record["entries"]] == ["teacher", "teacher-1step"]
+    assert {row["num_samples"] for entry in record["entries"] for row in entry["rows"]} == {400}
+    assert {p["reference"] for p in record["protocols"].values()} == {"digits-train1797"}
 
 
 def test_feature_networks_learn_and_say_how_well(finished):

@@ -20,6 +20,13 @@ def gaussian_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (len(features) - 1)
 
 
+# What numpy and zipfile raise at files that are damaged or of another kind.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, RuntimeError, MemoryError),
+    *(zlib.error, zipfile.BadZipFile),
+)
+
+
 def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean `(D,)` and covariance `(D, D)`, float64, from an `.npz` file with `mu` and `sigma`: the
     form in which reference statistics are published.
@@ -41,7 +48,7 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
                 arrays[key] = archive[key]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, EOFError, ValueError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is no .npz file of numbers ({reason})") from None
     mu, sigma = arrays["mu"], arrays["sigma"]
