@@ -46,7 +46,7 @@ def matmul_peak(device: str, size: int = 1024, repeats: int = 9) -> float:
 
 
 def dataset_of(experiment: Experiment) -> Dataset:
-    pixels, labels, names = datasets.SOURCES[experiment.data.name]()
+    pixels, labels, names = datasets.read(experiment.data)
     images = Images(pixels, labels)
     return Dataset(experiment.data.name, images, images, names, "")
 

@@ -111,6 +111,12 @@ def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = No
         return sha256_file(temporary)
 
 
+def verify(path: Path, sha256: str, owner: Path | None = None) -> None:
+    """Refuse a missing file, or one of another hash, with one clear line."""
+    if sha256_file(path) != sha256:
+        raise _damaged(path, "its sha256 is not the recorded one", owner)
+
+
 def load_tensors(
     path: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
 ) -> dict:
@@ -121,8 +127,8 @@ def load_tensors(
 
     path = Path(path)
     try:
-        if sha256 is not None and sha256_file(path) != sha256:
-            raise _damaged(path, "its sha256 is not the recorded one", owner)
+        if sha256 is not None:
+            verify(path, sha256, owner)
         return load_file(path, device=device)
     except FileNotFoundError:
         raise _missing(path) from None

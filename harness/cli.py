@@ -35,7 +35,8 @@ def _data(args) -> None:
     from harness.data import prepare
 
     experiment = _experiment(args)
-    prepare(experiment.data.name, experiment.data.held_out, experiment.data_dir())
+    with recorded(experiment.data_dir(), "data"):
+        prepare(experiment.data, experiment.data_dir())
 
 
 def _features(args) -> None:

@@ -28,8 +28,26 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
+    """An embedded data set (its name alone), one of image files (`source`), or no more than the
+    reference's statistics (`statistics`).
+
+    Files are paths, relative to the working directory, or addresses with their sha256.
+    """
+
     name: str
-    held_out: float = Field(0.2, gt=0, lt=1, description="fraction of each class held out")
+    held_out: float = Field(0.2, ge=0, lt=1, description="fraction of each class held out")
+    source: str | None = Field(None, min_length=1, description="zip or folder in EDM's layout")
+    statistics: str | None = Field(None, min_length=1, description=".npz with mu and sigma")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of that one file")
+    labels: bool = Field(True, description="false: without classes, whatever the source says")
+    num_classes: Positive | None = Field(None, description="default: the largest label + 1")
+    resolution: Positive | None = Field(None, description="what the images must have")
+    image_shape: tuple[Positive, Positive, Positive] | None = Field(None, description="C, H, W")
+
+    @property
+    def file(self) -> str | None:
+        """The path or address of what is not embedded."""
+        return self.source if self.source is not None else self.statistics
 
 
 class Limit(Section):
@@ -264,9 +282,14 @@ class Experiment:
     # What each stage depends on, as JSON-like values.
 
     def data_spec(self) -> dict:
+        """Where a file lies is no part of it: content decides, by the hashes of what is made.
+
+        Keys that keep their default are left out, so that finished runs outlive new keys.
+        """
         from harness import RESULTS_FORMAT
 
-        return self.data.model_dump() | {"format": RESULTS_FORMAT}
+        spec = {"name": self.data.name, "held_out": self.data.held_out, "format": RESULTS_FORMAT}
+        return spec | self.data.model_dump(exclude_defaults=True, exclude={"source", "statistics"})
 
     def features_spec(self, name: str) -> dict:
         return {"data": self.data_spec(), "features": self.features[name].model_dump()}
@@ -326,6 +349,19 @@ class Experiment:
 
     def data_dir(self) -> Path:
         return self.root / "data"
+
+    def data_files(self) -> list[str]:
+        """The local files that the data set is made from: for a folder, the list of its labels."""
+        from harness.downloads import is_address
+
+        if self.data.file is None or is_address(self.data.file):
+            return []
+        path = Path(self.data.file).expanduser()
+        if path.is_dir():
+            from harness.edm_data import INDEXES
+
+            path = next((path / name for name in INDEXES if (path / name).is_file()), path)
+        return [str(path)]
 
     def features_dir(self, name: str) -> Path:
         return self.root / "features" / name
@@ -477,6 +513,8 @@ def _valid(items: dict) -> list[tuple[str, Any]]:
 
 def _check_names(model: ExperimentModel) -> list[str]:
     names = [("name", model.name)]
+    if model.data is not None:
+        names.append(("data.name", model.data.name))
     for section in ("features", "teachers", "students"):
         names += [(f"{section}.{name}", name) for name in getattr(model, section)]
     lines = [
@@ -529,6 +567,8 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
         )
     elif (features := model.features.get(needs.features)) and features.type == "clip":
         lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
+    if needs.real_images and model.data is not None and model.data.statistics is not None:
+        lines.append(f"{where}: method {section.method} needs images; data has statistics alone")
     return lines + _check_batch(where, own.batch, model.training)
 
 
@@ -570,15 +610,86 @@ def _check_shared_settings(model: ExperimentModel) -> list[str]:
     ]
 
 
+# The keys of `data` that mean something, by what the data set is.
+DATA_KEYS = {
+    "an embedded data set": {"name", "held_out"},
+    "a source": {"name", "held_out", "source", "sha256", "labels", "num_classes", "resolution"},
+    "statistics": {"name", "statistics", "sha256", "num_classes", "image_shape"},
+}
+
+
+def _check_data(data: DataSection) -> list[str]:
+    from harness.data import EMBEDDED
+
+    if data.source is not None and data.statistics is not None:
+        return ["data: either a source or statistics, not both"]
+    lines = []
+    if data.source is not None:
+        kind = "a source"
+    elif data.statistics is not None:
+        kind = "statistics"
+        shape = data.image_shape
+        if shape is None:
+            lines.append("data.image_shape: missing; statistics do not tell it")
+        elif shape[1] != shape[2]:
+            lines.append(f"data.image_shape: channels, height, width, not {list(shape)}")
+    else:
+        kind = "an embedded data set"
+        if data.name not in EMBEDDED:
+            hint = did_you_mean(data.name, EMBEDDED)
+            return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
+    for key in sorted(data.model_fields_set - DATA_KEYS[kind]):
+        lines.append(f"data.{key}: means nothing for {kind}")
+    if not data.labels and data.num_classes is not None:
+        lines.append("data.num_classes: means nothing with labels: false")
+    return lines + _check_data_file(data)
+
+
+def _check_data_file(data: DataSection) -> list[str]:
+    """Whether the file that the data set is made from can be there."""
+    from harness.downloads import is_address
+
+    if data.file is None:
+        return []
+    where = "data.source" if data.source is not None else "data.statistics"
+    if is_address(data.file):
+        return [] if data.sha256 else [f"{where}: an address needs data.sha256"]
+    path = Path(data.file).expanduser()
+    if not path.exists():
+        return [f"{where}: {path} does not exist"]
+    if path.is_dir() and data.source is None:
+        return [f"{where}: {path} is a folder"]
+    if path.is_dir() and data.sha256:
+        return ["data.sha256: a folder has none"]
+    return []
+
+
+def _check_trained_here(model: ExperimentModel) -> list[str]:
+    """Teachers and feature networks that cannot be trained on such data."""
+    if model.data is None:
+        return []
+    lines = []
+    for section in ("teachers", "features"):
+        for name, item in _valid(getattr(model, section)):
+            if isinstance(item, ImportedTeacher):
+                continue
+            if model.data.statistics is not None:
+                lines.append(
+                    f"{section}.{name}: needs images to train on; data has statistics alone"
+                )
+            elif section == "features" and not model.data.labels:
+                lines.append(f"{section}.{name}: needs labels to train on; data.labels is false")
+    return lines
+
+
 def _check(model: ExperimentModel) -> list[str]:
     """Mistakes that no section shows by itself."""
-    from harness.data import SOURCES
     from harness.networks import ARCHITECTURES
 
     lines = _check_names(model)
-    if model.data is not None and model.data.name not in SOURCES:
-        hint = did_you_mean(model.data.name, SOURCES)
-        lines.append(f"data.name: unknown data set {model.data.name!r}{hint}")
+    if model.data is not None:
+        lines += _check_data(model.data)
+    lines += _check_trained_here(model)
     for name, teacher in _valid(model.teachers):
         if isinstance(teacher, ImportedTeacher):
             lines += _check_source(f"teachers.{name}", teacher.source, teacher.sha256)

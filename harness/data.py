@@ -2,18 +2,30 @@
 
 The split is stratified and depends on the data set alone: generators and feature networks train
 on the training part, which is also the reference of every distance; the held-out part gives
-accuracies and the real-against-real floor.
+accuracies and the real-against-real floor. Where nothing needs images, a set may be no more than
+the reference's statistics.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from harness.artifacts import load_tensors, read_json, save_tensors, write_json
+from harness.artifacts import (
+    atomic_path,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256_file,
+    verify,
+    write_json,
+)
+from harness.config import DataSection
+from harness.errors import UserError
 from harness.streams import Stream
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -21,7 +33,7 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 @dataclass(frozen=True)
 class Images:
-    """`pixels` uint8 `(N, C, H, W)`, `labels` int64 `(N,)`."""
+    """`pixels` uint8 `(N, C, H, W)`, `labels` int64 `(N,)`, all 0 in a set without classes."""
 
     pixels: Tensor
     labels: Tensor
@@ -32,11 +44,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
+    """`sha256`: of the file that holds the images, or of the statistics. `statistics`: the file of
+    a set without images (`harness.evaluation.frechet.load_statistics` reads it)."""
+
     name: str
     train: Images
     held_out: Images
     class_names: tuple[str, ...]
     sha256: str
+    statistics: Path | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -48,8 +64,9 @@ class Dataset:
 
 
 def to_model_space(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
+    """uint8 -> float32 in [-1, 1], on the same device; the same bits on every device."""
+    # A tensor, since CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    return pixels.float() / pixels.new_full((), 127.5, dtype=torch.float32) - 1
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -66,7 +83,20 @@ def _digits() -> tuple[Tensor, Tensor, tuple[str, ...]]:
     return pixels.unsqueeze(1), torch.from_numpy(digits.target).long(), DIGIT_WORDS
 
 
-SOURCES = {"digits": _digits}
+EMBEDDED = {"digits": _digits}
+
+
+def read(section: DataSection) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """All images `(N, C, H, W)`, labels `(N,)` and class names of a set, embedded or not."""
+    if section.source is None:
+        return EMBEDDED[section.name]()
+    from harness.downloads import fetch, is_address
+    from harness.edm_data import read_images
+
+    path = Path(section.source).expanduser()
+    if is_address(section.source) or not path.is_dir():
+        path = fetch(section.source, section.sha256)
+    return read_images(path, section.labels, section.num_classes, section.resolution)
 
 
 def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
@@ -82,21 +112,26 @@ def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()
 
 
-def prepare(name: str, held_out: float, folder: Path) -> dict:
+def prepare(section: DataSection, folder: Path) -> dict:
     """Read a data set from its source, split it and write it to `folder`; returns `data.json`."""
-    pixels, labels, class_names = SOURCES[name]()
-    train, held = stratified_split(labels, held_out)
+    if section.statistics is not None:
+        return _prepare_statistics(section, folder)
+    pixels, labels, class_names = read(section)
+    train, held = stratified_split(labels, section.held_out)
+    if not len(train):
+        raise UserError(f"data.held_out: {section.held_out} leaves no image for training")
     sha256 = save_tensors(
         folder / "images.safetensors",
         {
-            "train_pixels": pixels[train],
+            # Nothing held out: no second copy of what may be gigabytes.
+            "train_pixels": pixels[train] if len(held) else pixels,
             "train_labels": labels[train],
             "held_out_pixels": pixels[held],
             "held_out_labels": labels[held],
         },
     )
     record = {
-        "name": name,
+        "name": section.name,
         "sha256": sha256,
         "class_names": list(class_names),
         "train_images": len(train),
@@ -107,9 +142,38 @@ def prepare(name: str, held_out: float, folder: Path) -> dict:
     return record
 
 
+def _prepare_statistics(section: DataSection, folder: Path) -> dict:
+    """The same for a set without images: the statistics are checked and kept beside `data.json`."""
+    from harness.downloads import fetch
+    from harness.evaluation.frechet import load_statistics
+
+    source = fetch(section.statistics, section.sha256)
+    mean, _ = load_statistics(source)
+    with atomic_path(folder / "statistics.npz") as temporary:
+        shutil.copyfile(source, temporary)
+        sha256 = sha256_file(temporary)
+    record = {
+        "name": section.name,
+        "sha256": sha256,
+        "class_names": [str(i) for i in range(section.num_classes or 0)],
+        "train_images": 0,
+        "held_out_images": 0,
+        "image_shape": list(section.image_shape),
+        "statistics": {"file": "statistics.npz", "dim": len(mean)},
+    }
+    write_json(folder / "data.json", record)
+    return record
+
+
 def load(folder: Path) -> Dataset:
-    """The data set that `prepare` wrote."""
+    """The data set that `prepare` wrote; both parts are empty where it has statistics alone."""
     record = read_json(folder / "data.json")
+    if "statistics" in record:
+        path = folder / record["statistics"]["file"]
+        verify(path, record["sha256"])
+        shape, names = record["image_shape"], tuple(record["class_names"])
+        none = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+        return Dataset(record["name"], none, none, names, record["sha256"], path)
     tensors = load_tensors(folder / "images.safetensors", record["sha256"])
     return Dataset(
         record["name"],

@@ -42,7 +42,7 @@ def teacher_reason(experiment: Experiment, teacher: str) -> str:
 
 def _first(experiment: Experiment, teacher: str, later: list[Path]) -> str:
     folders = [experiment.features_dir(name) for name in experiment.evaluation.extractors]
-    for folder in [*folders, experiment.teacher_dir(teacher), *later]:
+    for folder in [experiment.data_dir(), *folders, experiment.teacher_dir(teacher), *later]:
         if (folder / FILE).exists():
             record = read_json(folder / FILE)
             return f"failed ({record['stage']}: {record['reason']})"

@@ -98,7 +98,7 @@ def train_features(experiment: Experiment, name: str) -> dict:
                 dataset.image_shape,
                 dataset.num_classes,
                 sigma_init=0.0,
-                images=datasets.to_model_space(dataset.train.pixels).to(device),
+                pixels=dataset.train.pixels.to(device),
                 labels=dataset.train.labels.to(device),
             ),
             batch=section.batch,
@@ -145,14 +145,22 @@ def _build(record: dict, dataset: Dataset) -> nn.Module:
 
 
 @torch.no_grad()
-def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float:
-    """Accuracy on the held-out part: of the classifier, or of CLIP by the nearest caption."""
-    x = datasets.to_model_space(dataset.held_out.pixels)
-    if hasattr(network, "class_features"):
-        scores = network.features(x) @ network.class_features().T
-    else:
-        scores = network(x)
-    return (scores.argmax(dim=1) == dataset.held_out.labels).double().mean().item()
+def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float | None:
+    """Accuracy on the held-out part: of the classifier, or of CLIP by the nearest caption. None
+    without such a part."""
+    held_out, correct = dataset.held_out, []
+    if not len(held_out):
+        return None
+    for pixels, labels in zip(
+        held_out.pixels.split(1024), held_out.labels.split(1024), strict=True
+    ):
+        x = datasets.to_model_space(pixels)
+        if hasattr(network, "class_features"):
+            scores = network.features(x) @ network.class_features().T
+        else:
+            scores = network(x)
+        correct.append(scores.argmax(dim=1) == labels)
+    return torch.cat(correct).double().mean().item()
 
 
 def load_feature_network(folder: Path, dataset: Dataset) -> tuple[nn.Module, dict]:

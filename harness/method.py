@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from harness.data import to_model_space
 from harness.denoiser import Denoiser, one_step
 from harness.errors import UserError, did_you_mean
 from harness.streams import Stream
@@ -152,11 +153,11 @@ class Context:
             self._generated[key] = Generated(x, z, condition)
         return self._generated[key]
 
-    def real(self, name: str = "real") -> tuple[Tensor, Tensor]:
-        """Real training images in the model's space and their labels."""
+    def real(self, name: str = "real") -> tuple[Tensor, Tensor | None]:
+        """Real training images in the model's space and their labels (None without classes)."""
         return self._sources.real(self.index, self._stream(name))
 
-    def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Tensor]:
+    def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Tensor | None]:
         """The teacher's noise, images and conditions: `z`, `x`, `condition`."""
         return self._sources.pairs(self.index, self._stream(name))
 
@@ -167,14 +168,18 @@ class Context:
 
 @dataclass
 class Sources:
-    """Where a run's data and conditions come from; all tensors lie on the run's device."""
+    """Where a run's data and conditions come from; all tensors lie on the run's device.
+
+    Images stay uint8, a quarter of the memory: the chosen ones alone are brought to the model's
+    space.
+    """
 
     shape: tuple[int, int, int]
     num_classes: int
     sigma_init: float
-    images: Tensor | None = None  # model space, (N, C, H, W)
-    labels: Tensor | None = None
-    pair_tensors: dict[str, Tensor] | None = None  # z, x, condition
+    pixels: Tensor | None = None  # uint8 (N, C, H, W)
+    labels: Tensor | None = None  # int64 (N,)
+    pair_tensors: dict[str, Tensor] | None = None  # z, x and, with classes, condition
 
     def condition(self, index: Tensor, stream: Stream) -> Tensor | None:
         if not self.num_classes:
@@ -182,14 +187,16 @@ class Sources:
         # A child, since the stream's own numbers are the noise of the same samples.
         return stream.child("label").integers(index, self.num_classes)
 
-    def real(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        chosen = stream.integers(index, len(self.images))
-        return self.images[chosen], self.labels[chosen]
+    def real(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        chosen = stream.integers(index, len(self.pixels))
+        labels = self.labels[chosen] if self.num_classes else None
+        return to_model_space(self.pixels[chosen]), labels
 
-    def pairs(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def pairs(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
         tensors = self.pair_tensors
         chosen = stream.integers(index, len(tensors["z"]))
-        return tensors["z"][chosen], tensors["x"][chosen], tensors["condition"][chosen]
+        condition = tensors["condition"][chosen] if "condition" in tensors else None
+        return tensors["z"][chosen], tensors["x"][chosen], condition
 
 
 @dataclass(frozen=True)

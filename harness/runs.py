@@ -130,7 +130,7 @@ def assemble(
     freeze(network, section.freeze)
     sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init)
     if needs.real_images:
-        sources.images = datasets.to_model_space(dataset.train.pixels).to(device)
+        sources.pixels = dataset.train.pixels.to(device)
         sources.labels = dataset.train.labels.to(device)
     if inputs.pairs:
         sources.pair_tensors = {k: v.to(device) for k, v in inputs.pairs.items()}

@@ -26,7 +26,7 @@ def teacher_phase(section: TrainedTeacher, null_label: int) -> Phase:
 
     def loss(context: Context) -> Tensor:
         clean, labels = context.real()
-        if section.label_dropout:
+        if section.label_dropout and labels is not None:
             drop = context.uniform("label_dropout") < section.label_dropout
             labels = torch.where(drop, null_label, labels)
         sigma = lognormal_sigma(context.normal("sigma"), section.p_mean, section.p_std)
@@ -118,7 +118,7 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
                 dataset.image_shape,
                 dataset.num_classes,
                 sigma_init=0.0,
-                images=datasets.to_model_space(dataset.train.pixels).to(device),
+                pixels=dataset.train.pixels.to(device),
                 labels=dataset.train.labels.to(device),
             ),
             batch=section.batch,

@@ -64,7 +64,7 @@ def test_the_shipped_experiments_are_valid(name):
          "students.gdd.settings: feature network 'tiny-clip' gives no feature maps"),
         ("evaluation.extractors", ["tiny-cn"],
          "evaluation.extractors: 'tiny-cn' is not under features; did you mean 'tiny-cnn'?"),
-        ("data.name", "digit", "data.name: unknown data set 'digit'; did you mean 'digits'?"),
+        ("data.name", "digit", "data.name: unknown data set 'digit' without a source; did you mean 'digits'?"),
         ("teachers.edm.network.type", "UNet2D",
          "teachers.edm.network.type: unknown network 'UNet2D'; did you mean 'UNet2DModel'?"),
         ("teachers.vp", {"source": "none.pkl"}, "teachers.vp.source: none.pkl does not exist"),

@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from harness import data
+from harness.config import DataSection
 from harness.errors import UserError
 from harness.evaluation.aesthetic import KNOWN, UNSEEN
+from harness.feature_networks import held_out_accuracy, load_feature_network
+from harness.method import Sources
+from harness.streams import Stream
+
+DIGITS = DataSection(name="digits", held_out=0.2)
 
 
 def test_the_digits_split_is_stratified_fixed_and_complete(tmp_path):
-    record = data.prepare("digits", 0.2, tmp_path)
+    record = data.prepare(DIGITS, tmp_path)
     digits = data.load(tmp_path)
     assert (len(digits.train), len(digits.held_out)) == (1438, 359)
     assert digits.image_shape == (1, 8, 8) and digits.num_classes == 10
@@ -20,10 +26,12 @@ def test_the_digits_split_is_stratified_fixed_and_complete(tmp_path):
     assert ((shares - 0.2).abs() < 0.005).all()
     # Always the same: a change here changes every number of the digits experiment.
     assert digits.held_out.labels[:12].tolist() == HELD_OUT_LABELS
-    again = data.prepare("digits", 0.2, tmp_path / "again")
+    assert record["sha256"] == digits.sha256 == SHA256
+    again = data.prepare(DIGITS, tmp_path / "again")
     assert again["sha256"] == record["sha256"]
 
 
+SHA256 = "157f4224b56c6fb3c82682e800111ff9cc84d6869f09182992a04475352c82d1"
 HELD_OUT_LABELS = [1, 9, 4, 5, 6, 4, 0, 4, 7, 1, 0, 2]
 
 
@@ -43,11 +51,44 @@ def test_pixels_and_model_space():
 
 
 def test_a_damaged_data_set_is_refused_by_name(tmp_path):
-    data.prepare("digits", 0.2, tmp_path)
+    data.prepare(DIGITS, tmp_path)
     path = tmp_path / "images.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"images\.safetensors is damaged"):
         data.load(tmp_path)
+
+
+def test_a_random_batch_is_what_it_was_when_all_images_were_floats(tmp_path):
+    """`Sources` converts the chosen images alone: the same bits, whatever was chosen."""
+    data.prepare(DIGITS, tmp_path)
+    train = data.load(tmp_path).train
+    sources = Sources((1, 8, 8), 10, 1.0, pixels=train.pixels, labels=train.labels)
+    index, stream = torch.arange(500), Stream(3, "real")
+    images, labels = sources.real(index, stream)
+    chosen = stream.integers(index, len(train))
+    assert torch.equal(images, (train.pixels.float() / 127.5 - 1)[chosen])
+    assert torch.equal(labels, train.labels[chosen])
+
+
+def test_without_classes_there_are_no_labels():
+    pixels, labels = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
+    pairs = {"z": torch.zeros(5, 1, 8, 8), "x": torch.zeros(5, 1, 8, 8)}
+    sources = Sources((1, 8, 8), 0, 1.0, pixels, labels, pairs)
+    index, stream = torch.arange(3), Stream(3, "real")
+    assert sources.real(index, stream)[1] is None
+    assert sources.pairs(index, stream)[2] is None
+
+
+def test_model_space_is_the_plain_quotient_bit_for_bit():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_model_space(pixels), pixels.float() / 127.5 - 1)
+
+
+def test_nothing_need_be_held_out(tmp_path):
+    data.prepare(DIGITS.model_copy(update={"held_out": 0.0}), tmp_path)
+    digits = data.load(tmp_path)
+    assert (len(digits.train), len(digits.held_out)) == (1797, 0)
+    assert digits.held_out.pixels.shape[1:] == (1, 8, 8)
 
 
 @pytest.mark.parametrize("degrade", [*KNOWN.values(), *UNSEEN.values()])
@@ -57,6 +98,23 @@ def test_degradations_begin_with_the_image_itself(degrade):
     none, full = torch.zeros(6, 1, 1, 1), torch.ones(6, 1, 1, 1)
     torch.testing.assert_close(degrade(images, none, noise), images)
     assert not torch.allclose(degrade(images, full, noise), images, atol=0.1)
+
+
+def test_without_a_held_out_part_there_is_no_floor_and_no_accuracy(workspace):
+    config = workspace.config()
+    config["data"]["held_out"] = 0
+    workspace.write_config(config)
+    assert workspace.stage("data").returncode == 0
+    folder = workspace.results / "features" / "tiny-cnn"
+    digits = data.load(workspace.results / "data")
+    network, _ = load_feature_network(folder, digits)
+    assert held_out_accuracy(network, digits) is None
+    done = workspace.stage("score-references", "edm")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((workspace.results / "scores" / "teachers" / "edm.json").read_text())
+    assert [entry["student"] for entry in record["entries"]] == ["teacher", "teacher-1step"]
+    assert {row["num_samples"] for entry in record["entries"] for row in entry["rows"]} == {400}
+    assert {p["reference"] for p in record["protocols"].values()} == {"digits-train1797"}
 
 
 def test_feature_networks_learn_and_say_how_well(finished):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from harness.data import to_pixels
 from harness.denoiser import one_step
 from harness.freezing import freeze
 from harness.method import Sources, get_method, method_names
@@ -43,7 +44,7 @@ def run_method(name: str, folder, iterations: int = 3, freezing: str = "none", *
         frozen=method.frozen_networks(),
         main="student",
         phases=method.phases(),
-        sources=Sources((1, 8, 8), 10, config.sigma_init, z.clamp(-1, 1), condition, pairs),
+        sources=Sources((1, 8, 8), 10, config.sigma_init, to_pixels(z), condition, pairs),
         batch=config.batch,
         budget=[{"unit": "images", "amount": config.batch * iterations}],
         export=lambda ema, to: {"sha256": ""},

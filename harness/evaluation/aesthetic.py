@@ -104,7 +104,8 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def train_head(clip: nn.Module, dataset: Dataset, rounds: int = 3, steps: int = 400):
-    """Train a head on `clip`'s embeddings; returns it and its rank correlations when held out."""
+    """Train a head on `clip`'s embeddings; returns it and its rank correlations when held out
+    (none without a held-out part)."""
     with torch.no_grad():
         parts = [
             _degraded(dataset.train, kind, degrade, r)
@@ -126,6 +127,8 @@ def train_head(clip: nn.Module, dataset: Dataset, rounds: int = 3, steps: int = 
         optimizer.step()
         schedule.step()
     quality: dict = {"rank_correlation_known": {}, "rank_correlation_unseen": {}}
+    if not len(dataset.held_out):
+        return head.eval().requires_grad_(False), quality
     with torch.no_grad():
         for group, kinds in (("known", KNOWN), ("unseen", UNSEEN)):
             for kind, degrade in kinds.items():

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+from harness.errors import UserError
 
 
 def gaussian_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,6 +18,54 @@ def gaussian_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     mean = features.mean(dim=0)
     centred = features - mean
     return mean, centred.T @ centred / (len(features) - 1)
+
+
+# What numpy and zipfile raise at files that are damaged or of another kind.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, RuntimeError, MemoryError),
+    *(zlib.error, zipfile.BadZipFile),
+)
+
+
+def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean `(D,)` and covariance `(D, D)`, float64, from an `.npz` file with `mu` and `sigma`: the
+    form in which reference statistics are published.
+
+    `dim`: the number of features of the extractor that they are to be compared with. A file that
+    does not hold such numbers, or those of another D, is a `UserError` that names it.
+    """
+    import numpy as np
+
+    arrays = {}
+    try:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("one array alone")
+            for key in ("mu", "sigma"):
+                if key not in archive:
+                    raise UserError(f"{path}: no {key!r}; reference statistics hold mu and sigma")
+                arrays[key] = archive[key]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no .npz file of numbers ({reason})") from None
+    mu, sigma = arrays["mu"], arrays["sigma"]
+    if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape:
+        raise UserError(
+            f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean (D,) and covariance (D, D)"
+        )
+    if dim is not None and len(mu) != dim:
+        raise UserError(f"{path}: statistics of {len(mu)} features; the extractor has {dim}")
+    for key, array in arrays.items():
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise UserError(f"{path}: {key} holds what is no finite number")
+    mean, covariance = (torch.from_numpy(a.astype(np.float64)) for a in (mu, sigma))
+    # Sums in single precision leave some asymmetry; the wrong matrix leaves far more.
+    if (covariance - covariance.T).abs().max() > 1e-5 * covariance.abs().max():
+        raise UserError(f"{path}: sigma is not symmetric, so it is no covariance")
+    return mean, covariance
 
 
 def _psd_root(covariance: Tensor) -> Tensor:

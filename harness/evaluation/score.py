@@ -71,9 +71,10 @@ class Scorer:
         return f"{self.dataset.name}-train{len(self.dataset.train)}"
 
     def counts(self) -> list[int]:
-        """The main sample count and the size of the held-out part, at which the floor stands."""
+        """The main sample count and the size of the held-out part, at which the floor stands (where
+        there is such a part)."""
         main, held_out = self.experiment.evaluation.num_samples, len(self.dataset.held_out)
-        return list(dict.fromkeys([main, held_out]))
+        return list(dict.fromkeys([main, held_out or main]))
 
     def _protocol(self, metric: str, extractor: Extractor, count: int) -> str:
         """Register the record that identifies a number; returns its hash."""
@@ -149,6 +150,8 @@ class Scorer:
             device,
         )
         for images, labels in stream:
+            if labels is None:  # as `Images` has them
+                labels = torch.zeros(len(images), dtype=torch.int64)
             yield datasets.to_pixels(images).cpu(), labels
 
 
@@ -205,7 +208,8 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
 
 
 def score_references(experiment: Experiment, teacher: str) -> None:
-    """Score a teacher with its sampler and with one step, and the floor: real held-out images."""
+    """Score a teacher with its sampler and with one step, and the floor: real held-out images, if
+    any are held out."""
     folder = experiment.teacher_dir(teacher)
     sampler = experiment.teachers[teacher].sampler.model_dump()
     scorer, device, kept = Scorer(experiment), experiment.device, {}
@@ -224,12 +228,13 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     common |= {"ema": getattr(experiment.teachers[teacher], "ema_half_life", None)}
     common |= {key: record.get("ledger", {}).get(key) for key in ("images", "flops", "seconds")}
     nothing = dict.fromkeys(("ema", "images", "flops", "seconds", "sha256"))
-    entries = []
-    for name, nfe, blocks, counts in (
+    rows = [
         ("teacher", 2 * sampler["steps"] - 1, many, scorer.counts()),
         ("teacher-1step", 1, one, scorer.counts()),
         ("floor", None, real, [len(held_out)]),
-    ):
+    ]
+    entries = []
+    for name, nfe, blocks, counts in rows if len(held_out) else rows[:-1]:
         entry = common | {"student": name, "nfe": nfe, "rows": scorer.score(blocks, counts)}
         entries.append(entry | (nothing if name == "floor" else {}))
         print(f"{teacher}: scored {name}", file=sys.stderr, flush=True)

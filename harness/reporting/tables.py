@@ -80,12 +80,16 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
 def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
     seeds = experiment.training.seeds
     reference = table.reference.dropna()
+    held_out = (
+        " `_n…` is the sample count; at the held-out size, values are means over disjoint subsets; "
+        "`floor` is the real held-out part."
+    )
     notes = [
         f"Mean ± std over {len(seeds)} training seeds; EMA weights at the end of the budget "
         f"({', '.join(f'{x.amount:g} {x.unit}' for x in experiment.training.budget)}); "
         f"sampling seed {experiment.evaluation.sampling_seed}; reference "
-        f"{reference.iloc[0] if len(reference) else 'missing'}. `_n…` is the sample count; at the "
-        "held-out size, values are means over disjoint subsets; `floor` is the real held-out part."
+        f"{reference.iloc[0] if len(reference) else 'missing'}."
+        + (held_out if (table.student == "floor").any() else "")
     ]
     for name, section in experiment.students.items():
         path = experiment.run_dir(name, seeds[0]) / "student.json"

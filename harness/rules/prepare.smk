@@ -2,6 +2,8 @@
 
 
 rule data:
+    input:
+        lambda w: E.data_files(),
     output:
         f"{E.root}/data/data.json",
     log:

@@ -1,0 +1,367 @@
+"""Data sets of image files, and of statistics alone: what is read, and how a mistake is told."""
+
+import hashlib
+import io
+import json
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness import data, edm_data
+from harness.cli import main
+from harness.config import DataSection, parse_experiment
+from harness.errors import UserError
+from harness.evaluation.frechet import load_statistics
+from tests.test_config import mistakes, put
+
+
+def images(count: int = 12, side: int = 4, channels: int = 3) -> np.ndarray:
+    """Random uint8 `(N, C, H, H)`."""
+    shape = (count, channels, side, side)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(image: np.ndarray, format: str = "PNG", **options) -> bytes:
+    """An image `(C, H, W)` as a file."""
+    pixels, buffer = image.transpose(1, 2, 0), io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def named(pixels: np.ndarray) -> dict[str, bytes]:
+    return {f"{i // 5:05d}/img{i:08d}.png": png(image) for i, image in enumerate(pixels)}
+
+
+def with_labels(files: dict[str, bytes], labels) -> dict[str, bytes]:
+    if isinstance(labels, list):
+        labels = [[name, label] for name, label in zip(files, labels, strict=False)]
+    return files | {"dataset.json": json.dumps({"labels": labels}).encode()}
+
+
+def write(path: Path, files: dict[str, bytes]) -> Path:
+    """As a zip if the name says so, else as a folder; in another order than that of the names."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name in reversed(files):
+                archive.writestr(name, files[name])
+        return path
+    for name in reversed(files):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(files[name])
+    return path
+
+
+LABELS = [i % 3 for i in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["set.zip", "set"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_and_labels_are_those_of_the_files(tmp_path, kind, channels, capsys):
+    pixels = images(channels=channels)
+    source = write(tmp_path / kind, with_labels(named(pixels), LABELS))
+    section = DataSection(name="small", source=str(source), held_out=0.25)
+    record = data.prepare(section, tmp_path / "data")
+    assert "12 of 12 images" in capsys.readouterr().err
+    assert record["image_shape"] == [channels, 4, 4]
+    small = data.load(tmp_path / "data")
+    assert small.class_names == ("0", "1", "2") and small.name == "small"
+    train, held_out = data.stratified_split(torch.tensor(LABELS), 0.25)
+    for part, index in ((small.train, train), (small.held_out, held_out)):
+        assert np.array_equal(part.pixels.numpy(), pixels[index])
+        assert part.labels.tolist() == [LABELS[i] for i in index]
+    assert (len(small.train), len(small.held_out)) == (9, 3)
+
+
+def test_a_folder_may_call_its_labels_so_and_hold_hidden_files(tmp_path):
+    files = with_labels(named(images()), LABELS)
+    files["labels"] = files.pop("dataset.json")
+    source = write(tmp_path / "set", files | {".DS_Store": b"", "__MACOSX/._img.png": b""})
+    assert edm_data.read_images(source)[1].tolist() == LABELS
+
+
+def test_without_labels_there_are_no_classes(tmp_path):
+    source = write(tmp_path / "set.zip", named(images()))
+    section = DataSection(name="small", source=str(source), labels=False, held_out=0.0)
+    data.prepare(section, tmp_path / "data")
+    small = data.load(tmp_path / "data")
+    assert small.num_classes == 0 and not small.train.labels.any()
+    assert np.array_equal(small.train.pixels.numpy(), images())
+
+
+def test_classes_may_be_more_than_those_with_images(tmp_path):
+    source = write(tmp_path / "set.zip", with_labels(named(images()), LABELS))
+    assert len(edm_data.read_images(source, num_classes=10)[2]) == 10
+
+
+def test_many_images_are_read_in_order(tmp_path, capsys):
+    pixels = images(count=2500, side=2, channels=1)
+    source = write(tmp_path / "set.zip", named(pixels))
+    assert np.array_equal(edm_data.read_images(source, labelled=False)[0].numpy(), pixels)
+    assert capsys.readouterr().err.count(" of 2500 images") == 3
+
+
+def second(content: bytes) -> dict[str, bytes]:
+    """A set whose second file, in the order of names, is this."""
+    files = named(images())
+    return with_labels(files | {"00000/img00000001.png": content}, LABELS)
+
+
+def raw(mode: str, size=(4, 4), **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def header(size: tuple[int, int] = (4, 4), depth: int = 8) -> bytes:
+    """An RGB PNG whose header says so, whatever it holds."""
+    content = bytearray(raw("RGB"))
+    content[16:25] = struct.pack(">IIB", *size, depth)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["set.zip", "set"])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (named(images()), "has no dataset.json with labels; without any: labels: false"),
+        ({"dataset.json": b'{"labels": null}'}, "has no images"),
+        (with_labels(named(images()), None), "dataset.json says that the images have no labels; set labels: false"),
+        (with_labels(named(images()), LABELS[:-1]), "dataset.json has 11 labels for 12 images"),
+        (with_labels(named(images()), [*LABELS[:-1], -1]), "label -1 of 00002/img00000011.png is not in 0..65535"),
+        (with_labels(named(images()), [*LABELS[:-1], "a"]), "is not of the form"),
+        (with_labels(named(images()), [*LABELS[:-1], True]), "is not of the form"),
+        (with_labels(named(images()), 3), "is not of the form"),
+        (named(images()) | {"dataset.json": b"{"}, "is not of the form"),
+        (named(images()) | {"dataset.json": b"\xff"}, "is not of the form"),
+        (named(images()) | {"dataset.json": b"[" * 10**6}, "is not of the form"),
+        (named(images()) | {"dataset.json": b"[]"}, "is not of the form"),
+        (with_labels(named(images()) | {"other.png": png(images()[0])}, [*LABELS, 0])
+         | {"third.png": png(images()[0])}, "dataset.json has 13 labels for 14 images"),
+        ({k.replace("11.", "x."): v for k, v in with_labels(named(images()), LABELS).items()},
+         "dataset.json has no label for 00002/img000000x.png"),
+        (second(png(images(side=8)[0])), "00000/img00000001.png is 8 x 8 RGB, but 00000/img00000000.png is 4 x 4 RGB"),
+        (second(png(images(channels=1)[0])), "00000/img00000001.png is 4 x 4 grey, but"),
+        (second(raw("RGB", (4, 5))), "00000/img00000001.png is 4 x 5; images are square"),
+        (second(raw("RGBA")), "00000/img00000001.png is RGBA, 8 bits; images are 8-bit RGB or grey"),
+        (second(raw("P")), "is P, 1 bits"),
+        (second(raw("I;16")), "is I;16, 16 bits"),
+        (second(header(depth=16)), "is RGB, 16 bits"),
+        (second(png(images()[0], "JPEG")), "00000/img00000001.png is no PNG file"),
+        (second(b""), "00000/img00000001.png is no PNG file"),
+        (second(png(images(side=32)[0])[:-40]), "00000/img00000001.png is a damaged PNG file"),
+        (second(header((2049, 2049))), "is 2049 wide; images are at most 2048"),
+        (second(header((20000, 20000))), "is a damaged PNG file (Image size"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_files_is_one_line_and_leaves_nothing(tmp_path, kind, files, message):
+    source = write(tmp_path / kind, files)
+    with pytest.raises(UserError) as error:
+        data.prepare(DataSection(name="small", source=str(source)), tmp_path / "data")
+    line = str(error.value)
+    assert message in line and str(source) in line and "\n" not in line
+    assert not (tmp_path / "data").exists()
+
+
+def test_labels_and_size_are_held_against_the_experiment(tmp_path):
+    source = write(tmp_path / "set.zip", with_labels(named(images()), LABELS))
+    with pytest.raises(UserError, match=r"label 2 of 00000/img00000002\.png is not in 0\.\.1$"):
+        edm_data.read_images(source, num_classes=2)
+    with pytest.raises(UserError, match=r"img00000000\.png is 4 wide; data.resolution is 8"):
+        edm_data.read_images(source, resolution=8)
+    section = DataSection(name="small", source=str(source), sha256="0" * 64)
+    with pytest.raises(UserError, match=r"set\.zip has sha256"):
+        data.read(section)
+    with pytest.raises(UserError, match=r"held_out: 0\.9 leaves no image"):
+        files = with_labels(named(images(count=1)), [0])
+        section = DataSection(
+            name="one", source=str(write(tmp_path / "1.zip", files)), held_out=0.9
+        )
+        data.prepare(section, tmp_path / "data")
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(edm_data, "MAX_IMAGE_BYTES", 1000)
+    source = tmp_path / "set.zip"
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(10**6))
+    with pytest.raises(UserError, match=r"a\.png has 1000000 bytes, more than 1000"):
+        edm_data.read_images(source, labelled=False)
+
+
+def test_a_damaged_zip_is_told(tmp_path):
+    source = write(tmp_path / "set.zip", with_labels(named(images()), LABELS))
+    whole = source.read_bytes()
+    source.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"set\.zip is no zip file, or was cut off"):
+        edm_data.read_images(source)
+    at = whole.index(png(images()[7])) + 50
+    source.write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])
+    with pytest.raises(UserError, match=r"set\.zip: 00001/img00000007\.png cannot be read"):
+        edm_data.read_images(source)
+
+
+# -- statistics ---------------------------------------------------------------------------------
+
+
+def statistics(dim: int = 5, dtype=np.float64) -> dict[str, np.ndarray]:
+    features = np.random.default_rng(0).normal(size=(50, dim))
+    return {"mu": features.mean(0).astype(dtype), "sigma": np.cov(features.T).astype(dtype)}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_statistics_are_read_in_double_precision(tmp_path, dtype):
+    expected = statistics(dtype=dtype)
+    np.savez(tmp_path / "s.npz", **expected)
+    mean, covariance = load_statistics(tmp_path / "s.npz", dim=5)
+    assert mean.dtype == covariance.dtype == torch.float64
+    assert np.array_equal(mean.numpy(), expected["mu"])
+    assert np.array_equal(covariance.numpy(), expected["sigma"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mu": None}, "no 'mu'; reference statistics hold mu and sigma"),
+        ({"sigma": None}, "no 'sigma'"),
+        ({"mu": np.zeros(4)}, r"mu \(4,\) and sigma \(5, 5\) are no mean"),
+        ({"mu": np.zeros(())}, r"mu \(\) and sigma"),
+        ({"mu": np.array([0, 0, np.nan, 0, 0])}, "mu holds what is no finite number"),
+        ({"sigma": np.full((5, 5), np.inf)}, "sigma holds what is no finite number"),
+        ({"mu": np.array(["a"] * 5)}, "mu holds what is no finite number"),
+        ({"mu": np.array([print] * 5)}, "is no .npz file of numbers"),
+        ({"sigma": np.triu(np.ones((5, 5)))}, "sigma is not symmetric"),
+        ({}, "statistics of 5 features; the extractor has 2048"),
+    ],
+)
+def test_a_mistake_in_statistics_is_one_line(tmp_path, change, message):
+    path = tmp_path / "s.npz"
+    np.savez(path, **{k: v for k, v in (statistics() | change).items() if v is not None})
+    with pytest.raises(UserError, match=message) as error:
+        load_statistics(path, dim=None if change else 2048)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_npz_is_told(tmp_path):
+    np.savez(tmp_path / "s.npz", **statistics())
+    whole = (tmp_path / "s.npz").read_bytes()
+    np.save(tmp_path / "one.npy", np.zeros(5))
+    for content in (b"", b"text", whole[:-40], whole[:100] + bytes(40) + whole[140:]):
+        (tmp_path / "s.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"s\.npz is no \.npz file of numbers"):
+            load_statistics(tmp_path / "s.npz")
+    with pytest.raises(UserError, match="one array alone"):
+        load_statistics(tmp_path / "one.npy")
+    with pytest.raises(UserError, match="does not exist"):
+        load_statistics(tmp_path / "none.npz")
+
+
+def test_a_data_set_of_statistics_alone(tmp_path):
+    np.savez(tmp_path / "s.npz", **statistics())
+    sha256 = hashlib.sha256((tmp_path / "s.npz").read_bytes()).hexdigest()
+    section = DataSection(
+        name="cifar10",
+        statistics=str(tmp_path / "s.npz"),
+        sha256=sha256,
+        image_shape=(3, 32, 32),
+        num_classes=10,
+    )
+    record = data.prepare(section, tmp_path / "data")
+    assert json.loads((tmp_path / "data" / "data.json").read_text()) == record
+    assert record["sha256"] == sha256 and record["statistics"]["dim"] == 5
+    (tmp_path / "s.npz").unlink()  # the folder is all that later stages need
+    cifar = data.load(tmp_path / "data")
+    assert cifar.image_shape == (3, 32, 32) and cifar.num_classes == 10
+    assert len(cifar.train) == len(cifar.held_out) == 0 and cifar.sha256 == sha256
+    assert torch.equal(load_statistics(cifar.statistics, 5)[0], torch.tensor(statistics()["mu"]))
+    cifar.statistics.write_bytes(b"")
+    with pytest.raises(UserError, match=r"statistics\.npz is damaged"):
+        data.load(tmp_path / "data")
+
+
+# -- experiments --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> Path:
+    """A folder, to work in, with a set as zip and as folder, and statistics."""
+    monkeypatch.chdir(tmp_path)
+    content = with_labels(named(images()), LABELS)
+    write(tmp_path / "set.zip", content)
+    write(tmp_path / "set", content)
+    np.savez(tmp_path / "s.npz", **statistics())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"name": "cifar10"}, "data.name: unknown data set 'cifar10' without a source; known: digits"),
+        ({"name": "a/b", "source": "set.zip"}, "data.name: a name is lower-case letters, digits, '.', '_' and '-', not 'a/b'"),
+        ({"name": "x", "source": "non.zip"}, "data.source: non.zip does not exist"),
+        ({"name": "x", "source": ""}, "data.source: string should have at least 1 character, not ''"),
+        ({"name": "x", "statistics": "non.npz"}, "data.statistics: non.npz does not exist"),
+        ({"name": "x", "statistics": "set"}, "data.statistics: set is a folder"),
+        ({"name": "x", "source": "https://x.org/x.zip"}, "data.source: an address needs data.sha256"),
+        ({"name": "x", "source": "set.zip", "sha256": "12"}, "data.sha256: string should match pattern '^[0-9a-f]{64}$', not '12'"),
+        ({"name": "x", "source": "set", "sha256": "0" * 64}, "data.sha256: a folder has none"),
+        ({"name": "x", "source": "set", "statistics": "s.npz"}, "data: either a source or statistics, not both"),
+        ({"name": "x", "source": "set", "image_shape": [3, 4, 4]}, "data.image_shape: means nothing for a source"),
+        ({"name": "x", "source": "set", "labels": False, "num_classes": 3}, "data.num_classes: means nothing with labels: false"),
+        ({"name": "x", "source": "set", "labels": False}, "features.tiny-cnn: needs labels to train on; data.labels is false"),
+        ({"name": "x", "source": "set", "held_out": 1}, "data.held_out: input should be less than 1, not 1"),
+        ({"name": "digits", "labels": False}, "data.labels: means nothing for an embedded data set"),
+        ({"name": "x", "statistics": "s.npz"}, "data.image_shape: missing; statistics do not tell it"),
+        ({"name": "x", "statistics": "s.npz", "image_shape": [32, 32, 3]}, "data.image_shape: channels, height, width, not [32, 32, 3]"),
+        ({"name": "x", "statistics": "s.npz", "resolution": 3}, "data.resolution: means nothing for statistics"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_experiment_is_told_with_its_key(files, tiny, section, expected):
+    put(tiny, "data", section)
+    assert expected in mistakes(tiny)
+
+
+def test_what_needs_images_is_told_before_any_job(files, tiny):
+    put(tiny, "data", {"name": "x", "statistics": "s.npz", "image_shape": [3, 4, 4]})
+    alone = "data has statistics alone"
+    assert set(mistakes(tiny)) == {
+        f"teachers.edm: needs images to train on; {alone}",
+        *(f"features.{name}: needs images to train on; {alone}" for name in tiny["features"]),
+        *(f"students.{name}: method gdd needs images; {alone}" for name in ("gdd", "gdd-i")),
+    }
+
+
+def test_the_workflow_watches_the_file_and_content_decides_the_rest(files, tiny):
+    def experiment(**section):
+        return parse_experiment(put(tiny, "data", {"name": "x"} | section) and tiny, "x")
+
+    assert experiment(source="set.zip").data_files() == ["set.zip"]
+    assert experiment(source="set").data_files() == ["set/dataset.json"]
+    address = experiment(source="https://x.org/x.zip", sha256="0" * 64)
+    assert address.data_files() == []
+    (files / "moved.zip").write_bytes((files / "set.zip").read_bytes())
+    moved = experiment(source="moved.zip", sha256="0" * 64)
+    assert moved.data_spec() == address.data_spec()
+    assert moved.data_spec() != experiment(source="moved.zip", sha256="1" * 64).data_spec()
+    assert (
+        experiment(source="set").data_spec() != experiment(source="set", num_classes=3).data_spec()
+    )
+
+
+def test_a_failed_data_stage_is_one_line_and_the_reason_of_what_follows(files, tiny, capsys):
+    from harness.failures import teacher_reason
+
+    write(files / "bad.zip", named(images()))
+    put(tiny, "data", {"name": "x", "source": "bad.zip"})
+    (files / "x.json").write_text(json.dumps(tiny))
+    assert main(["data", "--configfile", "x.json"]) == 2
+    error = capsys.readouterr().err
+    assert "error: bad.zip has no dataset.json" in error and "Traceback" not in error
+    reason = teacher_reason(parse_experiment(tiny, "x"), "edm")
+    assert reason.startswith("failed (data: bad.zip has no dataset.json")
