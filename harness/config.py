@@ -179,6 +179,14 @@ class Experiment:
         method = get_method(self.students[student].method)
         return method.requirements(self.method_config(student))
 
+    def fetch_backbones(self) -> None:
+        """Make sure of the pretrained weights that students ask for; weights that cannot be had
+        raise a `UserError`."""
+        from harness.networks.backbones import weights_file
+
+        for name in sorted({b for s in self.students for b in self.requirements(s).backbones}):
+            weights_file(name)
+
     def pairs_name(self, student: str) -> str | None:
         """The folder name of the teacher pairs a student needs, or None."""
         needs = self.requirements(student)
