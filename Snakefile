@@ -16,6 +16,11 @@ include: "harness/rules/evaluate.smk"
 include: "harness/rules/report.smk"
 
 
+# Weights that cannot be had stop the workflow here, not after hours of training a teacher.
+onstart:
+    fetch_pretrained()
+
+
 localrules:
     all,
 

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
+from torch import nn
 
 from harness import data as datasets
 from harness.config import Experiment, load_experiment
 from harness.data import Dataset, Images
 from harness.feature_networks import build_feature_network
 from harness.networks import build_denoiser
+from harness.networks.backbones import load_backbone
 from harness.runs import Inputs, assemble
 from harness.trainer import Trainer
 
@@ -64,6 +66,8 @@ def inputs_of(experiment: Experiment, student: str, dataset: Dataset) -> Inputs:
         inputs.features = build_feature_network(
             f.type, dataset.image_shape, dataset.num_classes, f.width
         )
+    if needs.backbones:
+        inputs.backbones = nn.ModuleList(map(load_backbone, needs.backbones))
     if needs.pairs:
         images = datasets.to_model_space(dataset.train.pixels)
         inputs.pairs = {

@@ -258,6 +258,18 @@ class Experiment:
         method = get_method(self.students[student].method)
         return method.requirements(self.method_config(student))
 
+    def fetch_pretrained(self) -> None:
+        """Make sure of the pretrained weights that students ask for; weights that cannot be had
+        raise a `UserError`."""
+        from harness.networks.backbones import weights_file
+        from harness.networks.perceptual import trunk_file
+
+        needs = [self.requirements(student) for student in self.students]
+        for name in sorted({name for need in needs for name in need.backbones}):
+            weights_file(name)
+        if any(need.lpips for need in needs):
+            trunk_file()
+
     def pairs_name(self, student: str) -> str | None:
         """The folder name of the teacher pairs a student needs, or None."""
         needs = self.requirements(student)

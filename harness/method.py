@@ -75,6 +75,8 @@ class Requirements:
     pairs: int = 0  # teacher noise -> image pairs
     pair_steps: int = 18  # the sampler's steps for them
     features: str | None = None  # a feature network of the experiment, by name
+    backbones: tuple[str, ...] = ()  # pretrained networks of timm, in place of `features`
+    lpips: bool = False  # LPIPS-VGG, pretrained
     real_images: bool = False
 
 
@@ -225,11 +227,21 @@ class Method:
     deviations: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: MethodConfig, teacher: Denoiser, features: nn.Module | None = None):
+        """`features`: what `requirements` asks for, the feature network (its maps), a ModuleList of
+        backbones, or LPIPS."""
         self.config, self.teacher = config, teacher
 
     @classmethod
     def requirements(cls, config: MethodConfig) -> Requirements:
         return Requirements()
+
+    @classmethod
+    def deviations_under(cls, config: MethodConfig) -> tuple[str, ...]:
+        """What differs from the paper with these settings."""
+        return cls.deviations
+
+    def prepare_student(self, student: Denoiser) -> None:
+        """Change the copy of the teacher that the student begins as, in place."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks trained beside the student."""

@@ -70,9 +70,11 @@ class Inputs:
     dataset: Dataset
     teacher: Denoiser
     features: nn.Module | None = None
+    backbones: nn.ModuleList | None = None
+    lpips: nn.Module | None = None
     pairs: dict[str, Tensor] | None = None
     charge: tuple[str, Cost, float] | None = None
-    hashes: dict[str, str | None] | None = None
+    hashes: dict[str, str | dict | None] | None = None
     contended: bool = False  # the pairs' seconds were measured beside other work
 
 
@@ -81,13 +83,15 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     import methods
     from harness.feature_networks import load_feature_network
     from harness.networks import load_denoiser
+    from harness.networks.backbones import load_backbone
+    from harness.networks.perceptual import TRUNK_SHA256, load_lpips
     from harness.pairs import load_pairs
 
     needs = experiment.requirements(student)
     folder = experiment.teacher_dir(experiment.teacher_of(student))
     dataset = datasets.load(experiment.data_dir())
     source = Path(methods.__path__[0]) / f"{experiment.students[student].method}.py"
-    hashes: dict[str, str | None] = {
+    hashes: dict[str, str | dict | None] = {
         "data": dataset.sha256,
         "teacher": read_json(folder / "teacher.json")["sha256"],
         "method": sha256_file(source),
@@ -101,6 +105,11 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
             experiment.features_dir(needs.features), dataset
         )
         hashes["features"] = record["sha256"]
+    if needs.backbones:
+        inputs.backbones = nn.ModuleList(map(load_backbone, needs.backbones))
+        hashes["backbones"] = {b.name: b.sha256 for b in inputs.backbones}
+    if needs.lpips:
+        inputs.lpips, hashes["lpips"] = load_lpips(), TRUNK_SHA256
     if needs.pairs:
         record, inputs.pairs = load_pairs(experiment.pairs_dir(experiment.pairs_name(student)))
         cost = Cost(record["flops"], {"teacher": [record["evaluations"], 0]})
@@ -123,10 +132,12 @@ def assemble(
     dataset, device = inputs.dataset, experiment.device
     with seeded(seed):
         features = FeatureMaps(inputs.features) if inputs.features else None
+        features = features or inputs.backbones or inputs.lpips
         method = get_method(section.method)(config, inputs.teacher, features)
         beside = method.networks()
     network = clone_denoiser(inputs.teacher)
     set_dropout(network, 0.0)  # a generator has none; its teacher was trained with some
+    method.prepare_student(network)
     freeze(network, section.freeze)
     sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init)
     if needs.real_images:
@@ -166,9 +177,19 @@ def assemble(
 
 
 def describe(experiment: Experiment, student: str, seed: int) -> dict:
-    """What student.json says of a run beside its training record."""
+    """What student.json says of a run beside its training record.
+
+    `trained_against`: networks that it must not be scored by unflagged; `pretraining`: what those
+    from elsewhere had been trained on, which a metric's own network may share.
+    """
+    from harness.networks.backbones import pretraining_set
+
     section, config = experiment.students[student], experiment.method_config(student)
-    method, features = get_method(section.method), experiment.requirements(student).features
+    method, needs = get_method(section.method), experiment.requirements(student)
+    against = [needs.features] if needs.features else []
+    against += [f"timm/{name}" for name in needs.backbones] + ["lpips-vgg"] * needs.lpips
+    pretraining = {pretraining_set(name) for name in needs.backbones}
+    pretraining |= {"imagenet-1k"} if needs.lpips else set()
     settings, defaults = config.model_dump(), method.Config().model_dump()
     return {
         "experiment": experiment.name,
@@ -177,12 +198,13 @@ def describe(experiment: Experiment, student: str, seed: int) -> dict:
         "method": section.method,
         "paper": method.paper,
         "data_free": method.data_free,
-        "deviations": list(method.deviations),
+        "deviations": list(method.deviations_under(config)),
         "settings": settings,
         "changed_settings": {k: v for k, v in settings.items() if v != defaults[k]},
         "freeze": section.freeze,
         "teacher": experiment.teacher_of(student),
-        "trained_against": [features] if features else [],
+        "trained_against": against,
+        "pretraining": sorted(pretraining),
         "device": experiment.device,
         "nfe": 1,
     }
@@ -218,6 +240,7 @@ def train_student(experiment: Experiment, student: str, seed: int) -> dict:
             **describe(experiment, student, seed),
             **_parameters(make().networks["student"]),
             **training_record(outcome, key),
+            "inputs": inputs.hashes,
             "snapshots": outcome.snapshots,
             "contended": experiment.seconds_budget
             and (not alone or inputs.contended or contended.exists()),

@@ -32,7 +32,6 @@ from harness.method import (
     ours,
     paper,
 )
-from harness.networks.perceptual import load_lpips
 from harness.schedules import karras_sigma
 
 
@@ -72,18 +71,24 @@ class DMD(FakeScoreMethod):
         ema_half_life: int = ours(500_000, "images, as SiD and GDD; the paper has none", ge=0)
 
     def __init__(self, config: Config, teacher: Denoiser, features: nn.Module | None = None):
-        super().__init__(config, teacher, features)
-        self.perceptual = load_lpips() if config.regression == "lpips" else None
+        super().__init__(config, teacher)
+        self.lpips = features
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        lpips = {"lpips": self.perceptual} if self.perceptual else {}
-        return {"teacher": self.teacher} | lpips
+        return {"teacher": self.teacher} | ({"lpips": self.lpips} if self.lpips else {})
+
+    @classmethod
+    def deviations_under(cls, config: Config) -> tuple[str, ...]:
+        l2 = ("regression in L2 instead of LPIPS",) if config.regression == "l2" else ()
+        return cls.deviations + l2
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
         if config.regression == "none":
             return Requirements()
-        return Requirements(pairs=config.pairs, pair_steps=config.pair_steps)
+        return Requirements(
+            pairs=config.pairs, pair_steps=config.pair_steps, lpips=config.regression == "lpips"
+        )
 
     def _optimizer(self, lr: float) -> OptimizerConfig:
         c = self.config

@@ -1,15 +1,16 @@
 """GDD and GDD-I: adversarial distillation that uses a diffusion model's innate one-step ability.
 
-Zheng and Yang 2024 (arXiv 2405.20750). The student starts from the teacher's weights and learns by
-a distribution-level loss alone: a GAN whose discriminator has heads on a frozen feature network
-(Sauer et al. 2021, projected GAN). GDD-I is this method with the student's option `freeze: innate`.
+Zheng and Yang 2024 (arXiv 2405.20750). The student starts from the teacher's weights, with a
+consistency model's preconditioning around them, and learns by a distribution-level loss alone: a
+GAN whose discriminator has heads on random mixtures of frozen pretrained features (Sauer et al.
+2021, projected GAN). GDD-I is this method with the student's option `freeze: innate`.
 
 Deviations:
-* The feature network is one of the experiment's own, never the one that scores.
-* EDM's preconditioning is kept (paper: a consistency model's); at σ_init = 80 their skip weights
-  are both below 1e-4.
-* The discriminator's heads are two convolutions per feature map; the authors mix the maps by a
-  random projection first.
+* The projected discriminator is written from its paper (`harness.networks.projected`). Its heads
+  use GroupNorm and learn their class embeddings; the authors embed ImageNet's classes.
+* Where no pretrained backbone fits (8 x 8 digits), `features` names a feature network of the
+  experiment instead: two convolutions on each of its maps, no random mixing. It should not be one
+  that scores.
 * R1: the authors' adversarial terms are sums over the n = 64 images of one GPU, while R1 is a mean.
   Here all are means, so the default is their gamma of 1e-4 divided by n.
 """
@@ -17,6 +18,7 @@ Deviations:
 from __future__ import annotations
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
 
@@ -30,6 +32,7 @@ from harness.method import (
     code,
     ours,
 )
+from harness.networks.projected import ProjectedDiscriminator, ProjectedFeatures
 
 
 def generator_loss(logits: list[Tensor]) -> Tensor:
@@ -80,10 +83,6 @@ class FeatureDiscriminator(nn.Module):
 class GDD(Method):
     paper = "Zheng and Yang 2024, arXiv 2405.20750"
     data_free = False
-    deviations = (
-        "another feature network and simpler heads in the discriminator",
-        "EDM's preconditioning instead of a consistency model's",
-    )
 
     class Config(MethodConfig):
         batch: int = code(256, "CIFAR-10", gt=0)
@@ -93,19 +92,49 @@ class GDD(Method):
         betas: tuple[float, float] = code((0.0, 0.99), "Adam")
         r1_gamma: float = code(1e-4 / 64, "1e-4 against sums over one GPU's 64 images", ge=0)
         r1_every: int = code(16, "lazy regularisation, loss x 16, not at step 0", gt=0)
-        features: str = ours("", "the experiment's feature network under the discriminator")
+        backbones: tuple[str, ...] = code(
+            ("vgg16_bn", "tf_efficientnet_lite0"),
+            "CIFAR-10; others: deit_base_distilled_patch16_224, tf_efficientnet_lite0",
+            min_length=1,
+        )
+        resolution: int = code(224, "input of the backbones, pixels", ge=64, multiple_of=32)
+        features: str | None = ours(None, "a feature network of the experiment, not backbones")
         width: int = code(64, "cout: channels of the projected discriminator", gt=0)
+        epsilon: float = code(0.002, "the student's preconditioning; 0 for EDM's", ge=0)
         ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
         ema_ramp_up: float = code(0.05, "CIFAR-10", gt=0)
 
+        @field_validator("features")
+        @classmethod
+        def _instead_of_backbones(cls, features: str | None, info) -> str | None:
+            if features and info.data.get("backbones") != cls.model_fields["backbones"].default:
+                raise ValueError("takes the place of backbones: give one of the two")
+            return features
+
     def __init__(self, config: Config, teacher, features: nn.Module | None = None):
         super().__init__(config, teacher)
-        self.features = features
-        self.discriminator = FeatureDiscriminator(features, teacher.num_classes, config.width)
+        classes, width = teacher.num_classes, config.width
+        if config.features:
+            self.features = features
+            self.discriminator = FeatureDiscriminator(features, classes, width)
+        else:
+            self.features = ProjectedFeatures(features, width, config.resolution)
+            self.discriminator = ProjectedDiscriminator(self.features, classes, width)
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
-        return Requirements(features=config.features, real_images=True)
+        if config.features:
+            return Requirements(features=config.features, real_images=True)
+        return Requirements(backbones=config.backbones, real_images=True)
+
+    @classmethod
+    def deviations_under(cls, config: Config) -> tuple[str, ...]:
+        if config.features:
+            return ("another feature network and simpler heads in the discriminator",)
+        return ("discriminator heads with GroupNorm and learned class embeddings",)
+
+    def prepare_student(self, student) -> None:
+        student.epsilon = self.config.epsilon
 
     def networks(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator}

@@ -27,10 +27,10 @@ NETWORK = {
 }
 
 
-def tiny_denoiser(seed: int = 0):
+def tiny_denoiser(seed: int = 0, channels: int = 1):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_denoiser(NETWORK, (1, 8, 8), 10, 0.5)
+        return build_denoiser(NETWORK, (channels, 8, 8), 10, 0.5)
 
 
 class Echo(EDMDenoiser):

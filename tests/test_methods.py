@@ -21,17 +21,22 @@ SETTINGS = {
 }
 
 
-def run_method(name: str, folder, iterations: int = 3, freezing: str = "none", **settings):
+def run_method(
+    name: str, folder, iterations=3, freezing="none", critic=None, channels=1, **settings
+):
+    """Train a tiny denoiser with noise for images; `critic`: what GDD's discriminator sees by."""
     method_class = get_method(name)
     config = method_class.Config(**({"batch": 8} | SETTINGS.get(name, {}) | settings))
-    teacher = tiny_denoiser()
+    teacher = tiny_denoiser(channels=channels)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        features = FeatureMaps(ResNet((1, 8, 8), 10, 4)) if name == "gdd" else None
-        method = method_class(config, teacher, features)
+        if critic is None and name == "gdd":
+            critic = FeatureMaps(ResNet((channels, 8, 8), 10, 4))
+        method = method_class(config, teacher, critic)
     student = clone_denoiser(teacher)
+    method.prepare_student(student)
     freeze(student, freezing)
-    z = torch.randn(32, 1, 8, 8)
+    z = torch.randn(32, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     condition = torch.arange(32) % 10
     with torch.no_grad():
         pairs = {"z": z, "x": one_step(teacher, z, condition, 80.0), "condition": condition}
@@ -44,7 +49,7 @@ def run_method(name: str, folder, iterations: int = 3, freezing: str = "none", *
         frozen=method.frozen_networks(),
         main="student",
         phases=method.phases(),
-        sources=Sources((1, 8, 8), 10, config.sigma_init, to_pixels(z), condition, pairs),
+        sources=Sources((channels, 8, 8), 10, config.sigma_init, to_pixels(z), condition, pairs),
         batch=config.batch,
         budget=[{"unit": "images", "amount": config.batch * iterations}],
         export=lambda ema, to: {"sha256": ""},

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from harness.errors import UserError
-from harness.networks.perceptual import PerceptualDistance, load_lpips, load_trunk
+from harness.networks.perceptual import PerceptualDistance, build_lpips, load_lpips, load_trunk
+from tests.test_methods import run_method
 
-lpips = pytest.importorskip("lpips", reason="needs the extra 'pretrained'")
+pytest.importorskip("lpips", reason="needs the extra 'pretrained'")
 
 
 @pytest.fixture(scope="module")
 def network():
     """The package's network with a random trunk: nothing here is a number for a table."""
     torch.manual_seed(0)
-    return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False)
+    return build_lpips().requires_grad_(False)
 
 
 def test_the_trunk_is_torchvisions_vgg16(network):
@@ -48,3 +49,10 @@ def test_missing_weights_are_one_line(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="cannot be downloaded") as caught:
         load_lpips()
     assert "\n" not in str(caught.value)
+
+
+def test_dmd_regresses_through_lpips_and_counts_it(network, tmp_path):
+    distance = PerceptualDistance(network, resolution=32)
+    outcome = run_method("dmd", tmp_path, 1, critic=distance, regression="lpips")[0]
+    assert outcome.ledger.passes["lpips"] == [8, 8]
+    assert all(count == 0 for count in outcome.nonfinite.values())

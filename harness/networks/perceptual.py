@@ -6,6 +6,10 @@ lie in the package. Both are read with `weights_only`.
 
 from __future__ import annotations
 
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -42,16 +46,25 @@ def load_trunk(network: nn.Module, weights: dict[str, Tensor]) -> None:
     trunk.load_state_dict({name: weights[theirs] for name, theirs in own.items()})
 
 
+def build_lpips() -> nn.Module:
+    """The package's network: heads calibrated, trunk still to be filled."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks torchvision in an old way
+        return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+
+
+def trunk_file() -> Path:
+    """The trunk's weights, downloaded if they have to be; a `UserError` says what is missing."""
+    if find_spec("lpips") is None:
+        raise UserError("LPIPS needs the package lpips; install the extra 'pretrained'")
+    return fetch(TRUNK, TRUNK_SHA256)
+
+
 def load_lpips(resolution: int = 224) -> PerceptualDistance:
-    """LPIPS-VGG with its pretrained weights, frozen; a `UserError` says what is missing."""
-    try:
-        import lpips
-    except ImportError:
-        raise UserError(
-            "regression: lpips needs the package lpips; install the extra 'pretrained', or set "
-            "regression: l2"
-        ) from None
-    weights = torch.load(fetch(TRUNK, TRUNK_SHA256), map_location="cpu", weights_only=True)
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    """LPIPS-VGG with its pretrained weights, frozen."""
+    weights = torch.load(trunk_file(), map_location="cpu", weights_only=True)
+    network = build_lpips()
     load_trunk(network, weights)
     return PerceptualDistance(network, resolution).eval().requires_grad_(False)

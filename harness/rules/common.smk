@@ -34,6 +34,14 @@ wildcard_constraints:
     pairs="|".join(map(re.escape, E.pair_sets)) or "none",
 
 
+def fetch_pretrained():
+    """The pretrained weights that students ask for."""
+    try:
+        E.fetch_pretrained()
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
 def spec(value):
     """A part of the experiment as a job's parameter: the job is stale when the text changes."""
     return canonical(value)
