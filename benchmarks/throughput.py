@@ -17,15 +17,10 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
-from harness import data as datasets
 from harness.config import Experiment, load_experiment
-from harness.data import Dataset, Images
-from harness.feature_networks import build_feature_network
-from harness.networks import build_denoiser
-from harness.networks.backbones import load_backbone
-from harness.runs import Inputs, assemble
+from harness.plan import stand_in_inputs
+from harness.runs import assemble
 from harness.trainer import Trainer
 
 
@@ -47,43 +42,10 @@ def matmul_peak(device: str, size: int = 1024, repeats: int = 9) -> float:
     return best
 
 
-def dataset_of(experiment: Experiment) -> Dataset:
-    pixels, labels, names = datasets.read(experiment.data)
-    images = Images(pixels, labels)
-    return Dataset(experiment.data.name, images, images, names, "")
-
-
-def inputs_of(experiment: Experiment, student: str, dataset: Dataset) -> Inputs:
-    """A student's inputs with random weights and random pairs."""
-    section = experiment.teachers[experiment.teacher_of(student)]
-    needs, device = experiment.requirements(student), experiment.device
-    teacher = build_denoiser(
-        section.network, dataset.image_shape, dataset.num_classes, section.sigma_data
-    )
-    inputs = Inputs(dataset, teacher.to(device))
-    if needs.features:
-        f = experiment.features[needs.features]
-        inputs.features = build_feature_network(
-            f.type, dataset.image_shape, dataset.num_classes, f.width
-        )
-    if needs.backbones:
-        inputs.backbones = nn.ModuleList(map(load_backbone, needs.backbones))
-    if needs.pairs:
-        images = datasets.to_model_space(dataset.train.pixels)
-        inputs.pairs = {
-            "z": torch.randn_like(images),
-            "x": images,
-            "condition": dataset.train.labels,
-        }
-    return inputs
-
-
-def measure(
-    experiment: Experiment, student: str, dataset: Dataset, iterations: int
-) -> tuple[float, float]:
+def measure(experiment: Experiment, student: str, iterations: int) -> tuple[float, float]:
     """Images per second (median over iterations) and operations per image."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs = inputs_of(experiment, student, dataset)
+        inputs = stand_in_inputs(experiment, student)
         trainer = Trainer(assemble(experiment, student, 0, inputs, Path(folder), "benchmark"))
     times, flops = [], []
     for _ in range(iterations + 2):  # the first iterations measure operations and warm up
@@ -104,11 +66,10 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    experiment = load_experiment(args.configfile)
-    dataset = dataset_of(experiment)
+    experiment = load_experiment(args.configfile, files=False)
     peaks, rows = [matmul_peak(experiment.device)], []
     for student in experiment.students:
-        rate, flops = measure(experiment, student, dataset, args.iterations)
+        rate, flops = measure(experiment, student, args.iterations)
         peaks.append(matmul_peak(experiment.device))
         rows.append((student, experiment.method_config(student).batch, rate, flops))
     peak = max(peaks)

@@ -138,6 +138,13 @@ def _status(args) -> None:
     print_status(_experiment(args))
 
 
+def _plan(args) -> None:
+    from harness.config import load_experiment
+    from harness.plan import print_plan
+
+    print_plan(load_experiment(args.configfile, files=False), args.tflops)
+
+
 def _import_edm(args) -> None:
     from harness.networks.import_edm import import_edm
 
@@ -191,6 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     stage("status", _status, "show how far every run is")
     tables = stages.add_parser("paper-tables", help="the papers' tables beside all runs here")
     tables.set_defaults(function=_paper_tables)
+    planned = stage("plan", _plan, "what every student will cost, before anything starts")
+    planned.add_argument("--tflops", type=float, default=100.0, help="sustained TFLOP/s")
     imported = stages.add_parser(
         "import-edm", help="convert an official EDM pickle, running nothing"
     )

@@ -86,6 +86,9 @@ class ImportedTeacher(TeacherSection):
 
     source: str
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    network: dict[str, Any] | None = Field(
+        None, description="what it must hold; tells `plan` before the file is there"
+    )
 
 
 class TrainedTeacher(TeacherSection):
@@ -141,6 +144,7 @@ class StudentSection(Section):
     teacher: str | None = None
     freeze: Literal["none", "innate"] = "none"
     settings: dict[str, Any] = {}
+    budget: list[Limit] | None = Field(None, min_length=1, description="in place of all students'")
 
 
 class TrainingSection(Section):
@@ -216,8 +220,8 @@ class Experiment:
 
     @property
     def device(self) -> str:
-        if self.device_setting == "cpu":
-            return "cpu"
+        if self.device_setting in ("cpu", "meta"):
+            return self.device_setting
         import torch
 
         available = torch.cuda.is_available()
@@ -289,7 +293,7 @@ class Experiment:
 
     @property
     def seconds_budget(self) -> bool:
-        return any(limit.unit == "seconds" for limit in self.training.budget)
+        return any(limit.unit == "seconds" for s in self.students for limit in self.budget(s))
 
     # What each stage depends on, as JSON-like values.
 
@@ -336,8 +340,11 @@ class Experiment:
             "precision": training.precision,
         }
 
-    def budget_spec(self) -> list[dict]:
-        return [limit.model_dump() for limit in self.training.budget]
+    def budget(self, student: str) -> list[Limit]:
+        return self.students[student].budget or self.training.budget
+
+    def budget_spec(self, student: str) -> list[dict]:
+        return [limit.model_dump() for limit in self.budget(student)]
 
     def evaluation_spec(self) -> dict:
         return self.evaluation.model_dump()
@@ -538,13 +545,15 @@ def _check_names(model: ExperimentModel) -> list[str]:
     return lines + [f"students.{name}: this name is reserved" for name in sorted(reserved)]
 
 
-def _check_source(where: str, source: str, sha256: str | None) -> list[str]:
+def _check_source(where: str, source: str, sha256: str | None, files: bool) -> list[str]:
     """A file from elsewhere: it is there, or it can be downloaded and checked."""
     from harness.downloads import is_address
 
     if is_address(source):
         return [] if sha256 else [f"{where}.sha256: missing; a download is checked by its hash"]
-    return [] if Path(source).exists() else [f"{where}.source: {source} does not exist"]
+    return (
+        [] if not files or Path(source).exists() else [f"{where}.source: {source} does not exist"]
+    )
 
 
 def _check_student(name: str, section: StudentSection, model: ExperimentModel) -> list[str]:
@@ -581,21 +590,23 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
         lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
     if needs.real_images and model.data is not None and model.data.statistics is not None:
         lines.append(f"{where}: method {section.method} needs images; data has statistics alone")
-    return lines + _check_batch(where, own.batch, model.training)
+    return lines + _check_batch(where, own.batch, section.budget, model.training)
 
 
-def _check_batch(where: str, batch: int, training: TrainingSection) -> list[str]:
-    lines = []
+def _check_batch(
+    where: str, batch: int, own: list[Limit] | None, training: TrainingSection
+) -> list[str]:
+    lines, place = [], f"{where}.budget" if own else "training.budget"
     if training.micro_batch is not None and batch % training.micro_batch:
         lines.append(
             f"{where}: batch {batch} is not a multiple of training.micro_batch "
             f"{training.micro_batch}"
         )
-    for i, limit in enumerate(training.budget):
+    for i, limit in enumerate(own or training.budget):
         if limit.unit == "images" and limit.amount % batch:
             low = int(limit.amount // batch) * batch
             lines.append(
-                f"training.budget.{i}.amount: {limit.amount:g} images is not a multiple of the "
+                f"{place}.{i}.amount: {limit.amount:g} images is not a multiple of the "
                 f"batch {batch} of {where}; the nearest are {low} and {low + batch}"
             )
     return lines
@@ -630,7 +641,7 @@ DATA_KEYS = {
 }
 
 
-def _check_data(data: DataSection) -> list[str]:
+def _check_data(data: DataSection, files: bool) -> list[str]:
     from harness.data import EMBEDDED
 
     if data.source is not None and data.statistics is not None:
@@ -654,10 +665,10 @@ def _check_data(data: DataSection) -> list[str]:
         lines.append(f"data.{key}: means nothing for {kind}")
     if not data.labels and data.num_classes is not None:
         lines.append("data.num_classes: means nothing with labels: false")
-    return lines + _check_data_file(data)
+    return lines + _check_data_file(data, files)
 
 
-def _check_data_file(data: DataSection) -> list[str]:
+def _check_data_file(data: DataSection, files: bool) -> list[str]:
     """Whether the file that the data set is made from can be there."""
     from harness.downloads import is_address
 
@@ -668,7 +679,7 @@ def _check_data_file(data: DataSection) -> list[str]:
         return [] if data.sha256 else [f"{where}: an address needs data.sha256"]
     path = Path(data.file).expanduser()
     if not path.exists():
-        return [f"{where}: {path} does not exist"]
+        return [f"{where}: {path} does not exist"] if files else []
     if path.is_dir() and data.source is None:
         return [f"{where}: {path} is a folder"]
     if path.is_dir() and data.sha256:
@@ -694,18 +705,19 @@ def _check_trained_here(model: ExperimentModel) -> list[str]:
     return lines
 
 
-def _check(model: ExperimentModel) -> list[str]:
-    """Mistakes that no section shows by itself."""
+def _check(model: ExperimentModel, files: bool = True) -> list[str]:
+    """Mistakes that no section shows by itself; `files`: whether what it names must be there."""
     from harness.networks import ARCHITECTURES
 
     lines = _check_names(model)
     if model.data is not None:
-        lines += _check_data(model.data)
+        lines += _check_data(model.data, files)
     lines += _check_trained_here(model)
     for name, teacher in _valid(model.teachers):
         if isinstance(teacher, ImportedTeacher):
-            lines += _check_source(f"teachers.{name}", teacher.source, teacher.sha256)
-            continue
+            lines += _check_source(f"teachers.{name}", teacher.source, teacher.sha256, files)
+            if teacher.network is None:
+                continue
         kind = str(teacher.network.get("type"))
         if kind not in ARCHITECTURES:
             hint = did_you_mean(kind, ARCHITECTURES)
@@ -778,10 +790,15 @@ def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
     return ExperimentModel.model_construct(**(missing | defaults | values)), lines
 
 
-def parse_experiment(raw: dict, source: str, results: Path = Path("results")) -> Experiment:
-    """Validate a resolved experiment; every mistake stands in the one error that is raised."""
+def parse_experiment(
+    raw: dict, source: str, results: Path = Path("results"), files: bool = True
+) -> Experiment:
+    """Validate a resolved experiment; every mistake stands in the one error that is raised.
+
+    `files`: whether the files that it names must be there.
+    """
     model, lines = _parse(raw)
-    lines = list(dict.fromkeys(lines + _check(model)))
+    lines = list(dict.fromkeys(lines + _check(model, files)))
     if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise UserError("\n  ".join([f"{source}: {count}", *lines]))
@@ -789,7 +806,10 @@ def parse_experiment(raw: dict, source: str, results: Path = Path("results")) ->
 
 
 def load_experiment(
-    paths: Path | list[Path], overrides: dict | None = None, results: Path = Path("results")
+    paths: Path | list[Path],
+    overrides: dict | None = None,
+    results: Path = Path("results"),
+    files: bool = True,
 ) -> Experiment:
     """The experiment in a file (or several, later ones on top); `overrides` go on top of them."""
     paths = [Path(p) for p in (paths if isinstance(paths, list) else [paths])]
@@ -797,4 +817,4 @@ def load_experiment(
     for path in paths:
         raw = merge(raw, resolve(path))
     raw = merge(raw, overrides or {})
-    return parse_experiment(raw, " + ".join(map(str, paths)), results)
+    return parse_experiment(raw, " + ".join(map(str, paths)), results, files)

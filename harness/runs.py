@@ -159,7 +159,7 @@ def assemble(
         phases=method.phases(),
         sources=sources,
         batch=config.batch,
-        budget=experiment.budget_spec(),
+        budget=experiment.budget_spec(student),
         export=lambda ema, to: {
             "sha256": save_denoiser(ema, to, {"sigma_init": config.sigma_init})
         },
@@ -236,7 +236,7 @@ def train_student(experiment: Experiment, student: str, seed: int) -> dict:
                     link(run_dir / name, folder / name)
         link(run_dir / "model", folder / "snapshots" / outcome.snapshots[-1]["name"])
         record = {
-            "spec": digest([experiment.run_spec(student, seed), experiment.budget_spec()]),
+            "spec": digest([experiment.run_spec(student, seed), experiment.budget_spec(student)]),
             **describe(experiment, student, seed),
             **_parameters(make().networks["student"]),
             **training_record(outcome, key),

@@ -90,7 +90,7 @@ def status(experiment: Experiment) -> list[dict]:
                 f"{student}/seed{seed}",
                 experiment.run_dir(student, seed),
                 "student.json",
-                experiment.budget_spec(),
+                experiment.budget_spec(student),
                 experiment.score_path(student, seed),
             )
         )

@@ -49,6 +49,15 @@ def make_teacher(experiment: Experiment, name: str) -> dict:
     return train_teacher(experiment, name)
 
 
+def _check_network(name: str, denoiser: EDMDenoiser, expected: dict) -> None:
+    """A file must hold the network that the experiment says, if it says."""
+    found = {"type": type(denoiser.backbone).__name__, **denoiser.backbone.config}
+    for key, value in expected.items():
+        mine = found.get(key)
+        if (list(mine) if isinstance(mine, tuple) else mine) != value:
+            raise UserError(f"teacher {name}: the file's network has {key} {mine!r}, not {value!r}")
+
+
 def _check_fit(name: str, denoiser: EDMDenoiser, dataset: Dataset) -> None:
     """A teacher must speak of the experiment's images and labels."""
     teacher = (*denoiser.image_shape, denoiser.num_classes)
@@ -71,6 +80,7 @@ def import_teacher(experiment: Experiment, name: str) -> dict:
     else:
         origin = fetch(section.source, section.sha256)
         denoiser = read_edm_pickle(origin)
+    _check_network(name, denoiser, section.network or {})
     _check_fit(name, denoiser, datasets.load(experiment.data_dir()))
     source = {"source": section.source, "sha256": sha256_file(origin)}
     key = digest([experiment.teacher_spec(name), source])

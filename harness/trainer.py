@@ -288,9 +288,7 @@ class Trainer:
         total = torch.zeros((), device=run.device)
         with measure(everything) if measuring else contextlib.nullcontext() as cost:
             for context in contexts:
-                with torch.autocast(
-                    run.device.split(":")[0], torch.bfloat16, enabled=run.precision == "bf16"
-                ):
+                with self._precision():
                     loss = phase.loss(context) / len(contexts)
                 loss.backward()
                 total += loss.detach()
@@ -303,6 +301,11 @@ class Trainer:
                 self._record(name, value)
             context.logs.clear()
         return applied
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.run.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.run.device.split(":")[0], torch.bfloat16)
 
     def _apply(self, phase: Phase, loss: Tensor) -> bool:
         name, config = phase.network, self.configs[phase.network]

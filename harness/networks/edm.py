@@ -27,6 +27,8 @@ class EmbeddingLinear(nn.Linear):
     """A linear layer on the embedding's path: always in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta:  # autocast knows no meta tensors
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 

@@ -128,7 +128,7 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
         add(
             (
                 experiment.run_dir(student, seed) / "student.json",
-                [experiment.run_spec(student, seed), experiment.budget_spec()],
+                [experiment.run_spec(student, seed), experiment.budget_spec(student)],
             ),
             (experiment.score_path(student, seed), experiment.score_spec()),
             {"student": student, "method": experiment.students[student].method, "seed": seed},

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from harness.artifacts import read_json
-from harness.config import Experiment
+from harness.config import Experiment, Limit
 from harness.evaluation.metrics import METRICS
 
 
@@ -77,6 +77,10 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
     return comparison
 
 
+def _budget(limits: list[Limit]) -> str:
+    return ", ".join(f"{limit.amount:g} {limit.unit}" for limit in limits)
+
+
 def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
     seeds = experiment.training.seeds
     reference = table.reference.dropna()
@@ -84,9 +88,12 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
         " `_n…` is the sample count; at the held-out size, values are means over disjoint subsets; "
         "`floor` is the real held-out part."
     )
+    said = {s: _budget(experiment.budget(s)) for s in experiment.students}
+    budgets = _budget(experiment.training.budget)
+    budgets += "".join(f"; {s}: {text}" for s, text in said.items() if text != budgets)
     notes = [
         f"Mean ± std over {len(seeds)} training seeds; EMA weights at the end of the budget "
-        f"({', '.join(f'{x.amount:g} {x.unit}' for x in experiment.training.budget)}); "
+        f"({budgets}); "
         f"sampling seed {experiment.evaluation.sampling_seed}; reference "
         f"{reference.iloc[0] if len(reference) else 'missing'}."
         + (held_out if (table.student == "floor").any() else "")

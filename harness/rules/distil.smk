@@ -29,6 +29,6 @@ rule train:
     resources:
         gpu=GPU,
     params:
-        spec=lambda w: spec([E.run_spec(w.student, int(w.seed)), E.budget_spec()]),
+        spec=lambda w: spec([E.run_spec(w.student, int(w.seed)), E.budget_spec(w.student)]),
     shell:
         "{HARNESS} train {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"

@@ -1,0 +1,225 @@
+"""What an experiment will cost, before anything starts: parameters, operations, memory, hours.
+
+Everything is counted on meta tensors, which have shapes and no numbers: the same networks, phases
+and losses as in training, at the batch of the experiment, without the memory or the time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness import data as datasets
+from harness.config import Experiment, ImportedTeacher
+from harness.data import Dataset, Images
+from harness.denoiser import EDMDenoiser
+from harness.errors import UserError
+from harness.feature_networks import build_feature_network
+from harness.ledger import Cost, measure
+from harness.networks import build_denoiser
+from harness.runs import Inputs, assemble
+from harness.trainer import Trainer
+
+# Iterations over which variants such as lazy R1 are averaged.
+PERIOD = 64
+# Float32 numbers per trained parameter: weight, gradient, Adam's two moments.
+COPIES = 4
+
+
+def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
+    """Random images of the experiment's shape and labels, read from no file but an embedded one."""
+    data = experiment.data
+    if data.file is None:
+        pixels, _, names = datasets.read(data)
+        shape, classes = tuple(pixels.shape[1:]), len(names)
+    else:
+        if data.image_shape is None and data.resolution is None:
+            raise UserError("data.resolution: missing; it tells what the images will be")
+        shape = data.image_shape or (3, data.resolution, data.resolution)
+        classes = (data.num_classes or 0) if data.labels else 0
+    random = Images(
+        torch.randint(256, (images, *shape), dtype=torch.uint8),
+        torch.randint(max(classes, 1), (images,)),
+    )
+    return Dataset(data.name, random, random, tuple(map(str, range(classes))), "")
+
+
+def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> EDMDenoiser:
+    """The teacher's network with fresh weights."""
+    section = experiment.teachers[name]
+    if isinstance(section, ImportedTeacher) and section.network is None:
+        raise UserError(f"teachers.{name}.network: missing; it tells what the file will hold")
+    sigma_data = getattr(section, "sigma_data", 0.5)
+    return build_denoiser(section.network, dataset.image_shape, dataset.num_classes, sigma_data)
+
+
+def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) -> Inputs:
+    """A student's inputs with random weights, images and pairs: costs do not depend on them."""
+    from harness.networks.backbones import Backbone
+    from harness.networks.perceptual import PerceptualDistance, build_lpips
+
+    dataset, needs = stand_in_dataset(experiment, images), experiment.requirements(student)
+    teacher = stand_in_teacher(experiment, experiment.teacher_of(student), dataset)
+    inputs = Inputs(dataset, teacher.to(experiment.device))
+    if needs.features:
+        f = experiment.features[needs.features]
+        inputs.features = build_feature_network(
+            f.type, dataset.image_shape, dataset.num_classes, f.width
+        )
+    if needs.backbones:
+        import timm
+
+        inputs.backbones = nn.ModuleList(
+            Backbone(name, timm.create_model(name, pretrained=False)) for name in needs.backbones
+        )
+    if needs.lpips:
+        inputs.lpips = PerceptualDistance(build_lpips()).eval().requires_grad_(False)
+    if needs.pairs:
+        x = datasets.to_model_space(dataset.train.pixels)
+        inputs.pairs = {"z": torch.randn_like(x), "x": x}
+        if dataset.num_classes:
+            inputs.pairs["condition"] = dataset.train.labels
+    return inputs
+
+
+class Rehearsal(Trainer):
+    """A trainer that counts and changes nothing; `saved` is the most that a backward pass held."""
+
+    saved = 0
+
+    def _update(self, phase, repeat, contexts, variant, measuring) -> bool:
+        if variant in self.ledger.costs and not measuring:
+            self.ledger.add(self.ledger.costs[variant])
+            return True
+        held: dict[int, Tensor] = {}
+        own = {p.untyped_storage()._cdata for net in self._everything() for p in net.parameters()}
+
+        def hold(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                held[storage._cdata] = tensor  # keeps the storage, and so its name, alive
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            applied = super()._update(phase, repeat, contexts, variant, measuring)
+        self.saved = max(self.saved, sum(t.untyped_storage().nbytes() for t in held.values()))
+        return applied
+
+    def _everything(self) -> list[nn.Module]:
+        return [*self.networks.values(), *self.frozen.values()]
+
+    def _apply(self, phase, loss) -> bool:
+        for parameter in self.trainable[phase.network]:
+            parameter.grad = None
+        return True
+
+    def _update_ema(self, images: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`flops_per_image`: of one image that receives a generator update. `memory`: bytes."""
+
+    student: str
+    batch: int
+    parameters: int
+    trainable: int
+    beside: int  # parameters of the networks trained beside the student
+    flops_per_image: float
+    pair_flops: float
+    images: float
+    memory: float
+
+    @property
+    def flops(self) -> float:
+        return self.flops_per_image * self.images + self.pair_flops
+
+
+def _images(limits: list[dict], flops_per_image: float, pair_flops: float) -> float:
+    """How many images a budget comes to; a budget in seconds says nothing before it is run."""
+    counts = {
+        "images": lambda amount: amount,
+        "flops": lambda amount: max(0.0, (amount - pair_flops) / flops_per_image),
+        "seconds": lambda amount: math.inf,
+    }
+    return min(counts[limit["unit"]](limit["amount"]) for limit in limits)
+
+
+def estimate(experiment: Experiment, student: str) -> Estimate:
+    """Count one student's iterations on meta tensors."""
+    experiment.device_setting = "meta"
+    with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
+        inputs = stand_in_inputs(experiment, student, images=2)
+        run = assemble(experiment, student, 0, inputs, Path(folder), "plan")
+        run.precision = "fp32"  # operations are the same; autocast knows no meta tensors
+        trainer, needs = Rehearsal(run), experiment.requirements(student)
+        pair_flops = 0.0
+        if needs.pairs:
+            one = torch.ones(1)
+            with torch.no_grad(), measure({}) as cost:
+                labels = torch.zeros(1, dtype=torch.long) if inputs.teacher.num_classes else None
+                inputs.teacher(torch.zeros(1, *inputs.teacher.image_shape), one, labels)
+            pair_flops = cost.flops * needs.pairs * (2 * needs.pair_steps - 1)
+        for _ in range(PERIOD):
+            trainer._iteration()
+    total: Cost = trainer.ledger
+    flops = total.flops / (PERIOD * run.batch)
+    main = trainer.networks["student"]
+    beside = sum(
+        p.numel() for n, net in trainer.networks.items() if n != "student" for p in net.parameters()
+    )
+    trainable = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
+    everything = sum(p.numel() for net in trainer._everything() for p in net.parameters())
+    parameters = sum(p.numel() for p in main.parameters())
+    half = 0.5 if experiment.training.precision == "bf16" else 1.0
+    memory = 4 * (everything + parameters + (COPIES - 1) * trainable) + half * trainer.saved
+    return Estimate(
+        student,
+        run.micro_batch or run.batch,
+        parameters,
+        sum(p.numel() for p in trainer.trainable["student"]),
+        beside,
+        flops,
+        pair_flops,
+        _images(experiment.budget_spec(student), flops, pair_flops),
+        memory,
+    )
+
+
+def print_plan(experiment: Experiment, tflops: float) -> None:
+    """One line per student; `tflops`: the rate that the machine is expected to sustain."""
+    from tabulate import tabulate
+
+    rows = []
+    for student in experiment.students:
+        e = estimate(experiment, student)
+        hours = e.flops / (tflops * 1e12) / 3600
+        rows.append(
+            (
+                student,
+                f"{e.parameters / 1e6:.2f}",
+                f"{e.trainable / 1e6:.2f}",
+                f"{e.beside / 1e6:.2f}",
+                e.batch,
+                f"{e.flops_per_image / 1e9:.4g}",
+                f"{e.images:,.0f}" if math.isfinite(e.images) else "–",
+                f"{e.flops / 1e15:.4g}" if math.isfinite(e.flops) else "–",
+                f"{e.memory / 2**30:.3g}",
+                f"{hours:.3g}" if math.isfinite(hours) else "–",
+            )
+        )
+    headers = ("student", "parameters (M)", "trained (M)", "beside (M)", "micro-batch")
+    headers += ("GFLOPs/image", "images", "PFLOPs", "memory (GiB)", "hours")
+    runs = len(experiment.training.seeds)
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+    print(
+        f"\nPer run, of {runs} per student; hours at a sustained {tflops:g} TFLOP/s. Memory is an "
+        "estimate for one GPU: weights, gradients, Adam and EMA in float32, the tensors that the "
+        "largest backward pass holds; not the allocator's or a kernel's own."
+    )

@@ -1,0 +1,116 @@
+"""configs/paper: every experiment is valid, costs what its networks cost, and its phases run."""
+
+import pytest
+import torch
+
+from harness.config import load_experiment, parse_experiment, resolve
+from harness.plan import estimate, stand_in_inputs
+from harness.runs import assemble
+from harness.trainer import Trainer
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "configs" / "paper"
+NAMES = ["cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64"]
+
+
+def load(name):
+    return load_experiment(FOLDER / f"{name}.yaml", files=False)
+
+
+def test_every_file_is_an_experiment_of_its_name():
+    names = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert names == {*NAMES, *(f"{name}-scaled" for name in NAMES)}
+    for name in names:
+        assert load(name).name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scaled_asks_who_wins_at_the_same_budget(name):
+    exact, scaled = load(name), load(f"{name}-scaled")
+    assert list(exact.students) == list(scaled.students)
+    budgets = {str(scaled.budget_spec(student)) for student in scaled.students}
+    assert len(budgets) == 1 and len(scaled.teachers) == 1
+    (limit,) = scaled.training.budget
+    assert limit.unit == "images" and 5e6 <= limit.amount < 5.2e6
+    assert {len({str(exact.budget_spec(s)) for s in exact.students})} != {1}
+
+
+# Read in the authors' code or in the paper.
+@pytest.mark.parametrize(
+    ("name", "student", "expected"),
+    [
+        ("cifar10-uncond", "sid", {"alpha": 1.2, "lr": 1e-5, "batch": 256, "dropout": 0.13}),
+        ("cifar10-cond", "dmd", {"pairs": 100_000, "pair_steps": 18, "regression_weight": 0.25}),
+        ("cifar10-cond", "dmd-noreg", {"regression": "none", "lr": 1e-5}),
+        ("ffhq64", "sid", {"batch": 512, "augment": 0.15, "generator_betas": (0.9, 0.999)}),
+        ("ffhq64", "gdd", {"lr": 2e-5, "discriminator_lr": 4e-5}),
+        ("afhqv2-64", "sid", {"alpha": 1.0, "lr": 5e-6, "generator_betas": (0.0, 0.999)}),
+        ("imagenet64", "sid", {"batch": 8192, "lr": 4e-6, "ema_half_life": 2_000_000}),
+        ("imagenet64", "dmd", {"batch": 336, "lr": 2e-6, "pairs": 25_000, "pair_steps": 256}),
+        ("imagenet64", "gdd", {"batch": 512, "lr": 8e-6, "ema_half_life": 50_000_000}),
+    ],
+)
+def test_settings_are_the_published_ones(name, student, expected):
+    config = load(name).method_config(student)
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_the_plan_counts_the_official_networks():
+    """SiD on CIFAR-10: student and teacher forward and backward, the fake score twice both ways,
+    5.5 forward passes and as much again for each backward pass to the weights or to the input."""
+    experiment = load("cifar10-uncond")
+    sid = estimate(experiment, "sid")
+    assert sid.parameters == sid.beside == 55_733_891
+    with torch.device("meta"):
+        inputs = stand_in_inputs(experiment, "sid", 2)
+        from harness.ledger import measure
+
+        with torch.no_grad(), measure({}) as forward:
+            inputs.teacher(torch.zeros(1, 3, 32, 32), torch.ones(1), None)
+    # Student and fake score (own update): forward, both gradients: 3 forwards each. Teacher and
+    # fake score in the generator's loss: forward and the input's gradient: 2 each.
+    assert sid.flops_per_image == pytest.approx(10 * forward.flops, rel=0.02)
+    assert sid.images == 5e8 and sid.flops == pytest.approx(5e8 * sid.flops_per_image)
+    frozen = estimate(load("cifar10-uncond"), "gdd-i")
+    assert 1 - frozen.trainable / frozen.parameters == pytest.approx(0.84396, abs=1e-4)
+
+
+# One of each code path: a narrow copy of the network, a real step.
+STEPS = [
+    ("cifar10-uncond", "dmd"),
+    ("cifar10-uncond", "sid"),
+    ("cifar10-uncond", "gdd"),
+    ("cifar10-cond", "dmd-noreg"),
+    ("cifar10-cond", "gdd-i"),
+    ("ffhq64", "sid"),
+    ("afhqv2-64", "sim"),
+    ("imagenet64", "sid"),
+    ("imagenet64", "gdd-i"),
+]
+
+
+@pytest.mark.parametrize(("name", "student"), STEPS)
+def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_property):
+    raw = resolve(FOLDER / f"{name}.yaml")
+    raw["students"] = {student: raw["students"][student]}
+    for teacher in raw["teachers"].values():
+        teacher["network"] |= {"model_channels": 32, "num_blocks": 1}
+    settings = raw["students"][student].setdefault("settings", {})
+    settings |= {"batch": 2}
+    raw["training"] |= {"budget": [{"unit": "images", "amount": 2}], "precision": "fp32"}
+    raw["students"][student]["budget"] = None
+    raw["device"] = "cpu"
+    experiment = parse_experiment(raw, name, files=False)
+    inputs = stand_in_inputs(experiment, student, images=4)
+    before = [p.clone() for p in inputs.teacher.parameters()]
+    trainer = Trainer(assemble(experiment, student, 0, inputs, tmp_path, "step"))
+    trainer._iteration()
+    assert all(count == 0 for count in trainer.nonfinite.values())
+    student_net = trainer.networks["student"]
+    moved = [not torch.equal(a, b) for a, b in zip(before, student_net.parameters(), strict=True)]
+    frozen = [not p.requires_grad for p in student_net.parameters()]
+    assert any(moved) and not any(m and f for m, f in zip(moved, frozen, strict=True))
+    assert any(frozen) == (student == "gdd-i")
+    assert trainer.ledger.images == 2 and trainer.ledger.flops > 0
+    record_property("flops_per_image", trainer.ledger.flops / 2)
+    print(f"{name} {student}: {trainer.ledger.flops / 2e9:.2f} GFLOPs per image")
