@@ -37,6 +37,7 @@ class Dataset:
     held_out: Images
     class_names: tuple[str, ...]
     sha256: str
+    statistics: Path | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
