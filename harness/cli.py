@@ -40,13 +40,13 @@ def _data(args) -> None:
 
 
 def _features(args) -> None:
-    from harness.feature_networks import train_features
+    from harness.feature_networks import make_features
 
     _threads(args)
     experiment = _experiment(args)
     _check_known("feature network", args.name, experiment.features)
     with recorded(experiment.features_dir(args.name), "training"), machine_slot():
-        train_features(experiment, args.name)
+        make_features(experiment, args.name)
 
 
 def _teacher(args) -> None:
@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     stage("data", _data, "read the data set and split it")
-    stage("features", _features, "train a feature network").add_argument("name")
+    stage("features", _features, "train or fetch a feature network").add_argument("name")
     stage("teacher", _teacher, "train or import a teacher").add_argument("name")
     stage("pairs", _pairs, "generate a set of teacher pairs").add_argument("name")
     train = stage("train", _train, "distil one student")

@@ -109,12 +109,15 @@ class TrainedTeacher(TeacherSection):
     seed: int = Field(0, ge=0)
 
 
+def _given(value: Any) -> dict:
+    """The keys of an item, parsed or not; none for what is no section at all."""
+    return value if isinstance(value, dict) else getattr(value, "__dict__", {})
+
+
 def _teacher_kind(value: Any) -> str:
-    given = value if isinstance(value, dict) else vars(value)
-    return "<imported>" if "source" in given else "<trained>"
+    return "<imported>" if "source" in _given(value) else "<trained>"
 
 
-TEACHERS = {"<trained>": TrainedTeacher, "<imported>": ImportedTeacher}
 AnyTeacher = Annotated[
     Annotated[TrainedTeacher, Tag("<trained>")] | Annotated[ImportedTeacher, Tag("<imported>")],
     Discriminator(_teacher_kind),
@@ -129,7 +132,7 @@ class FeatureSection(Section):
     distance depends on that class and on the sampling seed more than on the generator.
     """
 
-    type: Literal["cnn", "resnet", "clip"]
+    type: Literal["cnn", "resnet", "clip", "inception"]  # the last makes it a PretrainedFeatures
     images: Positive
     batch: Positive = 128
     lr: float = Field(2e-3, gt=0)
@@ -137,6 +140,32 @@ class FeatureSection(Section):
     weight_decay: float = Field(0.05, ge=0)
     width: Positive = 32
     seed: int = Field(0, ge=0)
+
+
+class PretrainedFeatures(Section):
+    """A feature network from elsewhere. `weights`: a local file instead of the download."""
+
+    type: Literal["inception"]
+    weights: str | None = None
+
+
+def _features_kind(value: Any) -> str:
+    return "<fetched>" if _given(value).get("type") == "inception" else "<learned>"
+
+
+AnyFeatures = Annotated[
+    Annotated[FeatureSection, Tag("<learned>")] | Annotated[PretrainedFeatures, Tag("<fetched>")],
+    Discriminator(_features_kind),
+]
+
+# Where a named item is one of several sections: what tells which, and the sections by their tags.
+KIND_OF = {"teachers": _teacher_kind, "features": _features_kind}
+KINDS = {
+    "<trained>": TrainedTeacher,
+    "<imported>": ImportedTeacher,
+    "<learned>": FeatureSection,
+    "<fetched>": PretrainedFeatures,
+}
 
 
 class StudentSection(Section):
@@ -166,6 +195,9 @@ class EvaluationSection(Section):
     sampling_seed: int = Field(0, ge=0)
     extractors: list[str] = Field(min_length=1)
     main_metric: str = "fd"
+    reference: Literal["training", "statistics"] = Field(
+        "training", description="of an FID: the training part, or the data set's statistics"
+    )
     neighbours: Positive = 3
     grid_samples: Positive = 100
 
@@ -194,7 +226,7 @@ class ExperimentModel(Section):
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     data: DataSection
-    features: dict[str, FeatureSection]
+    features: dict[str, AnyFeatures]
     teachers: dict[str, AnyTeacher] = Field(min_length=1)
     students: dict[str, StudentSection] = Field(min_length=1)
     training: TrainingSection
@@ -347,7 +379,9 @@ class Experiment:
         return [limit.model_dump() for limit in self.budget(student)]
 
     def evaluation_spec(self) -> dict:
-        return self.evaluation.model_dump()
+        # A key that came later is left out where it keeps its default: finished scores outlive it.
+        spec = self.evaluation.model_dump(exclude={"reference"})
+        return spec | self.evaluation.model_dump(include={"reference"}, exclude_defaults=True)
 
     def score_spec(self) -> dict:
         """What decides how any generator is scored."""
@@ -489,8 +523,8 @@ def _known_keys(location: tuple, model: Any = None) -> list[str]:
     experiment."""
     model = model or ExperimentModel
     for part in location:
-        if part in TEACHERS:
-            model = TEACHERS[part]
+        if part in KINDS:
+            model = KINDS[part]
             continue
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
@@ -556,6 +590,37 @@ def _check_source(where: str, source: str, sha256: str | None, files: bool) -> l
     )
 
 
+def _check_evaluation(evaluation: EvaluationSection, model: ExperimentModel) -> list[str]:
+    from harness.evaluation.metrics import METRICS
+
+    lines, used = [], set()
+    for name in evaluation.extractors:
+        if name not in model.features:
+            hint = did_you_mean(name, model.features)
+            lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
+        elif model.features[name] is not None:
+            used.add(model.features[name].type)
+    metric = METRICS.get(evaluation.main_metric)
+    if metric is None:
+        hint = did_you_mean(evaluation.main_metric, METRICS)
+        lines.append(f"evaluation.main_metric: unknown metric {evaluation.main_metric!r}{hint}")
+    elif used and not used & set(metric.extractors):
+        known = [name for name, other in METRICS.items() if used & set(other.extractors)]
+        lines.append(
+            f"evaluation.main_metric: {metric.name!r} is not for extractors of type "
+            f"{', '.join(sorted(used))}; those have {', '.join(sorted(known))}"
+        )
+    if evaluation.reference == "statistics":
+        if getattr(model.data, "statistics", None) is None:
+            lines.append("evaluation.reference: data has no statistics")
+        if used and "inception" not in used:
+            lines.append("evaluation.reference: statistics are for an extractor of type inception")
+    return lines
+
+
+FLAT = ("clip", "inception")  # feature networks without maps for a discriminator
+
+
 def _check_student(name: str, section: StudentSection, model: ExperimentModel) -> list[str]:
     from harness.method import get_method
 
@@ -586,7 +651,7 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
             f"{where}.settings: feature network {needs.features!r} is not under features"
             f"{did_you_mean(needs.features, model.features)}"
         )
-    elif (features := model.features.get(needs.features)) and features.type == "clip":
+    elif (features := model.features.get(needs.features)) and features.type in FLAT:
         lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
     if needs.real_images and model.data is not None and model.data.statistics is not None:
         lines.append(f"{where}: method {section.method} needs images; data has statistics alone")
@@ -694,7 +759,7 @@ def _check_trained_here(model: ExperimentModel) -> list[str]:
     lines = []
     for section in ("teachers", "features"):
         for name, item in _valid(getattr(model, section)):
-            if isinstance(item, ImportedTeacher):
+            if isinstance(item, ImportedTeacher | PretrainedFeatures):
                 continue
             if model.data.statistics is not None:
                 lines.append(
@@ -724,18 +789,15 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
             lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
     for section in ("teachers", "features"):
         for name, item in _valid(getattr(model, section)):
-            if not isinstance(item, ImportedTeacher) and item.images % item.batch:
+            trained = isinstance(item, (TrainedTeacher, FeatureSection))
+            if trained and item.images % item.batch:
                 lines.append(f"{section}.{name}.images: not a multiple of its batch {item.batch}")
-    for name in model.evaluation.extractors if model.evaluation else []:
-        if name not in model.features:
-            hint = did_you_mean(name, model.features)
-            lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
-    from harness.evaluation.metrics import METRICS
-
-    if model.evaluation and model.evaluation.main_metric not in METRICS:
-        name = model.evaluation.main_metric
-        hint = did_you_mean(name, METRICS)
-        lines.append(f"evaluation.main_metric: unknown metric {name!r}{hint}")
+    for name, item in _valid(model.features):
+        weights = getattr(item, "weights", None)
+        if weights is not None and not Path(weights).expanduser().is_file():
+            lines.append(f"features.{name}.weights: {weights} does not exist")
+    if model.evaluation:
+        lines += _check_evaluation(model.evaluation, model)
     for name, student in _valid(model.students):
         lines += _check_student(name, student, model)
     if len(set(model.training.seeds)) < len(model.training.seeds):
@@ -772,7 +834,7 @@ def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
         else:
             values[key] = {
                 name: attempt(
-                    TEACHERS[_teacher_kind(item)] if key == "teachers" else section,
+                    KINDS[KIND_OF[key](item)] if key in KIND_OF else section,
                     item,
                     (key, name),
                 )

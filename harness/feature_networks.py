@@ -1,11 +1,14 @@
-"""Feature networks trained in the workflow: classifiers, and a CLIP with an aesthetic head.
+"""Feature networks: classifiers and a CLIP with an aesthetic head, trained in the workflow, and
+Inception, fetched.
 
 They give the features of distances, class probabilities and text similarity. Each has a folder
-`features/<name>/` with its weights (safetensors) and `features.json` (architecture, accuracy).
+`features/<name>/` with `features.json` (architecture, accuracy) and, if trained, its weights
+(safetensors).
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from harness import data as datasets
 from harness.artifacts import digest, load_tensors, read_json, run_lock, save_tensors, write_json
-from harness.config import Experiment, FeatureSection
+from harness.config import Experiment, FeatureSection, PretrainedFeatures
 from harness.data import Dataset
 from harness.errors import UserError
 from harness.method import Context, OptimizerConfig, Phase, Sources
@@ -65,6 +68,35 @@ def contrastive_loss(context: Context) -> Tensor:
     same = (labels[:, None] == labels[None]).float()
     target = same / same.sum(dim=1, keepdim=True)
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def make_features(experiment: Experiment, name: str) -> dict:
+    """Leave `features/<name>/` with its `features.json`; returns what that says."""
+    if isinstance(experiment.features[name], PretrainedFeatures):
+        return fetch_features(experiment, name)
+    return train_features(experiment, name)
+
+
+def fetch_features(experiment: Experiment, name: str) -> dict:
+    """Fetch the weights of a pretrained network.
+
+    Where they cannot be had the record says `unavailable`, and why: nothing else needs to wait, and
+    the tables say it in every row.
+    """
+    from harness.networks import inception
+
+    section, folder = experiment.features[name], experiment.features_dir(name)
+    record = {"name": name, "type": section.type}
+    try:
+        inception.fetch_weights(section.weights)
+    except UserError as error:
+        print(f"{name} is unavailable: {error}", file=sys.stderr)
+        record |= {"unavailable": "no weights", "why": str(error)}
+    else:
+        file = Path(section.weights or inception.WEIGHTS).name
+        record |= {"file": file, "sha256": inception.SHA256}
+    write_json(folder / "features.json", record)
+    return record
 
 
 def train_features(experiment: Experiment, name: str) -> dict:

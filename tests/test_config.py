@@ -76,6 +76,24 @@ def test_the_shipped_experiments_are_valid(name):
         ("training.micro_batch", 5,
          "students.dmd: batch 16 is not a multiple of training.micro_batch 5"),
         ("evaluation.main_metric", "fdd", "evaluation.main_metric: unknown metric 'fdd'; did you mean 'fd'?"),
+        ("features.inception", {"type": "incepton"},
+         "features.inception.type: input should be 'cnn', 'resnet', 'clip' or 'inception', not 'incepton'"),
+        ("features.inception", {"type": "inception", "wieghts": "x.pth"},
+         "features.inception.wieghts: unknown key; did you mean 'weights'?"),
+        ("features.inception", {"type": "inception", "images": 3},
+         "features.inception.images: unknown key; known: type, weights"),
+        ("features.inception", {"type": "inception", "weights": "none.pth"},
+         "features.inception.weights: none.pth does not exist"),
+        ("features.inception", 3,
+         "features.inception: input should be a valid dictionary or instance of FeatureSection, not 3"),
+        ("features.tiny-critic", {"type": "inception"},
+         "students.gdd.settings: feature network 'tiny-critic' gives no feature maps"),
+        ("evaluation.main_metric", "fid-edm",
+         "evaluation.main_metric: 'fid-edm' is not for extractors of type clip, cnn; those have accuracy, aesthetic, clip-score, fd, kd, precision, recall"),
+        ("evaluation.reference", "statistics", "evaluation.reference: data has no statistics"),
+        ("evaluation.reference", "statistics",
+         "evaluation.reference: statistics are for an extractor of type inception"),
+        ("evaluation.reference", "test", "evaluation.reference: input should be 'training' or 'statistics', not 'test'"),
         ("training.settings.lr", "fast", "training.settings.lr: input should be a valid number, unable to parse string as a number, not 'fast'"),
         ("training.budget", [{"unit": "flops", "amount": float("inf")}], "training.budget.0.amount: input should be a finite number, not inf"),
         ("device", "gpu", "device: string should match pattern '^(auto|cpu|cuda(:\\d+)?)$', not 'gpu'"),
@@ -177,6 +195,21 @@ def test_a_students_own_setting_wins_over_the_shared_one(tiny):
     experiment = parse_experiment(tiny, "x")
     assert experiment.method_config("sid").lr == 5e-4
     assert experiment.method_config("sim").lr == 3e-4
+
+
+def test_a_pretrained_network_stands_beside_trained_ones(tiny):
+    before = parse_experiment(tiny, "x")
+    assert "reference" not in before.evaluation_spec()  # scores that are older than the key stay
+    tiny["features"]["inception"] = {"type": "inception"}
+    tiny["evaluation"] |= {"extractors": ["inception"], "main_metric": "fid-edm"}
+    experiment = parse_experiment(tiny, "x")
+    assert experiment.features["inception"].weights is None
+    assert experiment.features["tiny-cnn"].width == 8
+    # Named as a local file it is fetched, and what it sees scored, again.
+    tiny["features"]["inception"]["weights"] = "README.md"
+    local = parse_experiment(tiny, "x")
+    assert canonical(local.score_spec()) != canonical(experiment.score_spec())
+    assert canonical(local.run_spec("sid", 0)) == canonical(before.run_spec("sid", 0))
 
 
 def test_specs_hold_what_matters_and_nothing_else(tiny):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from harness.artifacts import load_tensors
+from harness.artifacts import load_tensors, read_json
+from harness.config import Experiment, PretrainedFeatures
 from harness.data import Dataset, to_model_space
 from harness.evaluation.metrics import Reference, Views
 from harness.feature_networks import load_feature_network
@@ -16,13 +16,20 @@ from harness.feature_networks import load_feature_network
 
 @dataclass
 class Extractor:
-    """A named feature network. Input: uint8 `(B, C, H, W)` at the data set's own resolution."""
+    """A named feature network. Input: uint8 `(B, C, H, W)` at the data set's own resolution.
+
+    `kind`: the type of its section. `unavailable`: why it cannot be had (then it sees nothing, and
+    `sha256` is that of the weights that it should have).
+    """
 
     name: str
-    network: nn.Module
+    kind: str
+    network: nn.Module | None
     sha256: str
     head: nn.Module | None = None
     head_sha256: str | None = None
+    resize: str = "none"
+    unavailable: str | None = None
     _class_features: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -37,6 +44,9 @@ class Extractor:
     @torch.no_grad()
     def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The per-sample parts of `Views` for one block of images."""
+        if self.kind == "inception":
+            features, probabilities = self.network(pixels)
+            return {"features": features, "probabilities": probabilities}
         features = self.network.features(to_model_space(pixels))
         if not self.is_clip:
             return {"features": features, "probabilities": self.network.logits(features).softmax(1)}
@@ -47,17 +57,34 @@ class Extractor:
         return seen | ({"aesthetic": self.head(features)} if self.head else {})
 
 
-def load_extractor(name: str, folder: Path, dataset: Dataset) -> Extractor:
+def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extractor:
+    """The extractor in `features/<name>/`; a pretrained one may be unavailable."""
+    section, folder = experiment.features[name], experiment.features_dir(name)
+    if isinstance(section, PretrainedFeatures):
+        from harness.networks import inception
+
+        record, network = read_json(folder / "features.json"), None
+        if "unavailable" not in record:
+            weights = inception.fetch_weights(section.weights)
+            network = inception.load_inception(weights, experiment.device)
+        return Extractor(
+            name,
+            section.type,
+            network,
+            inception.SHA256,
+            resize=inception.RESIZE,
+            unavailable=record.get("unavailable"),
+        )
     network, record = load_feature_network(folder, dataset)
     if "aesthetic" not in record:
-        return Extractor(name, network, record["sha256"])
+        return Extractor(name, section.type, network, record["sha256"])
     from harness.evaluation.aesthetic import AestheticHead
 
     sha256 = record["aesthetic"]["sha256"]
     weights = load_tensors(folder / "aesthetic.safetensors", sha256)
     head = AestheticHead(network.embed_dim)
     head.load_state_dict(weights)
-    return Extractor(name, network, record["sha256"], head.eval(), sha256)
+    return Extractor(name, section.type, network, record["sha256"], head.eval(), sha256)
 
 
 class Observer:

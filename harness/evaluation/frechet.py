@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from harness.errors import UserError
+
+BLOCK = 8192  # rows whose sums are taken at once, in float64: 128 MB of Inception's features
 
 
 def gaussian_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,18 +73,22 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
     return mean, covariance
 
 
-def _psd_root(covariance: Tensor) -> Tensor:
+def psd_root(covariance: Tensor) -> Tensor:
+    """The symmetric root of a covariance `(D, D)`, which rounding may have made indefinite."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+def frechet_distance(
+    mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, root1: Tensor | None = None
+) -> float:
     """`‖m1 - m2‖² + tr(C1 + C2 - 2 (C1 C2)^½)`.
 
     The trace of the root is the sum of the roots of the eigenvalues of `C1^½ C2 C1^½`, which is
     symmetric: no matrix square root of a non-symmetric product, so nothing complex to discard.
+    `root1`: `C1^½`, where one C1 is compared with many.
     """
-    root = _psd_root(cov1)
+    root = psd_root(cov1) if root1 is None else root1
     values = torch.linalg.eigvalsh(root @ cov2 @ root)
     trace = torch.trace(cov1) + torch.trace(cov2) - 2 * values.clamp_min(0).sqrt().sum()
     return ((mean1 - mean2).square().sum() + trace).item()
@@ -95,6 +104,14 @@ class Moments:
     def of(cls, features: Tensor) -> Moments:
         features = features.double()
         return cls(len(features), features.sum(dim=0), features.T @ features)
+
+    @classmethod
+    def over(cls, blocks: Iterable[Tensor]) -> Moments:
+        """The sums over a stream of features, of which one block at a time is in float64."""
+        return reduce(add, map(cls.of, blocks))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
 
     def __sub__(self, other: Moments) -> Moments:
         return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)

@@ -15,25 +15,52 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from harness.evaluation.frechet import Moments, frechet_distance, gaussian_statistics
+from harness.evaluation.frechet import (
+    BLOCK,
+    Moments,
+    frechet_distance,
+    gaussian_statistics,
+    psd_root,
+)
 
 GROUPS = 10
+# A metric of all pairs takes that many samples at most, of the generated ones and of the reference:
+# its memory grows with the square, 800 MB of float64 here.
+PAIRWISE_LIMIT = 10_000
+
+# Kinds of extractors, by the `type` of their section.
+CLASSIFIERS = ("cnn", "resnet")
+TRAINED = (*CLASSIFIERS, "clip")
+ALL = (*TRAINED, "inception")
 
 
 class Reference:
-    """The reference's features `(M, D)`, and what every comparison with them needs again."""
+    """What samples are compared with, and what every comparison needs again.
 
-    def __init__(self, features: Tensor):
+    `features`: `(M, D)`, at most PAIRWISE_LIMIT (None where there are only statistics).
+    `statistics`: mean and covariance, if they are of more than `features`.
+    """
+
+    def __init__(self, features: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None):
         self.features = features
+        self._statistics = statistics
         self._radii: dict[int, Tensor] = {}
 
     @cached_property
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def _own(self) -> tuple[Tensor, Tensor]:
         return gaussian_statistics(self.features)
 
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        return self._own if self._statistics is None else self._statistics
+
+    @cached_property
+    def covariance_root(self) -> Tensor:
+        return psd_root(self.statistics[1])
+
     def standardise(self, x: Tensor) -> Tensor:
-        """float64, by the reference's own mean and deviation."""
-        mean, covariance = self.statistics
+        """float64, by the mean and deviation of the reference's features."""
+        mean, covariance = self._own
         return (x.double() - mean) / covariance.diagonal().sqrt().clamp_min(1e-6)
 
     @cached_property
@@ -65,21 +92,32 @@ class Views:
     text_similarity: Tensor | None = None
     aesthetic: Tensor | None = None
     neighbours: int = 3
+    alone: bool = True  # False: one of several subsets, whose spread is the error
+
+    @property
+    def reference_features(self) -> Tensor | None:
+        return self.reference.features
 
     def disjoint(self, count: int) -> list[Views]:
         """All disjoint subsets of `count` consecutive samples (a remainder is left out)."""
         per_sample = {
             name: value for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        starts = range(0, len(self.features) - count + 1, count)
         return [
-            replace(self, **{name: v[start : start + count] for name, v in per_sample.items()})
-            for start in range(0, len(self.features) - count + 1, count)
+            replace(
+                self,
+                **{name: v[start : start + count] for name, v in per_sample.items()},
+                alone=len(starts) == 1,
+            )
+            for start in starts
         ]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric. `needs`: attributes of `Views` that must be there. `settings`: what of
+    """A registered metric. `needs`: attributes of `Views` that must be there. `extractors`: the
+    types of those it is defined on. `limit`: the most samples that it takes. `settings`: what of
     its definition a reader must know (part of the protocol)."""
 
     name: str
@@ -88,20 +126,34 @@ class Metric:
     needs: tuple[str, ...]
     compute: Callable[[Views], tuple[float, float]]
     settings: dict
+    extractors: tuple[str, ...] = ALL
+    limit: int | None = None
+
+    def count(self, num_samples: int) -> int:
+        """How many samples it is computed on where there are `num_samples`."""
+        return num_samples if self.limit is None else min(num_samples, self.limit)
 
 
 METRICS: dict[str, Metric] = {}
 
 
 def register(
-    name: str, label: str, higher_is_better: bool, needs: tuple[str, ...] = (), **settings
+    name: str,
+    label: str,
+    higher_is_better: bool,
+    needs: tuple[str, ...] = (),
+    extractors: tuple[str, ...] = ALL,
+    limit: int | None = None,
+    **settings,
 ) -> Callable:
     """Register `compute(views) -> (value, stderr)` under `name`; a name may be taken once."""
 
     def decorate(compute):
         if name in METRICS:
             raise ValueError(f"metric {name!r} is registered already")
-        METRICS[name] = Metric(name, label, higher_is_better, needs, compute, settings)
+        METRICS[name] = Metric(
+            name, label, higher_is_better, needs, compute, settings, extractors, limit
+        )
         return compute
 
     return decorate
@@ -118,13 +170,31 @@ def jackknife(estimates: list[float]) -> float:
     return math.sqrt((len(t) - 1) * t.var(correction=0).item())
 
 
-@register("fd", "Fréchet distance", False, covariance="N-1")
-def frechet(views: Views) -> tuple[float, float]:
-    reference = views.reference.statistics
-    everything = Moments.of(views.features)
-    value = frechet_distance(*everything.statistics(), *reference)
+def _frechet(views: Views, distance: Callable) -> tuple[float, float]:
+    everything = Moments.over(views.features.split(BLOCK))
+    value = distance(*everything.statistics())
+    if not views.alone:
+        return value, math.nan
     without = [everything - Moments.of(group) for group in views.features.chunk(GROUPS)]
-    return value, jackknife([frechet_distance(*m.statistics(), *reference) for m in without])
+    return value, jackknife([distance(*moments.statistics()) for moments in without])
+
+
+@register("fd", "Fréchet distance", False, extractors=TRAINED, covariance="N-1")
+def frechet(views: Views) -> tuple[float, float]:
+    """In the features of a network trained here: no FID."""
+    reference = views.reference.statistics
+    return _frechet(views, lambda *generated: frechet_distance(*generated, *reference))
+
+
+@register("fid-edm", "FID, EDM's protocol", False, extractors=("inception",), covariance="N-1")
+def fid_edm(views: Views) -> tuple[float, float]:
+    """Fréchet Inception distance (Heusel et al. 2017), with the quantisation, the network and the
+    covariance of EDM's evaluation (Karras et al. 2022).
+
+    The reference comes first here: of 2048 features its root takes as long as all the rest."""
+    mean, covariance = views.reference.statistics
+    root = views.reference.covariance_root
+    return _frechet(views, lambda *generated: frechet_distance(mean, covariance, *generated, root))
 
 
 def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -132,7 +202,16 @@ def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-@register("kd", "Kernel distance", False, kernel="(x·y/D + 1)³", estimate="unbiased", scale=1000)
+@register(
+    "kd",
+    "Kernel distance",
+    False,
+    needs=("reference_features",),
+    limit=PAIRWISE_LIMIT,
+    kernel="(x·y/D + 1)³",
+    estimate="unbiased",
+    scale=1000,
+)
 def kernel_distance(views: Views) -> tuple[float, float]:
     """Squared maximum mean discrepancy, unbiased, on all samples, times 1000 (Bińkowski et al.
     2018). Features are standardised by the reference: on raw ones the cube is dominated by a few
@@ -164,7 +243,7 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
     return (torch.cdist(points, centres) <= radii).any(dim=1)
 
 
-@register("precision", "Precision", True)
+@register("precision", "Precision", True, ("reference_features",), limit=PAIRWISE_LIMIT)
 def precision(views: Views) -> tuple[float, float]:
     """Share of generated samples within the reference's manifold (Kynkäänniemi et al. 2019)."""
     reference = views.reference
@@ -172,7 +251,7 @@ def precision(views: Views) -> tuple[float, float]:
     return _mean(_covered(views.features, reference.features, radii))
 
 
-@register("recall", "Recall", True)
+@register("recall", "Recall", True, ("reference_features",), limit=PAIRWISE_LIMIT)
 def recall(views: Views) -> tuple[float, float]:
     """Share of reference samples within the generated samples' manifold."""
     radii = neighbour_radii(views.features, views.neighbours)
@@ -180,19 +259,24 @@ def recall(views: Views) -> tuple[float, float]:
     return covered.double().mean().item(), math.nan
 
 
-@register("accuracy", "Class accuracy (%)", True, ("probabilities", "labels"))
+@register(
+    "accuracy", "Class accuracy (%)", True, ("probabilities", "labels"), extractors=CLASSIFIERS
+)
 def accuracy(views: Views) -> tuple[float, float]:
-    """Share of samples that the classifier takes for the class asked for, in percent."""
+    """Share of samples that the classifier takes for the class asked for, in percent. Inception's
+    classes are not those of the data set."""
     return _mean(100.0 * (views.probabilities.argmax(dim=1) == views.labels))
 
 
-@register("clip-score", "CLIP score", True, ("text_similarity",), scale=100)
+@register("clip-score", "CLIP score", True, ("text_similarity",), extractors=("clip",), scale=100)
 def clip_score(views: Views) -> tuple[float, float]:
     """100 cos(image, caption asked for), at least 0 (Hessel et al. 2021, without their 2.5)."""
     return _mean(100.0 * views.text_similarity.clamp_min(0))
 
 
-@register("aesthetic", "Aesthetic (legibility)", True, ("aesthetic",), scale="0-10")
+@register(
+    "aesthetic", "Aesthetic (legibility)", True, ("aesthetic",), extractors=("clip",), scale="0-10"
+)
 def aesthetic(views: Views) -> tuple[float, float]:
     """Mean of the head's rating of each image."""
     return _mean(views.aesthetic)

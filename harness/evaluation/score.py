@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from harness import data as datasets
-from harness.artifacts import digest, read_json, save_tensors, write_json
+from harness.artifacts import digest, read_json, save_tensors, sha256_file, write_json
 from harness.config import Experiment
 from harness.data import Dataset
+from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
-from harness.evaluation.metrics import METRICS, Metric, Reference, Views
-from harness.networks import denoiser_record, load_denoiser
+from harness.evaluation.frechet import Moments, load_statistics
+from harness.evaluation.metrics import METRICS, PAIRWISE_LIMIT, Metric, Reference, Views
+from harness.networks import denoiser_record, inception, load_denoiser
 from harness.sampling import heun_generator, one_step_generator, sample
+from harness.streams import Stream
 
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 SCHEMA = 1
@@ -47,28 +50,51 @@ class Scorer:
         self.experiment = experiment
         self.dataset: Dataset = datasets.load(experiment.data_dir())
         self.extractors: list[Extractor] = [
-            load_extractor(name, experiment.features_dir(name), self.dataset)
+            load_extractor(experiment, name, self.dataset)
             for name in experiment.evaluation.extractors
         ]
-        train = self.dataset.train
-        self._reference = {
-            e.name: Reference(
-                torch.cat(
-                    [
-                        e.see(p, y)["features"]
-                        for p, y in zip(
-                            train.pixels.split(256), train.labels.split(256), strict=True
-                        )
-                    ]
-                )
-            )
-            for e in self.extractors
-        }
+        available = [e for e in self.extractors if not e.unavailable]
+        self.statistics = self._published_statistics()
+        self._reference = {e.name: self._reference_of(e) for e in available}
         self.protocols: dict[str, dict] = {}
 
-    @property
-    def reference(self) -> str:
-        return f"{self.dataset.name}-train{len(self.dataset.train)}"
+    def _published_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """The mean and covariance that an FID compares with, where the experiment says so."""
+        if self.experiment.evaluation.reference == "statistics":
+            return load_statistics(self.dataset.statistics, inception.DIM)
+        if not len(self.dataset.train):
+            raise UserError(
+                f"data {self.dataset.name} has no images to compare with; "
+                "evaluation needs reference: statistics"
+            )
+        return None
+
+    def _reference_of(self, extractor: Extractor) -> Reference:
+        """What an extractor sees of the training part. Of a large one a fixed draw is kept, and its
+        statistics are summed while it streams by."""
+        train, parts, sums = self.dataset.train, [], None
+        published = self.statistics if extractor.kind == "inception" else None
+        if not len(train):
+            return Reference(None, published)
+        everything = torch.arange(len(train))
+        drawn = Stream(0, "reference").uniform(everything).argsort()[:PAIRWISE_LIMIT].sort().values
+        for index in (everything if published is None else drawn).split(256):
+            features = extractor.see(train.pixels[index], train.labels[index])["features"]
+            parts.append(features[torch.isin(index, drawn)])
+            if published is None and len(drawn) < len(train):
+                sums = sums + Moments.of(features) if sums else Moments.of(features)
+        return Reference(torch.cat(parts), sums.statistics() if sums else published)
+
+    def _reference_record(self, metric: Metric) -> dict:
+        """What of a protocol says what the metric compares with."""
+        if metric.name == "fid-edm" and self.statistics:
+            sha256 = sha256_file(self.dataset.statistics)
+            return {"reference": f"{self.dataset.name}-statistics", "reference_sha256": sha256}
+        train = len(self.dataset.train)
+        record = {"reference": f"{self.dataset.name}-train{train}"}
+        if metric.limit and train > metric.limit:
+            record["reference_draw"] = f"{metric.limit} images, always the same"
+        return record | {"reference_sha256": self.dataset.sha256}
 
     def counts(self) -> list[int]:
         """The main sample count and the size of the held-out part, at which the floor stands (where
@@ -76,26 +102,30 @@ class Scorer:
         main, held_out = self.experiment.evaluation.num_samples, len(self.dataset.held_out)
         return list(dict.fromkeys([main, held_out or main]))
 
-    def _protocol(self, metric: str, extractor: Extractor, count: int) -> str:
+    def _protocol(self, metric: Metric, extractor: Extractor, count: int) -> str:
         """Register the record that identifies a number; returns its hash."""
+        from importlib.metadata import version
+
         from harness import __version__
 
-        evaluation, settings = self.experiment.evaluation, dict(METRICS[metric].settings)
-        if metric in ("precision", "recall"):
+        evaluation, settings = self.experiment.evaluation, dict(metric.settings)
+        library = f"harness {__version__}"
+        if extractor.kind == "inception":
+            library += f", torch-fidelity {version('torch-fidelity')}"
+        if metric.name in ("precision", "recall"):
             settings["k"] = evaluation.neighbours
         record = {
-            "metric": metric,
+            "metric": metric.name,
             "settings": settings,
             "extractor": extractor.name,
             "extractor_sha256": extractor.hashes,
             "num_samples": count,
             "subsets": "all disjoint ones of this size, averaged",
-            "reference": self.reference,
-            "reference_sha256": self.dataset.sha256,
+            **self._reference_record(metric),
             "quantisation": QUANTISATION,
-            "resize": "none",
+            "resize": extractor.resize,
             "sampling": f"image i from (seed {evaluation.sampling_seed}, i), balanced labels",
-            "library": f"harness {__version__}",
+            "library": library,
         }
         name = digest(record)
         self.protocols[name] = record
@@ -108,35 +138,53 @@ class Scorer:
 
         `against`: feature networks that the generator was trained on; their rows are flagged.
         """
-        observer = Observer(self.extractors)
+        observer = Observer([e for e in self.extractors if not e.unavailable])
         for pixels, labels in blocks:
             observer.add(pixels, labels)
         rows = []
         for extractor in self.extractors:
-            views = observer.views(
-                extractor.name,
-                self._reference[extractor.name],
-                self.experiment.evaluation.neighbours,
-            )
+            views = None
+            if not extractor.unavailable:
+                views = observer.views(
+                    extractor.name,
+                    self._reference[extractor.name],
+                    self.experiment.evaluation.neighbours,
+                )
             flag = "trained-on-extractor" if extractor.name in (against or []) else ""
-            for count in counts:
-                parts = views.disjoint(count)
-                for metric in METRICS.values():
-                    if any(getattr(views, need) is None for need in metric.needs):
-                        continue
-                    value, stderr = over_subsets(metric, parts)
-                    rows.append(
-                        {
-                            "metric": metric.name,
-                            "extractor": extractor.name,
-                            "num_samples": count,
-                            "value": value,
-                            "stderr": stderr,
-                            "protocol": self._protocol(metric.name, extractor, count),
-                            "flag": flag,
-                        }
-                    )
+            for metric, count in self._measurements(extractor, views, counts):
+                value = stderr = None
+                if views is not None:
+                    value, stderr = over_subsets(metric, views.disjoint(count))
+                row = {
+                    "metric": metric.name,
+                    "extractor": extractor.name,
+                    "num_samples": count,
+                    "value": value,
+                    "stderr": stderr,
+                    "protocol": self._protocol(metric, extractor, count),
+                    "flag": flag,
+                }
+                if views is None:
+                    row["status"] = f"unavailable ({extractor.unavailable})"
+                rows.append(row)
         return rows
+
+    def _measurements(
+        self, extractor: Extractor, views: Views | None, counts: list[int]
+    ) -> list[tuple[Metric, int]]:
+        """Each metric that applies to an extractor, with the sample counts it is computed at.
+        `views` None: the extractor is unavailable, and its metrics are those that would apply."""
+
+        def applies(metric: Metric) -> bool:
+            if extractor.kind not in metric.extractors:
+                return False
+            if views is None:
+                return len(self.dataset.train) > 0 or "reference_features" not in metric.needs
+            return all(getattr(views, need) is not None for need in metric.needs)
+
+        names = [name for name, metric in METRICS.items() if applies(metric)]
+        wanted = dict.fromkeys((name, METRICS[name].count(n)) for n in counts for name in names)
+        return [(METRICS[name], n) for name, n in wanted]
 
     def generated(self, generate: Callable, device: str) -> Blocks:
         """Quantised samples of a generator, on the host, as the protocol says."""

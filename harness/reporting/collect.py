@@ -26,6 +26,11 @@ def column_name(metric: str, num_samples: int, extractor: str) -> str:
     return f"{metric}_n{num_samples}_{extractor}"
 
 
+def is_unavailable(status: pd.Series) -> pd.Series:
+    """Which rows stand for a number that was not to be had; nothing failed there."""
+    return status.str.startswith("unavailable")
+
+
 def _score(made: Path, made_spec: object, scores: Path, score_spec: object) -> dict | None:
     """The scores of what the record `made` describes, if both are what the experiment now asks
     for and belong together."""

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from harness.artifacts import load_tensors, read_json
 from harness.config import Experiment
 from harness.evaluation.metrics import METRICS
-from harness.reporting.collect import column_name
+from harness.reporting.collect import column_name, is_unavailable
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers and dashes carry it in grey too.
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#000000", "#8C8C00")
@@ -107,7 +107,7 @@ def quality(
     for panel, (metric, extractor) in zip(panels[0], metrics, strict=bool(metrics)):
         column = column_name(metric, experiment.evaluation.num_samples, extractor)
         rows = table[table.column == column]
-        log = METRICS[metric].name == "fd"
+        log = metric in ("fd", "fid-edm")
         for name, style in _style(experiment).items():
             mine = rows[(rows.student == name) & (rows.grid.str.contains(axis) | rows.final)]
             if mine.empty:
@@ -259,6 +259,7 @@ def training_health(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
 
 def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
     """All figures; returns their paths."""
+    table = table[~is_unavailable(table.status)]
     available = set(zip(table.metric, table.extractor, strict=True))
     main = experiment.evaluation.main_metric
     wanted = [(main, e) for e in experiment.evaluation.extractors]

@@ -18,6 +18,8 @@ PACKAGES = (
     "scikit-learn",
 )
 
+FEATURE_FACTS = ("sha256", "held_out_accuracy", "aesthetic", "unavailable")
+
 
 def _git(*arguments: str) -> str | None:
     try:
@@ -74,7 +76,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) 
         "config": experiment.raw,
         "runs": runs,
         "features": {
-            name: {k: record.get(k) for k in ("sha256", "held_out_accuracy", "aesthetic")}
+            name: {k: record[k] for k in FEATURE_FACTS if k in record}
             for name in experiment.features
             if (path := experiment.features_dir(name) / "features.json").exists()
             and (record := read_json(path))

@@ -6,7 +6,7 @@ import sys
 
 from harness.artifacts import write_json, write_text
 from harness.config import Experiment
-from harness.reporting.collect import COLUMNS, collect
+from harness.reporting.collect import COLUMNS, collect, is_unavailable
 from harness.reporting.manifest import manifest
 from harness.reporting.tables import (
     Comparison,
@@ -32,10 +32,11 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     columns = main_columns(
         comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
     )
-    complete = bool((table.status == "ok").all())
+    failing = (table.status != "ok") & ~is_unavailable(table.status)
+    complete = not failing.any()
     title = f"One-step students on {experiment.name}"
     if not complete:
-        failed = int((table.seed.notna() & (table.status != "ok")).sum())
+        failed = int((table.seed.notna() & failing).sum())
         title += f" (incomplete: {failed} of {len(experiment.runs)} runs failed)"
     write_text(tables / "metrics.csv", table[list(COLUMNS)].to_csv(index=False))
     write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))

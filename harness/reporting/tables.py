@@ -10,6 +10,7 @@ import pandas as pd
 from harness.artifacts import read_json
 from harness.config import Experiment, Limit
 from harness.evaluation.metrics import METRICS
+from harness.reporting.collect import is_unavailable
 
 
 @dataclass
@@ -44,7 +45,7 @@ def _facts(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
         record = read_json(made)
         facts |= {"parameters": record["parameters"], "frozen": 0.0, "data_free": "no"}
         facts |= {u: record.get("ledger", {}).get(u) for u in ("images", "flops", "seconds")}
-    bad = rows[rows.status != "ok"]
+    bad = rows[(rows.status != "ok") & ~is_unavailable(rows.status)]
     share = f"{len(bad)} of {len(seeds)} " if len(seeds) > 1 else ""
     facts["status"] = "ok" if bad.empty else share + bad.status.iloc[0]
     return facts
@@ -66,6 +67,9 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
             values = mine[mine.column == column].value.astype(float)
             row[column] = values.mean() if len(values) else None
             row[f"{column}_std"] = values.std(ddof=1) if len(values) > 1 else None
+            missing = mine[(mine.column == column) & is_unavailable(mine.status)]
+            if len(missing):
+                row[f"{column}_status"] = missing.status.iloc[0]
         rows.append(row)
     metric_of = final.drop_duplicates("column").set_index("column").metric
     heading = {
@@ -95,7 +99,7 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
         f"Mean ± std over {len(seeds)} training seeds; EMA weights at the end of the budget "
         f"({budgets}); "
         f"sampling seed {experiment.evaluation.sampling_seed}; reference "
-        f"{reference.iloc[0] if len(reference) else 'missing'}."
+        f"{', '.join(reference.unique()) or 'missing'}."
         + (held_out if (table.student == "floor").any() else "")
     ]
     for name, section in experiment.students.items():
@@ -112,6 +116,11 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
             f"Settings other than the method's defaults: {changed or 'none'}."
             + (f" {lost} non-finite steps skipped (seed {seeds[0]})." if lost else "")
         )
+    for name in experiment.evaluation.extractors:
+        folder = experiment.features_dir(name)
+        record = read_json(path) if (path := folder / "features.json").exists() else {}
+        if "unavailable" in record:
+            notes.append(f"{name} is unavailable: {record['why']}; then delete {folder}.")
     for flag, text in (
         ("trained-on-extractor", "were trained against the network of that column"),
         ("contended", "were timed beside other work: do not compare their seconds"),
@@ -143,7 +152,10 @@ def formatted(comparison: Comparison, columns: list[str] | None = None) -> pd.Da
             return "–" if value is None or pd.isna(value) else form.format(value / scale)
 
         line = {"student": row.student}
-        line |= {comparison.heading[c]: cell(row[c], row[f"{c}_std"]) for c in columns}
+        for c in columns:
+            status = row.get(f"{c}_status")
+            value = status if isinstance(status, str) else cell(row[c], row[f"{c}_std"])
+            line[comparison.heading[c]] = value
         line |= {
             "NFE": number("nfe"),
             "seeds": number("seeds"),
@@ -161,12 +173,14 @@ def formatted(comparison: Comparison, columns: list[str] | None = None) -> pd.Da
 
 
 def main_columns(comparison: Comparison, main_metric: str, num_samples: int) -> list[str]:
-    """Columns at the main sample count, and the main metric at the held-out size."""
-    return [
-        c
-        for c in comparison.columns
-        if f"_n{num_samples}_" in c or c.startswith(f"{main_metric}_n")
-    ]
+    """Columns at the main sample count (or the most that a metric takes of it), and the main metric
+    at the held-out size."""
+
+    def main(column: str) -> bool:
+        metric = METRICS[column.split("_n")[0]]
+        return metric.name == main_metric or f"_n{metric.count(num_samples)}_" in column
+
+    return [column for column in comparison.columns if main(column)]
 
 
 def to_markdown(comparison: Comparison, title: str, columns: list[str]) -> str:

@@ -1,0 +1,81 @@
+"""Inception of 2015-12-05, the network of every published FID, as torch-fidelity has it.
+
+Its weights are TensorFlow's own, converted; it resizes to 299 x 299 as TensorFlow 1 did (bilinear,
+no antialiasing), so images come as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from harness.downloads import fetch
+from harness.errors import UserError
+
+WEIGHTS = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+RESIZE = "to 299 x 299 inside the network, bilinear as TensorFlow 1"
+DIM = 2048
+BLOCK = 64  # images at a time: 1 GB of activations
+
+
+def fetch_weights(source: str | None = None) -> Path:
+    """The weights' file: `source`, a local file, or the published one, downloaded once. A file of
+    another hash, or none at all, is a `UserError`."""
+    return fetch(source or WEIGHTS, SHA256)
+
+
+class Inception(nn.Module):
+    """uint8 images `(B, 1 or 3, H, W)` of any size -> features `(B, 2048)` of the last pooling and
+    probabilities `(B, 1008)`, those of the Inception Score (logits without their bias, as in
+    Salimans et al. 2016); float32, on the images' device."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        device = self.network.fc.weight.device
+        blocks = []
+        # A GPU would convolve in TensorFloat-32, and features differ from machine to machine.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for block in pixels.split(BLOCK):
+                rgb = block.expand(-1, 3, -1, -1).to(device)
+                features, logits = self.network(rgb)
+                blocks.append((features, logits.softmax(dim=1)))
+        return tuple(torch.cat(parts).to(pixels.device) for parts in zip(*blocks, strict=True))
+
+
+def load_inception(path: Path, device: str = "cpu") -> Inception:
+    """Inception with the weights in a file that `fetch_weights` gave."""
+    import pickle
+
+    network = _untrained()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        nn.Module.load_state_dict(network, state)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(
+            f"{path} holds no weights of Inception: {str(error).splitlines()[0]}"
+        ) from None
+    return Inception(network.to(device))
+
+
+def _untrained() -> nn.Module:
+    """torch-fidelity's network with the random weights of its layers, without the download or the
+    unpickling in its constructor."""
+    from torch_fidelity import feature_extractor_inceptionv3 as library
+
+    class Network(library.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):  # called by the constructor alone
+            pass
+
+    with mock.patch.object(library, "load_state_dict_from_url", lambda *_, **__: None):
+        return Network("inception-v3-compat", ["2048", "logits_unbiased"])

@@ -1,0 +1,297 @@
+"""Inception: its plumbing on random weights, its metric's name, and how tables say it is missing.
+
+The published weights are downloaded, so no number here is an FID.
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from harness.artifacts import digest, save_tensors, write_json
+from harness.cli import main
+from harness.config import parse_experiment
+from harness.errors import UserError
+from harness.evaluation import score
+from harness.evaluation.extractors import Extractor, Observer
+from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
+from harness.evaluation.metrics import METRICS, Reference, Views
+from harness.evaluation.score import Scorer
+from harness.feature_networks import build_feature_network
+from harness.networks import inception
+from harness.reporting.collect import collect
+
+NOWHERE = "http://127.0.0.1:9/weights-inception.pth"
+
+
+def images(n: int, channels: int = 3, size: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, 256, (n, channels, size, size), generator=generator).to(torch.uint8)
+
+
+# -- the network --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network() -> inception.Inception:
+    torch.manual_seed(0)
+    return inception.Inception(inception._untrained())
+
+
+def test_features_and_probabilities(network):
+    pixels = images(3)
+    features, probabilities = network(pixels)
+    assert features.shape == (3, 2048) and probabilities.shape == (3, 1008)
+    assert features.dtype == probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3))
+    grey = images(2, channels=1)
+    torch.testing.assert_close(network(grey)[0], network(grey.repeat(1, 3, 1, 1))[0])
+    with pytest.raises(Exception, match="uint8"):
+        network(pixels.float())
+
+
+def test_blocks_change_nothing(network, monkeypatch):
+    """What an image gives depends on no other image, whatever the blocks of a stream."""
+    pixels, labels = images(5), torch.zeros(5, dtype=torch.int64)
+    extractor = Extractor("inception", "inception", network, inception.SHA256)
+    observer = Observer([extractor])
+    for part in ((0, 1), (1, 5)):
+        observer.add(pixels[slice(*part)], labels[slice(*part)])
+    streamed = observer.views("inception", Reference(torch.zeros(2, 2048)), 3)
+    monkeypatch.setattr(inception, "BLOCK", 2)
+    whole = extractor.see(pixels, labels)
+    torch.testing.assert_close(streamed.features, whole["features"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streamed.probabilities, whole["probabilities"])
+
+
+def test_weights_are_read_as_the_library_reads_them(network, tmp_path):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path / "weights.pth"
+    torch.save(network.network.state_dict(), path)
+    theirs = FeatureExtractorInceptionV3("theirs", ["2048"], str(path))
+    pixels = images(1)
+    assert torch.equal(inception.load_inception(path)(pixels)[0], theirs(pixels)[0])
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"weights\.pth holds no weights of Inception"):
+        inception.load_inception(path)
+
+
+def test_no_file_but_the_published_one_is_taken(tmp_path):
+    (tmp_path / "mine.pth").write_bytes(b"other weights")
+    with pytest.raises(UserError, match=f"not {inception.SHA256}"):
+        inception.fetch_weights(str(tmp_path / "mine.pth"))
+
+
+# -- experiments --------------------------------------------------------------------------------
+
+
+class Stub(torch.nn.Module):
+    """Inception's contract with few features: a projection of the pixels."""
+
+    def forward(self, pixels):
+        generator = torch.Generator().manual_seed(1)
+        flat = pixels.float().flatten(1) / 255
+        features = flat @ torch.randn(flat.shape[1], 6, generator=generator)
+        return features, features.softmax(dim=1)
+
+
+@pytest.fixture
+def scored(tiny, tmp_path, monkeypatch):
+    """A function that leaves the tiny experiment's data, a random tiny-cnn and Inception's record
+    as the stages do, and returns the experiment, which is scored by both."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONESTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inception, "WEIGHTS", NOWHERE)
+    tiny["features"]["inception"] = {"type": "inception"}
+    tiny["evaluation"]["extractors"] = ["tiny-cnn", "inception"]
+
+    def make():
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny))
+        experiment = parse_experiment(tiny, "x.yaml")
+        for stage in (["data"], ["features", "inception"]):
+            assert main([*stage, "--configfile", "x.yaml"]) == 0
+        section, folder = experiment.features["tiny-cnn"], experiment.features_dir("tiny-cnn")
+        torch.manual_seed(0)
+        cnn = build_feature_network("cnn", (1, 8, 8), 10, section.width)
+        sha256 = save_tensors(folder / "features.safetensors", cnn.state_dict())
+        record = {"architecture": section.model_dump(), "sha256": sha256}
+        write_json(folder / "features.json", record)
+        return experiment
+
+    return make
+
+
+@pytest.fixture
+def available(scored, monkeypatch):
+    """The same, where the weights can be had."""
+    monkeypatch.setattr(inception, "fetch_weights", lambda source=None: source)
+    monkeypatch.setattr(inception, "load_inception", lambda path, device: Stub())
+    monkeypatch.setattr(inception, "DIM", 6)
+    return scored
+
+
+def rows_of(scorer: Scorer, counts: list[int]) -> dict[tuple[str, str, int], dict]:
+    held = scorer.dataset.held_out
+    rows = scorer.score(iter([(held.pixels, held.labels)]), counts)
+    keys = [(row["metric"], row["extractor"], row["num_samples"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    return dict(zip(keys, rows, strict=True))
+
+
+def test_only_inceptions_distance_is_called_fid(available):
+    scorer = Scorer(available())
+    rows = rows_of(scorer, [359])
+    both = {(metric, extractor) for metric, extractor, _ in rows}
+    shared = {"kd", "precision", "recall"}
+    assert {m for m, e in both if e == "tiny-cnn"} == {"fd", "accuracy", *shared}
+    assert {m for m, e in both if e == "inception"} == {"fid-edm", *shared}
+    assert all(row.get("status", "ok") == "ok" for row in rows.values())
+    row = rows["fid-edm", "inception", 359]
+    held, train = (
+        Stub()(part.pixels)[0] for part in (scorer.dataset.held_out, scorer.dataset.train)
+    )
+    expected = frechet_distance(*gaussian_statistics(held), *gaussian_statistics(train))
+    assert row["value"] == pytest.approx(expected, rel=1e-6)
+    protocol = scorer.protocols[row["protocol"]]
+    assert protocol["extractor_sha256"] == {"weights": inception.SHA256}
+    assert "x * 127.5 + 128" in protocol["quantisation"] and "299" in protocol["resize"]
+    assert "torch-fidelity" in protocol["library"]
+    assert protocol["reference"] == "digits-train1438"
+    other = scorer.protocols[rows["fd", "tiny-cnn", 359]["protocol"]]
+    assert other["resize"] == "none" and "torch-fidelity" not in other["library"]
+
+
+def test_the_fid_and_its_error_are_those_of_the_frechet_distance():
+    x, y = torch.randn(200, 5), torch.randn(300, 5) + 0.2
+    fid, fd = (METRICS[name].compute(Views(x, Reference(y))) for name in ("fid-edm", "fd"))
+    assert fid == pytest.approx(fd, rel=1e-9)
+
+
+def test_a_large_reference_is_summed_and_a_draw_of_it_kept(available, monkeypatch):
+    """The limit of metrics of all pairs: a draw of the reference, all subsets of the samples."""
+    whole = rows_of(Scorer(available()), [359])
+    monkeypatch.setattr(score, "PAIRWISE_LIMIT", 100)
+    for name in ("kd", "precision", "recall"):
+        monkeypatch.setitem(METRICS, name, replace(METRICS[name], limit=100))
+    scorer = Scorer(available())
+    assert len(scorer._reference["inception"].features) == 100
+    rows = rows_of(scorer, [359, 120])
+    assert {n for m, _, n in rows if m in ("kd", "precision", "recall")} == {100}
+    for key in (("fd", "tiny-cnn", 359), ("fid-edm", "inception", 359)):
+        assert rows[key]["value"] == pytest.approx(whole[key]["value"], rel=1e-6)
+        assert "reference_draw" not in scorer.protocols[rows[key]["protocol"]]
+    limited = scorer.protocols[rows["kd", "inception", 100]["protocol"]]
+    assert limited["reference_draw"] == "100 images, always the same"
+
+
+def test_published_statistics_are_the_reference_of_an_fid_alone(available, tmp_path, monkeypatch):
+    experiment = available()
+    training = rows_of(Scorer(experiment), [359])
+    path = tmp_path / "statistics.npz"
+    mu, sigma = np.ones(6), np.eye(6, dtype=np.float32)
+    np.savez(path, mu=mu, sigma=sigma)
+    load = score.datasets.load
+    monkeypatch.setattr(
+        score.datasets, "load", lambda folder: replace(load(folder), statistics=path)
+    )
+    evaluation = experiment.evaluation.model_copy(update={"reference": "statistics"})
+    experiment.evaluation = evaluation
+    scorer = Scorer(experiment)
+    rows = rows_of(scorer, [359])
+    for key, row in rows.items():
+        assert (row == training[key]) == (key[0] != "fid-edm")
+    held = gaussian_statistics(Stub()(scorer.dataset.held_out.pixels)[0])
+    expected = frechet_distance(*held, *load_statistics(path))
+    row = rows["fid-edm", "inception", 359]
+    assert row["value"] == pytest.approx(expected, rel=1e-6)
+    protocol = scorer.protocols[row["protocol"]]
+    assert protocol["reference"] == "digits-statistics"
+    assert protocol["reference_sha256"] == score.sha256_file(path)
+
+
+# -- without the weights ------------------------------------------------------------------------
+
+
+def test_missing_weights_are_told_in_every_row_and_stop_nothing(scored, capsys):
+    experiment = scored()
+    assert "inception is unavailable: http://127.0.0.1:9" in capsys.readouterr().err
+    record = json.loads((experiment.features_dir("inception") / "features.json").read_text())
+    assert record["unavailable"] == "no weights" and "sha256" not in record
+    scorer = Scorer(experiment)
+    rows = rows_of(scorer, [359])
+    for (_, extractor, _), row in rows.items():
+        if extractor == "inception":
+            assert row["value"] is None and row["stderr"] is None
+            assert row["status"] == "unavailable (no weights)"
+        else:
+            assert row["value"] is not None and "status" not in row
+    assert {m for m, e, _ in rows if e == "inception"} == {"fid-edm", "kd", "precision", "recall"}
+
+    # The tables, from a teacher's scores.
+    entry = {"snapshot": "", "final": True, "grid": [], "student": "teacher", "nfe": 7}
+    entry |= dict.fromkeys(("ema", "images", "flops", "seconds"))
+    made = {"spec": digest(experiment.teacher_spec("edm")), "sha256": "", "parameters": 1}
+    write_json(experiment.teacher_dir("edm") / "teacher.json", made)
+    scores = {"teacher": "edm", "method": None, "seed": None, "weights": ""}
+    scores |= {"spec": digest(experiment.reference_score_spec("edm"))}
+    path = experiment.reference_score_path("edm")
+    pixels = {"pixels": images(10, 1, 8), "labels": torch.arange(10)}
+    scores["entries"] = [entry | {"rows": list(rows.values())}]
+    score._finish(path, scores, scorer, pixels)
+    table, _ = collect(experiment, partial=True)
+    teacher = table[table.student == "teacher"]
+    assert set(teacher[teacher.extractor == "inception"].column) == {
+        f"{metric}_n359_inception" for metric in ("fid-edm", "kd", "precision", "recall")
+    }
+    assert main(["report", "--partial", "--configfile", "x.yaml"]) == 0
+    csv = pd.read_csv(experiment.root / "tables" / "metrics.csv")
+    fid = csv[csv.metric == "fid-edm"]
+    assert fid.value.isna().all() and set(fid.status) == {"unavailable (no weights)"}
+    assert csv[csv.metric == "fd"].value.notna().all()
+    comparison = pd.read_csv(experiment.root / "tables" / "comparison.csv").set_index("student")
+    assert comparison.status["teacher"] == "ok"
+    assert comparison["fid-edm_n359_inception_status"]["teacher"] == "unavailable (no weights)"
+    markdown = (experiment.root / "tables" / "comparison.md").read_text()
+    note = next(line for line in markdown.splitlines() if "inception is unavailable" in line)
+    assert NOWHERE in note and note.endswith(
+        f"; then delete {experiment.features_dir('inception')}."
+    )
+
+
+# -- files of statistics ------------------------------------------------------------------------
+
+
+def test_statistics_are_read_with_their_mistakes_told(tmp_path):
+    path = tmp_path / "s.npz"
+
+    def write(**arrays):
+        np.savez(path, **arrays)
+        return path
+
+    mean, covariance = load_statistics(write(mu=np.zeros(3), sigma=np.eye(3, dtype=np.float32)), 3)
+    assert mean.dtype == covariance.dtype == torch.float64 and covariance.shape == (3, 3)
+    bad = np.eye(3)
+    bad[0, 0] = np.nan
+    for arrays, dim, message in (
+        ({"mu": np.zeros(3)}, None, "hold the keys mu and sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, None, r"mu \(3,\) and sigma \(2, 2\)"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, 2048, "of 3 features; the extractor has 2048"),
+        ({"mu": np.zeros(3), "sigma": bad}, None, "must be finite"),
+        ({"mu": np.array([{}]), "sigma": np.eye(1)}, None, "is no .npz file of numbers"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            load_statistics(write(**arrays), dim)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    path.write_bytes(b"text")
+    with pytest.raises(UserError, match=r"is no \.npz file"):
+        load_statistics(path)
+    np.save(tmp_path / "one.npy", np.eye(3))
+    with pytest.raises(UserError, match=r"is no \.npz file"):
+        load_statistics(tmp_path / "one.npy")
+    with pytest.raises(UserError, match="does not exist"):
+        load_statistics(tmp_path / "none.npz")
