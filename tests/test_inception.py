@@ -295,3 +295,15 @@ def test_statistics_are_read_with_their_mistakes_told(tmp_path):
         load_statistics(tmp_path / "one.npy")
     with pytest.raises(UserError, match="does not exist"):
         load_statistics(tmp_path / "none.npz")
+
+
+def test_a_student_trained_on_imagenet_features_is_flagged(available):
+    """GDD's lead in Inception's features vanishes in CLIP's: a column that shares the pretraining
+    of a student's discriminator says so."""
+    scorer = Scorer(available())
+    held = scorer.dataset.held_out
+    blocks = iter([(held.pixels, held.labels)])
+    rows = scorer.score(blocks, [359], ["timm/tf_efficientnet_lite0"], ["imagenet-1k"])
+    flags = {row["extractor"]: row["flag"] for row in rows}
+    assert flags.pop("inception") == "shares-pretraining"
+    assert set(flags.values()) == {""}

@@ -19,7 +19,8 @@ class Extractor:
     """A named feature network. Input: uint8 `(B, C, H, W)` at the data set's own resolution.
 
     `kind`: the type of its section. `unavailable`: why it cannot be had (then it sees nothing, and
-    `sha256` is that of the weights that it should have).
+    `sha256` is that of the weights that it should have). `pretraining`: the images that a network
+    from elsewhere was trained on, which a student's discriminator may know, too.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Extractor:
     head_sha256: str | None = None
     resize: str = "none"
     unavailable: str | None = None
+    pretraining: str | None = None
     _class_features: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -74,6 +76,7 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
             inception.SHA256,
             resize=inception.RESIZE,
             unavailable=record.get("unavailable"),
+            pretraining=inception.PRETRAINING,
         )
     network, record = load_feature_network(folder, dataset)
     if "aesthetic" not in record:

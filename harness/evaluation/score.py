@@ -7,7 +7,7 @@ error, protocol hash and flag. The protocols themselves stand beside them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -132,11 +132,17 @@ class Scorer:
         return name
 
     def score(
-        self, blocks: Blocks, counts: list[int], against: list[str] | None = None
+        self,
+        blocks: Blocks,
+        counts: list[int],
+        against: Collection[str] = (),
+        pretraining: Collection[str] = (),
     ) -> list[dict]:
         """Rows for the images in `blocks` (uint8 pixels, labels), at each of `counts`.
 
-        `against`: feature networks that the generator was trained on; their rows are flagged.
+        `against`: feature networks that the generator was trained on; `pretraining`: what such
+        networks had been trained on. The rows of an extractor that is one of them, or shares that
+        with one, are flagged.
         """
         observer = Observer([e for e in self.extractors if not e.unavailable])
         for pixels, labels in blocks:
@@ -150,7 +156,11 @@ class Scorer:
                     self._reference[extractor.name],
                     self.experiment.evaluation.neighbours,
                 )
-            flag = "trained-on-extractor" if extractor.name in (against or []) else ""
+            flag = ""
+            if extractor.name in against:
+                flag = "trained-on-extractor"
+            elif extractor.pretraining in pretraining:
+                flag = "shares-pretraining"
             for metric, count in self._measurements(extractor, views, counts):
                 value = stderr = None
                 if views is not None:
@@ -245,7 +255,9 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
                 "images": snapshot["ledger"]["images"],
                 "flops": snapshot["ledger"]["flops"],
                 "seconds": snapshot["ledger"]["seconds"],
-                "rows": scorer.score(blocks, scorer.counts(), run["trained_against"]),
+                "rows": scorer.score(
+                    blocks, scorer.counts(), run["trained_against"], run["pretraining"]
+                ),
             }
         )
         print(f"{student}/seed{seed}: scored {snapshot['name']}", file=sys.stderr, flush=True)

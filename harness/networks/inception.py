@@ -22,6 +22,7 @@ WEIGHTS = (
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 RESIZE = "to 299 x 299 inside the network, bilinear as TensorFlow 1"
 DIM = 2048
+PRETRAINING = "imagenet-1k"  # as `harness.networks.backbones.pretraining_set` names it
 BLOCK = 64  # images at a time: 1 GB of activations
 
 

@@ -123,6 +123,11 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
             notes.append(f"{name} is unavailable: {record['why']}; then delete {folder}.")
     for flag, text in (
         ("trained-on-extractor", "were trained against the network of that column"),
+        (
+            "shares-pretraining",
+            "were trained against a network that had seen the same images as that column's (a "
+            "lead in it may vanish in other features)",
+        ),
         ("contended", "were timed beside other work: do not compare their seconds"),
     ):
         flagged = table[table.flag.fillna("").str.contains(flag)]
