@@ -39,7 +39,7 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except KeyError:
-        raise UserError(f"{path}: reference statistics hold the keys mu and sigma") from None
+        raise UserError(f"{path}: reference statistics hold mu and sigma") from None
     except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no .npz file of numbers ({error})") from None
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
