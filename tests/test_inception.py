@@ -278,10 +278,10 @@ def test_statistics_are_read_with_their_mistakes_told(tmp_path):
     bad = np.eye(3)
     bad[0, 0] = np.nan
     for arrays, dim, message in (
-        ({"mu": np.zeros(3)}, None, "hold the keys mu and sigma"),
+        ({"mu": np.zeros(3)}, None, "reference statistics hold mu and sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, None, r"mu \(3,\) and sigma \(2, 2\)"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, 2048, "of 3 features; the extractor has 2048"),
-        ({"mu": np.zeros(3), "sigma": bad}, None, "must be finite"),
+        ({"mu": np.zeros(3), "sigma": bad}, None, "finite"),
         ({"mu": np.array([{}]), "sigma": np.eye(1)}, None, "is no .npz file of numbers"),
     ):
         with pytest.raises(UserError, match=message) as caught:

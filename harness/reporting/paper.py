@@ -56,7 +56,7 @@ def measured(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd
     protocol, which all papers of `PAPERS` use.
     """
     rows = table[table.final & (table.student == name) & table.metric.map(is_fid)]
-    rows = rows[rows.num_samples == experiment.evaluation.num_samples]
+    rows = rows[(rows.num_samples == experiment.evaluation.num_samples) & (rows.status == "ok")]
     columns = sorted(
         {(m != "fid-edm", m, e) for m, e in zip(rows.metric, rows.extractor, strict=True)}
     )
@@ -91,7 +91,8 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
     if experiment.evaluation.num_samples != FID_SAMPLES:
         notes.append(f"papers use {FID_SAMPLES} samples, and fewer raise an FID")
     if name in experiment.students:
-        notes += get_method(experiment.students[name].method).deviations
+        method = get_method(experiment.students[name].method)
+        notes += method.deviations_under(experiment.method_config(name))
     return {
         "reproduced": cell(values.mean(), values.std(ddof=1) if len(values) > 1 else None),
         "difference": round(values.mean() - entry["value"], 4),
