@@ -70,7 +70,7 @@ def test_the_shipped_experiments_are_valid(name):
         ("teachers.vp", {"source": "none.pkl"}, "teachers.vp.source: none.pkl does not exist"),
         ("teachers.vp", {"source": "https://x.org/a.pkl"},
          "teachers.vp.sha256: missing; a download is checked by its hash"),
-        ("teachers.vp", {"source": "README.md", "imagse": 3}, "teachers.vp.imagse: unknown key; known: sampler, sha256, source"),
+        ("teachers.vp", {"source": "README.md", "imagse": 3}, "teachers.vp.imagse: unknown key; known: network, sampler, sha256, source"),
         ("teachers.edm.imagse", 3, "teachers.edm.imagse: unknown key; did you mean 'images'?"),
         ("teachers.edm.images", 1000, "teachers.edm.images: not a multiple of its batch 64"),
         ("training.micro_batch", 5,
@@ -231,3 +231,24 @@ def test_every_default_says_where_it_comes_from():
         for key, field in get_method(name).Config.model_fields.items():
             assert field.json_schema_extra["origin"] in ("paper", "code", "ours"), (name, key)
             assert field.description, (name, key)
+
+
+def test_a_data_free_experiment_needs_no_images(tmp_path):
+    """A teacher from elsewhere and the reference's statistics are enough."""
+    raw = {
+        "name": "free",
+        "data": {"name": "x", "statistics": str(tmp_path / "x.npz"), "image_shape": [3, 16, 16]},
+        "features": {"inception": {"type": "inception"}},
+        "teachers": {"edm": {"source": str(tmp_path / "x.npz")}},
+        "students": {"sid": {"method": "sid"}},
+        "training": {"seeds": [0], "budget": [{"unit": "images", "amount": 256}]},
+        "evaluation": {
+            "extractors": ["inception"],
+            "reference": "statistics",
+            "main_metric": "fid-edm",
+        },
+    }
+    (tmp_path / "x.npz").touch()
+    parse_experiment(raw, "free")
+    raw["students"]["gdd"] = {"method": "gdd"}
+    assert mistakes(raw) == ["students.gdd: method gdd needs images; data has statistics alone"]
