@@ -78,7 +78,6 @@ STEPS = [
     ("cifar10-uncond", "sid"),
     ("cifar10-uncond", "gdd"),
     ("cifar10-cond", "dmd-noreg"),
-    ("cifar10-cond", "gdd-i"),
     ("ffhq64", "sid"),
     ("afhqv2-64", "sim"),
     ("imagenet64", "sid"),

@@ -282,7 +282,7 @@ def test_missing_weights_are_one_clear_line(unreachable, tiny):
         load_backbone("vgg16bn")
     tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0]}
     with pytest.raises(UserError, match=LITE0):
-        parse_experiment(tiny, "x").fetch_backbones()
+        parse_experiment(tiny, "x").fetch_pretrained()
 
 
 def test_weights_may_lie_in_the_cache(unreachable):
