@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,21 +99,43 @@ BREAK = """
 """
 
 
-@pytest.fixture(scope="session")
-def broken(tmp_path_factory) -> Workspace:
-    """The tiny experiment, run from nothing by the workflow with one method that fails."""
-    workspace = Workspace.create(tmp_path_factory.mktemp("broken") / "project")
+def run_broken(root: Path) -> Workspace:
+    workspace = Workspace.create(root)
     path = workspace.root / "methods" / "sim.py"
     path.write_text(path.read_text() + BREAK)
     workspace.last_run = workspace.snakemake(BREAK="1")
     return workspace
 
 
+def run_finished(broken: Future, root: Path) -> Workspace:
+    workspace = broken.result().clone(root)
+    workspace.last_run = workspace.snakemake()
+    return workspace
+
+
+def pytest_collection_modifyitems(config, items):
+    """The workflow's two runs take minutes: they go on beside the tests that need neither, which
+    come first."""
+    items.sort(key=lambda item: "broken" in item.fixturenames)
+    if items and "broken" in items[-1].fixturenames and not config.option.collectonly:
+        folder = Path(tempfile.mkdtemp(prefix="onestep-tests-"))
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        pool = ThreadPoolExecutor(1)
+        broken = pool.submit(run_broken, folder / "broken")
+        config.workflow = broken, pool.submit(run_finished, broken, folder / "finished")
+
+
 @pytest.fixture(scope="session")
-def finished(broken, tmp_path_factory) -> Workspace:
+def broken(pytestconfig) -> Workspace:
+    """The tiny experiment, run from nothing by the workflow with one method that fails."""
+    return pytestconfig.workflow[0].result()
+
+
+@pytest.fixture(scope="session")
+def finished(broken, pytestconfig) -> Workspace:
     """The same, finished by the next command, when nothing fails any more. Not to be changed."""
-    workspace = broken.clone(tmp_path_factory.mktemp("finished") / "project")
-    workspace.last_run = done = workspace.snakemake()
+    workspace = pytestconfig.workflow[1].result()
+    done = workspace.last_run
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace
 
