@@ -20,7 +20,7 @@ from harness.data import Dataset, Images
 from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
 from harness.feature_networks import build_feature_network
-from harness.ledger import Cost, measure
+from harness.ledger import measure
 from harness.networks import build_denoiser
 from harness.runs import Inputs, assemble
 from harness.trainer import Trainer
@@ -168,8 +168,7 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
             pair_flops = cost.flops * needs.pairs * (2 * needs.pair_steps - 1)
         for _ in range(PERIOD):
             trainer._iteration()
-    total: Cost = trainer.ledger
-    flops = total.flops / (PERIOD * run.batch)
+    flops = trainer.ledger.flops / (PERIOD * run.batch)
     main = trainer.networks["student"]
     beside = sum(
         p.numel() for n, net in trainer.networks.items() if n != "student" for p in net.parameters()
