@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from harness.artifacts import digest, write_json
+from harness.downloads import is_address
 from harness.errors import UserError, did_you_mean
 from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 
@@ -28,16 +29,15 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """An embedded data set (its name alone), one of image files (`source`), or no more than the
-    reference's statistics (`statistics`).
+    """An embedded data set (its name alone), one of image files (`source`), or no more than what
+    the images would be (`image_shape`), for an experiment that needs none.
 
-    Files are paths, relative to the working directory, or addresses with their sha256.
+    `source` is a path, relative to the working directory, or an address with its sha256.
     """
 
     name: str
     held_out: float = Field(0.2, ge=0, lt=1, description="fraction of each class held out")
     source: str | None = Field(None, min_length=1, description="zip or folder in EDM's layout")
-    statistics: str | None = Field(None, min_length=1, description=".npz with mu and sigma")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of that one file")
     labels: bool = Field(True, description="false: without classes, whatever the source says")
     num_classes: Positive | None = Field(None, description="default: the largest label + 1")
@@ -45,9 +45,8 @@ class DataSection(Section):
     image_shape: tuple[Positive, Positive, Positive] | None = Field(None, description="C, H, W")
 
     @property
-    def file(self) -> str | None:
-        """The path or address of what is not embedded."""
-        return self.source if self.source is not None else self.statistics
+    def has_images(self) -> bool:
+        return self.source is not None or self.image_shape is None
 
 
 class Limit(Section):
@@ -195,9 +194,10 @@ class EvaluationSection(Section):
     sampling_seed: int = Field(0, ge=0)
     extractors: list[str] = Field(min_length=1)
     main_metric: str = "fd"
-    reference: Literal["training", "statistics"] = Field(
-        "training", description="of an FID: the training part, or the data set's statistics"
+    statistics: str | None = Field(
+        None, min_length=1, description=".npz with mu, sigma: an FID's reference (not the data's)"
     )
+    statistics_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     neighbours: Positive = 3
     grid_samples: Positive = 100
 
@@ -337,7 +337,7 @@ class Experiment:
         from harness import RESULTS_FORMAT
 
         spec = {"name": self.data.name, "held_out": self.data.held_out, "format": RESULTS_FORMAT}
-        return spec | self.data.model_dump(exclude_defaults=True, exclude={"source", "statistics"})
+        return spec | self.data.model_dump(exclude_defaults=True, exclude={"source"})
 
     def features_spec(self, name: str) -> dict:
         return {"data": self.data_spec(), "features": self.features[name].model_dump()}
@@ -380,8 +380,9 @@ class Experiment:
 
     def evaluation_spec(self) -> dict:
         # A key that came later is left out where it keeps its default: finished scores outlive it.
-        spec = self.evaluation.model_dump(exclude={"reference"})
-        return spec | self.evaluation.model_dump(include={"reference"}, exclude_defaults=True)
+        later = {"statistics", "statistics_sha256"}
+        spec = self.evaluation.model_dump(exclude=later)
+        return spec | self.evaluation.model_dump(include=later, exclude_defaults=True)
 
     def score_spec(self) -> dict:
         """What decides how any generator is scored."""
@@ -405,16 +406,19 @@ class Experiment:
 
     def data_files(self) -> list[str]:
         """The local files that the data set is made from: for a folder, the list of its labels."""
-        from harness.downloads import is_address
-
-        if self.data.file is None or is_address(self.data.file):
+        if self.data.source is None or is_address(self.data.source):
             return []
-        path = Path(self.data.file).expanduser()
+        path = Path(self.data.source).expanduser()
         if path.is_dir():
             from harness.edm_data import INDEXES
 
             path = next((path / name for name in INDEXES if (path / name).is_file()), path)
         return [str(path)]
+
+    def statistics_files(self) -> list[str]:
+        """The local file that an FID compares with."""
+        source = self.evaluation.statistics
+        return [] if source is None or is_address(source) else [str(Path(source).expanduser())]
 
     def features_dir(self, name: str) -> Path:
         return self.root / "features" / name
@@ -579,18 +583,24 @@ def _check_names(model: ExperimentModel) -> list[str]:
     return lines + [f"students.{name}: this name is reserved" for name in sorted(reserved)]
 
 
-def _check_source(where: str, source: str, sha256: str | None, files: bool) -> list[str]:
-    """A file from elsewhere: it is there, or it can be downloaded and checked."""
-    from harness.downloads import is_address
+def _check_file(
+    place: str, source: str, sha256: tuple[str, str | None], files: bool, folder: bool = False
+) -> list[str]:
+    """What comes from elsewhere: it is there, or it can be downloaded and checked.
 
+    `sha256`: its key and value; `folder`: it may be one.
+    """
     if is_address(source):
-        return [] if sha256 else [f"{where}.sha256: missing; a download is checked by its hash"]
-    return (
-        [] if not files or Path(source).exists() else [f"{where}.source: {source} does not exist"]
-    )
+        return [] if sha256[1] else [f"{sha256[0]}: missing; a download is checked by its hash"]
+    path = Path(source).expanduser()
+    if not path.exists():
+        return [f"{place}: {source} does not exist"] if files else []
+    return [f"{place}: {source} is a folder"] if path.is_dir() and not folder else []
 
 
-def _check_evaluation(evaluation: EvaluationSection, model: ExperimentModel) -> list[str]:
+def _check_evaluation(
+    evaluation: EvaluationSection, model: ExperimentModel, files: bool
+) -> list[str]:
     from harness.evaluation.metrics import METRICS
 
     lines, used = [], set()
@@ -610,11 +620,15 @@ def _check_evaluation(evaluation: EvaluationSection, model: ExperimentModel) -> 
             f"evaluation.main_metric: {metric.name!r} is not for extractors of type "
             f"{', '.join(sorted(used))}; those have {', '.join(sorted(known))}"
         )
-    if evaluation.reference == "statistics":
-        if getattr(model.data, "statistics", None) is None:
-            lines.append("evaluation.reference: data has no statistics")
+    if evaluation.statistics is not None:
         if used and "inception" not in used:
-            lines.append("evaluation.reference: statistics are for an extractor of type inception")
+            lines.append("evaluation.statistics: they are for an extractor of type inception")
+        sha256 = "evaluation.statistics_sha256", evaluation.statistics_sha256
+        lines += _check_file("evaluation.statistics", evaluation.statistics, sha256, files)
+    elif evaluation.statistics_sha256 is not None:
+        lines.append("evaluation.statistics_sha256: means nothing without statistics")
+    elif model.data is not None and not model.data.has_images:
+        lines.append("evaluation.statistics: missing; data has no images to compare with")
     return lines
 
 
@@ -653,8 +667,8 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
         )
     elif (features := model.features.get(needs.features)) and features.type in FLAT:
         lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
-    if needs.real_images and model.data is not None and model.data.statistics is not None:
-        lines.append(f"{where}: method {section.method} needs images; data has statistics alone")
+    if needs.real_images and model.data is not None and not model.data.has_images:
+        lines.append(f"{where}: method {section.method} needs images; data has none")
     return lines + _check_batch(where, own.batch, section.budget, model.training)
 
 
@@ -702,54 +716,35 @@ def _check_shared_settings(model: ExperimentModel) -> list[str]:
 DATA_KEYS = {
     "an embedded data set": {"name", "held_out"},
     "a source": {"name", "held_out", "source", "sha256", "labels", "num_classes", "resolution"},
-    "statistics": {"name", "statistics", "sha256", "num_classes", "image_shape"},
+    "a data set without images": {"name", "num_classes", "image_shape"},
 }
 
 
 def _check_data(data: DataSection, files: bool) -> list[str]:
     from harness.data import EMBEDDED
 
-    if data.source is not None and data.statistics is not None:
-        return ["data: either a source or statistics, not both"]
     lines = []
     if data.source is not None:
         kind = "a source"
-    elif data.statistics is not None:
-        kind = "statistics"
-        shape = data.image_shape
-        if shape is None:
-            lines.append("data.image_shape: missing; statistics do not tell it")
-        elif shape[1] != shape[2]:
+    elif data.name in EMBEDDED:
+        kind = "an embedded data set"
+    elif (shape := data.image_shape) is not None:
+        kind = "a data set without images"
+        if shape[1] != shape[2]:
             lines.append(f"data.image_shape: channels, height, width, not {list(shape)}")
     else:
-        kind = "an embedded data set"
-        if data.name not in EMBEDDED:
-            hint = did_you_mean(data.name, EMBEDDED)
-            return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
+        hint = did_you_mean(data.name, EMBEDDED)
+        return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
     for key in sorted(data.model_fields_set - DATA_KEYS[kind]):
         lines.append(f"data.{key}: means nothing for {kind}")
     if not data.labels and data.num_classes is not None:
         lines.append("data.num_classes: means nothing with labels: false")
-    return lines + _check_data_file(data, files)
-
-
-def _check_data_file(data: DataSection, files: bool) -> list[str]:
-    """Whether the file that the data set is made from can be there."""
-    from harness.downloads import is_address
-
-    if data.file is None:
-        return []
-    where = "data.source" if data.source is not None else "data.statistics"
-    if is_address(data.file):
-        return [] if data.sha256 else [f"{where}: an address needs data.sha256"]
-    path = Path(data.file).expanduser()
-    if not path.exists():
-        return [f"{where}: {path} does not exist"] if files else []
-    if path.is_dir() and data.source is None:
-        return [f"{where}: {path} is a folder"]
-    if path.is_dir() and data.sha256:
-        return ["data.sha256: a folder has none"]
-    return []
+    if data.source is not None:
+        sha256 = "data.sha256", data.sha256
+        lines += _check_file("data.source", data.source, sha256, files, folder=True)
+        if data.sha256 and Path(data.source).expanduser().is_dir():
+            lines.append("data.sha256: a folder has none")
+    return lines
 
 
 def _check_trained_here(model: ExperimentModel) -> list[str]:
@@ -761,10 +756,8 @@ def _check_trained_here(model: ExperimentModel) -> list[str]:
         for name, item in _valid(getattr(model, section)):
             if isinstance(item, ImportedTeacher | PretrainedFeatures):
                 continue
-            if model.data.statistics is not None:
-                lines.append(
-                    f"{section}.{name}: needs images to train on; data has statistics alone"
-                )
+            if not model.data.has_images:
+                lines.append(f"{section}.{name}: needs images to train on; data has none")
             elif section == "features" and not model.data.labels:
                 lines.append(f"{section}.{name}: needs labels to train on; data.labels is false")
     return lines
@@ -780,7 +773,8 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
     lines += _check_trained_here(model)
     for name, teacher in _valid(model.teachers):
         if isinstance(teacher, ImportedTeacher):
-            lines += _check_source(f"teachers.{name}", teacher.source, teacher.sha256, files)
+            place, sha256 = f"teachers.{name}.source", (f"teachers.{name}.sha256", teacher.sha256)
+            lines += _check_file(place, teacher.source, sha256, files, folder=True)
             if teacher.network is None:
                 continue
         kind = str(teacher.network.get("type"))
@@ -797,7 +791,7 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
         if weights is not None and not Path(weights).expanduser().is_file():
             lines.append(f"features.{name}.weights: {weights} does not exist")
     if model.evaluation:
-        lines += _check_evaluation(model.evaluation, model)
+        lines += _check_evaluation(model.evaluation, model, files)
     for name, student in _valid(model.students):
         lines += _check_student(name, student, model)
     if len(set(model.training.seeds)) < len(model.training.seeds):

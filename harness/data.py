@@ -3,12 +3,12 @@
 The split is stratified and depends on the data set alone: generators and feature networks train
 on the training part, which is also the reference of every distance; the held-out part gives
 accuracies and the real-against-real floor. Where nothing needs images, a set may be no more than
-the reference's statistics.
+their shape and classes.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from harness.artifacts import (
-    atomic_path,
+    canonical,
     load_tensors,
     read_json,
     save_tensors,
-    sha256_file,
-    verify,
     write_json,
 )
 from harness.config import DataSection
@@ -44,15 +42,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`sha256`: of the file that holds the images, or of the statistics. `statistics`: the file of
-    a set without images (`harness.evaluation.frechet.load_statistics` reads it)."""
+    """`sha256`: of the file that holds the images; of the record of a set without them."""
 
     name: str
     train: Images
     held_out: Images
     class_names: tuple[str, ...]
     sha256: str
-    statistics: Path | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -114,8 +110,8 @@ def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
 
 def prepare(section: DataSection, folder: Path) -> dict:
     """Read a data set from its source, split it and write it to `folder`; returns `data.json`."""
-    if section.statistics is not None:
-        return _prepare_statistics(section, folder)
+    if not section.has_images:
+        return _prepare_without_images(section, folder)
     pixels, labels, class_names = read(section)
     train, held = stratified_split(labels, section.held_out)
     if not len(train):
@@ -142,38 +138,26 @@ def prepare(section: DataSection, folder: Path) -> dict:
     return record
 
 
-def _prepare_statistics(section: DataSection, folder: Path) -> dict:
-    """The same for a set without images: the statistics are checked and kept beside `data.json`."""
-    from harness.downloads import fetch
-    from harness.evaluation.frechet import load_statistics
-
-    source = fetch(section.statistics, section.sha256)
-    mean, _ = load_statistics(source)
-    with atomic_path(folder / "statistics.npz") as temporary:
-        shutil.copyfile(source, temporary)
-        sha256 = sha256_file(temporary)
+def _prepare_without_images(section: DataSection, folder: Path) -> dict:
     record = {
         "name": section.name,
-        "sha256": sha256,
         "class_names": [str(i) for i in range(section.num_classes or 0)],
         "train_images": 0,
         "held_out_images": 0,
         "image_shape": list(section.image_shape),
-        "statistics": {"file": "statistics.npz", "dim": len(mean)},
     }
+    record["sha256"] = hashlib.sha256(canonical(record).encode()).hexdigest()
     write_json(folder / "data.json", record)
     return record
 
 
 def load(folder: Path) -> Dataset:
-    """The data set that `prepare` wrote; both parts are empty where it has statistics alone."""
+    """The data set that `prepare` wrote; both parts are empty where it has no images."""
     record = read_json(folder / "data.json")
-    if "statistics" in record:
-        path = folder / record["statistics"]["file"]
-        verify(path, record["sha256"])
+    if not record["train_images"]:
         shape, names = record["image_shape"], tuple(record["class_names"])
         none = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-        return Dataset(record["name"], none, none, names, record["sha256"], path)
+        return Dataset(record["name"], none, none, names, record["sha256"])
     tensors = load_tensors(folder / "images.safetensors", record["sha256"])
     return Dataset(
         record["name"],

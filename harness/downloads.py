@@ -6,12 +6,9 @@ warm cache no network is needed. The cache is `$ONESTEP_CACHE`, else `~/.cache/o
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from harness.artifacts import sha256_file
@@ -54,6 +51,10 @@ def fetch(source: str, sha256: str | None) -> Path:
 
 
 def _download(source: str, sha256: str, path: Path) -> None:
+    import http.client  # only here: a stage that downloads nothing starts sooner
+    import urllib.error
+    import urllib.request
+
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(source, headers={"Range": f"bytes={have}-"} if have else {})

@@ -90,10 +90,14 @@ def test_the_shipped_experiments_are_valid(name):
          "students.gdd.settings: feature network 'tiny-critic' gives no feature maps"),
         ("evaluation.main_metric", "fid-edm",
          "evaluation.main_metric: 'fid-edm' is not for extractors of type clip, cnn; those have accuracy, aesthetic, clip-score, fd, kd, precision, recall"),
-        ("evaluation.reference", "statistics", "evaluation.reference: data has no statistics"),
-        ("evaluation.reference", "statistics",
-         "evaluation.reference: statistics are for an extractor of type inception"),
-        ("evaluation.reference", "test", "evaluation.reference: input should be 'training' or 'statistics', not 'test'"),
+        ("evaluation.statistics", "non.npz", "evaluation.statistics: non.npz does not exist"),
+        ("evaluation.statistics", "tests", "evaluation.statistics: tests is a folder"),
+        ("evaluation.statistics", "https://x.org/x.npz",
+         "evaluation.statistics_sha256: missing; a download is checked by its hash"),
+        ("evaluation.statistics", "README.md",
+         "evaluation.statistics: they are for an extractor of type inception"),
+        ("evaluation.statistics_sha256", "0" * 64,
+         "evaluation.statistics_sha256: means nothing without statistics"),
         ("training.settings.lr", "fast", "training.settings.lr: input should be a valid number, unable to parse string as a number, not 'fast'"),
         ("training.budget", [{"unit": "flops", "amount": float("inf")}], "training.budget.0.amount: input should be a finite number, not inf"),
         ("device", "gpu", "device: string should match pattern '^(auto|cpu|cuda(:\\d+)?)$', not 'gpu'"),
@@ -237,18 +241,20 @@ def test_a_data_free_experiment_needs_no_images(tmp_path):
     """A teacher from elsewhere and the reference's statistics are enough."""
     raw = {
         "name": "free",
-        "data": {"name": "x", "statistics": str(tmp_path / "x.npz"), "image_shape": [3, 16, 16]},
+        "data": {"name": "x", "image_shape": [3, 16, 16]},
         "features": {"inception": {"type": "inception"}},
         "teachers": {"edm": {"source": str(tmp_path / "x.npz")}},
         "students": {"sid": {"method": "sid"}},
         "training": {"seeds": [0], "budget": [{"unit": "images", "amount": 256}]},
         "evaluation": {
             "extractors": ["inception"],
-            "reference": "statistics",
+            "statistics": str(tmp_path / "x.npz"),
             "main_metric": "fid-edm",
         },
     }
     (tmp_path / "x.npz").touch()
     parse_experiment(raw, "free")
     raw["students"]["gdd"] = {"method": "gdd"}
-    assert mistakes(raw) == ["students.gdd: method gdd needs images; data has statistics alone"]
+    assert mistakes(raw) == ["students.gdd: method gdd needs images; data has none"]
+    del raw["students"]["gdd"], raw["evaluation"]["statistics"]
+    assert mistakes(raw) == ["evaluation.statistics: missing; data has no images to compare with"]

@@ -1,6 +1,5 @@
 """Data sets of image files, and of statistics alone: what is read, and how a mistake is told."""
 
-import hashlib
 import io
 import json
 import struct
@@ -262,27 +261,13 @@ def test_a_file_that_is_no_npz_is_told(tmp_path):
         load_statistics(tmp_path / "none.npz")
 
 
-def test_a_data_set_of_statistics_alone(tmp_path):
-    np.savez(tmp_path / "s.npz", **statistics())
-    sha256 = hashlib.sha256((tmp_path / "s.npz").read_bytes()).hexdigest()
-    section = DataSection(
-        name="cifar10",
-        statistics=str(tmp_path / "s.npz"),
-        sha256=sha256,
-        image_shape=(3, 32, 32),
-        num_classes=10,
-    )
+def test_a_data_set_without_images(tmp_path):
+    section = DataSection(name="cifar10", image_shape=(3, 32, 32), num_classes=10)
     record = data.prepare(section, tmp_path / "data")
     assert json.loads((tmp_path / "data" / "data.json").read_text()) == record
-    assert record["sha256"] == sha256 and record["statistics"]["dim"] == 5
-    (tmp_path / "s.npz").unlink()  # the folder is all that later stages need
     cifar = data.load(tmp_path / "data")
     assert cifar.image_shape == (3, 32, 32) and cifar.num_classes == 10
-    assert len(cifar.train) == len(cifar.held_out) == 0 and cifar.sha256 == sha256
-    assert torch.equal(load_statistics(cifar.statistics, 5)[0], torch.tensor(statistics()["mu"]))
-    cifar.statistics.write_bytes(b"")
-    with pytest.raises(UserError, match=r"statistics\.npz is damaged"):
-        data.load(tmp_path / "data")
+    assert len(cifar.train) == len(cifar.held_out) == 0 and cifar.sha256 == record["sha256"]
 
 
 # -- experiments --------------------------------------------------------------------------------
@@ -306,20 +291,17 @@ def files(tmp_path, monkeypatch) -> Path:
         ({"name": "a/b", "source": "set.zip"}, "data.name: a name is lower-case letters, digits, '.', '_' and '-', not 'a/b'"),
         ({"name": "x", "source": "non.zip"}, "data.source: non.zip does not exist"),
         ({"name": "x", "source": ""}, "data.source: string should have at least 1 character, not ''"),
-        ({"name": "x", "statistics": "non.npz"}, "data.statistics: non.npz does not exist"),
-        ({"name": "x", "statistics": "set"}, "data.statistics: set is a folder"),
-        ({"name": "x", "source": "https://x.org/x.zip"}, "data.source: an address needs data.sha256"),
+        ({"name": "x", "source": "https://x.org/x.zip"}, "data.sha256: missing; a download is checked by its hash"),
         ({"name": "x", "source": "set.zip", "sha256": "12"}, "data.sha256: string should match pattern '^[0-9a-f]{64}$', not '12'"),
         ({"name": "x", "source": "set", "sha256": "0" * 64}, "data.sha256: a folder has none"),
-        ({"name": "x", "source": "set", "statistics": "s.npz"}, "data: either a source or statistics, not both"),
         ({"name": "x", "source": "set", "image_shape": [3, 4, 4]}, "data.image_shape: means nothing for a source"),
         ({"name": "x", "source": "set", "labels": False, "num_classes": 3}, "data.num_classes: means nothing with labels: false"),
         ({"name": "x", "source": "set", "labels": False}, "features.tiny-cnn: needs labels to train on; data.labels is false"),
         ({"name": "x", "source": "set", "held_out": 1}, "data.held_out: input should be less than 1, not 1"),
         ({"name": "digits", "labels": False}, "data.labels: means nothing for an embedded data set"),
-        ({"name": "x", "statistics": "s.npz"}, "data.image_shape: missing; statistics do not tell it"),
-        ({"name": "x", "statistics": "s.npz", "image_shape": [32, 32, 3]}, "data.image_shape: channels, height, width, not [32, 32, 3]"),
-        ({"name": "x", "statistics": "s.npz", "resolution": 3}, "data.resolution: means nothing for statistics"),
+        ({"name": "digits", "image_shape": [1, 8, 8]}, "data.image_shape: means nothing for an embedded data set"),
+        ({"name": "x", "image_shape": [32, 32, 3]}, "data.image_shape: channels, height, width, not [32, 32, 3]"),
+        ({"name": "x", "image_shape": [3, 4, 4], "resolution": 3}, "data.resolution: means nothing for a data set without images"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_experiment_is_told_with_its_key(files, tiny, section, expected):
@@ -328,12 +310,12 @@ def test_a_mistake_in_the_experiment_is_told_with_its_key(files, tiny, section, 
 
 
 def test_what_needs_images_is_told_before_any_job(files, tiny):
-    put(tiny, "data", {"name": "x", "statistics": "s.npz", "image_shape": [3, 4, 4]})
-    alone = "data has statistics alone"
+    put(tiny, "data", {"name": "x", "image_shape": [3, 4, 4]})
     assert set(mistakes(tiny)) == {
-        f"teachers.edm: needs images to train on; {alone}",
-        *(f"features.{name}: needs images to train on; {alone}" for name in tiny["features"]),
-        *(f"students.{name}: method gdd needs images; {alone}" for name in ("gdd", "gdd-i")),
+        "teachers.edm: needs images to train on; data has none",
+        *(f"features.{name}: needs images to train on; data has none" for name in tiny["features"]),
+        *(f"students.{name}: method gdd needs images; data has none" for name in ("gdd", "gdd-i")),
+        "evaluation.statistics: missing; data has no images to compare with",
     }
 
 

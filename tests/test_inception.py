@@ -189,18 +189,14 @@ def test_a_large_reference_is_summed_and_a_draw_of_it_kept(available, monkeypatc
     assert limited["reference_draw"] == "100 images, always the same"
 
 
-def test_published_statistics_are_the_reference_of_an_fid_alone(available, tmp_path, monkeypatch):
+def test_published_statistics_are_the_reference_of_an_fid_alone(available, tmp_path):
     experiment = available()
     training = rows_of(Scorer(experiment), [359])
     path = tmp_path / "statistics.npz"
     mu, sigma = np.ones(6), np.eye(6, dtype=np.float32)
     np.savez(path, mu=mu, sigma=sigma)
-    load = score.datasets.load
-    monkeypatch.setattr(
-        score.datasets, "load", lambda folder: replace(load(folder), statistics=path)
-    )
-    evaluation = experiment.evaluation.model_copy(update={"reference": "statistics"})
-    experiment.evaluation = evaluation
+    update = {"statistics": str(path)}
+    experiment.evaluation = experiment.evaluation.model_copy(update=update)
     scorer = Scorer(experiment)
     rows = rows_of(scorer, [359])
     for key, row in rows.items():

@@ -17,7 +17,7 @@ from harness import data as datasets
 from harness.artifacts import digest, read_json, save_tensors, sha256_file, write_json
 from harness.config import Experiment
 from harness.data import Dataset
-from harness.errors import UserError
+from harness.downloads import fetch
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.frechet import Moments, load_statistics
 from harness.evaluation.metrics import METRICS, PAIRWISE_LIMIT, Metric, Reference, Views
@@ -54,20 +54,18 @@ class Scorer:
             for name in experiment.evaluation.extractors
         ]
         available = [e for e in self.extractors if not e.unavailable]
-        self.statistics = self._published_statistics()
+        self.statistics, self.statistics_sha256 = self._published_statistics()
         self._reference = {e.name: self._reference_of(e) for e in available}
         self.protocols: dict[str, dict] = {}
 
-    def _published_statistics(self) -> tuple[Tensor, Tensor] | None:
-        """The mean and covariance that an FID compares with, where the experiment says so."""
-        if self.experiment.evaluation.reference == "statistics":
-            return load_statistics(self.dataset.statistics, inception.DIM)
-        if not len(self.dataset.train):
-            raise UserError(
-                f"data {self.dataset.name} has no images to compare with; "
-                "evaluation needs reference: statistics"
-            )
-        return None
+    def _published_statistics(self) -> tuple[tuple[Tensor, Tensor] | None, str | None]:
+        """The mean and covariance that an FID compares with, where the experiment names a file of
+        them, and the file's sha256."""
+        evaluation = self.experiment.evaluation
+        if evaluation.statistics is None:
+            return None, None
+        path = fetch(evaluation.statistics, evaluation.statistics_sha256)
+        return load_statistics(path, inception.DIM), sha256_file(path)
 
     def _reference_of(self, extractor: Extractor) -> Reference:
         """What an extractor sees of the training part. Of a large one a fixed draw is kept, and its
@@ -88,8 +86,10 @@ class Scorer:
     def _reference_record(self, metric: Metric) -> dict:
         """What of a protocol says what the metric compares with."""
         if metric.name == "fid-edm" and self.statistics:
-            sha256 = sha256_file(self.dataset.statistics)
-            return {"reference": f"{self.dataset.name}-statistics", "reference_sha256": sha256}
+            return {
+                "reference": f"{self.dataset.name}-statistics",
+                "reference_sha256": self.statistics_sha256,
+            }
         train = len(self.dataset.train)
         record = {"reference": f"{self.dataset.name}-train{train}"}
         if metric.limit and train > metric.limit:

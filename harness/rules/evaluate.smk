@@ -2,12 +2,15 @@
 EXTRACTORS = expand(
     f"{E.root}/features/{{features}}/features.json", features=E.evaluation.extractors
 )
+# The file that an FID compares with, where the experiment names a local one.
+STATISTICS = E.statistics_files()
 
 
 rule score:
     input:
         run=rules.train.output,
         extractors=EXTRACTORS,
+        statistics=STATISTICS,
     output:
         f"{E.root}/scores/{{student}}/seed{{seed}}.json",
     log:
@@ -26,6 +29,7 @@ rule score_references:
     input:
         teacher=rules.teacher.output,
         extractors=EXTRACTORS,
+        statistics=STATISTICS,
     output:
         f"{E.root}/scores/teachers/{{teacher}}.json",
     log:
