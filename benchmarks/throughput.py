@@ -2,10 +2,12 @@
 
     python benchmarks/throughput.py [--configfile configs/digits.yaml] [--threads 1]
     python benchmarks/throughput.py --network cifar10-ddpmpp --batch 8 --students sid sim
+    python benchmarks/throughput.py --compare channels_last compile bf16
 
 Prints, per student: images per second (images that receive a generator update), operations per
 such image (measured), and the share of the machine's matmul peak, measured in the same run with the
-same threads. Weights are random: speed does not depend on them.
+same threads. `--compare` repeats that with switches of `training` on, each alone and all together,
+as ratios to all of them off. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_peak(device: str, size: int = 1024, repeats: int = 9) -> float:
-    """Best observed rate of a float32 square matrix product, in operations per second."""
-    a, b = (torch.randn(size, size, device=device) for _ in "ab")
+def matmul_peak(device: str, precision: str, repeats: int = 9) -> tuple[float, str]:
+    """Best observed rate of a square matrix product, in operations per second; which product."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if device.startswith("cuda") else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
     best = 0.0
     for _ in range(repeats):
         synchronise(device)
@@ -48,7 +52,21 @@ def matmul_peak(device: str, size: int = 1024, repeats: int = 9) -> float:
         a @ b
         synchronise(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+    return best, f"{precision}, {size} x {size}"
+
+
+# What `--compare` may switch on: a key of `training`, its values off and on.
+SWITCHES = {
+    "bf16": ("precision", "fp32", "bf16"),
+    "channels_last": ("channels_last", False, True),
+    "compile": ("compile", False, True),
+}
+WARM_UP = 3  # iterations: the first ones measure operations and compile
+
+
+def settings(switches: list[str], on: bool) -> dict:
+    """The keys of `training` that put these switches on, or off."""
+    return {SWITCHES[name][0]: SWITCHES[name][1 + on] for name in switches}
 
 
 def measure(experiment: Experiment, student: str, iterations: int) -> tuple[float, float]:
@@ -57,7 +75,7 @@ def measure(experiment: Experiment, student: str, iterations: int) -> tuple[floa
         inputs = stand_in_inputs(experiment, student)
         trainer = Trainer(assemble(experiment, student, 0, inputs, Path(folder), "benchmark"))
     times, flops = [], []
-    for _ in range(iterations + 2):  # the first iterations measure operations and warm up
+    for _ in range(WARM_UP + iterations):
         synchronise(experiment.device)
         started, before = time.perf_counter(), trainer.ledger.flops
         trainer._iteration()
@@ -65,7 +83,7 @@ def measure(experiment: Experiment, student: str, iterations: int) -> tuple[floa
         times.append(time.perf_counter() - started)
         flops.append(trainer.ledger.flops - before)
     batch = trainer.run.batch
-    return batch / statistics.median(times[2:]), statistics.mean(flops[2:]) / batch
+    return batch / statistics.median(times[WARM_UP:]), statistics.mean(flops[WARM_UP:]) / batch
 
 
 def _overrides(args: argparse.Namespace) -> dict:
@@ -94,6 +112,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="for every student, in place of its own")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--students", nargs="+", metavar="STUDENT")
+    parser.add_argument("--compare", nargs="+", choices=SWITCHES, default=[], metavar="SWITCH")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, as in the workflow")
     parser.add_argument("--iterations", type=int, default=30)
     args = parser.parse_args()
@@ -101,21 +120,32 @@ def main() -> None:
     if args.network:
         args.configfile = Path("configs/paper") / f"{NETWORKS[args.network]}.yaml"
     experiment = load_experiment(args.configfile, _overrides(args), files=False)
-    peaks, rows = [matmul_peak(experiment.device)], []
+    sets = [[name] for name in args.compare]
+    sets += [args.compare] if len(sets) > 1 else []
+    section = experiment.training.model_copy(update=settings(args.compare, on=False))
+    peak, rows = 0.0, []
     for student in experiment.students:
-        rate, flops = measure(experiment, student, args.iterations)
-        peaks.append(matmul_peak(experiment.device))
-        rows.append((student, experiment.method_config(student).batch, rate, flops))
-    peak = max(peaks)
+        measured = []
+        for switches in ([], *sets):
+            experiment.training = section.model_copy(update=settings(switches, on=True))
+            measured.append(measure(experiment, student, args.iterations))
+        best, product = matmul_peak(experiment.device, section.precision)
+        peak = max(peak, best)
+        batch = experiment.method_config(student).batch
+        rows.append((student, batch, *measured[0], [rate / measured[0][0] for rate, _ in measured]))
     print(
         f"{experiment.name}: {experiment.device}, {args.threads} thread(s), torch "
-        f"{torch.__version__}; matmul peak {peak / 1e9:.1f} GFLOP/s (float32, 1024 x 1024)\n"
+        f"{torch.__version__}; matmul peak {peak / 1e9:.1f} GFLOP/s ({product})\n"
     )
-    table = [
-        (name, batch, f"{rate:.3g}", f"{flops / 1e6:.4g}", f"{100 * rate * flops / peak:.0f} %")
-        for name, batch, rate, flops in rows
-    ]
     headers = ("student", "batch", "images/s", "MFLOPs/image", "share of peak")
+    headers += tuple("× with " + " + ".join(s) for s in sets)
+    table = [
+        (
+            *(name, batch, f"{rate:.3g}", f"{flops / 1e6:.4g}", f"{rate * flops / peak:.0%}"),
+            *(f"{ratio:.2f}" for ratio in ratios[1:]),
+        )
+        for name, batch, rate, flops, ratios in rows
+    ]
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -184,6 +185,8 @@ class TrainingSection(Section):
     snapshots: dict[Literal["images", "flops"], Grid] = {}
     micro_batch: Positive | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = Field(False, description="memory format of the networks' weights")
+    compile: bool = Field(False, description="denoisers, by torch.compile with static shapes")
     max_nonfinite: int = Field(20, ge=0)
     tick_images: Positive = 1024
     checkpoint_seconds: float = Field(15.0, ge=0)
@@ -370,6 +373,9 @@ class Experiment:
             "snapshots": {unit: grid.model_dump() for unit, grid in training.snapshots.items()},
             "micro_batch": training.micro_batch,
             "precision": training.precision,
+            # Their results differ by rounding. Left out where they keep their defaults, so that
+            # finished runs outlive these keys.
+            **training.model_dump(include={"channels_last", "compile"}, exclude_defaults=True),
         }
 
     def budget(self, student: str) -> list[Limit]:
@@ -763,6 +769,10 @@ def _check_trained_here(model: ExperimentModel) -> list[str]:
     return lines
 
 
+# What torch.compile builds its kernels with, on a CPU, and the code that starts them, on a GPU.
+COMPILERS = ("g++", "clang++")
+
+
 def _check(model: ExperimentModel, files: bool = True) -> list[str]:
     """Mistakes that no section shows by itself; `files`: whether what it names must be there."""
     from harness.networks import ARCHITECTURES
@@ -796,6 +806,8 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
         lines += _check_student(name, student, model)
     if len(set(model.training.seeds)) < len(model.training.seeds):
         lines.append("training.seeds: a seed stands twice")
+    if model.training.compile and not any(map(shutil.which, COMPILERS)):
+        lines.append(f"training.compile: needs a C++ compiler, one of {', '.join(COMPILERS)}")
     lines += _check_shared_settings(model)
     if model.paper is not None:
         from harness.reporting.published import mistakes

@@ -157,7 +157,8 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
     with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
         inputs = stand_in_inputs(experiment, student, images=2)
         run = assemble(experiment, student, 0, inputs, Path(folder), "plan")
-        run.precision = "fp32"  # operations are the same; autocast knows no meta tensors
+        # The operations are the same; neither autocast nor the compiler knows meta tensors.
+        run.precision, run.compile = "fp32", False
         trainer, needs = Rehearsal(run), experiment.requirements(student)
         pair_flops = 0.0
         if needs.pairs:

@@ -170,6 +170,8 @@ def assemble(
         snapshot_grid={unit: grid.model_dump() for unit, grid in training.snapshots.items()},
         device=device,
         precision=training.precision,
+        channels_last=training.channels_last,
+        compile=training.compile,
         tick_images=training.tick_images,
         checkpoint_seconds=training.checkpoint_seconds,
         max_nonfinite=training.max_nonfinite,

@@ -20,7 +20,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,8 +35,9 @@ from harness.artifacts import (
     write_json,
     write_text,
 )
+from harness.denoiser import Denoiser
 from harness.errors import UserError
-from harness.ledger import UNITS, Ledger, measure, peak_memory
+from harness.ledger import UNITS, Cost, Ledger, measure, peak_memory
 from harness.method import Context, OptimizerConfig, Phase, Sources
 from harness.streams import Stream
 
@@ -66,6 +67,8 @@ class TrainingRun:
     snapshot_grid: dict[str, dict] = field(default_factory=dict)  # unit -> {first, per_octave}
     device: str = "cpu"
     precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
     tick_images: int = 1024
     checkpoint_seconds: float = 15.0
     max_nonfinite: int = 20
@@ -96,13 +99,17 @@ def grid_index(amount: float, first: float, per_octave: float) -> int:
 class Trainer:
     def __init__(self, run: TrainingRun):
         self.run = run
-        self.networks = {name: net.to(run.device) for name, net in run.networks.items()}
-        self.frozen = {name: net.to(run.device).eval() for name, net in run.frozen.items()}
+        self.networks = {name: self._place(net) for name, net in run.networks.items()}
+        self.frozen = {name: self._place(net).eval() for name, net in run.frozen.items()}
         for net in self.frozen.values():
             net.requires_grad_(False)
         for net in self.networks.values():
             net.train()
         self.ema = copy.deepcopy(self.networks[run.main]).requires_grad_(False).eval()
+        if run.compile:
+            for net in (*self.networks.values(), *self.frozen.values()):
+                if isinstance(net, Denoiser):  # others are differentiated twice, by R1
+                    net.compile(dynamic=False)
         self._averaged = list(self.ema.parameters()), list(self.networks[run.main].parameters())
         self.trainable = {
             name: [p for p in net.parameters() if p.requires_grad]
@@ -122,6 +129,12 @@ class Trainer:
         self._counts: dict[str, int] = {}
 
     # -- building -------------------------------------------------------------------------------
+
+    def _place(self, net: nn.Module) -> nn.Module:
+        """Put a network on the device; convolutions follow the memory format of their weights."""
+        if self.run.channels_last:
+            return net.to(self.run.device, memory_format=torch.channels_last)
+        return net.to(self.run.device)
 
     def _optimizer_configs(self) -> dict[str, OptimizerConfig]:
         configs: dict[str, OptimizerConfig] = {}
@@ -286,7 +299,7 @@ class Trainer:
         torch.manual_seed(Stream(run.seed, phase.name, self.step, repeat, "dropout").key[0])
         everything = {**self.frozen, **self.networks}
         total = torch.zeros((), device=run.device)
-        with measure(everything) if measuring else contextlib.nullcontext() as cost:
+        with self._measured(everything) if measuring else contextlib.nullcontext() as cost:
             for context in contexts:
                 with self._precision():
                     loss = phase.loss(context) / len(contexts)
@@ -301,6 +314,13 @@ class Trainer:
                 self._record(name, value)
             context.logs.clear()
         return applied
+
+    @contextlib.contextmanager
+    def _measured(self, networks: dict[str, nn.Module]) -> Iterator[Cost]:
+        """Count operations; compiled networks run as they are written meanwhile."""
+        eager = torch.compiler.set_stance("force_eager") if self.run.compile else None
+        with eager or contextlib.nullcontext(), measure(networks) as cost:
+            yield cost
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.run.precision == "fp32":

@@ -151,7 +151,14 @@ def _present(table: pd.DataFrame) -> set[tuple[str, int]]:
     return set(zip(ok.student, ok.seed.astype(int), strict=True))
 
 
-def sample_grid(experiment: Experiment, table: pd.DataFrame, per_class: int = 2) -> plt.Figure:
+def _columns(labels: np.ndarray, limit: int = 20) -> np.ndarray:
+    """Which samples a grid shows: as many of each class, of the first classes if there are many."""
+    classes = np.unique(labels)[:limit]
+    each = limit // len(classes)
+    return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])
+
+
+def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
     """Rows: the teacher and each student (first seed). One column: one noise and one label."""
     sources, seed = {}, experiment.training.seeds[0]
     for teacher in experiment.teachers:
@@ -166,7 +173,7 @@ def sample_grid(experiment: Experiment, table: pd.DataFrame, per_class: int = 2)
         record = read_json(path)["samples"]
         kept = load_tensors(path.parent / record["file"], record["sha256"])
         labels = kept["labels"].numpy()
-        chosen = [i for c in np.unique(labels) for i in np.flatnonzero(labels == c)[:per_class]]
+        chosen = _columns(labels)
         rows.append(kept["pixels"].numpy()[chosen])
         names.append(name)
     if not rows:
@@ -175,29 +182,31 @@ def sample_grid(experiment: Experiment, table: pd.DataFrame, per_class: int = 2)
         axes.annotate("no samples", (0.5, 0.5), xycoords="axes fraction", ha="center")
         return figure
     columns, gap = max(map(len, rows)), 1
-    height, width = rows[0].shape[2:]
+    channels, height, width = rows[0].shape[1:]
     canvas = np.full(
-        (len(rows) * (height + gap) - gap, columns * (width + gap) - gap), 255, np.uint8
+        (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8
     )
     for r, images in enumerate(rows):
         for c, image in enumerate(images):
             top, left = r * (height + gap), c * (width + gap)
-            canvas[top : top + height, left : left + width] = 255 - image[0]
+            canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     figure, axes = plt.subplots(
         figsize=(0.5 * columns + 1.2, 0.52 * len(rows) + 0.7), layout="constrained"
     )
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([(i + 0.5) * (height + gap) - gap for i in range(len(rows))], names)
+    classes = len(np.unique(labels)) > 1
     axes.set_xticks(
-        [(i + 0.5) * (width + gap) - gap for i in range(columns)],
-        [str(labels[i]) for i in chosen],
+        [(i + 0.5) * (width + gap) - gap for i in range(columns)] if classes else [],
+        [str(labels[i]) for i in chosen] if classes else [],
     )
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel("class asked for (top); the noise is the same down each column", labelpad=8)
+    same = "the noise is the same down each column"
+    axes.set_xlabel(f"class asked for (top); {same}" if classes else same, labelpad=8)
     return figure
 
 

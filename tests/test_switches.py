@@ -1,0 +1,83 @@
+"""The switches for speed change rounding, nothing else."""
+
+import pytest
+import torch
+from torch import nn
+
+from harness import config
+from harness.config import load_experiment
+from harness.denoiser import Denoiser
+from harness.plan import stand_in_inputs
+from harness.runs import assemble
+from harness.trainer import Trainer
+from tests.conftest import ROOT
+from tests.test_config import mistakes, put
+
+SONG = {
+    "type": "SongUNet",
+    "model_channels": 8,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+}
+
+
+def trained(tmp_path, student: str, network: dict | None = None, **switches) -> Trainer:
+    """A trainer after some iterations of a student on random images."""
+    experiment = load_experiment(ROOT / "tests/data/tiny.yaml")
+    if network:
+        teacher = experiment.teachers["edm"].model_copy(update={"network": network})
+        experiment.teachers["edm"] = teacher
+    experiment.training = experiment.training.model_copy(update=switches)
+    torch.manual_seed(0)
+    inputs = stand_in_inputs(experiment, student)
+    trainer = Trainer(assemble(experiment, student, 0, inputs, tmp_path, "test"))
+    for _ in range(4):
+        trainer._iteration()
+    return trainer
+
+
+def assert_equal_but_for_rounding(a: Trainer, b: Trainer) -> None:
+    """Losses, since Adam's first steps turn rounding of small gradients into steps."""
+    assert a._sums.keys() == b._sums.keys()
+    for name, total in a._sums.items():
+        assert float(total) == pytest.approx(float(b._sums[name]), rel=1e-2), name
+    assert a.ledger.flops == b.ledger.flops and a.ledger.passes == b.ledger.passes
+    assert a._state_tensors().keys() == b._state_tensors().keys()
+
+
+def test_channels_last(tmp_path):
+    plain, switched = (trained(tmp_path, "gdd", SONG, channels_last=on) for on in (False, True))
+    for network in (switched.networks["student"], switched.ema):
+        weight = next(p for p in network.parameters() if p.dim() == 4 and p.shape[1] > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert_equal_but_for_rounding(plain, switched)
+
+
+@pytest.mark.parametrize(("student", "network"), [("sid", SONG), ("gdd", None)])
+def test_compile(tmp_path, student, network, monkeypatch):
+    """The compiler's front end on every kind of phase; its back end is left out, for time."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+
+    def compile_here(net, **settings):
+        assert isinstance(net, Denoiser)
+        compile_module(net, backend=backend, fullgraph=True, **settings)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_here)
+    torch._dynamo.reset()
+    plain, switched = (trained(tmp_path, student, network, compile=on) for on in (False, True))
+    assert_equal_but_for_rounding(plain, switched)
+    # A network is traced once for each way in which it is used: none again as training goes on.
+    assert 1 <= len(graphs) <= 5
+
+
+def test_compile_needs_a_compiler(tiny, monkeypatch):
+    monkeypatch.setattr(config, "COMPILERS", ("no-such-compiler",))
+    put(tiny, "training.compile", True)
+    assert mistakes(tiny) == ["training.compile: needs a C++ compiler, one of no-such-compiler"]
