@@ -7,7 +7,9 @@
 Prints, per student: images per second (images that receive a generator update), operations per
 such image (measured), and the share of the machine's matmul peak, measured in the same run with the
 same threads. `--compare` repeats that with switches of `training` on, each alone and all together,
-as ratios to all of them off. Weights are random: speed does not depend on them.
+as ratios to all of them off; `plain`, which is no switch, is the same mathematics in the loop that
+papers' code has, and its column says how many times as fast the harness is. Weights are random:
+speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
 from harness.config import Experiment, load_experiment, resolve
 from harness.errors import did_you_mean
+from harness.method import Context, OptimizerConfig, Phase
 from harness.plan import stand_in_inputs
 from harness.runs import assemble
 from harness.trainer import Trainer
@@ -61,7 +65,32 @@ SWITCHES = {
     "channels_last": ("channels_last", False, True),
     "compile": ("compile", False, True),
 }
+PLAIN = "plain"
 WARM_UP = 3  # iterations: the first ones measure operations and compile
+
+
+class PlainLoop(Trainer):
+    """The loop of papers' code: every phase generates its own images, optimisers are not fused,
+    the average goes parameter by parameter, and the loss is read back after each update."""
+
+    def _build_optimizer(self, parameters: list[Tensor], config: OptimizerConfig):
+        optimizer = super()._build_optimizer(parameters, config)
+        for group in optimizer.param_groups:
+            group["fused"] = None
+        return optimizer
+
+    def _update(self, phase: Phase, repeat: int, contexts: list[Context], *rest) -> bool:
+        for context in contexts:
+            context.forget_generated()
+            context.enter(phase.name, repeat, phase.network == self.run.main)
+        applied = super()._update(phase, repeat, contexts, *rest)
+        float(self._sums[f"loss/{phase.name}"])
+        return applied
+
+    def _update_ema(self, images: int) -> None:
+        with torch.no_grad():
+            for average, parameter in zip(*self._averaged, strict=True):
+                average.copy_(parameter.lerp(average, 0.999))
 
 
 def settings(switches: list[str], on: bool) -> dict:
@@ -69,11 +98,13 @@ def settings(switches: list[str], on: bool) -> dict:
     return {SWITCHES[name][0]: SWITCHES[name][1 + on] for name in switches}
 
 
-def measure(experiment: Experiment, student: str, iterations: int) -> tuple[float, float]:
+def measure(
+    experiment: Experiment, student: str, iterations: int, kind: type[Trainer] = Trainer
+) -> tuple[float, float]:
     """Images per second (median over iterations) and operations per image."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = stand_in_inputs(experiment, student)
-        trainer = Trainer(assemble(experiment, student, 0, inputs, Path(folder), "benchmark"))
+        trainer = kind(assemble(experiment, student, 0, inputs, Path(folder), "benchmark"))
     times, flops = [], []
     for _ in range(WARM_UP + iterations):
         synchronise(experiment.device)
@@ -112,7 +143,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="for every student, in place of its own")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--students", nargs="+", metavar="STUDENT")
-    parser.add_argument("--compare", nargs="+", choices=SWITCHES, default=[], metavar="SWITCH")
+    parser.add_argument(
+        "--compare", nargs="+", choices=[*SWITCHES, PLAIN], default=[], metavar="SWITCH"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, as in the workflow")
     parser.add_argument("--iterations", type=int, default=30)
     args = parser.parse_args()
@@ -120,9 +153,10 @@ def main() -> None:
     if args.network:
         args.configfile = Path("configs/paper") / f"{NETWORKS[args.network]}.yaml"
     experiment = load_experiment(args.configfile, _overrides(args), files=False)
-    sets = [[name] for name in args.compare]
-    sets += [args.compare] if len(sets) > 1 else []
-    section = experiment.training.model_copy(update=settings(args.compare, on=False))
+    chosen = [name for name in args.compare if name != PLAIN]
+    sets = [[name] for name in chosen]
+    sets += [chosen] if len(sets) > 1 else []
+    section = experiment.training.model_copy(update=settings(chosen, on=False))
     peak, rows = 0.0, []
     for student in experiment.students:
         measured = []
@@ -131,18 +165,24 @@ def main() -> None:
             measured.append(measure(experiment, student, args.iterations))
         best, product = matmul_peak(experiment.device, section.precision)
         peak = max(peak, best)
+        (rate, flops), *others = measured
+        ratios = [other / rate for other, _ in others]
+        if PLAIN in args.compare:
+            experiment.training = section
+            ratios.append(rate / measure(experiment, student, args.iterations, PlainLoop)[0])
         batch = experiment.method_config(student).batch
-        rows.append((student, batch, *measured[0], [rate / measured[0][0] for rate, _ in measured]))
+        rows.append((student, batch, rate, flops, ratios))
     print(
         f"{experiment.name}: {experiment.device}, {args.threads} thread(s), torch "
         f"{torch.__version__}; matmul peak {peak / 1e9:.1f} GFLOP/s ({product})\n"
     )
     headers = ("student", "batch", "images/s", "MFLOPs/image", "share of peak")
     headers += tuple("× with " + " + ".join(s) for s in sets)
+    headers += ("× the plain loop",) if PLAIN in args.compare else ()
     table = [
         (
             *(name, batch, f"{rate:.3g}", f"{flops / 1e6:.4g}", f"{rate * flops / peak:.0%}"),
-            *(f"{ratio:.2f}" for ratio in ratios[1:]),
+            *(f"{ratio:.2f}" for ratio in ratios),
         )
         for name, batch, rate, flops, ratios in rows
     ]

@@ -8,7 +8,7 @@ def test_throughput_prints_a_row_for_every_student():
     done = subprocess.run(
         [
             *(sys.executable, "benchmarks/throughput.py", "--iterations", "2"),
-            *("--configfile", "tests/data/tiny.yaml", "--compare", "channels_last"),
+            *("--configfile", "tests/data/tiny.yaml", "--compare", "channels_last", "plain"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -20,5 +20,6 @@ def test_throughput_prints_a_row_for_every_student():
     for row in rows:
         assert float(row[2]) > 0 and float(row[3]) > 0
         assert 0 < float(row[4].strip(" %")) < 100 or row[4].strip() == "0 %"
-        assert 0.1 < float(row[5]) < 10  # the ratio with the switch on
+        assert 0.1 < float(row[5]) < 10  # with the switch on
+        assert 0.1 < float(row[6]) < 10  # against the plain loop
     assert "matmul peak" in done.stdout
