@@ -18,7 +18,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _unet2d():
-    from diffusers.models.unets.unet_2d import UNet2DModel
+    from unittest import mock
+
+    from diffusers.utils import import_utils
+
+    # Importing a model imports schedulers, and those scipy.stats where there is one: a fifth of a
+    # stage's start, for a sampler that nothing here uses.
+    with mock.patch.object(import_utils, "_scipy_available", False, create=True):
+        from diffusers.models.unets.unet_2d import UNet2DModel
 
     return UNet2DModel, UNet2DDenoiser
 
