@@ -7,6 +7,7 @@ import yaml
 from harness.artifacts import digest, write_json
 from harness.cli import main
 from harness.config import load_experiment, parse_experiment
+from harness.evaluation.score import SCHEMA
 from harness.reporting import paper
 from harness.reporting.published import PAPERS, concerning, is_own, published, runs_of
 from harness.reporting.verify import teacher_lines
@@ -324,6 +325,7 @@ def write_teacher_scores(experiment, *rows: tuple) -> None:
     ]
     entries = [{"student": "teacher", "nfe": 35, "rows": rows}]
     scores = {"spec": digest(experiment.reference_score_spec("edm")), "weights": "0" * 64}
+    scores["schema"] = SCHEMA
     write_json(experiment.reference_score_path("edm"), scores | {"entries": entries})
 
 
