@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 8
 
-.PHONY: all install test lint format status reference paper-tables clean
+.PHONY: all claims install test lint format status reference paper-tables clean
 
 all: install
 	$(BIN)/snakemake --cores $(CORES) all
+
+claims: install
+	$(BIN)/snakemake --cores $(CORES) all --configfile configs/digits-claims.yaml
 
 test: install
 	$(BIN)/python -m pytest

@@ -194,7 +194,12 @@ class TrainingSection(Section):
 
 class EvaluationSection(Section):
     num_samples: Positive = 2000
-    sampling_seed: int = Field(0, ge=0)
+    sampling_seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 1, 2], min_length=1, description="each a range of noise of its own"
+    )
+    snapshot_seeds: Positive = Field(
+        1, description="how many of them score a snapshot before the last, which gets all"
+    )
     extractors: list[str] = Field(min_length=1)
     main_metric: str = "fd"
     statistics: str | None = Field(
@@ -203,6 +208,10 @@ class EvaluationSection(Section):
     statistics_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     neighbours: Positive = 3
     grid_samples: Positive = 100
+
+    def seeds_of_snapshot(self, final: bool) -> list[int]:
+        """The sampling seeds with which a snapshot is scored."""
+        return self.sampling_seeds if final else self.sampling_seeds[: self.snapshot_seeds]
 
 
 class PublishedName(Section):
@@ -225,6 +234,18 @@ class PaperSection(Section):
     methods: dict[str, PublishedName] = {}
 
 
+class ClaimSection(Section):
+    """A published claim, as a comparison of two students: `better` is the one that it says wins in
+    `metric` (default: the main one). `reported`: what the source gives for it, in words."""
+
+    claim: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    reported: str = Field(min_length=1)
+    better: str
+    worse: str
+    metric: str | None = None
+
+
 class ExperimentModel(Section):
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -235,6 +256,7 @@ class ExperimentModel(Section):
     training: TrainingSection
     evaluation: EvaluationSection
     paper: PaperSection | None = None
+    claims: list[ClaimSection] = []
 
 
 class Experiment:
@@ -245,7 +267,7 @@ class Experiment:
         self.name, self.data, self.features = model.name, model.data, model.features
         self.teachers, self.students = model.teachers, model.students
         self.training, self.evaluation = model.training, model.evaluation
-        self.paper = model.paper
+        self.paper, self.claims = model.paper, model.claims
         self.device_setting = model.device
         self.root = results / model.name
 
@@ -403,7 +425,8 @@ class Experiment:
     def report_spec(self) -> list:
         """What decides the tables, the scores apart."""
         spec = [list(self.students), self.evaluation.main_metric]
-        return spec + ([self.paper.model_dump()] if self.paper else [])
+        spec += [self.paper.model_dump()] if self.paper else []
+        return spec + [claim.model_dump() for claim in self.claims]
 
     # Where things lie.
 
@@ -610,6 +633,14 @@ def _check_evaluation(
     from harness.evaluation.metrics import METRICS
 
     lines, used = [], set()
+    seeds = evaluation.sampling_seeds
+    if len(set(seeds)) < len(seeds):
+        lines.append("evaluation.sampling_seeds: a seed stands twice")
+    if evaluation.snapshot_seeds > len(seeds):
+        lines.append(
+            f"evaluation.snapshot_seeds: {evaluation.snapshot_seeds}, but there are {len(seeds)} "
+            "sampling_seeds"
+        )
     for name in evaluation.extractors:
         if name not in model.features:
             hint = did_you_mean(name, model.features)
@@ -635,6 +666,28 @@ def _check_evaluation(
         lines.append("evaluation.statistics_sha256: means nothing without statistics")
     elif model.data is not None and not model.data.has_images:
         lines.append("evaluation.statistics: missing; data has no images to compare with")
+    return lines
+
+
+def _check_claims(model: ExperimentModel) -> list[str]:
+    from harness.evaluation.metrics import METRICS
+
+    lines = []
+    names = model.evaluation.extractors if model.evaluation else []
+    kinds = {model.features[name].type for name in names if model.features.get(name)}
+    for i, claim in enumerate(model.claims or []):
+        for role in ("better", "worse"):
+            name = getattr(claim, role)
+            if name not in model.students:
+                hint = did_you_mean(name, model.students)
+                lines.append(f"claims.{i}.{role}: unknown student {name!r}{hint}")
+        if claim.better == claim.worse:
+            lines.append(f"claims.{i}: {claim.better!r} is both better and worse")
+        if claim.metric is not None and claim.metric not in METRICS:
+            hint = did_you_mean(claim.metric, METRICS)
+            lines.append(f"claims.{i}.metric: unknown metric {claim.metric!r}{hint}")
+        elif claim.metric and kinds and not kinds & set(METRICS[claim.metric].extractors):
+            lines.append(f"claims.{i}.metric: no extractor has {claim.metric!r}")
     return lines
 
 
@@ -802,6 +855,7 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
             lines.append(f"features.{name}.weights: {weights} does not exist")
     if model.evaluation:
         lines += _check_evaluation(model.evaluation, model, files)
+    lines += _check_claims(model)
     for name, student in _valid(model.students):
         lines += _check_student(name, student, model)
     if len(set(model.training.seeds)) < len(model.training.seeds):

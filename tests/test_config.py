@@ -26,7 +26,10 @@ def put(raw: dict, path: str, value) -> dict:
     return raw
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-tune"])
+CLAIM = {"claim": "SiD wins", "source": "s", "reported": "1 -> 2", "better": "sid", "worse": "sim"}
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-tune", "digits-claims"])
 def test_the_shipped_experiments_are_valid(name):
     load_experiment(f"configs/{name}.yaml")
 
@@ -75,6 +78,14 @@ def test_the_shipped_experiments_are_valid(name):
         ("teachers.edm.images", 1000, "teachers.edm.images: not a multiple of its batch 64"),
         ("training.micro_batch", 5,
          "students.dmd: batch 16 is not a multiple of training.micro_batch 5"),
+        ("evaluation.sampling_seed", 0, "evaluation.sampling_seed: unknown key; did you mean 'sampling_seeds'?"),
+        ("evaluation.sampling_seeds", [1, 1], "evaluation.sampling_seeds: a seed stands twice"),
+        ("evaluation.snapshot_seeds", 3, "evaluation.snapshot_seeds: 3, but there are 2 sampling_seeds"),
+        ("claims", [{**CLAIM, "better": "sld"}], "claims.0.better: unknown student 'sld'; did you mean 'sid'?"),
+        ("claims", [{**CLAIM, "worse": "sid"}], "claims.0: 'sid' is both better and worse"),
+        ("claims", [{**CLAIM, "metric": "fdd"}], "claims.0.metric: unknown metric 'fdd'; did you mean 'fd'?"),
+        ("claims", [{**CLAIM, "metric": "fid-edm"}], "claims.0.metric: no extractor has 'fid-edm'"),
+        ("claims", [{**CLAIM, "sorce": "x"}], "claims.0.sorce: unknown key; did you mean 'source'?"),
         ("evaluation.main_metric", "fdd", "evaluation.main_metric: unknown metric 'fdd'; did you mean 'fd'?"),
         ("features.inception", {"type": "incepton"},
          "features.inception.type: input should be 'cnn', 'resnet', 'clip' or 'inception', not 'incepton'"),

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import softplus
 
 from methods.dmd import dmd_gradient
 from methods.gdd import discriminator_loss, generator_loss, r1_penalty
+from methods.regression import Regression
 from methods.sid import sid_loss
 from methods.sim import sim_loss
 
@@ -42,6 +44,15 @@ def test_sid_loss_and_its_gradients_are_the_authors(alpha):
     assert relative_error(loss, g[f"loss_alpha{alpha}"]) < 1e-5
     for name, gradient in zip(names, torch.autograd.grad(loss.sum(), inputs), strict=True):
         assert relative_error(gradient, g[f"grad_{name}_alpha{alpha}"]) < 1e-5
+
+
+def test_regression_is_the_mean_square_of_what_a_linear_student_misses():
+    """A student that answers 2 z on pairs x = 3 z misses by z."""
+    context = SimpleNamespace(networks={"student": lambda x, sigma, condition: 2 * x / 80.0})
+    z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    context.pairs = lambda: (z, 3 * z, None)
+    method = Regression(Regression.Config(), None)
+    assert method.loss(context).item() == pytest.approx(z.square().mean().item())
 
 
 def test_sid_weight_is_clipped_and_carries_no_gradient():

@@ -18,6 +18,7 @@ SETTINGS = {
     "sid": PLAIN,
     "sim": PLAIN,
     "gdd": {"features": "critic", "r1_every": 2},
+    "regression": {"pairs": 32},
 }
 
 
@@ -83,6 +84,7 @@ def test_a_method_trains_its_networks_and_leaves_the_teacher_alone(name, tmp_pat
         ("dmd", {"regression": "none"}, {"student": [1, 1], "teacher": [1, 0], "fake_score": [2, 1]}),
         ("sid", {}, {"student": [1, 1], "teacher": [1, 1], "fake_score": [2, 2]}),
         ("sim", {}, {"student": [1, 1], "teacher": [1, 1], "fake_score": [2, 2]}),
+        ("regression", {}, {"student": [1, 1]}),
         ("gdd", {"r1_gamma": 0.0}, {"student": [2, 1], "features": [3, 1], "discriminator": [3, 3]}),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ import yaml
 from harness.artifacts import digest, write_json
 from harness.cli import main
 from harness.config import load_experiment, parse_experiment
+from harness.evaluation.score import SCHEMA
 from harness.reporting import paper
 from harness.reporting.published import PAPERS, concerning, is_own, published, runs_of
 from harness.reporting.verify import teacher_lines
@@ -311,6 +312,12 @@ def test_paper_tables_take_what_there_is(cifar, tmp_path, monkeypatch, capsys):
     assert row.difference["cond"] == pytest.approx(0.04) and row.setting_match["cond"] == "toy"
 
 
+def test_sampling_seeds_are_averaged_before_training_seeds(cifar):
+    rows = [("sid", seed, "fid-edm", value) for seed, value in ((0, 1.0), (0, 3.0), (1, 5.0))]
+    values, _ = paper.measured(parse_experiment(cifar, "x"), scores(*rows), "sid")
+    assert list(values) == [2.0, 5.0]
+
+
 # -- the teacher --------------------------------------------------------------------------------
 
 
@@ -324,6 +331,7 @@ def write_teacher_scores(experiment, *rows: tuple) -> None:
     ]
     entries = [{"student": "teacher", "nfe": 35, "rows": rows}]
     scores = {"spec": digest(experiment.reference_score_spec("edm")), "weights": "0" * 64}
+    scores["schema"] = SCHEMA
     write_json(experiment.reference_score_path("edm"), scores | {"entries": entries})
 
 
@@ -343,6 +351,10 @@ def test_verify_teacher(cifar, tmp_path, monkeypatch, capsys):
     write_teacher_scores(experiment, ("fid-edm", "inception", 1.85))
     reported = "FID 1.79 (EDM (teacher), 35 NFE; EDM, README)"
     assert f"{reported} | fid-edm_n50000_inception 1.85 ± 0.02" in teacher_lines(experiment, "edm")
+    # Two sampling seeds: their mean, and the error of a mean.
+    write_teacher_scores(experiment, *(("fid-edm", "inception", value) for value in (1.85, 1.87)))
+    assert f"{reported} | fid-edm_n50000_inception 1.86 ± 0.01" in teacher_lines(experiment, "edm")
+    write_teacher_scores(experiment, ("fid-edm", "inception", 1.85))
     del cifar["paper"]
     alone = teacher_lines(parse_experiment(cifar, "x"), "edm")
     assert alone[2:] == ["- | fid-edm_n50000_inception 1.85 ± 0.02"]

@@ -7,8 +7,8 @@ import pytest
 
 from harness.config import load_experiment
 from harness.errors import UserError
-from harness.reporting.collect import COLUMNS, collect
-from harness.reporting.tables import cell, compare
+from harness.reporting.collect import COLUMNS, collect, read_metrics
+from harness.reporting.tables import cell, compare, formatted
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +22,8 @@ def experiment(finished):
 def test_metrics_csv_is_tidy(finished, experiment):
     table = pd.read_csv(finished.results / "tables" / "metrics.csv")
     assert tuple(table.columns) == COLUMNS
-    assert (table.schema == 1).all() and (table.experiment == "tiny").all()
-    keys = ["student", "seed", "snapshot", "metric", "extractor", "num_samples"]
+    assert (table.schema == 2).all() and (table.experiment == "tiny").all()
+    keys = ["student", "seed", "snapshot", "sample_seed", "metric", "extractor", "num_samples"]
     assert not table.duplicated(keys).any()
     # Every number that a column would hold was made by one protocol.
     per_column = table.groupby(["metric", "extractor", "num_samples"]).protocol.nunique()
@@ -31,6 +31,51 @@ def test_metrics_csv_is_tidy(finished, experiment):
     protocols = json.loads((finished.results / "manifest.json").read_text())["protocols"]
     assert set(table.protocol) == set(protocols)
     assert set(table.reference) == {"digits-train1438"}
+
+
+def test_the_last_snapshot_gets_every_sampling_seed_and_the_others_the_first(experiment):
+    table, protocols = collect(experiment)
+    runs = table[table.seed.notna()]
+    seeds = runs.groupby("final").sample_seed.unique().map(sorted)
+    assert seeds[True] == [0, 1] and seeds[False] == [0]
+    assert sorted(table[table.student == "teacher"].sample_seed.unique()) == [0, 1]
+    assert table[table.student == "floor"].sample_seed.isna().all()
+    assert all(p["sampling_seeds"] == [0, 1] for p in protocols.values())
+    # Other noise, other numbers; the leave-out estimates lie around each.
+    fd = runs[runs.final & (runs.student == "sid") & (runs.column == "fd_n400_tiny-cnn")]
+    assert fd.value.nunique() == 2
+    for value, left in zip(fd.value, fd.leave_out, strict=True):
+        assert len(left) == 10 and min(left) < 1.1 * value and max(left) > value
+    recall = runs[runs.metric == "recall"]
+    assert recall[recall.num_samples == 400].leave_out.map(len).max() == 0
+
+
+def test_a_score_file_or_csv_of_an_older_schema_is_one_clear_line(workspace):
+    experiment = load_experiment(
+        workspace.root / "configs" / "tiny.yaml", results=workspace.root / "results"
+    )
+    path = experiment.score_path("sid", 0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    expected = (
+        r"seed0.json was written by an older version of the harness \(schema 1, here 2\); run"
+    )
+    with pytest.raises(UserError, match=expected):
+        collect(experiment)
+    partial, _ = collect(experiment, partial=True)
+    assert partial[partial.student == "sid"].status.str.startswith("missing").all()
+    csv = workspace.results / "tables" / "metrics.csv"
+    assert tuple(read_metrics(csv).columns) == COLUMNS
+    old = csv.read_text().replace("\n2,", "\n1,")
+    for text, message in (
+        (old, r"metrics.csv was written by an older version of the harness \(schema 1, here 2\)"),
+        (old.replace("schema,", "", 1), "older version"),
+        (csv.read_text().replace("sample_seed", "seeds", 1), "has no column sample_seed"),
+        ("", "is no table"),
+    ):
+        csv.write_text(text)
+        with pytest.raises(UserError, match=message) as error:
+            read_metrics(csv)
+        assert "\n" not in str(error.value)
 
 
 def test_scale_rows(finished):
@@ -54,9 +99,19 @@ def test_comparison_is_mean_and_std_of_the_scores(experiment):
     comparison = compare(experiment, pd.concat([table, doubled[doubled.student == "sid"]]))
     values = comparison.values.set_index("student")
     column = "fd_n400_tiny-cnn"
-    one = table[table.final & (table.student == "sid") & (table.column == column)].value.item()
-    assert values[column]["sid"] == pytest.approx(one + 1)
+    ours = table[table.final & (table.student == "sid") & (table.column == column)].value
+    assert values[column]["sid"] == pytest.approx(ours.mean() + 1)
     assert values[f"{column}_std"]["sid"] == pytest.approx(2**0.5)
+    # The spread over sampling seeds stands by itself, and so does the best of them.
+    assert values[f"{column}_sampling_std"]["sid"] == pytest.approx(ours.astype(float).std())
+    assert values[f"{column}_best_of_2"]["sid"] == pytest.approx(ours.min() + 1)
+    assert "recall_n400_tiny-cnn_best_of_2" not in values
+    assert values[f"{column}_rank"]["sid"] == "not ranked"
+    assert pd.isna(values[f"{column}_rank"]["teacher"])
+    text = formatted(comparison).set_index("student")
+    assert text[f"{column} best of 2"]["teacher"] != "–"
+    assert text[f"{column} best of 2"]["floor"] == "–"
+    assert text[f"{column} rank"]["sid"] == "not ranked"
     assert values.images["sid"] == 160
     assert pd.isna(values[f"{column}_std"]["sim"])
     assert values.frozen["gdd-i"] > 0.5 and values.frozen["gdd"] == 0

@@ -1,16 +1,18 @@
 """The metrics, by name. Each says what it needs, which direction is better, and gives an error.
 
 A metric is a function of `Views` (what an extractor saw of generated and reference images) that
-returns a value and its standard error over the draw of samples (NaN where none is known). Errors
-are delete-a-group jackknife estimates (10 groups), or closed forms for plain means.
+returns a value, its standard error over the draw of samples (NaN where none is known) and, where it
+can, the estimates that leave one group of samples out. Errors are delete-a-group jackknife
+estimates (10 groups of consecutive samples), or closed forms for plain means.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,20 +116,38 @@ class Views:
         ]
 
 
+class Estimate(NamedTuple):
+    """A number and its error. `leave_out[g]`: the number without the samples of group g. Which
+    group a sample is in depends on its position alone, so that two generators with the same noise
+    can be compared group by group (`harness.reporting.statistics`)."""
+
+    value: float
+    stderr: float = math.nan
+    leave_out: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric. `needs`: attributes of `Views` that must be there. `extractors`: the
-    types of those it is defined on. `limit`: the most samples that it takes. `settings`: what of
-    its definition a reader must know (part of the protocol)."""
+    """A registered metric. `needs`: attributes of `Views` that must be there. `function`: views ->
+    what `Estimate` is made of, the first two at least. `extractors`: the types of those it is
+    defined on. `limit`: the most samples that it takes. `settings`: what of its definition a reader
+    must know (part of the protocol)."""
 
     name: str
     label: str
     higher_is_better: bool
     needs: tuple[str, ...]
-    compute: Callable[[Views], tuple[float, float]]
+    function: Callable[[Views], tuple]
     settings: dict
     extractors: tuple[str, ...] = ALL
     limit: int | None = None
+
+    def estimate(self, views: Views) -> Estimate:
+        return Estimate(*self.function(views))
+
+    def compute(self, views: Views) -> tuple[float, float]:
+        """The value and its standard error."""
+        return self.estimate(views)[:2]
 
     def count(self, num_samples: int) -> int:
         """How many samples it is computed on where there are `num_samples`."""
@@ -146,48 +166,52 @@ def register(
     limit: int | None = None,
     **settings,
 ) -> Callable:
-    """Register `compute(views) -> (value, stderr)` under `name`; a name may be taken once."""
+    """Register `function(views) -> (value, stderr)`, or an `Estimate`, under `name`; a name may be
+    taken once."""
 
-    def decorate(compute):
+    def decorate(function):
         if name in METRICS:
             raise ValueError(f"metric {name!r} is registered already")
         METRICS[name] = Metric(
-            name, label, higher_is_better, needs, compute, settings, extractors, limit
+            name, label, higher_is_better, needs, function, settings, extractors, limit
         )
-        return compute
+        return function
 
     return decorate
 
 
-def _mean(values: Tensor) -> tuple[float, float]:
+def _mean(values: Tensor) -> Estimate:
     values = values.double()
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+    left = [(values.sum() - g.sum()) / (len(values) - len(g)) for g in values.chunk(GROUPS)]
+    error = (values.std() / math.sqrt(len(values))).item()
+    return Estimate(values.mean().item(), error, tuple(x.item() for x in left))
 
 
-def jackknife(estimates: list[float]) -> float:
+def jackknife(estimates: Sequence[float]) -> float:
     """Standard error from the estimates that each leave one of the groups out."""
     t = torch.tensor(estimates, dtype=torch.float64)
     return math.sqrt((len(t) - 1) * t.var(correction=0).item())
 
 
-def _frechet(views: Views, distance: Callable) -> tuple[float, float]:
+def _frechet(views: Views, distance: Callable) -> Estimate:
     everything = Moments.over(views.features.split(BLOCK))
     value = distance(*everything.statistics())
     if not views.alone:
-        return value, math.nan
+        return Estimate(value)
     without = [everything - Moments.of(group) for group in views.features.chunk(GROUPS)]
-    return value, jackknife([distance(*moments.statistics()) for moments in without])
+    left = tuple(distance(*moments.statistics()) for moments in without)
+    return Estimate(value, jackknife(left), left)
 
 
 @register("fd", "Fréchet distance", False, extractors=TRAINED, covariance="N-1")
-def frechet(views: Views) -> tuple[float, float]:
+def frechet(views: Views) -> Estimate:
     """In the features of a network trained here: no FID."""
     reference = views.reference.statistics
     return _frechet(views, lambda *generated: frechet_distance(*generated, *reference))
 
 
 @register("fid-edm", "FID, EDM's protocol", False, extractors=("inception",), covariance="N-1")
-def fid_edm(views: Views) -> tuple[float, float]:
+def fid_edm(views: Views) -> Estimate:
     """Fréchet Inception distance (Heusel et al. 2017), with the quantisation, the network and the
     covariance of EDM's evaluation (Karras et al. 2022).
 
@@ -212,7 +236,7 @@ def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
     estimate="unbiased",
     scale=1000,
 )
-def kernel_distance(views: Views) -> tuple[float, float]:
+def kernel_distance(views: Views) -> Estimate:
     """Squared maximum mean discrepancy, unbiased, on all samples, times 1000 (Bińkowski et al.
     2018). Features are standardised by the reference: on raw ones the cube is dominated by a few
     large coordinates and the estimate is noise."""
@@ -230,7 +254,7 @@ def kernel_distance(views: Views) -> tuple[float, float]:
         start += len(group)
         left = rows.sum() - 2 * rows[g].sum() + xx[g, g].sum()
         without.append(estimate(left, cross.sum() - cross[g].sum(), n - len(group)))
-    return estimate(rows.sum(), cross.sum(), n), jackknife(without)
+    return Estimate(estimate(rows.sum(), cross.sum(), n), jackknife(without), tuple(without))
 
 
 def neighbour_radii(points: Tensor, k: int) -> Tensor:
@@ -244,7 +268,7 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
 
 
 @register("precision", "Precision", True, ("reference_features",), limit=PAIRWISE_LIMIT)
-def precision(views: Views) -> tuple[float, float]:
+def precision(views: Views) -> Estimate:
     """Share of generated samples within the reference's manifold (Kynkäänniemi et al. 2019)."""
     reference = views.reference
     radii = reference.radii(views.neighbours)
@@ -252,24 +276,24 @@ def precision(views: Views) -> tuple[float, float]:
 
 
 @register("recall", "Recall", True, ("reference_features",), limit=PAIRWISE_LIMIT)
-def recall(views: Views) -> tuple[float, float]:
+def recall(views: Views) -> Estimate:
     """Share of reference samples within the generated samples' manifold."""
     radii = neighbour_radii(views.features, views.neighbours)
     covered = _covered(views.reference.features, views.features, radii)
-    return covered.double().mean().item(), math.nan
+    return Estimate(covered.double().mean().item())
 
 
 @register(
     "accuracy", "Class accuracy (%)", True, ("probabilities", "labels"), extractors=CLASSIFIERS
 )
-def accuracy(views: Views) -> tuple[float, float]:
+def accuracy(views: Views) -> Estimate:
     """Share of samples that the classifier takes for the class asked for, in percent. Inception's
     classes are not those of the data set."""
     return _mean(100.0 * (views.probabilities.argmax(dim=1) == views.labels))
 
 
 @register("clip-score", "CLIP score", True, ("text_similarity",), extractors=("clip",), scale=100)
-def clip_score(views: Views) -> tuple[float, float]:
+def clip_score(views: Views) -> Estimate:
     """100 cos(image, caption asked for), at least 0 (Hessel et al. 2021, without their 2.5)."""
     return _mean(100.0 * views.text_similarity.clamp_min(0))
 
@@ -277,6 +301,6 @@ def clip_score(views: Views) -> tuple[float, float]:
 @register(
     "aesthetic", "Aesthetic (legibility)", True, ("aesthetic",), extractors=("clip",), scale="0-10"
 )
-def aesthetic(views: Views) -> tuple[float, float]:
+def aesthetic(views: Views) -> Estimate:
     """Mean of the head's rating of each image."""
     return _mean(views.aesthetic)

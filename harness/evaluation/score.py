@@ -1,7 +1,8 @@
 """The scoring stage: one job for all snapshots of a run, one for a teacher and the floor.
 
-A score file holds rows; each row is one number: metric, extractor, sample count, value, standard
-error, protocol hash and flag. The protocols themselves stand beside them.
+A score file holds rows; each row is one number: sampling seed, metric, extractor, sample count,
+value, standard error, estimates that leave one group of samples out, protocol hash and flag. The
+protocols themselves stand beside them.
 """
 
 from __future__ import annotations
@@ -20,27 +21,36 @@ from harness.data import Dataset
 from harness.downloads import fetch
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.frechet import Moments, load_statistics
-from harness.evaluation.metrics import METRICS, PAIRWISE_LIMIT, Metric, Reference, Views
+from harness.evaluation.metrics import (
+    METRICS,
+    PAIRWISE_LIMIT,
+    Estimate,
+    Metric,
+    Reference,
+    Views,
+)
 from harness.networks import denoiser_record, inception, load_denoiser
 from harness.sampling import heun_generator, one_step_generator, sample
 from harness.streams import Stream
 
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
-SCHEMA = 1
+SCHEMA = 2
 
 Blocks = Iterator[tuple[Tensor, Tensor]]
 
 
-def over_subsets(metric: Metric, parts: list[Views]) -> tuple[float, float]:
+def over_subsets(metric: Metric, parts: list[Views]) -> Estimate:
     """Mean over disjoint subsets with the error that their spread shows; one subset has its own.
 
-    At the held-out size one subset alone would be as noisy as the floor it is compared with.
+    At the held-out size one subset alone would be as noisy as the floor it is compared with. The
+    groups that are left out are the subsets.
     """
-    values = [metric.compute(part) for part in parts]
-    if len(values) == 1:
-        return values[0]
-    t = torch.tensor([value for value, _ in values], dtype=torch.float64)
-    return t.mean().item(), (t.std() / len(t) ** 0.5).item()
+    estimates = [metric.estimate(part) for part in parts]
+    if len(estimates) == 1:
+        return estimates[0]
+    t = torch.tensor([e.value for e in estimates], dtype=torch.float64)
+    left = (t.sum() - t) / (len(t) - 1)
+    return Estimate(t.mean().item(), (t.std() / len(t) ** 0.5).item(), tuple(left.tolist()))
 
 
 class Scorer:
@@ -124,7 +134,8 @@ class Scorer:
             **self._reference_record(metric),
             "quantisation": QUANTISATION,
             "resize": extractor.resize,
-            "sampling": f"image i from (seed {evaluation.sampling_seed}, i), balanced labels",
+            "sampling": "image i from (sampling seed, i), balanced labels; every seed by itself",
+            "sampling_seeds": evaluation.sampling_seeds,
             "library": library,
         }
         name = digest(record)
@@ -163,14 +174,16 @@ class Scorer:
                 flag = "shares-pretraining"
             for metric, count in self._measurements(extractor, views, counts):
                 value = stderr = None
+                left: tuple[float, ...] = ()
                 if views is not None:
-                    value, stderr = over_subsets(metric, views.disjoint(count))
+                    value, stderr, left = over_subsets(metric, views.disjoint(count))
                 row = {
                     "metric": metric.name,
                     "extractor": extractor.name,
                     "num_samples": count,
                     "value": value,
                     "stderr": stderr,
+                    "leave_out": left,
                     "protocol": self._protocol(metric, extractor, count),
                     "flag": flag,
                 }
@@ -196,17 +209,11 @@ class Scorer:
         wanted = dict.fromkeys((name, METRICS[name].count(n)) for n in counts for name in names)
         return [(METRICS[name], n) for name, n in wanted]
 
-    def generated(self, generate: Callable, device: str) -> Blocks:
-        """Quantised samples of a generator, on the host, as the protocol says."""
-        d, evaluation = self.dataset, self.experiment.evaluation
-        stream = sample(
-            generate,
-            max(self.counts()),
-            d.image_shape,
-            d.num_classes,
-            evaluation.sampling_seed,
-            device,
-        )
+    def generated(self, generate: Callable, device: str, seed: int) -> Blocks:
+        """Quantised samples of a generator for one sampling seed, on the host, as the protocol
+        says."""
+        d, count = self.dataset, max(self.counts())
+        stream = sample(generate, count, d.image_shape, d.num_classes, seed, device)
         for images, labels in stream:
             if labels is None:  # as `Images` has them
                 labels = torch.zeros(len(images), dtype=torch.int64)
@@ -241,13 +248,19 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
         folder = run_dir / "snapshots" / snapshot["name"]
         denoiser = load_denoiser(folder, snapshot["sha256"], device, owner=run_dir)
         generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
-        blocks = scorer.generated(generate, device)
-        if snapshot is run["snapshots"][-1]:
-            blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
+        final, rows = snapshot is run["snapshots"][-1], []
+        for sampling_seed in experiment.evaluation.seeds_of_snapshot(final):
+            blocks = scorer.generated(generate, device, sampling_seed)
+            if final and not kept:
+                blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
+            scored = scorer.score(
+                blocks, scorer.counts(), run["trained_against"], run["pretraining"]
+            )
+            rows += [{"sample_seed": sampling_seed} | row for row in scored]
         entries.append(
             {
                 "snapshot": snapshot["name"],
-                "final": snapshot is run["snapshots"][-1],
+                "final": final,
                 "grid": snapshot["grid"],
                 "sha256": snapshot["sha256"],
                 "nfe": 1,
@@ -255,9 +268,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
                 "images": snapshot["ledger"]["images"],
                 "flops": snapshot["ledger"]["flops"],
                 "seconds": snapshot["ledger"]["seconds"],
-                "rows": scorer.score(
-                    blocks, scorer.counts(), run["trained_against"], run["pretraining"]
-                ),
+                "rows": rows,
             }
         )
         print(f"{student}/seed{seed}: scored {snapshot['name']}", file=sys.stderr, flush=True)
@@ -275,29 +286,36 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     scorer, device, kept = Scorer(experiment), experiment.device, {}
     record = read_json(folder / "teacher.json")
     denoiser = load_denoiser(folder, record["sha256"], device)
-    many = keeping(
-        scorer.generated(heun_generator(denoiser, sampler), device),
-        experiment.evaluation.grid_samples,
-        kept,
-    )
-    one = scorer.generated(one_step_generator(denoiser, sampler["sigma_max"]), device)
+    many = heun_generator(denoiser, sampler)
+    one = one_step_generator(denoiser, sampler["sigma_max"])
     held_out = scorer.dataset.held_out
-    real = zip(held_out.pixels.split(256), held_out.labels.split(256), strict=True)
     common = {"snapshot": "", "final": True, "grid": [], "sha256": record["sha256"]}
     # Nothing is known of how an imported teacher was trained.
     common |= {"ema": getattr(experiment.teachers[teacher], "ema_half_life", None)}
     common |= {key: record.get("ledger", {}).get(key) for key in ("images", "flops", "seconds")}
     nothing = dict.fromkeys(("ema", "images", "flops", "seconds", "sha256"))
-    rows = [
-        ("teacher", 2 * sampler["steps"] - 1, many, scorer.counts()),
-        ("teacher-1step", 1, one, scorer.counts()),
-        ("floor", None, real, [len(held_out)]),
-    ]
     entries = []
-    for name, nfe, blocks, counts in rows if len(held_out) else rows[:-1]:
-        entry = common | {"student": name, "nfe": nfe, "rows": scorer.score(blocks, counts)}
+
+    def add(name: str, nfe: int | None, rows: list[dict]) -> None:
+        entry = common | {"student": name, "nfe": nfe, "rows": rows}
         entries.append(entry | (nothing if name == "floor" else {}))
         print(f"{teacher}: scored {name}", file=sys.stderr, flush=True)
+
+    for name, nfe, generate in (
+        ("teacher", 2 * sampler["steps"] - 1, many),
+        ("teacher-1step", 1, one),
+    ):
+        rows = []
+        for seed in experiment.evaluation.sampling_seeds:
+            blocks = scorer.generated(generate, device, seed)
+            if not kept:
+                blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
+            rows += [{"sample_seed": seed} | r for r in scorer.score(blocks, scorer.counts())]
+        add(name, nfe, rows)
+    if len(held_out):
+        real = zip(held_out.pixels.split(256), held_out.labels.split(256), strict=True)
+        rows = scorer.score(real, [len(held_out)])
+        add("floor", None, [{"sample_seed": None} | row for row in rows])
     _finish(
         experiment.reference_score_path(teacher),
         {

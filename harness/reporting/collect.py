@@ -1,4 +1,4 @@
-"""metrics.csv: every number of an experiment in one tidy table."""
+"""metrics.csv: every number of an experiment in one tidy table, one row per sampling seed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from harness import failures
 from harness.artifacts import digest, read_json
 from harness.config import Experiment
 from harness.errors import UserError
+from harness.evaluation.score import SCHEMA as SCORE_SCHEMA
 
-SCHEMA = 1
+SCHEMA = 2
 COLUMNS = (
     *("schema", "experiment", "student", "method", "seed", "snapshot", "nfe", "ema"),
     *("images", "flops", "seconds", "sample_seed", "metric", "extractor", "num_samples"),
@@ -26,6 +27,32 @@ def column_name(metric: str, num_samples: int, extractor: str) -> str:
     return f"{metric}_n{num_samples}_{extractor}"
 
 
+def _check_schema(path: Path, found: object, known: int, remedy: str) -> None:
+    if found != known:
+        age = "an older" if not isinstance(found, int) or found < known else "a newer"
+        raise UserError(
+            f"{path} was written by {age} version of the harness (schema {found}, here {known}); "
+            f"{remedy}"
+        )
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """A metrics.csv, of this experiment or another; one of another schema is a `UserError`."""
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run the workflow") from None
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise UserError(f"{path} is no table ({' '.join(str(error).split())})") from None
+    remedy = "run the workflow again: it rescores, and trains nothing"
+    found = sorted(table["schema"].unique().tolist()) if "schema" in table else []
+    _check_schema(path, found[0] if len(found) == 1 else found or "none", SCHEMA, remedy)
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}; {remedy}")
+    return table
+
+
 def is_unavailable(status: pd.Series) -> pd.Series:
     """Which rows stand for a number that was not to be had; nothing failed there."""
     return status.str.startswith("unavailable")
@@ -33,10 +60,12 @@ def is_unavailable(status: pd.Series) -> pd.Series:
 
 def _score(made: Path, made_spec: object, scores: Path, score_spec: object) -> dict | None:
     """The scores of what the record `made` describes, if both are what the experiment now asks
-    for and belong together."""
+    for and belong together. A score file of another schema is a `UserError`."""
     if not made.exists() or not scores.exists():
         return None
     record, score = read_json(made), read_json(scores)
+    remedy = "run the workflow again: it rescores, and trains nothing"
+    _check_schema(scores, score.get("schema"), SCORE_SCHEMA, remedy)
     present = record["spec"] == digest(made_spec) and score.get("spec") == digest(score_spec)
     return score if present and score["weights"] == record["sha256"] else None
 
@@ -68,7 +97,6 @@ def _rows(
             if name not in names:
                 continue
             name = names[name]
-        real = name == "floor"
         for row in entry["rows"]:
             protocol = record["protocols"][row["protocol"]]
             flags = [row["flag"], "contended" if record.get("contended") else ""]
@@ -80,7 +108,6 @@ def _rows(
                     "student": name,
                     "method": record["method"],
                     "seed": record["seed"],
-                    "sample_seed": None if real else experiment.evaluation.sampling_seed,
                     "reference": protocol["reference"],
                     "flag": " ".join(filter(None, flags)),
                     "final": entry["final"],
@@ -91,7 +118,8 @@ def _rows(
 
 
 def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame, dict[str, dict]]:
-    """The tidy table (with two columns more than metrics.csv: `final`, `grid`) and the protocols.
+    """The tidy table (with columns more than metrics.csv: `final`, `grid`, `leave_out`, `column`)
+    and the protocols.
 
     A run without valid scores is an error, or with `partial` a row `failed (reason)`.
     """
@@ -106,7 +134,12 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
         names: dict[str, str] | None = None,
     ) -> None:
         """`names`: the entries of the score file to take, and what to call them; None: all."""
-        record = _score(*made, *scores)
+        try:
+            record = _score(*made, *scores)
+        except UserError:
+            if not partial:
+                raise
+            record = None  # old scores are as good as none
         if record is not None:
             protocols.update(record["protocols"])
             rows.extend(_rows(experiment, record, common, names))
@@ -139,7 +172,7 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
             {"student": student, "method": experiment.students[student].method, "seed": seed},
             functools.partial(failures.reason, experiment, student, seed),
         )
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid"])
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out"])
     for column in ("seed", "nfe", "ema", "images", "flops", "sample_seed", "num_samples"):
         table[column] = table[column].astype("Int64")
     table["column"] = [

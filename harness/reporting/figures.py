@@ -73,7 +73,7 @@ def _scale_lines(axes, experiment: Experiment, table: pd.DataFrame, column: str,
         rows = table[(table.student == name) & (table.column == column)]
         if rows.empty or (log and rows.value.iloc[0] <= 0):
             continue
-        value, nfe = rows.value.iloc[0], rows.nfe.iloc[0]
+        value, nfe = rows.value.mean(), rows.nfe.iloc[0]
         label = text if pd.isna(nfe) else f"{text}, {nfe} NFE"
         axes.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(
@@ -93,8 +93,9 @@ def quality(
 ) -> plt.Figure:
     """One panel per (metric, extractor) against `axis` ("images" or "flops").
 
-    Lines are means over training seeds, bands reach from the lowest to the highest seed. Shown are
-    the snapshots on the axis's own grid, and the last.
+    Lines are means over training seeds, bands reach from the lowest to the highest of them; each
+    seed's point is the mean over the sampling seeds that it has. Shown are the snapshots on the
+    axis's own grid, and the last.
     """
     figure, panels = plt.subplots(
         1,
@@ -112,7 +113,9 @@ def quality(
             mine = rows[(rows.student == name) & (rows.grid.str.contains(axis) | rows.final)]
             if mine.empty:
                 continue
-            by = mine.assign(value=mine.value.astype(float)).groupby("images")
+            mine = mine.assign(value=mine.value.astype(float))
+            kept = list(dict.fromkeys(["images", axis, "value"]))
+            by = mine.groupby(["snapshot", "seed"])[kept].mean().groupby("images")
             x = by[axis].mean().astype(float).to_numpy() / scale
             panel.plot(x, by.value.mean().to_numpy(), label=name, markersize=5, **style)
             panel.fill_between(

@@ -40,8 +40,8 @@ TABLES = {name: ("",) for name in PAPERS} | {"DMD": ("Table 1", "Table 2", "Tabl
 FID_SAMPLES = 50_000
 CAPTION = (
     "Reported: harness/reporting/published.yaml, as each source says it. Reproduced: one FID per "
-    "training seed, EMA weights at the end of the budget, mean ± std over seeds; a teacher's is "
-    "one FID. Difference: reproduced - reported."
+    "training seed (the mean over sampling seeds), EMA weights at the end of the budget, mean ± "
+    "std over training seeds; a teacher's is one mean. Difference: reproduced - reported."
 )
 
 
@@ -50,7 +50,8 @@ def is_fid(metric) -> bool:
 
 
 def measured(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.Series, str]:
-    """The FIDs of a row of the tables, one per seed, and the column they stand in.
+    """The FIDs of a row of the tables, one per training seed (each the mean over its sampling
+    seeds), and the column they stand in.
 
     Final weights, the experiment's main sample count. Where several FIDs were computed: EDM's own
     protocol, which all papers of `PAPERS` use.
@@ -65,7 +66,8 @@ def measured(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd
     _, metric, extractor = columns[0]
     rows = rows[(rows.metric == metric) & (rows.extractor == extractor)]
     label = column_name(metric, experiment.evaluation.num_samples, extractor)
-    return rows.value.astype(float), " ".join([label, *sorted(set(rows.flag) - {""})])
+    values = rows.value.astype(float).groupby(rows.seed, dropna=False).mean()
+    return values, " ".join([label, *sorted(set(rows.flag) - {""})])
 
 
 def _row(entry: dict) -> dict:

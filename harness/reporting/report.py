@@ -6,8 +6,10 @@ import sys
 
 from harness.artifacts import write_json, write_text
 from harness.config import Experiment
+from harness.reporting.claims import write_claims
 from harness.reporting.collect import COLUMNS, collect, is_unavailable
 from harness.reporting.manifest import manifest
+from harness.reporting.statistics import pairwise, write_pairwise
 from harness.reporting.tables import (
     Comparison,
     compare,
@@ -45,6 +47,10 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     write_text(tables / "headline.md", headline(experiment, comparison))
     outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     outputs += [tables / "metrics.csv"]
+    pairs = pairwise(experiment, table, columns)
+    outputs += write_pairwise(pairs, tables, experiment.name)
+    if experiment.claims:
+        outputs += write_claims(experiment, table, tables)
     if experiment.paper:
         from harness.reporting.paper import write_paper
 
@@ -64,7 +70,7 @@ def headline(experiment: Experiment, comparison: Comparison) -> str:
     columns = main_columns(
         comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
     )
-    text = formatted(comparison, [c for c in columns if c in wanted])
+    text = formatted(comparison, [c for c in columns if c in wanted], ranked=False)
     text = text.drop(columns=["parameters", "frozen"])
     return text.to_markdown(index=False, disable_numparse=True) + "\n"
 
@@ -79,7 +85,8 @@ def print_summary(experiment: Experiment) -> None:
     columns = [c for c in main_columns(comparison, main, count) if not c.startswith("recall_")]
     text = formatted(comparison, columns).drop(columns="status", errors="ignore")
     text = text.set_index("student").T
-    print(f"\n{experiment.name}: mean ± std over training seeds {experiment.training.seeds}\n")
+    seeds, noise = experiment.training.seeds, experiment.evaluation.sampling_seeds
+    print(f"\n{experiment.name}: mean ± std over training seeds {seeds}, sampling seeds {noise}\n")
     print(text.to_markdown(tablefmt="simple", disable_numparse=True))
     for _, row in comparison.values[comparison.values.status != "ok"].iterrows():
         print(f"\n{row.student}: {row.status}")

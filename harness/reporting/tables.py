@@ -1,4 +1,7 @@
-"""comparison.{csv,md,tex}: one row per student, mean ± std over training seeds."""
+"""comparison.{csv,md,tex}: one row per student, mean ± std over training seeds.
+
+A training seed's number is its mean over the sampling seeds.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,22 @@ from harness.artifacts import read_json
 from harness.config import Experiment, Limit
 from harness.evaluation.metrics import METRICS
 from harness.reporting.collect import is_unavailable
+from harness.reporting.statistics import TRAINING_SEEDS, pairwise, ranks
 
 
 @dataclass
 class Comparison:
-    """`values`: numbers, one row per student, metric columns and `<column>_std`. `columns`: the
-    metric columns in order. `notes`: lines that belong under the table."""
+    """`values`: numbers, one row per student: metric columns, `<column>_std` (over training seeds)
+    and `<column>_sampling_std` (over sampling seeds, of one training seed: the root of the mean
+    variance). `columns`: the metric columns in order. `ranked`: those of the main metric at the
+    main sample count, which have `<column>_rank`, too, and `<column>_best_of_<k>`, the best of the
+    k sampling seeds, averaged over training seeds. `notes`: lines that belong under the table."""
 
     values: pd.DataFrame
     columns: list[str]
     heading: dict[str, str]
+    ranked: list[str] = field(default_factory=list)
+    best_of: int = 1
     notes: list[str] = field(default_factory=list)
 
 
@@ -53,30 +62,45 @@ def _facts(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
 
 def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
     final = table[table.final]
-    main, columns = experiment.evaluation.num_samples, []
+    evaluation = experiment.evaluation
+    main, columns, ranked = evaluation.num_samples, [], []
     for column, group in final[final.column != ""].groupby("column", sort=False):
-        columns.append((group.num_samples.iloc[0] != main, column))
+        metric, count = METRICS[group.metric.iloc[0]], group.num_samples.iloc[0]
+        columns.append((count != main, column))
+        if metric.name == evaluation.main_metric and count == metric.count(main):
+            ranked.append(column)
     columns = [column for _, column in sorted(columns, key=lambda pair: pair[0])]
-    rows = []
+    metric_of = final.drop_duplicates("column").set_index("column").metric
+    best_of, rows = len(evaluation.sampling_seeds), []
     for name in [*experiment.scale_rows, *experiment.students]:
         mine = final[final.student == name]
         if mine.empty:
             continue
         row = _facts(experiment, name, mine)
         for column in columns:
-            values = mine[mine.column == column].value.astype(float)
+            numbers = mine[mine.column == column]
+            by_seed = numbers.value.astype(float).groupby(numbers.seed, dropna=False)
+            values = by_seed.mean()
             row[column] = values.mean() if len(values) else None
             row[f"{column}_std"] = values.std(ddof=1) if len(values) > 1 else None
+            row[f"{column}_sampling_std"] = by_seed.var(ddof=1).mean() ** 0.5
+            if column in ranked and best_of > 1 and name != "floor":
+                higher = METRICS[metric_of[column]].higher_is_better
+                best = by_seed.max() if higher else by_seed.min()
+                row[f"{column}_best_of_{best_of}"] = best.mean()
             missing = mine[(mine.column == column) & is_unavailable(mine.status)]
             if len(missing):
                 row[f"{column}_status"] = missing.status.iloc[0]
         rows.append(row)
-    metric_of = final.drop_duplicates("column").set_index("column").metric
+    for column in ranked:
+        told = ranks(pairwise(experiment, table, [column]), column, list(experiment.students))
+        for row in rows:
+            row[f"{column}_rank"] = told.get(row["student"])
     heading = {
         column: f"{column} {'↑' if METRICS[metric_of[column]].higher_is_better else '↓'}"
         for column in columns
     }
-    comparison = Comparison(pd.DataFrame(rows), columns, heading)
+    comparison = Comparison(pd.DataFrame(rows), columns, heading, ranked, best_of)
     comparison.notes = _notes(experiment, table)
     return comparison
 
@@ -95,13 +119,21 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
     said = {s: _budget(experiment.budget(s)) for s in experiment.students}
     budgets = _budget(experiment.training.budget)
     budgets += "".join(f"; {s}: {text}" for s, text in said.items() if text != budgets)
+    noise = experiment.evaluation.sampling_seeds
     notes = [
-        f"Mean ± std over {len(seeds)} training seeds; EMA weights at the end of the budget "
-        f"({budgets}); "
-        f"sampling seed {experiment.evaluation.sampling_seed}; reference "
+        f"Mean ± std over {len(seeds)} training seeds, each the mean over sampling seeds "
+        f"{', '.join(map(str, noise))} (the std over those: `_sampling_std` in comparison.csv); "
+        f"EMA weights at the end of the budget ({budgets}); reference "
         f"{', '.join(reference.unique()) or 'missing'}."
-        + (held_out if (table.student == "floor").any() else "")
+        + (held_out if (table.student == "floor").any() else ""),
+        "`rank`: by the intervals of pairwise.csv, for each pair by itself; `tie 1–3` where 0 lies "
+        f"in some of them, `not ranked` with fewer than {TRAINING_SEEDS} training seeds.",
     ]
+    if len(noise) > 1:
+        notes.append(
+            f"`best of {len(noise)}`: the best sampling seed, which papers publish; the more "
+            "seeds, the better it looks. For comparison with such numbers alone."
+        )
     for name, section in experiment.students.items():
         path = experiment.run_dir(name, seeds[0]) / "student.json"
         if not path.exists():
@@ -146,8 +178,10 @@ def cell(value, std, digits: int = 3) -> str:
     return text if std is None or pd.isna(std) else f"{text} ± {std:.{decimals}f}"
 
 
-def formatted(comparison: Comparison, columns: list[str] | None = None) -> pd.DataFrame:
-    """The table as text."""
+def formatted(
+    comparison: Comparison, columns: list[str] | None = None, ranked: bool = True
+) -> pd.DataFrame:
+    """The table as text; `ranked`: with ranks and the best of the sampling seeds."""
     columns = comparison.columns if columns is None else columns
     lines = []
     for _, row in comparison.values.iterrows():
@@ -161,6 +195,13 @@ def formatted(comparison: Comparison, columns: list[str] | None = None) -> pd.Da
             status = row.get(f"{c}_status")
             value = status if isinstance(status, str) else cell(row[c], row[f"{c}_std"])
             line[comparison.heading[c]] = value
+            if not ranked or c not in comparison.ranked:
+                continue
+            rank, best = row.get(f"{c}_rank"), f"best_of_{comparison.best_of}"
+            line[f"{c} rank"] = rank if isinstance(rank, str) else "–"
+            if comparison.best_of > 1:
+                value = status if isinstance(status, str) else cell(row[f"{c}_{best}"], None)
+                line[f"{c} {best.replace('_', ' ')}"] = value
         line |= {
             "NFE": number("nfe"),
             "seeds": number("seeds"),

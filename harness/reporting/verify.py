@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from harness.config import Experiment
 from harness.errors import UserError
 from harness.reporting.collect import column_name, reference_scores
@@ -10,9 +12,17 @@ from harness.reporting.published import concerning, is_number_of, is_teacher, pu
 from harness.reporting.tables import cell
 
 
+def _mean_cell(rows: list[dict]) -> str:
+    """Mean ± standard error of one number's rows, whose samples are independent draws."""
+    if any(row["value"] is None for row in rows):
+        return cell(None, None)
+    value = sum(row["value"] for row in rows) / len(rows)
+    return cell(value, math.hypot(*(row["stderr"] for row in rows)) / len(rows))
+
+
 def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
-    """`reported | measured`, one line per number; a measured value has its standard error over the
-    draw of samples."""
+    """`reported | measured`, one line per number; a measured value is the mean over sampling seeds
+    with its standard error over the draw of samples."""
     scores = reference_scores(experiment, teacher)
     if scores is None:
         raise UserError(
@@ -21,11 +31,13 @@ def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
         )
     entry = next(entry for entry in scores["entries"] if entry["student"] == "teacher")
     rows = [r for r in entry["rows"] if r["num_samples"] == experiment.evaluation.num_samples]
-    fids, others = [], []
+    numbers: dict[tuple, list[dict]] = {}
     for row in rows:
-        name = column_name(row["metric"], row["num_samples"], row["extractor"])
-        text = f"{name} {cell(row['value'], row['stderr'])}"
-        (fids if is_fid(row["metric"]) else others).append(text)
+        numbers.setdefault((row["metric"], row["num_samples"], row["extractor"]), []).append(row)
+    fids, others = [], []
+    for key, group in numbers.items():
+        text = f"{column_name(*key)} {_mean_cell(group)}"
+        (fids if is_fid(key[0]) else others).append(text)
     sampler = experiment.teachers[teacher].sampler
     lines = [
         f"teacher {teacher}: {sampler.steps} Heun steps, {entry['nfe']} network evaluations, "

@@ -8,6 +8,9 @@ REPORT = [
     *expand(f"{E.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
     f"{E.root}/manifest.json",
 ]
+REPORT += expand(f"{E.root}/tables/pairwise.{{kind}}", kind=("csv", "md"))
+if E.claims:
+    REPORT += expand(f"{E.root}/tables/claims.{{kind}}", kind=("csv", "md"))
 if E.paper:
     REPORT += expand(f"{E.root}/tables/paper.{{kind}}", kind=("csv", "md", "tex"))
 

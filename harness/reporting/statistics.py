@@ -1,0 +1,218 @@
+"""Differences between students: intervals, ranks, and tables/pairwise.{csv,md}.
+
+A number has two errors, which more of the other kind of seed cannot lower. The *sampling error*
+comes from the noise that images were generated from. Image i has the same noise in every student,
+so it is estimated on pairs: a delete-d jackknife that leaves the same images out of both. The
+*training error* comes from the training seed, and is estimated from the spread over seeds.
+
+Samples are never redrawn with replacement: a redraw adds the noise of a second draw to that of the
+first, and a Fréchet distance takes noise for distance. Its bootstrap distribution lies above the
+estimate by many times the error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from harness.artifacts import write_text
+from harness.config import Experiment
+from harness.evaluation.metrics import METRICS
+
+LEVEL = 0.95
+TRAINING_SEEDS = 3  # with fewer, a spread over them says next to nothing
+COLUMNS = (
+    *("column", "a", "b", "difference", "low", "high", "level"),
+    *("sampling_se", "training_se", "training_seeds", "verdict"),
+)
+
+
+@dataclass
+class Measured:
+    """One student's numbers in one column: T training seeds, R sampling seeds, G groups.
+
+    values: `(T, R)`. leave_out: `(T, R, G)`, the value without each group of images; None for a
+    metric that has no such estimates. noise: the R sampling seeds.
+    """
+
+    values: np.ndarray
+    leave_out: np.ndarray | None = None
+    noise: tuple[int, ...] = ()
+
+    @property
+    def training_seeds(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference a - b, its interval and the two errors in it (NaN: unknown)."""
+
+    difference: float
+    low: float
+    high: float
+    sampling_se: float
+    training_se: float
+    training_seeds: int
+
+
+def sampling_variance(a: Measured, b: Measured) -> tuple[float, float]:
+    """Variance of a - b over the draw of the noise, and its degrees of freedom.
+
+    With d[r] the difference on sampling seed r, averaged over each student's training seeds (which
+    all see the same noise), and d[r, -g] the same without the images of group g:
+
+        v[r] = (G - 1) / G · Σ_g (d[r, -g] - mean_g d[r, -g])²,    v = Σ_r v[r] / R²
+
+    since the R ranges of noise are disjoint; R (G - 1) degrees of freedom. Of a metric without
+    leave-out estimates: v = var_r(d[r]) / R, R - 1 degrees of freedom.
+    """
+    if a.leave_out is not None and b.leave_out is not None:
+        left = a.leave_out.mean(axis=0) - b.leave_out.mean(axis=0)  # (R, G)
+        seeds, groups = left.shape
+        variance = (groups - 1) * left.var(axis=1).sum() / seeds**2
+        return float(variance), float(seeds * (groups - 1))
+    difference = a.values.mean(axis=0) - b.values.mean(axis=0)
+    if len(difference) < 2:
+        return math.nan, math.nan
+    return float(difference.var(ddof=1) / len(difference)), float(len(difference) - 1)
+
+
+def training_variance(measured: Measured) -> tuple[float, float]:
+    """Variance of a student's mean over its T training seeds, `s² / T`, and its T - 1 degrees of
+    freedom; s is the standard deviation of what each seed has on average over sampling seeds."""
+    per_seed = measured.values.mean(axis=1)
+    if len(per_seed) < 2:
+        return math.nan, math.nan
+    return float(per_seed.var(ddof=1) / len(per_seed)), float(len(per_seed) - 1)
+
+
+def interval(a: Measured, b: Measured, level: float = LEVEL) -> Interval:
+    """The interval of a - b: `difference ± t · sqrt(v_noise + v_a + v_b)`.
+
+    v_noise: `sampling_variance`; v_a, v_b: `training_variance`. t is Student's quantile with the
+    degrees of freedom of Welch and Satterthwaite, `(Σ v)² / Σ (v² / df)` over the three. Part of
+    v_noise, what noise does to one training seed and not to the next, is in v_a and v_b, too: the
+    interval is rather too wide than too narrow. Without two training seeds there is none.
+    """
+    from scipy.special import stdtrit
+
+    difference = float(a.values.mean() - b.values.mean())
+    parts = [sampling_variance(a, b), training_variance(a), training_variance(b)]
+    variance = sum(v for v, _ in parts)
+    half = 0.0
+    if variance > 0:
+        freedom = variance**2 / sum(v**2 / df for v, df in parts)
+        half = float(stdtrit(freedom, (1 + level) / 2)) * math.sqrt(variance)
+    elif math.isnan(variance):
+        half = math.nan
+    return Interval(
+        difference,
+        difference - half,
+        difference + half,
+        math.sqrt(parts[0][0]),
+        math.sqrt(parts[1][0] + parts[2][0]),
+        min(a.training_seeds, b.training_seeds),
+    )
+
+
+def measured(final: pd.DataFrame, column: str) -> dict[str, Measured]:
+    """Every student's numbers in a column of `collect`'s table (its final rows).
+
+    Only sampling seeds that all its training seeds have, and leave-out estimates only where every
+    row has as many.
+    """
+    rows = final[(final.column == column) & final.seed.notna() & final.value.notna()]
+    found = {}
+    for student, mine in rows.sort_values(["seed", "sample_seed"]).groupby("student"):
+        values = mine.pivot(index="seed", columns="sample_seed", values="value").astype(float)
+        values = values.dropna(axis=1)
+        if values.empty:
+            continue
+        groups = mine[mine.sample_seed.isin(values.columns)].leave_out.tolist()
+        counts, left = set(map(len, groups)), None
+        if len(counts) == 1 and max(counts) > 1:
+            left = np.array(groups, float).reshape(*values.shape, -1)
+        found[student] = Measured(values.to_numpy(), left, tuple(values.columns))
+    return found
+
+
+def verdict(found: Interval, higher_is_better: bool) -> str:
+    """Who is better: "a better", "b better", "tie" (the interval contains 0) or "not ranked"."""
+    if found.training_seeds < TRAINING_SEEDS or math.isnan(found.low):
+        return "not ranked"
+    if found.low <= 0 <= found.high:
+        return "tie"
+    return "a better" if (found.difference > 0) == higher_is_better else "b better"
+
+
+def decide(numbers: dict[str, Measured], a: str, b: str, higher_is_better: bool) -> dict:
+    """The fields of `Interval` and the verdict on a pair of `measured` students. One that is not
+    there (a failed run, an unavailable column) or had other noise is not ranked."""
+    if a in numbers and b in numbers and numbers[a].noise == numbers[b].noise:
+        found = interval(numbers[a], numbers[b])
+    else:
+        seeds = min(numbers[s].training_seeds if s in numbers else 0 for s in (a, b))
+        found = Interval(*[math.nan] * 5, seeds)
+    return vars(found) | {"verdict": verdict(found, higher_is_better)}
+
+
+def pairwise(experiment: Experiment, table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """All pairs of students in each of `columns`: COLUMNS. `table`: `collect`'s."""
+    final, rows = table[table.final], []
+    metric_of = final.drop_duplicates("column").set_index("column").metric
+    for column in columns:
+        numbers = measured(final, column)
+        higher = METRICS[metric_of[column]].higher_is_better
+        for a, b in combinations(experiment.students, 2):
+            pair = {"column": column, "a": a, "b": b, "level": LEVEL}
+            rows.append(pair | decide(numbers, a, b, higher))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def ranks(pairs: pd.DataFrame, column: str, students: list[str]) -> dict[str, str]:
+    """Each student's rank in a column, as `pairwise` decides it: "2" where every pair that it is in
+    is decided, "tie 2–4" where some are not (the best and the worst that it can be), "not ranked"
+    with too few training seeds. Students that cannot be ranked leave the others' ranks alone."""
+    decided = pairs[(pairs.column == column) & (pairs.verdict != "not ranked")]
+    told = {}
+    for student in students:
+        first, second = decided[decided.a == student], decided[decided.b == student]
+        ties = sum(int((mine.verdict == "tie").sum()) for mine in (first, second))
+        losses = (first.verdict == "b better").sum() + (second.verdict == "a better").sum()
+        best = 1 + int(losses)
+        told[student] = f"tie {best}–{best + ties}" if ties else str(best)
+        if first.empty and second.empty:
+            told[student] = "not ranked"
+    return told
+
+
+def number(value: object) -> str:
+    """A number as text, three significant digits."""
+    return "–" if value is None or pd.isna(value) else f"{value:.3g}"
+
+
+def write_pairwise(pairs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """`pairwise.{csv,md}` in a folder; returns their paths."""
+    text = pairs.copy()
+    for column in ("difference", "low", "high", "sampling_se", "training_se"):
+        text[column] = text[column].map(number)
+    body = text.to_markdown(index=False, disable_numparse=True)
+    caption = (
+        f"Difference: a - b, mean over training and sampling seeds. Interval: {LEVEL:.0%}, for "
+        "each pair by itself; sampling error (delete-d jackknife on the same noise in both) and "
+        "training error (spread over training seeds) are both in it. A tie: the interval contains "
+        f"0. Not ranked: fewer than {TRAINING_SEEDS} training seeds, or no number."
+    )
+    files = {
+        folder / "pairwise.csv": pairs.to_csv(index=False),
+        folder / "pairwise.md": f"# All pairs of students of {name}\n\n{body}\n\n{caption}\n",
+    }
+    for path, content in files.items():
+        write_text(path, content)
+    return list(files)
