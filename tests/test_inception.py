@@ -90,6 +90,10 @@ def test_no_file_but_the_published_one_is_taken(tmp_path):
 # -- experiments --------------------------------------------------------------------------------
 
 
+# The metrics of every extractor, where there are held-out images.
+SHARED = {"kd", "precision", "recall", "density", "coverage", "memorisation", "diversity"}
+
+
 class Stub(torch.nn.Module):
     """Inception's contract with few features: a projection of the pixels."""
 
@@ -147,9 +151,11 @@ def test_only_inceptions_distance_is_called_fid(available):
     scorer = Scorer(available())
     rows = rows_of(scorer, [359])
     both = {(metric, extractor) for metric, extractor, _ in rows}
-    shared = {"kd", "precision", "recall"}
-    assert {m for m, e in both if e == "tiny-cnn"} == {"fd", "accuracy", *shared}
-    assert {m for m, e in both if e == "inception"} == {"fid-edm", *shared}
+    assert {m for m, e in both if e == "tiny-cnn"} == {"fd", "accuracy", "class-score", *SHARED}
+    assert {m for m, e in both if e == "inception"} == {
+        *("fid-edm", "fd-inf", "inception-score"),  # 359 samples of the stub's 6 features are many
+        *SHARED,
+    }
     assert all(row.get("status", "ok") == "ok" for row in rows.values())
     row = rows["fid-edm", "inception", 359]
     held, train = (
@@ -176,12 +182,12 @@ def test_a_large_reference_is_summed_and_a_draw_of_it_kept(available, monkeypatc
     """The limit of metrics of all pairs: a draw of the reference, all subsets of the samples."""
     whole = rows_of(Scorer(available()), [359])
     monkeypatch.setattr(score, "PAIRWISE_LIMIT", 100)
-    for name in ("kd", "precision", "recall"):
+    for name in SHARED:
         monkeypatch.setitem(METRICS, name, replace(METRICS[name], limit=100))
     scorer = Scorer(available())
     assert len(scorer._reference["inception"].features) == 100
     rows = rows_of(scorer, [359, 120])
-    assert {n for m, _, n in rows if m in ("kd", "precision", "recall")} == {100}
+    assert {n for m, _, n in rows if m in SHARED} == {100}
     for key in (("fd", "tiny-cnn", 359), ("fid-edm", "inception", 359)):
         assert rows[key]["value"] == pytest.approx(whole[key]["value"], rel=1e-6)
         assert "reference_draw" not in scorer.protocols[rows[key]["protocol"]]
@@ -200,7 +206,8 @@ def test_published_statistics_are_the_reference_of_an_fid_alone(available, tmp_p
     scorer = Scorer(experiment)
     rows = rows_of(scorer, [359])
     for key, row in rows.items():
-        assert (row == training[key]) == (key[0] != "fid-edm")
+        compared = key[0] in ("fid-edm", "fd-inf") and key[1] == "inception"
+        assert (row == training[key]) == (not compared)
     held = gaussian_statistics(Stub()(scorer.dataset.held_out.pixels)[0])
     expected = frechet_distance(*held, *load_statistics(path))
     row = rows["fid-edm", "inception", 359]
@@ -226,7 +233,8 @@ def test_missing_weights_are_told_in_every_row_and_stop_nothing(scored, capsys):
             assert row["status"] == "unavailable (no weights)"
         else:
             assert row["value"] is not None and "status" not in row
-    assert {m for m, e, _ in rows if e == "inception"} == {"fid-edm", "kd", "precision", "recall"}
+    would = {"fid-edm", "fd-inf", "inception-score", *SHARED}
+    assert {m for m, e, _ in rows if e == "inception"} == would
 
     # The tables, from a teacher's scores.
     entry = {"snapshot": "", "final": True, "grid": [], "student": "teacher", "nfe": 7}
@@ -242,7 +250,7 @@ def test_missing_weights_are_told_in_every_row_and_stop_nothing(scored, capsys):
     table, _ = collect(experiment, partial=True)
     teacher = table[table.student == "teacher"]
     assert set(teacher[teacher.extractor == "inception"].column) == {
-        f"{metric}_n359_inception" for metric in ("fid-edm", "kd", "precision", "recall")
+        f"{metric}_n359_inception" for metric in would
     }
     assert main(["report", "--partial", "--configfile", "x.yaml"]) == 0
     csv = pd.read_csv(experiment.root / "tables" / "metrics.csv")

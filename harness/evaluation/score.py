@@ -81,11 +81,20 @@ class Scorer:
             parts.append(features[torch.isin(index, drawn)])
             if published is None and len(drawn) < len(train):
                 sums = sums + Moments.of(features) if sums else Moments.of(features)
-        return Reference(torch.cat(parts), sums.statistics() if sums else published)
+        held = self.dataset.held_out
+        held_out = [
+            extractor.see(pixels, labels)["features"]
+            for pixels, labels in zip(held.pixels.split(256), held.labels.split(256), strict=True)
+        ]
+        return Reference(
+            torch.cat(parts),
+            sums.statistics() if sums else published,
+            torch.cat(held_out) if len(held) else None,
+        )
 
-    def _reference_record(self, metric: Metric) -> dict:
+    def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
         """What of a protocol says what the metric compares with."""
-        if metric.name == "fid-edm" and self.statistics:
+        if self.statistics and extractor.kind == "inception" and "statistics" in metric.needs:
             return {
                 "reference": f"{self.dataset.name}-statistics",
                 "reference_sha256": self.statistics_sha256,
@@ -121,7 +130,7 @@ class Scorer:
             "extractor_sha256": extractor.hashes,
             "num_samples": count,
             "subsets": "all disjoint ones of this size, averaged",
-            **self._reference_record(metric),
+            **self._reference_record(metric, extractor),
             "quantisation": QUANTISATION,
             "resize": extractor.resize,
             "sampling": f"image i from (seed {evaluation.sampling_seed}, i), balanced labels",
@@ -137,12 +146,13 @@ class Scorer:
         counts: list[int],
         against: Collection[str] = (),
         pretraining: Collection[str] = (),
+        final: bool = True,
     ) -> list[dict]:
         """Rows for the images in `blocks` (uint8 pixels, labels), at each of `counts`.
 
-        `against`: feature networks that the generator was trained on; `pretraining`: what such
-        networks had been trained on. The rows of an extractor that is one of them, or shares that
-        with one, are flagged.
+        `final`: whether they are a run's last, which get every metric. `against`: feature networks
+        that the generator was trained on; `pretraining`: what such networks had been trained on.
+        The rows of an extractor that is one of them, or shares that with one, are flagged.
         """
         observer = Observer([e for e in self.extractors if not e.unavailable])
         for pixels, labels in blocks:
@@ -161,7 +171,7 @@ class Scorer:
                 flag = "trained-on-extractor"
             elif extractor.pretraining in pretraining:
                 flag = "shares-pretraining"
-            for metric, count in self._measurements(extractor, views, counts):
+            for metric, count in self._measurements(extractor, views, counts, final):
                 value = stderr = None
                 if views is not None:
                     value, stderr = over_subsets(metric, views.disjoint(count))
@@ -180,21 +190,28 @@ class Scorer:
         return rows
 
     def _measurements(
-        self, extractor: Extractor, views: Views | None, counts: list[int]
+        self, extractor: Extractor, views: Views | None, counts: list[int], final: bool
     ) -> list[tuple[Metric, int]]:
         """Each metric that applies to an extractor, with the sample counts it is computed at.
         `views` None: the extractor is unavailable, and its metrics are those that would apply."""
 
         def applies(metric: Metric) -> bool:
-            if extractor.kind not in metric.extractors:
+            if extractor.kind not in metric.extractors or (metric.final_only and not final):
                 return False
             if views is None:
-                return len(self.dataset.train) > 0 or "reference_features" not in metric.needs
+                there = {
+                    "reference_features": len(self.dataset.train) > 0,
+                    "held_out_features": len(self.dataset.held_out) > 0,
+                }
+                return all(there.get(need, True) for need in metric.needs)
             return all(getattr(views, need) is not None for need in metric.needs)
 
         names = [name for name, metric in METRICS.items() if applies(metric)]
         wanted = dict.fromkeys((name, METRICS[name].count(n)) for n in counts for name in names)
-        return [(METRICS[name], n) for name, n in wanted]
+        dim = 0 if views is None else views.features.shape[1]
+        return [
+            (METRICS[name], n) for name, n in wanted if n >= METRICS[name].samples_per_dim * dim
+        ]
 
     def generated(self, generate: Callable, device: str) -> Blocks:
         """Quantised samples of a generator, on the host, as the protocol says."""
@@ -256,7 +273,11 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
                 "flops": snapshot["ledger"]["flops"],
                 "seconds": snapshot["ledger"]["seconds"],
                 "rows": scorer.score(
-                    blocks, scorer.counts(), run["trained_against"], run["pretraining"]
+                    blocks,
+                    scorer.counts(),
+                    run["trained_against"],
+                    run["pretraining"],
+                    final=snapshot is run["snapshots"][-1],
                 ),
             }
         )
