@@ -400,6 +400,18 @@ class Experiment:
         """The same for a teacher's rows and the floor."""
         return self.score_spec() | {"sampler": self.teachers[teacher].sampler.model_dump()}
 
+    def agreement_spec(self) -> dict:
+        """What decides the comparison with other libraries: the samples of the first teacher, and
+        the networks that see them."""
+        keys = {"num_samples", "sampling_seed", "extractors", "neighbours"}
+        spec = {"evaluation": self.evaluation.model_dump(include=keys)}
+        spec["features"] = {name: self.features_spec(name) for name in self.evaluation.extractors}
+        teacher = next(iter(self.teachers))
+        return spec | {
+            "teacher": self.teacher_spec(teacher),
+            "sampler": self.teachers[teacher].sampler.model_dump(),
+        }
+
     def report_spec(self) -> list:
         """What decides the tables, the scores apart."""
         spec = [list(self.students), self.evaluation.main_metric]
