@@ -311,3 +311,65 @@ def test_a_student_trained_on_imagenet_features_is_flagged(available):
     flags = {row["extractor"]: row["flag"] for row in rows}
     assert flags.pop("inception") == "shares-pretraining"
     assert set(flags.values()) == {""}
+
+
+# -- bad numbers --------------------------------------------------------------------------------
+
+
+def test_bad_numbers_are_one_line(available, monkeypatch, capsys):
+    scorer = Scorer(available())
+    held = scorer.dataset.held_out
+    scorer.score(iter([(held.pixels[:5], held.labels[:5])]), [5])
+    scorer.score(iter([(held.pixels[:5], held.labels[:5])]), [5])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines[-1] == (
+        "warning: 5 samples are no more than the 6 features of inception; their Fréchet distance "
+        "is mostly bias; compare with the floor, n 359"
+    )
+    assert len(set(lines)) == len(lines) == 2
+    broken = scorer.generated(lambda z, *_: z * torch.nan, "cpu")
+    with pytest.raises(UserError, match="64 of 64 generated images hold NaN or infinity"):
+        next(broken)
+    see = Extractor.see
+    monkeypatch.setattr(Extractor, "see", lambda *a: {k: v / 0 for k, v in see(*a).items()})
+    with pytest.raises(UserError, match="tiny-cnn: the features of 5 of 5 images are no finite"):
+        scorer.score(iter([(held.pixels[:5], held.labels[:5])]), [5])
+
+
+# -- clean-fid's resizes ------------------------------------------------------------------------
+
+
+def test_clean_resize_is_clean_fids(network):
+    from cleanfid.resize import build_resizer
+
+    pixels = images(2, size=20)
+    resized = inception.clean_resize(pixels.float())
+    theirs = build_resizer("clean")(pixels[1].movedim(0, -1).numpy())
+    assert torch.equal(resized[1], torch.from_numpy(theirs).movedim(-1, 0))
+    edm = network(pixels)[0]
+    seen = []
+    handle = network.network.Conv2d_1a_3x3.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
+    clean = inception.Inception(network.network, "clean")(pixels)[0]
+    handle.remove()
+    torch.testing.assert_close(seen[0], (resized - 128) / 128)  # as clean-fid's network does
+    assert not torch.allclose(clean, edm)
+    legacy = inception.Inception(network.network, "legacy-tensorflow")(pixels)[0]
+    assert torch.equal(legacy, edm)
+
+
+@pytest.mark.parametrize("resize", ["clean", "legacy-tensorflow"])
+def test_a_resize_is_a_column_of_its_own(tiny, available, resize):
+    tiny["features"]["resized"] = {"type": "inception", "resize": resize}
+    tiny["evaluation"]["extractors"] = ["resized", "tiny-cnn"]
+    experiment = available()
+    folder = experiment.features_dir("resized")
+    write_json(folder / "features.json", {"type": "inception", "sha256": inception.SHA256})
+    scorer = Scorer(experiment)
+    rows = rows_of(scorer, [359])
+    mine = {metric for metric, extractor, _ in rows if extractor == "resized"}
+    assert f"fid-{resize}" in mine and "inception-score" in mine
+    assert not {"fid-edm", "fd"} & mine
+    protocol = scorer.protocols[rows[f"fid-{resize}", "resized", 359]["protocol"]]
+    assert "clean-fid" in protocol["resize"] and "torch-fidelity" in protocol["library"]

@@ -23,16 +23,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from harness import data as datasets
-from harness.artifacts import read_json, write_text
+from harness.artifacts import load_tensors, read_json, write_text
 from harness.config import Experiment
-from harness.data import Dataset, Images
+from harness.data import Images
+from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.metrics import METRICS, SIGMA, SPLITS, Reference, Views
-from harness.networks import load_denoiser
-from harness.sampling import heun_generator, sample
 from harness.streams import Stream
 
-LIMIT = 5000  # images of either set: enough for full-rank covariances of Inception's features
 TOLERANCE = 1e-4
 BLOCK = 256
 COLUMNS = (
@@ -45,10 +43,11 @@ def write_agreement(experiment: Experiment) -> pd.DataFrame:
     """Score samples of the first teacher against as many training images; write both tables."""
     teacher = next(iter(experiment.teachers))
     dataset = datasets.load(experiment.data_dir())
-    count = min(experiment.evaluation.num_samples, len(dataset.train), LIMIT)
+    generated = _samples(experiment, teacher)
+    count = min(len(generated), len(dataset.train))
+    generated = Images(generated.pixels[:count], generated.labels[:count])
     drawn = Stream(0, "agreement").uniform(torch.arange(len(dataset.train))).argsort()[:count]
     real = Images(dataset.train.pixels[drawn], dataset.train.labels[drawn])
-    generated = _samples(experiment, teacher, dataset, count)
     rows = []
     with tempfile.TemporaryDirectory(prefix="onestep-agreement-") as folder:
         folders = [Path(folder) / name for name in ("generated", "real")]
@@ -72,17 +71,13 @@ def write_agreement(experiment: Experiment) -> pd.DataFrame:
     return table
 
 
-def _samples(experiment: Experiment, teacher: str, dataset: Dataset, count: int) -> Images:
-    folder = experiment.teacher_dir(teacher)
-    sha256 = read_json(folder / "teacher.json")["sha256"]
-    denoiser = load_denoiser(folder, sha256, experiment.device)
-    generate = heun_generator(denoiser, experiment.teachers[teacher].sampler.model_dump())
-    seed, shape = experiment.evaluation.sampling_seed, dataset.image_shape
-    pixels, labels = [], []
-    for x, y in sample(generate, count, shape, dataset.num_classes, seed, experiment.device):
-        pixels.append(datasets.to_pixels(x).cpu())
-        labels.append(torch.zeros(len(x), dtype=torch.int64) if y is None else y)
-    return Images(torch.cat(pixels), torch.cat(labels))
+def _samples(experiment: Experiment, teacher: str) -> Images:
+    """Those that the teacher's scores were made of, or the first of them."""
+    path = experiment.reference_score_path(teacher)
+    kept = read_json(path).get("kept")
+    if kept is None:
+        raise UserError(f"{path} names no samples; delete it and run the workflow again")
+    return Images(**load_tensors(path.with_name(kept["file"]), kept["sha256"]))
 
 
 def write_images(pixels: Tensor, folder: Path) -> None:

@@ -41,9 +41,9 @@ PAIRWISE_LIMIT = 10_000
 # Kinds of extractors, by the `type` of their section.
 CLASSIFIERS = ("cnn", "resnet")
 TRAINED = (*CLASSIFIERS, "clip")
-INCEPTION = ("inception",)
-CLIPS = ("clip",)
-NO_FID = TRAINED
+INCEPTION = ("inception", "inception-clean", "inception-legacy-tensorflow")
+CLIPS = ("clip", "open-clip")
+NO_FID = (*TRAINED, "open-clip", "dinov2", "efficientnet-lite")
 ALL = (*NO_FID, *INCEPTION)
 
 WIDE = 5  # neighbours of density and coverage, as their authors have it
@@ -120,14 +120,18 @@ class Reference:
 class Views:
     """What one extractor saw. `features`: `(N, D)`; `labels`: the classes asked for;
     `probabilities`: `(N, classes)`; `text_similarity`: cosine with the caption asked for, `(N,)`;
-    `aesthetic`: `(N,)`."""
+    `prefixed_similarity`: the same with Hessel's prefix; `aesthetic` (of a head trained here),
+    `aesthetic_v1`, `aesthetic_v2` (LAION's): `(N,)`."""
 
     features: Tensor
     reference: Reference
     labels: Tensor | None = None
     probabilities: Tensor | None = None
     text_similarity: Tensor | None = None
+    prefixed_similarity: Tensor | None = None
     aesthetic: Tensor | None = None
+    aesthetic_v1: Tensor | None = None
+    aesthetic_v2: Tensor | None = None
     neighbours: int = 3
     alone: bool = True  # False: one of several subsets, whose spread is the error
     _parts: dict[int, list[Views]] = field(default_factory=dict, init=False, repr=False)
@@ -268,6 +272,27 @@ def frechet(views: Views) -> tuple[float, float]:
 def fid_edm(views: Views) -> tuple[float, float]:
     """Fréchet Inception distance (Heusel et al. 2017), with the quantisation, the network and the
     covariance of EDM's evaluation (Karras et al. 2022)."""
+    return views.frechet
+
+
+@register(
+    "fid-clean", "FID, clean-fid", False, ("statistics",), ("inception-clean",), covariance="N-1"
+)
+def fid_clean(views: Views) -> tuple[float, float]:
+    """With clean-fid's resize (Parmar et al. 2022)."""
+    return views.frechet
+
+
+@register(
+    "fid-legacy-tensorflow",
+    "FID, clean-fid's legacy_tensorflow",
+    False,
+    ("statistics",),
+    ("inception-legacy-tensorflow",),
+    covariance="N-1",
+)
+def fid_legacy_tensorflow(views: Views) -> tuple[float, float]:
+    """As clean-fid repeats the first FIDs: the resize is the network's own."""
     return views.frechet
 
 
@@ -504,7 +529,7 @@ def inception_score(views: Views) -> tuple[float, float]:
     "Class score",
     True,
     ("probabilities",),
-    CLASSIFIERS,
+    (*CLASSIFIERS, "efficientnet-lite"),
     final_only=True,
     splits="none",
 )
@@ -531,6 +556,45 @@ def accuracy(views: Views) -> tuple[float, float]:
 def clip_score(views: Views) -> tuple[float, float]:
     """100 cos(image, caption asked for), at least 0 (Hessel et al. 2021, without their 2.5)."""
     return _mean(100.0 * views.text_similarity.clamp_min(0))
+
+
+@register(
+    "clip-score-100-plain",
+    "CLIP score",
+    True,
+    ("text_similarity",),
+    ("open-clip",),
+    scale="100 max(cos, 0)",
+    prefix="none",
+)
+def clip_score_plain(views: Views) -> tuple[float, float]:
+    """Of the caption as it stands: the scale and the form of most text-to-image papers."""
+    return _mean(100.0 * views.text_similarity.clamp_min(0))
+
+
+@register(
+    "clip-score-2.5-depicts",
+    "CLIPScore (Hessel et al.)",
+    True,
+    ("prefixed_similarity",),
+    ("open-clip",),
+    final_only=True,
+    scale="2.5 max(cos, 0)",
+    prefix="A photo depicts",
+)
+def clip_score_depicts(views: Views) -> tuple[float, float]:
+    """As Hessel et al. 2021 define it."""
+    return _mean(2.5 * views.prefixed_similarity.clamp_min(0))
+
+
+@register("aesthetic-v1", "Aesthetic, LAION v1", True, ("aesthetic_v1",), ("open-clip",))
+def aesthetic_v1(views: Views) -> tuple[float, float]:
+    return _mean(views.aesthetic_v1)
+
+
+@register("aesthetic-v2", "Aesthetic, LAION v2", True, ("aesthetic_v2",), ("open-clip",))
+def aesthetic_v2(views: Views) -> tuple[float, float]:
+    return _mean(views.aesthetic_v2)
 
 
 @register(

@@ -18,13 +18,24 @@ from harness.artifacts import digest, read_json, save_tensors, sha256_file, writ
 from harness.config import Experiment
 from harness.data import Dataset
 from harness.downloads import fetch
+from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.frechet import Moments, load_statistics
-from harness.evaluation.metrics import METRICS, PAIRWISE_LIMIT, Metric, Reference, Views
+from harness.evaluation.metrics import (
+    INCEPTION,
+    METRICS,
+    PAIRWISE_LIMIT,
+    Metric,
+    Reference,
+    Views,
+)
 from harness.networks import denoiser_record, inception, load_denoiser
 from harness.sampling import heun_generator, one_step_generator, sample
 from harness.streams import Stream
 
+# Of a teacher's samples, those kept to be scored by other libraries: enough for full-rank
+# covariances of Inception's features.
+KEPT = 5000
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 SCHEMA = 1
 
@@ -57,6 +68,7 @@ class Scorer:
         self.statistics, self.statistics_sha256 = self._published_statistics()
         self._reference = {e.name: self._reference_of(e) for e in available}
         self.protocols: dict[str, dict] = {}
+        self._warned: set[tuple[str, int]] = set()
 
     def _published_statistics(self) -> tuple[tuple[Tensor, Tensor] | None, str | None]:
         """The mean and covariance that an FID compares with, where the experiment names a file of
@@ -119,7 +131,7 @@ class Scorer:
 
         evaluation, settings = self.experiment.evaluation, dict(metric.settings)
         library = f"harness {__version__}"
-        if extractor.kind == "inception":
+        if extractor.kind in INCEPTION:
             library += f", torch-fidelity {version('torch-fidelity')}"
         if metric.name in ("precision", "recall"):
             settings["k"] = evaluation.neighbours
@@ -133,6 +145,7 @@ class Scorer:
             **self._reference_record(metric, extractor),
             "quantisation": QUANTISATION,
             "resize": extractor.resize,
+            **extractor.details,
             "sampling": f"image i from (seed {evaluation.sampling_seed}, i), balanced labels",
             "library": library,
         }
@@ -167,13 +180,18 @@ class Scorer:
                     self.experiment.evaluation.neighbours,
                 )
             flag = ""
-            if extractor.name in against:
+            if {extractor.name, extractor.same_as} & set(against):
                 flag = "trained-on-extractor"
             elif extractor.pretraining in pretraining:
                 flag = "shares-pretraining"
+            if views is not None:
+                self._warn_of_few(extractor.name, views.features.shape[1], counts)
             for metric, count in self._measurements(extractor, views, counts, final):
                 value = stderr = None
-                if views is not None:
+                lacking = extractor.unavailable or next(
+                    filter(None, map(extractor.missing.get, metric.needs)), None
+                )
+                if lacking is None:
                     value, stderr = over_subsets(metric, views.disjoint(count))
                 row = {
                     "metric": metric.name,
@@ -184,10 +202,25 @@ class Scorer:
                     "protocol": self._protocol(metric, extractor, count),
                     "flag": flag,
                 }
-                if views is None:
-                    row["status"] = f"unavailable ({extractor.unavailable})"
+                if value is None:
+                    row["status"] = f"unavailable ({lacking})"
                 rows.append(row)
         return rows
+
+    def _warn_of_few(self, name: str, dim: int, counts: list[int]) -> None:
+        """Once for each extractor and count: the covariance of few samples is singular, and their
+        Fréchet distance mostly bias."""
+        floor = len(self.dataset.held_out)
+        for count in counts:
+            if count > dim or (name, count) in self._warned:
+                continue
+            self._warned.add((name, count))
+            print(
+                f"warning: {count} samples are no more than the {dim} features of {name}; their "
+                "Fréchet distance is mostly bias; "
+                + (f"compare with the floor, n {floor}" if floor else "there is no floor"),
+                file=sys.stderr,
+            )
 
     def _measurements(
         self, extractor: Extractor, views: Views | None, counts: list[int], final: bool
@@ -204,7 +237,10 @@ class Scorer:
                     "held_out_features": len(self.dataset.held_out) > 0,
                 }
                 return all(there.get(need, True) for need in metric.needs)
-            return all(getattr(views, need) is not None for need in metric.needs)
+            return all(
+                need in extractor.missing or getattr(views, need) is not None
+                for need in metric.needs
+            )
 
         names = [name for name, metric in METRICS.items() if applies(metric)]
         wanted = dict.fromkeys((name, METRICS[name].count(n)) for n in counts for name in names)
@@ -225,6 +261,8 @@ class Scorer:
             device,
         )
         for images, labels in stream:
+            if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
+                raise UserError(f"{bad} of {len(images)} generated images hold NaN or infinity")
             if labels is None:  # as `Images` has them
                 labels = torch.zeros(len(images), dtype=torch.int64)
             yield datasets.to_pixels(images).cpu(), labels
@@ -296,11 +334,13 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     scorer, device, kept = Scorer(experiment), experiment.device, {}
     record = read_json(folder / "teacher.json")
     denoiser = load_denoiser(folder, record["sha256"], device)
+    whole: dict[str, Tensor] = {}
     many = keeping(
         scorer.generated(heun_generator(denoiser, sampler), device),
         experiment.evaluation.grid_samples,
         kept,
     )
+    many = keeping(many, min(experiment.evaluation.num_samples, KEPT), whole)
     one = scorer.generated(one_step_generator(denoiser, sampler["sigma_max"]), device)
     held_out = scorer.dataset.held_out
     real = zip(held_out.pixels.split(256), held_out.labels.split(256), strict=True)
@@ -319,9 +359,11 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         entry = common | {"student": name, "nfe": nfe, "rows": scorer.score(blocks, counts)}
         entries.append(entry | (nothing if name == "floor" else {}))
         print(f"{teacher}: scored {name}", file=sys.stderr, flush=True)
+    file = experiment.reference_score_path(teacher).with_suffix(".kept.safetensors")
     _finish(
         experiment.reference_score_path(teacher),
         {
+            "kept": {"file": file.name, "sha256": save_tensors(file, whole)},
             "teacher": teacher,
             "method": None,
             "seed": None,

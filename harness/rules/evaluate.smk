@@ -51,7 +51,7 @@ AGREEMENT = (
 
 rule agreement:
     input:
-        teacher=f"{E.root}/teachers/{next(iter(E.teachers))}/teacher.json",
+        scores=f"{E.root}/scores/teachers/{next(iter(E.teachers))}.json",
         extractors=EXTRACTORS,
     output:
         AGREEMENT,
