@@ -187,43 +187,44 @@ def torch_fidelity_values(folders: list[Path], name: str, **options) -> dict[str
     this process, without its cache."""
     import torch_fidelity
 
+    common = {"feature_extractor": name, "cuda": False, "cache": False, "verbose": False}
+    common["save_cpu_ram"] = True  # keeps it from starting four processes
     return torch_fidelity.calculate_metrics(
-        input1=str(folders[0]),
-        input2=str(folders[1]),
-        feature_extractor=name,
-        cuda=False,
-        cache=False,
-        save_cpu_ram=True,  # what keeps it from starting four processes
-        verbose=False,
-        **options,
+        input1=str(folders[0]), input2=str(folders[1]), **common | options
     )
+
+
+def registered(scored: Scored) -> tuple[str, dict]:
+    """The extractor under a name in torch-fidelity, and the options that make its metrics ours."""
+    import torch_fidelity
+
+    name = f"onestep-{scored.extractor.name}-{id(scored)}"
+    torch_fidelity.register_feature_extractor(name, hook(scored))
+    score = next((q for q in SPLITS_OF if scored.extractor.kind in METRICS[q].extractors), None)
+    return name, {
+        "fid": True,
+        "kid": True,
+        "prc": True,
+        "isc": score is not None,
+        "feature_layer_fid": "exact",
+        "feature_layer_kid": "standardised",
+        "feature_layer_prc": "features",
+        "feature_layer_isc": "logits",
+        "isc_splits": SPLITS_OF.get(score, 1),
+        "samples_shuffle": False,
+        "kid_subsets": 1,
+        "kid_subset_size": len(scored.views.features),
+        "prc_neighborhood": scored.views.neighbours,
+    }
 
 
 def with_torch_fidelity(scored: Scored, ours: dict, folders: list[Path]) -> dict[str, float]:
     import torch_fidelity
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    name = f"onestep-{scored.extractor.name}-{id(scored)}"
-    torch_fidelity.register_feature_extractor(name, hook(scored))
-    score = next((q for q in SPLITS_OF if q in ours), None)
     count = len(scored.views.features)
-    found = torch_fidelity_values(
-        folders,
-        name,
-        fid=True,
-        kid=True,
-        prc=True,
-        isc=score is not None,
-        feature_layer_fid="exact",
-        feature_layer_kid="standardised",
-        feature_layer_prc="features",
-        feature_layer_isc="logits",
-        isc_splits=SPLITS_OF.get(score, 1),
-        samples_shuffle=False,
-        kid_subsets=1,
-        kid_subset_size=count,
-        prc_neighborhood=scored.views.neighbours,
-    )
+    name, options = registered(scored)
+    found = torch_fidelity_values(folders, name, **options)
     distance = next(q for q in FRECHET if q in ours)
     values = {
         distance: found[torch_fidelity.KEY_METRIC_FID],
@@ -231,7 +232,7 @@ def with_torch_fidelity(scored: Scored, ours: dict, folders: list[Path]) -> dict
         "precision": found[torch_fidelity.KEY_METRIC_PRECISION],
         "recall": found[torch_fidelity.KEY_METRIC_RECALL],
     }
-    if score:
+    if score := next((q for q in SPLITS_OF if q in ours), None):
         values[score] = found[torch_fidelity.KEY_METRIC_ISC_MEAN]
     if "cmmd" in ours:
         embeddings = [
