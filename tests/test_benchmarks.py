@@ -23,3 +23,18 @@ def test_throughput_prints_a_row_for_every_student():
         assert 0.1 < float(row[5]) < 10  # with the switch on
         assert 0.1 < float(row[6]) < 10  # against the plain loop
     assert "matmul peak" in done.stdout
+
+
+def test_evaluation_prints_both_ratios():
+    sizes = ("--dim", "64", "--images", "40", "--size", "8", "--repeats", "1")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/evaluation.py", *sizes],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "|" in line][2:]
+    assert len(rows) == 3
+    for row in rows:
+        assert float(row[3]) > 0 and float(row[4]) < 1e-4

@@ -65,7 +65,7 @@ def test_the_shipped_experiments_are_valid(name):
          "students.gdd.settings: feature network 'tiny-critc' is not under features; did you mean 'tiny-critic'?"),
         ("students.gdd.settings", {"features": "tiny-clip"},
          "students.gdd.settings: feature network 'tiny-clip' gives no feature maps"),
-        ("evaluation.extractors", ["tiny-cn"],
+        ("evaluation.extractors", ["tiny-cn", "tiny-clip"],
          "evaluation.extractors: 'tiny-cn' is not under features; did you mean 'tiny-cnn'?"),
         ("data.name", "digit", "data.name: unknown data set 'digit' without a source; did you mean 'digits'?"),
         ("teachers.edm.network.type", "UNet2D",
@@ -88,11 +88,11 @@ def test_the_shipped_experiments_are_valid(name):
         ("claims", [{**CLAIM, "sorce": "x"}], "claims.0.sorce: unknown key; did you mean 'source'?"),
         ("evaluation.main_metric", "fdd", "evaluation.main_metric: unknown metric 'fdd'; did you mean 'fd'?"),
         ("features.inception", {"type": "incepton"},
-         "features.inception.type: input should be 'cnn', 'resnet', 'clip' or 'inception', not 'incepton'"),
+         "features.inception.type: input should be 'cnn', 'resnet', 'clip', 'inception', 'open-clip', 'dinov2' or 'efficientnet-lite', not 'incepton'"),
         ("features.inception", {"type": "inception", "wieghts": "x.pth"},
          "features.inception.wieghts: unknown key; did you mean 'weights'?"),
         ("features.inception", {"type": "inception", "images": 3},
-         "features.inception.images: unknown key; known: type, weights"),
+         "features.inception.images: unknown key; known: resize, type, weights"),
         ("features.inception", {"type": "inception", "weights": "none.pth"},
          "features.inception.weights: none.pth does not exist"),
         ("features.inception", 3,
@@ -100,7 +100,7 @@ def test_the_shipped_experiments_are_valid(name):
         ("features.tiny-critic", {"type": "inception"},
          "students.gdd.settings: feature network 'tiny-critic' gives no feature maps"),
         ("evaluation.main_metric", "fid-edm",
-         "evaluation.main_metric: 'fid-edm' is not for extractors of type clip, cnn; those have accuracy, aesthetic, clip-score, fd, kd, precision, recall"),
+         "evaluation.main_metric: 'fid-edm' is not for extractors of type clip, cnn; those have accuracy, aesthetic, class-score, clip-score, cmmd, coverage, density, diversity, fd, fd-inf, kd, memorisation, precision, recall"),
         ("evaluation.statistics", "non.npz", "evaluation.statistics: non.npz does not exist"),
         ("evaluation.statistics", "tests", "evaluation.statistics: tests is a folder"),
         ("evaluation.statistics", "https://x.org/x.npz",
@@ -132,7 +132,7 @@ def test_a_batch_that_does_not_divide_the_budget_is_told_with_the_nearest_that_d
 
 def test_all_mistakes_are_told_at_once(tiny):
     put(tiny, "training.budget", [{"unit": "images", "amount": -5}])
-    put(tiny, "evaluation.extractors", ["tiny-cn"])
+    put(tiny, "evaluation.extractors", ["tiny-cn", "tiny-clip"])
     put(tiny, "students.sid.settings", {"alhpa": 1})
     put(tiny, "students.sim.method", "simm")
     put(tiny, "teachers.edm.lr", "x")
@@ -216,10 +216,12 @@ def test_a_pretrained_network_stands_beside_trained_ones(tiny):
     before = parse_experiment(tiny, "x")
     assert "reference" not in before.evaluation_spec()  # scores that are older than the key stay
     tiny["features"]["inception"] = {"type": "inception"}
-    tiny["evaluation"] |= {"extractors": ["inception"], "main_metric": "fid-edm"}
+    tiny["evaluation"] |= {"extractors": ["inception", "tiny-cnn"], "main_metric": "fid-edm"}
     experiment = parse_experiment(tiny, "x")
     assert experiment.features["inception"].weights is None
     assert experiment.features["tiny-cnn"].width == 8
+    # A key that came later is left out where it keeps its default: finished scores outlive it.
+    assert "resize" not in experiment.features_spec("inception")["features"]
     # Named as a local file it is fetched, and what it sees scored, again.
     tiny["features"]["inception"]["weights"] = "README.md"
     local = parse_experiment(tiny, "x")

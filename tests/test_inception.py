@@ -90,6 +90,10 @@ def test_no_file_but_the_published_one_is_taken(tmp_path):
 # -- experiments --------------------------------------------------------------------------------
 
 
+# The metrics of every extractor, where there are held-out images.
+SHARED = {"kd", "precision", "recall", "density", "coverage", "memorisation", "diversity"}
+
+
 class Stub(torch.nn.Module):
     """Inception's contract with few features: a projection of the pixels."""
 
@@ -147,9 +151,11 @@ def test_only_inceptions_distance_is_called_fid(available):
     scorer = Scorer(available())
     rows = rows_of(scorer, [359])
     both = {(metric, extractor) for metric, extractor, _ in rows}
-    shared = {"kd", "precision", "recall"}
-    assert {m for m, e in both if e == "tiny-cnn"} == {"fd", "accuracy", *shared}
-    assert {m for m, e in both if e == "inception"} == {"fid-edm", *shared}
+    assert {m for m, e in both if e == "tiny-cnn"} == {"fd", "accuracy", "class-score", *SHARED}
+    assert {m for m, e in both if e == "inception"} == {
+        *("fid-edm", "fd-inf", "inception-score"),  # 359 samples of the stub's 6 features are many
+        *SHARED,
+    }
     assert all(row.get("status", "ok") == "ok" for row in rows.values())
     row = rows["fid-edm", "inception", 359]
     held, train = (
@@ -176,12 +182,12 @@ def test_a_large_reference_is_summed_and_a_draw_of_it_kept(available, monkeypatc
     """The limit of metrics of all pairs: a draw of the reference, all subsets of the samples."""
     whole = rows_of(Scorer(available()), [359])
     monkeypatch.setattr(score, "PAIRWISE_LIMIT", 100)
-    for name in ("kd", "precision", "recall"):
+    for name in SHARED:
         monkeypatch.setitem(METRICS, name, replace(METRICS[name], limit=100))
     scorer = Scorer(available())
     assert len(scorer._reference["inception"].features) == 100
     rows = rows_of(scorer, [359, 120])
-    assert {n for m, _, n in rows if m in ("kd", "precision", "recall")} == {100}
+    assert {n for m, _, n in rows if m in SHARED} == {100}
     for key in (("fd", "tiny-cnn", 359), ("fid-edm", "inception", 359)):
         assert rows[key]["value"] == pytest.approx(whole[key]["value"], rel=1e-6)
         assert "reference_draw" not in scorer.protocols[rows[key]["protocol"]]
@@ -200,7 +206,8 @@ def test_published_statistics_are_the_reference_of_an_fid_alone(available, tmp_p
     scorer = Scorer(experiment)
     rows = rows_of(scorer, [359])
     for key, row in rows.items():
-        assert (row == training[key]) == (key[0] != "fid-edm")
+        compared = key[0] in ("fid-edm", "fd-inf") and key[1] == "inception"
+        assert (row == training[key]) == (not compared)
     held = gaussian_statistics(Stub()(scorer.dataset.held_out.pixels)[0])
     expected = frechet_distance(*held, *load_statistics(path))
     row = rows["fid-edm", "inception", 359]
@@ -226,7 +233,8 @@ def test_missing_weights_are_told_in_every_row_and_stop_nothing(scored, capsys):
             assert row["status"] == "unavailable (no weights)"
         else:
             assert row["value"] is not None and "status" not in row
-    assert {m for m, e, _ in rows if e == "inception"} == {"fid-edm", "kd", "precision", "recall"}
+    would = {"fid-edm", "fd-inf", "inception-score", *SHARED}
+    assert {m for m, e, _ in rows if e == "inception"} == would
 
     # The tables, from a teacher's scores.
     entry = {"snapshot": "", "final": True, "grid": [], "student": "teacher", "nfe": 7}
@@ -242,7 +250,7 @@ def test_missing_weights_are_told_in_every_row_and_stop_nothing(scored, capsys):
     table, _ = collect(experiment, partial=True)
     teacher = table[table.student == "teacher"]
     assert set(teacher[teacher.extractor == "inception"].column) == {
-        f"{metric}_n359_inception" for metric in ("fid-edm", "kd", "precision", "recall")
+        f"{metric}_n359_inception" for metric in would
     }
     assert main(["report", "--partial", "--configfile", "x.yaml"]) == 0
     csv = pd.read_csv(experiment.root / "tables" / "metrics.csv")
@@ -303,3 +311,65 @@ def test_a_student_trained_on_imagenet_features_is_flagged(available):
     flags = {row["extractor"]: row["flag"] for row in rows}
     assert flags.pop("inception") == "shares-pretraining"
     assert set(flags.values()) == {""}
+
+
+# -- bad numbers --------------------------------------------------------------------------------
+
+
+def test_bad_numbers_are_one_line(available, monkeypatch, capsys):
+    scorer = Scorer(available())
+    held = scorer.dataset.held_out
+    scorer.score(iter([(held.pixels[:5], held.labels[:5])]), [5])
+    scorer.score(iter([(held.pixels[:5], held.labels[:5])]), [5])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines[-1] == (
+        "warning: 5 samples are no more than the 6 features of inception; their Fréchet distance "
+        "is mostly bias; compare with the floor, n 359"
+    )
+    assert len(set(lines)) == len(lines) == 2
+    broken = scorer.generated(lambda z, *_: z * torch.nan, "cpu")
+    with pytest.raises(UserError, match="64 of 64 generated images hold NaN or infinity"):
+        next(broken)
+    see = Extractor.see
+    monkeypatch.setattr(Extractor, "see", lambda *a: {k: v / 0 for k, v in see(*a).items()})
+    with pytest.raises(UserError, match="tiny-cnn: the features of 5 of 5 images are no finite"):
+        scorer.score(iter([(held.pixels[:5], held.labels[:5])]), [5])
+
+
+# -- clean-fid's resizes ------------------------------------------------------------------------
+
+
+def test_clean_resize_is_clean_fids(network):
+    from cleanfid.resize import build_resizer
+
+    pixels = images(2, size=20)
+    resized = inception.clean_resize(pixels.float())
+    theirs = build_resizer("clean")(pixels[1].movedim(0, -1).numpy())
+    assert torch.equal(resized[1], torch.from_numpy(theirs).movedim(-1, 0))
+    edm = network(pixels)[0]
+    seen = []
+    handle = network.network.Conv2d_1a_3x3.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
+    clean = inception.Inception(network.network, "clean")(pixels)[0]
+    handle.remove()
+    torch.testing.assert_close(seen[0], (resized - 128) / 128)  # as clean-fid's network does
+    assert not torch.allclose(clean, edm)
+    legacy = inception.Inception(network.network, "legacy-tensorflow")(pixels)[0]
+    assert torch.equal(legacy, edm)
+
+
+@pytest.mark.parametrize("resize", ["clean", "legacy-tensorflow"])
+def test_a_resize_is_a_column_of_its_own(tiny, available, resize):
+    tiny["features"]["resized"] = {"type": "inception", "resize": resize}
+    tiny["evaluation"]["extractors"] = ["resized", "tiny-cnn"]
+    experiment = available()
+    folder = experiment.features_dir("resized")
+    write_json(folder / "features.json", {"type": "inception", "sha256": inception.SHA256})
+    scorer = Scorer(experiment)
+    rows = rows_of(scorer, [359])
+    mine = {metric for metric, extractor, _ in rows if extractor == "resized"}
+    assert f"fid-{resize}" in mine and "inception-score" in mine
+    assert not {"fid-edm", "fd"} & mine
+    protocol = scorer.protocols[rows[f"fid-{resize}", "resized", 359]["protocol"]]
+    assert "clean-fid" in protocol["resize"] and "torch-fidelity" in protocol["library"]

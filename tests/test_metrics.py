@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from harness.evaluation import neighbours
 from harness.evaluation.aesthetic import AestheticHead, spearman
-from harness.evaluation.frechet import Moments, frechet_distance, gaussian_statistics
+from harness.evaluation.frechet import (
+    Moments,
+    factor,
+    frechet_distance,
+    frechet_of_few,
+    gaussian_statistics,
+)
 from harness.evaluation.metrics import METRICS, Reference, Views, jackknife, register
 
 
@@ -49,6 +56,41 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(mean, eye, mean + 2, 4 * eye) == pytest.approx(12 + 3)
     low_rank = torch.diag(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     assert frechet_distance(mean, low_rank, mean, low_rank) == pytest.approx(0, abs=1e-9)
+
+
+def test_singular_covariances_have_a_path_of_their_own():
+    """Dead features, and fewer samples than features: the libraries' value without their noise."""
+    x, y = features(60), features(80, seed=1, scale=2)
+    x[:, 3] = y[:, 5] = 0
+    one, two = gaussian_statistics(x), gaussian_statistics(y)
+    assert factor(one[1]).shape == (8, 7)
+    root = torch.linalg.eigvals(one[1] @ two[1]).real.clamp_min(0).sqrt().sum()
+    expected = (one[0] - two[0]).square().sum() + one[1].trace() + two[1].trace() - 2 * root
+    assert frechet_distance(*one, *two) == pytest.approx(expected.item(), rel=1e-6)
+    few = gaussian_statistics(y[:5])
+    assert frechet_of_few(y[:5], *one) == pytest.approx(frechet_distance(*few, *one), rel=1e-9)
+    assert Reference(x).frechet(y[:5]) == frechet_of_few(y[:5], *one)
+
+
+def test_frechet_distance_without_limit_is_that_of_the_populations():
+    """Two populations that are known: the bias of 400 samples goes, and the stated error is about
+    the spread."""
+    mix = torch.randn(8, 8, generator=torch.Generator().manual_seed(99)).double()
+    exact = mix.T @ mix
+    reference = Reference(torch.empty(0, 8), (torch.zeros(8, dtype=torch.float64), exact))
+    assert reference.statistics[1] is exact
+    draws = [Views(features(400, seed=s, scale=1.1), reference) for s in range(20)]
+    biased, unbiased = ([compute(name, v) for v in draws] for name in ("fd", "fd-inf"))
+    truth = frechet_distance(*reference.statistics, torch.zeros(8), 1.1**2 * exact)
+    mean = {
+        name: torch.tensor([value for value, _ in results]).mean().item()
+        for name, results in (("fd", biased), ("fd-inf", unbiased))
+    }
+    spread = torch.tensor([value for value, _ in unbiased]).std().item()
+    assert mean["fd"] - truth > 4 * spread / 20**0.5
+    assert abs(mean["fd-inf"] - truth) < 3 * spread / 20**0.5
+    stated = sum(error for _, error in unbiased) / len(unbiased)
+    assert 0.5 < stated / spread < 3
 
 
 def test_frechet_error_bar_covers_the_spread_of_repeated_draws():
@@ -130,6 +172,100 @@ def test_precision_and_recall_agree_with_torch_fidelity():
     assert compute("recall", views)[0] == pytest.approx(float(theirs["recall"]))
 
 
+def test_density_and_coverage_are_their_definition():
+    x, y = features(70), features(50, seed=1)
+    views = Views(x, Reference(y))
+    d = np.linalg.norm(x.numpy()[:, None] - y.numpy()[None], axis=2)
+    within = np.linalg.norm(y.numpy()[:, None] - y.numpy()[None], axis=2)
+    inside = d <= np.sort(within, axis=1)[:, 5]
+    assert compute("density", views)[0] == pytest.approx(inside.sum() / (5 * 70))
+    assert compute("coverage", views)[0] == pytest.approx(inside.any(axis=0).mean())
+
+
+def test_rows_of_distances_change_nothing(monkeypatch):
+    views = [Views(features(70), Reference(features(50, seed=1))) for _ in range(2)]
+    names = ("precision", "recall", "density", "coverage")
+    whole = [compute(name, views[0])[0] for name in names]
+    monkeypatch.setattr(neighbours, "ROWS", 16)
+    assert [compute(name, views[1])[0] for name in names] == whole
+
+
+def test_memorisation_tells_copies_from_new_images():
+    train, held_out = features(300), features(100, seed=1)
+    reference = Reference(train, held_out=held_out)
+    new = compute("memorisation", Views(features(200, seed=2), reference))
+    assert new[0] == pytest.approx(1, abs=0.1) and 0 < new[1] < 0.05
+    assert compute("memorisation", Views(held_out, reference))[0] == pytest.approx(1, rel=1e-6)
+    assert compute("memorisation", Views(train[:200], reference))[0] == 0
+
+
+def test_diversity_is_the_mean_distance_within_a_class():
+    x, labels = features(40), torch.arange(40) % 3
+    value, error = compute("diversity", Views(x, Reference(None), labels))
+    means = []
+    for c in range(3):
+        own = x[labels == c].double().numpy()
+        pairs = [np.linalg.norm(a - b) for i, a in enumerate(own) for b in own[:i]]
+        means.append(np.mean(pairs))
+    assert value == pytest.approx(np.mean(means), rel=1e-6)
+    draws = [
+        compute("diversity", Views(features(40, seed=s), Reference(None), labels))[0]
+        for s in range(30)
+    ]
+    assert 0.5 < error / np.std(draws) < 2
+    collapsed = Views(x[:1].expand(40, -1), Reference(None), labels)
+    assert compute("diversity", collapsed) == (0, 0)
+
+
+def test_class_scores_of_known_probabilities():
+    sure = torch.eye(4).repeat(25, 1)  # 100 samples, evenly spread over 4 classes, no doubt
+    unsure = torch.full((100, 4), 0.25)
+    for name in ("class-score", "inception-score"):
+        views = Views(features(100), Reference(None), probabilities=unsure)
+        assert compute(name, views) == pytest.approx((1, 0))
+    assert compute("class-score", Views(features(100), Reference(None), probabilities=sure)) == (
+        pytest.approx(4),
+        pytest.approx(0, abs=0.01),
+    )
+
+
+def test_inception_score_agrees_with_torch_fidelity():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 3 * features(205)
+    views = Views(features(205), Reference(None), probabilities=logits.softmax(dim=1))
+    theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
+    value, error = compute("inception-score", views)
+    assert value == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    std = error * 10**0.5 * (9 / 10) ** 0.5  # theirs divides by the number of splits
+    assert std == pytest.approx(theirs["inception_score_std"], rel=1e-4)
+    one = isc_features_to_metric(logits, splits=1)["inception_score_mean"]
+    assert compute("class-score", views)[0] == pytest.approx(one, rel=1e-5)
+
+
+def test_cmmd_is_its_formula_and_torch_fidelitys_kernel():
+    from torch_fidelity.metric_kid import kernel_mmd
+
+    x, y = features(60), features(60, seed=1) + 0.5
+    value, error = compute("cmmd", Views(x, Reference(y)))
+    a, b = (t.double().numpy() / np.linalg.norm(t.double(), axis=1, keepdims=True) for t in (x, y))
+    theirs = kernel_mmd(a, b, kid_kernel="rbf", kid_kernel_rbf_sigma=10)
+    assert value == pytest.approx(1000 * theirs, rel=1e-8)
+
+    def mean(p, q, same):
+        values = [
+            math.exp(-float(((u - v) ** 2).sum()) / 200)
+            for i, u in enumerate(p)
+            for j, v in enumerate(q)
+            if not (same and i == j)
+        ]
+        return sum(values) / len(values)
+
+    expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert value == pytest.approx(1000 * expected, rel=1e-8)
+    assert 0 < error < value
+
+
 def test_accuracy_and_clip_score():
     probabilities = torch.eye(4)[torch.tensor([0, 1, 2, 3])]
     views = Views(
@@ -145,6 +281,7 @@ def test_disjoint_subsets():
     parts = views.disjoint(4)
     assert [p.labels.tolist() for p in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert all(p.reference is views.reference for p in parts)
+    assert views.disjoint(4) is parts  # metrics share what they keep
 
 
 def test_a_metric_name_is_taken_once():

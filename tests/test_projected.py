@@ -26,7 +26,7 @@ from tests.test_methods import run_method
 timm = pytest.importorskip("timm")
 
 needs_lite0 = pytest.mark.skipif(
-    backbones._packaged_lite0() is None, reason=f"{backbones.LITE0_PACKAGE} is not installed"
+    backbones._packaged(LITE0) is None, reason=f"{backbones.PACKAGED[LITE0][0]} is not installed"
 )
 
 
@@ -213,7 +213,7 @@ def photographs() -> torch.Tensor:
 @needs_lite0
 def test_lite0_recognises_photographs_and_its_statistics_fit():
     network, sha256 = pretrained_network(LITE0)
-    assert sha256 == backbones.LITE0_SHA256
+    assert sha256 == backbones.PACKAGED[LITE0][1]
     ratios = []
 
     def compare(module, args):
@@ -266,7 +266,7 @@ def unreachable(monkeypatch, tmp_path):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    monkeypatch.setattr(backbones, "LITE0_PACKAGE", "a-package-that-nobody-has")
+    monkeypatch.setitem(backbones.PACKAGED, LITE0, ("a-package-that-nobody-has", ""))
     monkeypatch.setenv("ONESTEP_CACHE", str(tmp_path))
     return tmp_path
 

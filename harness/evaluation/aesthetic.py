@@ -13,6 +13,7 @@ from torch.nn.functional import conv2d, mse_loss, normalize, pad
 
 from harness import data as datasets
 from harness.data import Dataset, Images
+from harness.downloads import fetch
 from harness.streams import Stream
 
 SCALE = 10.0
@@ -33,6 +34,46 @@ class AestheticHead(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.layers(normalize(embeddings, dim=-1)).squeeze(-1)
+
+
+# Version -> address and sha256.
+LAION_HEADS = {
+    "v1": (
+        "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth",
+        "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
+    ),
+    "v2": (
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+        "sac+logos+ava1-l14-linearMSE.pth",
+        "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    ),
+}
+
+
+class LaionHead(nn.Module):
+    """LAION's ratings of OpenAI's ViT-L/14 embeddings `(B, 768)`, normalised here, about 1 to 10:
+    v1 is a linear layer; v2 ("improved") five, with nothing between them but dropout."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__()
+        if set(weights) == {"weight", "bias"}:
+            weights = {f"layers.0.{name}": value for name, value in weights.items()}
+        # The dropout layers between are counted, so the numbers have gaps.
+        numbers = sorted({int(name.split(".")[1]) for name in weights})
+        shapes = [weights[f"layers.{n}.weight"].shape for n in numbers]
+        self.layers = nn.Sequential(*[nn.Linear(width, out) for out, width in shapes])
+        for layer, n in zip(self.layers, numbers, strict=True):
+            layer.load_state_dict({k: weights[f"layers.{n}.{k}"] for k in ("weight", "bias")})
+        self.eval().requires_grad_(False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.layers(normalize(embeddings, dim=-1)).squeeze(-1)
+
+    @classmethod
+    def published(cls, version: str) -> LaionHead:
+        """The head of a version, downloaded once; a `UserError` where it cannot be had."""
+        path = fetch(*LAION_HEADS[version])
+        return cls(torch.load(path, map_location="cpu", weights_only=True))
 
 
 # Degradations: images in [-1, 1] `(B, C, H, W)`, strength `(B, 1, 1, 1)` in [0, 1], and standard

@@ -10,17 +10,22 @@ from torch import Tensor, nn
 from harness.artifacts import load_tensors, read_json
 from harness.config import Experiment, PretrainedFeatures
 from harness.data import Dataset, to_model_space
-from harness.evaluation.metrics import Reference, Views
-from harness.feature_networks import load_feature_network
+from harness.errors import UserError
+from harness.evaluation.metrics import INCEPTION, Reference, Views
+from harness.feature_networks import fetch_weights, fetched_facts, load_feature_network
+from harness.networks import inception
+from harness.networks.towers import TOWERS
 
 
 @dataclass
 class Extractor:
     """A named feature network. Input: uint8 `(B, C, H, W)` at the data set's own resolution.
 
-    `kind`: the type of its section. `unavailable`: why it cannot be had (then it sees nothing, and
-    `sha256` is that of the weights that it should have). `pretraining`: the images that a network
-    from elsewhere was trained on, which a student's discriminator may know, too.
+    `kind`: what metrics call its section. `unavailable`: why it cannot be had (then it sees
+    nothing, and `sha256` is that of the weights that it should have); `missing`: the same of parts
+    of what it sees. `pretraining`: the images that a network from elsewhere was trained on, which a
+    student's discriminator may know, too; `same_as`: what the record of a student calls it.
+    `details`: what else of it belongs to the protocol.
     """
 
     name: str
@@ -32,6 +37,9 @@ class Extractor:
     resize: str = "none"
     unavailable: str | None = None
     pretraining: str | None = None
+    same_as: str | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
     _class_features: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -46,9 +54,11 @@ class Extractor:
     @torch.no_grad()
     def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The per-sample parts of `Views` for one block of images."""
-        if self.kind == "inception":
+        if self.kind in INCEPTION:
             features, probabilities = self.network(pixels)
             return {"features": features, "probabilities": probabilities}
+        if self.kind in TOWERS:
+            return self.network.see(pixels, labels)
         features = self.network.features(to_model_space(pixels))
         if not self.is_clip:
             return {"features": features, "probabilities": self.network.logits(features).softmax(1)}
@@ -63,20 +73,8 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
     """The extractor in `features/<name>/`; a pretrained one may be unavailable."""
     section, folder = experiment.features[name], experiment.features_dir(name)
     if isinstance(section, PretrainedFeatures):
-        from harness.networks import inception
-
-        record, network = read_json(folder / "features.json"), None
-        if "unavailable" not in record:
-            weights = inception.fetch_weights(section.weights)
-            network = inception.load_inception(weights, experiment.device)
-        return Extractor(
-            name,
-            section.type,
-            network,
-            inception.SHA256,
-            resize=inception.RESIZE,
-            unavailable=record.get("unavailable"),
-            pretraining=inception.PRETRAINING,
+        return _load_fetched(
+            name, section, read_json(folder / "features.json"), experiment, dataset
         )
     network, record = load_feature_network(folder, dataset)
     if "aesthetic" not in record:
@@ -88,6 +86,38 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
     head = AestheticHead(network.embed_dim)
     head.load_state_dict(weights)
     return Extractor(name, section.type, network, record["sha256"], head.eval(), sha256)
+
+
+def _load_fetched(
+    name: str, section: PretrainedFeatures, record: dict, experiment: Experiment, dataset: Dataset
+) -> Extractor:
+    facts, network = fetched_facts(section), None
+    missing, heads = record.get("missing", {}), {}
+    if "unavailable" not in record and section.type == "inception":
+        network = inception.load_inception(fetch_weights(section), experiment.device)
+        network.resize = section.resize
+    elif "unavailable" not in record:
+        from harness.evaluation.aesthetic import LaionHead
+
+        for version in getattr(section, "aesthetic", ()):
+            if f"aesthetic_{version}" not in missing:
+                heads[f"aesthetic_{version}"] = LaionHead.published(version)
+        path, names = fetch_weights(section), dataset.class_names
+        network = TOWERS[section.type].load(section, path, names, heads).to(experiment.device)
+        if getattr(network, "captions", None):
+            truncated = f"{network.truncated} of {len(network.captions)}"
+            facts["details"] |= {"truncated_captions": truncated}
+    sha256 = record.get("sha256") or facts.pop("sha256") or "unknown"
+    facts.pop("sha256", None)
+    return Extractor(
+        name,
+        section.kind,
+        network,
+        sha256,
+        unavailable=record.get("unavailable"),
+        missing=missing,
+        **facts,
+    )
 
 
 class Observer:
@@ -106,6 +136,12 @@ class Observer:
     def views(self, name: str, reference: Reference, neighbours: int) -> Views:
         parts = self._seen[name]
         joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        bad = (~joined["features"].isfinite().all(dim=1)).sum().item()
+        if bad:
+            raise UserError(
+                f"{name}: the features of {bad} of {len(joined['features'])} images are no finite "
+                "numbers; are its weights damaged?"
+            )
         return Views(
             **joined, labels=torch.cat(self._labels), reference=reference, neighbours=neighbours
         )

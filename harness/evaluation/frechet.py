@@ -73,25 +73,46 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
     return mean, covariance
 
 
-def psd_root(covariance: Tensor) -> Tensor:
-    """The symmetric root of a covariance `(D, D)`, which rounding may have made indefinite."""
+def factor(covariance: Tensor) -> Tensor:
+    """Some F `(D, r)` with F Fᵀ = C, for a covariance C `(D, D)` of rank r, in float64.
+
+    Cholesky's where C is positive definite: 2 % of the work of eigenvectors. Else (fewer samples
+    than dimensions, dead features) from the eigenvectors whose values are more than rounding.
+    """
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        return lower
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def _distance(mean1: Tensor, factor1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    values = torch.linalg.eigvalsh(factor1.T @ cov2 @ factor1)
+    trace = factor1.square().sum() + torch.trace(cov2) - 2 * values.clamp_min(0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + trace).item()
 
 
 def frechet_distance(
-    mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, root1: Tensor | None = None
+    mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, factor1: Tensor | None = None
 ) -> float:
     """`‖m1 - m2‖² + tr(C1 + C2 - 2 (C1 C2)^½)`.
 
-    The trace of the root is the sum of the roots of the eigenvalues of `C1^½ C2 C1^½`, which is
-    symmetric: no matrix square root of a non-symmetric product, so nothing complex to discard.
-    `root1`: `C1^½`, where one C1 is compared with many.
+    With C1 = F Fᵀ, the eigenvalues of C1 C2 that are not 0 are those of Fᵀ C2 F, which is
+    symmetric, and the trace of the root is the sum of their roots: no matrix square root of a
+    non-symmetric product, so nothing complex to discard, and no eigenvectors.
+    `factor1`: F, where one C1 is compared with many.
     """
-    root = psd_root(cov1) if root1 is None else root1
-    values = torch.linalg.eigvalsh(root @ cov2 @ root)
-    trace = torch.trace(cov1) + torch.trace(cov2) - 2 * values.clamp_min(0).sqrt().sum()
-    return ((mean1 - mean2).square().sum() + trace).item()
+    return _distance(mean1, factor(cov1) if factor1 is None else factor1, mean2, cov2)
+
+
+def frechet_of_few(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """The distance of features `(N, D)`, N <= D, from a Gaussian: they are a factor of their own
+    covariance, and the eigenvalues are those of an N x N matrix."""
+    features = features.double()
+    centred = features - features.mean(dim=0)
+    own = centred.T / (len(features) - 1) ** 0.5
+    return _distance(features.mean(dim=0), own, mean, covariance)
 
 
 class Moments:

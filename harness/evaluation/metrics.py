@@ -3,27 +3,37 @@
 A metric is a function of `Views` (what an extractor saw of generated and reference images) that
 returns a value, its standard error over the draw of samples (NaN where none is known) and, where it
 can, the estimates that leave one group of samples out. Errors are delete-a-group jackknife
-estimates (10 groups of consecutive samples), or closed forms for plain means.
+estimates (10 groups of consecutive samples), or closed forms for means, medians and means over
+pairs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from harness.evaluation.frechet import (
     BLOCK,
     Moments,
+    factor,
     frechet_distance,
+    frechet_of_few,
     gaussian_statistics,
-    psd_root,
 )
+from harness.evaluation.neighbours import (
+    Neighbourhood,
+    nearest_distances,
+    neighbour_radii,
+    neighbourhood,
+)
+from harness.streams import Stream
 
 GROUPS = 10
 # A metric of all pairs takes that many samples at most, of the generated ones and of the reference:
@@ -33,7 +43,12 @@ PAIRWISE_LIMIT = 10_000
 # Kinds of extractors, by the `type` of their section.
 CLASSIFIERS = ("cnn", "resnet")
 TRAINED = (*CLASSIFIERS, "clip")
-ALL = (*TRAINED, "inception")
+INCEPTION = ("inception", "inception-clean", "inception-legacy-tensorflow")
+CLIPS = ("clip", "open-clip")
+NO_FID = (*TRAINED, "open-clip", "dinov2", "efficientnet-lite")
+ALL = (*NO_FID, *INCEPTION)
+
+WIDE = 5  # neighbours of density and coverage, as their authors have it
 
 
 class Reference:
@@ -41,24 +56,39 @@ class Reference:
 
     `features`: `(M, D)`, at most PAIRWISE_LIMIT (None where there are only statistics).
     `statistics`: mean and covariance, if they are of more than `features`.
+    `held_out`: features of real images that are not among the reference, if there are any.
     """
 
-    def __init__(self, features: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None):
-        self.features = features
+    def __init__(
+        self,
+        features: Tensor | None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        held_out: Tensor | None = None,
+    ):
+        self.features, self.held_out = features, held_out
         self._statistics = statistics
         self._radii: dict[int, Tensor] = {}
 
     @cached_property
-    def _own(self) -> tuple[Tensor, Tensor]:
-        return gaussian_statistics(self.features)
+    def _own(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.features is None else gaussian_statistics(self.features)
 
     @property
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
         return self._own if self._statistics is None else self._statistics
 
     @cached_property
-    def covariance_root(self) -> Tensor:
-        return psd_root(self.statistics[1])
+    def _factor(self) -> Tensor:
+        return factor(self.statistics[1])
+
+    def frechet(self, features: Tensor) -> float:
+        """Fréchet distance of samples `(N, D)`."""
+        if len(features) <= features.shape[1]:
+            return frechet_of_few(features, *self.statistics)
+        return self.frechet_of(Moments.over(features.split(BLOCK)))
+
+    def frechet_of(self, moments: Moments) -> float:
+        return frechet_distance(*self.statistics, *moments.statistics(), self._factor)
 
     def standardise(self, x: Tensor) -> Tensor:
         """float64, by the mean and deviation of the reference's features."""
@@ -70,50 +100,22 @@ class Reference:
         return self.standardise(self.features)
 
     @cached_property
-    def kernel_within(self) -> Tensor:
-        """Mean kernel value of two different reference samples."""
-        k, m = cubic_kernel(self.standardised, self.standardised), len(self.features)
-        return (k.sum() - k.diagonal().sum()) / (m * (m - 1))
+    def cubic_within(self) -> Tensor:
+        return _mean_within(cubic_kernel, self.standardised)
+
+    @cached_property
+    def gaussian_within(self) -> Tensor:
+        return _mean_within(gaussian_kernel, normalize(self.features.double(), dim=1))
+
+    @cached_property
+    def held_out_nearest(self) -> Tensor:
+        """Distance of each held-out image to the nearest of the reference."""
+        return nearest_distances(self.held_out, self.features)
 
     def radii(self, k: int) -> Tensor:
         if k not in self._radii:
             self._radii[k] = neighbour_radii(self.features, k)
         return self._radii[k]
-
-
-@dataclass
-class Views:
-    """What one extractor saw. `features`: `(N, D)`; `labels`: the classes asked for;
-    `probabilities`: `(N, classes)`; `text_similarity`: cosine with the caption asked for, `(N,)`;
-    `aesthetic`: `(N,)`."""
-
-    features: Tensor
-    reference: Reference
-    labels: Tensor | None = None
-    probabilities: Tensor | None = None
-    text_similarity: Tensor | None = None
-    aesthetic: Tensor | None = None
-    neighbours: int = 3
-    alone: bool = True  # False: one of several subsets, whose spread is the error
-
-    @property
-    def reference_features(self) -> Tensor | None:
-        return self.reference.features
-
-    def disjoint(self, count: int) -> list[Views]:
-        """All disjoint subsets of `count` consecutive samples (a remainder is left out)."""
-        per_sample = {
-            name: value for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        starts = range(0, len(self.features) - count + 1, count)
-        return [
-            replace(
-                self,
-                **{name: v[start : start + count] for name, v in per_sample.items()},
-                alone=len(starts) == 1,
-            )
-            for start in starts
-        ]
 
 
 class Estimate(NamedTuple):
@@ -126,12 +128,89 @@ class Estimate(NamedTuple):
     leave_out: tuple[float, ...] = ()
 
 
+@dataclass
+class Views:
+    """What one extractor saw. `features`: `(N, D)`; `labels`: the classes asked for;
+    `probabilities`: `(N, classes)`; `text_similarity`: cosine with the caption asked for, `(N,)`;
+    `prefixed_similarity`: the same with Hessel's prefix; `aesthetic` (of a head trained here),
+    `aesthetic_v1`, `aesthetic_v2` (LAION's): `(N,)`."""
+
+    features: Tensor
+    reference: Reference
+    labels: Tensor | None = None
+    probabilities: Tensor | None = None
+    text_similarity: Tensor | None = None
+    prefixed_similarity: Tensor | None = None
+    aesthetic: Tensor | None = None
+    aesthetic_v1: Tensor | None = None
+    aesthetic_v2: Tensor | None = None
+    neighbours: int = 3
+    alone: bool = True  # False: one of several subsets, whose spread is the error
+    _parts: dict[int, list[Views]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def reference_features(self) -> Tensor | None:
+        return self.reference.features
+
+    @property
+    def held_out_features(self) -> Tensor | None:
+        return self.reference.held_out
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        return self.reference.statistics
+
+    @cached_property
+    def frechet(self) -> Estimate:
+        """Distance and error, which several metrics start from."""
+        features, reference = self.features, self.reference
+        if not self.alone:
+            return Estimate(reference.frechet(features))
+        groups = features.chunk(GROUPS)
+        if len(features) <= features.shape[1]:
+            value = reference.frechet(features)
+            without = tuple(
+                reference.frechet(torch.cat([*groups[:i], *groups[i + 1 :]]))
+                for i in range(len(groups))
+            )
+        else:
+            everything = Moments.over(features.split(BLOCK))
+            value = reference.frechet_of(everything)
+            without = tuple(reference.frechet_of(everything - Moments.of(g)) for g in groups)
+        return Estimate(value, jackknife(without), without)
+
+    @cached_property
+    def neighbourhood(self) -> Neighbourhood:
+        reference = self.reference
+        radii, wide = reference.radii(self.neighbours), reference.radii(WIDE)
+        return neighbourhood(self.features, reference.features, self.neighbours, radii, wide)
+
+    def disjoint(self, count: int) -> list[Views]:
+        """All disjoint subsets of `count` consecutive samples (a remainder is left out), always
+        the same objects: metrics share what they keep."""
+        if count not in self._parts:
+            per_sample = {
+                name: value for name, value in vars(self).items() if isinstance(value, Tensor)
+            }
+            starts = range(0, len(self.features) - count + 1, count)
+            self._parts[count] = [
+                replace(
+                    self,
+                    **{name: v[start : start + count] for name, v in per_sample.items()},
+                    alone=len(starts) == 1,
+                )
+                for start in starts
+            ]
+        return self._parts[count]
+
+
 @dataclass(frozen=True)
 class Metric:
     """A registered metric. `needs`: attributes of `Views` that must be there. `function`: views ->
     what `Estimate` is made of, the first two at least. `extractors`: the types of those it is
-    defined on. `limit`: the most samples that it takes. `settings`: what of its definition a reader
-    must know (part of the protocol)."""
+    defined on. `limit`: the most samples that it takes. `final_only`: whether it is left out of
+    snapshots before the last. `samples_per_dim`: the fewest samples per feature that it takes.
+    `settings`: what of its definition a reader must know (part of the protocol)."""
 
     name: str
     label: str
@@ -141,6 +220,8 @@ class Metric:
     settings: dict
     extractors: tuple[str, ...] = ALL
     limit: int | None = None
+    final_only: bool = False
+    samples_per_dim: int = 0
 
     def estimate(self, views: Views) -> Estimate:
         return Estimate(*self.function(views))
@@ -164,6 +245,8 @@ def register(
     needs: tuple[str, ...] = (),
     extractors: tuple[str, ...] = ALL,
     limit: int | None = None,
+    final_only: bool = False,
+    samples_per_dim: int = 0,
     **settings,
 ) -> Callable:
     """Register `function(views) -> (value, stderr)`, or an `Estimate`, under `name`; a name may be
@@ -173,7 +256,16 @@ def register(
         if name in METRICS:
             raise ValueError(f"metric {name!r} is registered already")
         METRICS[name] = Metric(
-            name, label, higher_is_better, needs, function, settings, extractors, limit
+            name,
+            label,
+            higher_is_better,
+            needs,
+            function,
+            settings,
+            extractors,
+            limit,
+            final_only,
+            samples_per_dim,
         )
         return function
 
@@ -193,37 +285,125 @@ def jackknife(estimates: Sequence[float]) -> float:
     return math.sqrt((len(t) - 1) * t.var(correction=0).item())
 
 
-def _frechet(views: Views, distance: Callable) -> Estimate:
-    everything = Moments.over(views.features.split(BLOCK))
-    value = distance(*everything.statistics())
-    if not views.alone:
-        return Estimate(value)
-    without = [everything - Moments.of(group) for group in views.features.chunk(GROUPS)]
-    left = tuple(distance(*moments.statistics()) for moments in without)
-    return Estimate(value, jackknife(left), left)
-
-
-@register("fd", "Fréchet distance", False, extractors=TRAINED, covariance="N-1")
+@register("fd", "Fréchet distance", False, ("statistics",), NO_FID, covariance="N-1")
 def frechet(views: Views) -> Estimate:
-    """In the features of a network trained here: no FID."""
-    reference = views.reference.statistics
-    return _frechet(views, lambda *generated: frechet_distance(*generated, *reference))
+    """In the features of any network but Inception: no FID."""
+    return views.frechet
 
 
-@register("fid-edm", "FID, EDM's protocol", False, extractors=("inception",), covariance="N-1")
+@register(
+    "fid-edm", "FID, EDM's protocol", False, ("statistics",), ("inception",), covariance="N-1"
+)
 def fid_edm(views: Views) -> Estimate:
     """Fréchet Inception distance (Heusel et al. 2017), with the quantisation, the network and the
-    covariance of EDM's evaluation (Karras et al. 2022).
+    covariance of EDM's evaluation (Karras et al. 2022)."""
+    return views.frechet
 
-    The reference comes first here: of 2048 features its root takes as long as all the rest."""
-    mean, covariance = views.reference.statistics
-    root = views.reference.covariance_root
-    return _frechet(views, lambda *generated: frechet_distance(mean, covariance, *generated, root))
+
+@register(
+    "fid-clean", "FID, clean-fid", False, ("statistics",), ("inception-clean",), covariance="N-1"
+)
+def fid_clean(views: Views) -> Estimate:
+    """With clean-fid's resize (Parmar et al. 2022)."""
+    return views.frechet
+
+
+@register(
+    "fid-legacy-tensorflow",
+    "FID, clean-fid's legacy_tensorflow",
+    False,
+    ("statistics",),
+    ("inception-legacy-tensorflow",),
+    covariance="N-1",
+)
+def fid_legacy_tensorflow(views: Views) -> Estimate:
+    """As clean-fid repeats the first FIDs: the resize is the network's own."""
+    return views.frechet
+
+
+SIZES = 10
+
+
+@register(
+    "fd-inf",
+    "Fréchet distance, unlimited samples",
+    False,
+    ("statistics",),
+    final_only=True,
+    samples_per_dim=SIZES,  # with fewer than D samples the distance is no line in 1/n
+    covariance="N-1",
+    extrapolation="linear in 1/n over n = N/1 ... N/10, each the mean over n's disjoint subsets of "
+    "one seeded order",
+    stderr="that of the distance at N",
+)
+def frechet_infinity(views: Views) -> Estimate:
+    """The Fréchet distance without its bias, which is linear in 1/n (Chong and Forsyth 2020).
+
+    Theirs draws one subset of each size. Here every size uses all samples, in disjoint subsets, so
+    that the line is the bias alone: to first order the intercept errs as the distance at N does.
+    """
+    n = len(views.features)
+    order = Stream(0, "fd-inf").uniform(torch.arange(n)).argsort()
+    shuffled, line = views.features[order], []
+    for parts in range(1, SIZES + 1):
+        size = n // parts
+        values = [
+            views.reference.frechet(shuffled[start : start + size])
+            for start in range(0, size * parts, size)
+        ]
+        line.append((1 / size, sum(values) / parts))
+    x, y = torch.tensor(line, dtype=torch.float64).T
+    slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
+    return Estimate((y.mean() - slope * x.mean()).item(), views.frechet.stderr)
 
 
 def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
     """`(x·y / D + 1)³` of all pairs."""
-    return (a @ b.T / a.shape[1] + 1) ** 3
+    return (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)
+
+
+SIGMA = 10.0
+
+
+def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """`exp(-‖x - y‖² / 2σ²)` of all pairs of vectors of length 1."""
+    return (a @ b.T).sub_(1).div_(SIGMA**2).exp_()
+
+
+def _within(kernel: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of kernel values of two different samples: `(GROUPS,)` of each group with all samples,
+    and of each group with itself. A group at a time, so that the matrix need not be held."""
+    totals, own, start = [], [], 0
+    for group in x.chunk(GROUPS):
+        k = kernel(group, x)
+        block = k[:, start : start + len(group)].fill_diagonal_(0)
+        totals.append(k.sum())
+        own.append(block.sum())
+        start += len(group)
+    return torch.stack(totals), torch.stack(own)
+
+
+def _mean_within(kernel: Callable, x: Tensor) -> Tensor:
+    return _within(kernel, x)[0].sum() / (len(x) * (len(x) - 1))
+
+
+def _discrepancy(x: Tensor, y: Tensor, kernel: Callable, within: Tensor) -> Estimate:
+    """Squared maximum mean discrepancy, unbiased, times 1000 (Gretton et al. 2012, eq. 3).
+    `within`: the mean kernel value of two different samples of y."""
+    groups, m = x.chunk(GROUPS), len(y)
+    totals, own = _within(kernel, x)
+    cross = torch.stack([kernel(group, y).sum() for group in groups])
+
+    def estimate(total_xx: Tensor, total_xy: Tensor, count: int) -> float:
+        mine = total_xx / (count * (count - 1))
+        return 1000 * (mine + within - 2 * total_xy / (count * m)).item()
+
+    everything = estimate(totals.sum(), cross.sum(), len(x))
+    without = tuple(
+        estimate(totals.sum() - 2 * t + o, cross.sum() - c, len(x) - len(group))
+        for t, o, c, group in zip(totals, own, cross, groups, strict=True)
+    )
+    return Estimate(everything, jackknife(without), without)
 
 
 @register(
@@ -237,50 +417,156 @@ def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
     scale=1000,
 )
 def kernel_distance(views: Views) -> Estimate:
-    """Squared maximum mean discrepancy, unbiased, on all samples, times 1000 (Bińkowski et al.
-    2018). Features are standardised by the reference: on raw ones the cube is dominated by a few
-    large coordinates and the estimate is noise."""
-    x, y = views.reference.standardise(views.features), views.reference.standardised
-    xx, cross = cubic_kernel(x, x).fill_diagonal_(0), cubic_kernel(x, y).sum(dim=1)
-    rows, n, m = xx.sum(dim=1), len(x), len(y)
-
-    def estimate(total_xx: Tensor, total_xy: Tensor, count: int) -> float:
-        within = total_xx / (count * (count - 1)) + views.reference.kernel_within
-        return 1000 * (within - 2 * total_xy / (count * m)).item()
-
-    without, start = [], 0
-    for group in x.chunk(GROUPS):
-        g = slice(start, start + len(group))
-        start += len(group)
-        left = rows.sum() - 2 * rows[g].sum() + xx[g, g].sum()
-        without.append(estimate(left, cross.sum() - cross[g].sum(), n - len(group)))
-    return Estimate(estimate(rows.sum(), cross.sum(), n), jackknife(without), tuple(without))
+    """Squared maximum mean discrepancy on all samples (Bińkowski et al. 2018). Features are
+    standardised by the reference: on raw ones the cube is dominated by a few large coordinates and
+    the estimate is noise."""
+    reference = views.reference
+    x, y = reference.standardise(views.features), reference.standardised
+    return _discrepancy(x, y, cubic_kernel, reference.cubic_within)
 
 
-def neighbour_radii(points: Tensor, k: int) -> Tensor:
-    """Distance of each point to its k-th neighbour, itself not counted."""
-    return torch.cdist(points, points).topk(k + 1, dim=1, largest=False).values[:, -1]
-
-
-def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    """Whether each point lies in some centre's ball."""
-    return (torch.cdist(points, centres) <= radii).any(dim=1)
+@register(
+    "cmmd",
+    "CLIP maximum mean discrepancy",
+    False,
+    needs=("reference_features",),
+    extractors=CLIPS,
+    limit=PAIRWISE_LIMIT,
+    final_only=True,
+    kernel="exp(-‖x - y‖²/2σ²) on embeddings of length 1",
+    sigma=SIGMA,
+    estimate="unbiased",
+    scale=1000,
+)
+def cmmd(views: Views) -> Estimate:
+    """Jayasumana et al. 2024."""
+    x, y = (normalize(t.double(), dim=1) for t in (views.features, views.reference.features))
+    return _discrepancy(x, y, gaussian_kernel, views.reference.gaussian_within)
 
 
 @register("precision", "Precision", True, ("reference_features",), limit=PAIRWISE_LIMIT)
 def precision(views: Views) -> Estimate:
     """Share of generated samples within the reference's manifold (Kynkäänniemi et al. 2019)."""
-    reference = views.reference
-    radii = reference.radii(views.neighbours)
-    return _mean(_covered(views.features, reference.features, radii))
+    return _mean(views.neighbourhood.precise)
 
 
 @register("recall", "Recall", True, ("reference_features",), limit=PAIRWISE_LIMIT)
 def recall(views: Views) -> Estimate:
     """Share of reference samples within the generated samples' manifold."""
-    radii = neighbour_radii(views.features, views.neighbours)
-    covered = _covered(views.reference.features, views.features, radii)
-    return Estimate(covered.double().mean().item())
+    return Estimate(views.neighbourhood.recalled.double().mean().item())
+
+
+@register("density", "Density", True, ("reference_features",), limit=PAIRWISE_LIMIT, k=WIDE)
+def density(views: Views) -> Estimate:
+    """Balls of the reference that hold a generated sample, over k (Naeem et al. 2020, eq. 4)."""
+    return _mean(views.neighbourhood.balls / WIDE)
+
+
+@register("coverage", "Coverage", True, ("reference_features",), limit=PAIRWISE_LIMIT, k=WIDE)
+def coverage(views: Views) -> Estimate:
+    """Share of reference samples whose ball holds a generated one (Naeem et al. 2020, eq. 5)."""
+    return Estimate(views.neighbourhood.covered.double().mean().item())
+
+
+def _median(values: Tensor) -> tuple[float, float]:
+    """The median, and half the width of the order statistics one standard error around it."""
+    ordered, n = values.double().sort().values, len(values)
+    low, high = (round((n - 1) / 2 + sign * math.sqrt(n) / 2) for sign in (-1, 1))
+    error = (ordered[min(high, n - 1)] - ordered[max(low, 0)]).item() / 2
+    return ordered.quantile(0.5).item(), error
+
+
+@register(
+    "memorisation",
+    "Distance from the training images",
+    True,
+    ("reference_features", "held_out_features"),
+    limit=PAIRWISE_LIMIT,
+    final_only=True,
+    ratio="median distance to the nearest training image: generated over held-out images",
+)
+def memorisation(views: Views) -> Estimate:
+    """About 1 for new images of the same kind, as the held-out ones are; 0 for copies of training
+    images. Bad images are far from all others, so above 1 it is no praise."""
+    typical = views.reference.held_out_nearest.double().median().item()
+    value, error = _median(nearest_distances(views.features, views.reference.features))
+    return Estimate(value / typical, error / typical)
+
+
+@register(
+    "diversity",
+    "Diversity within a class",
+    True,
+    ("labels",),
+    limit=PAIRWISE_LIMIT,
+    final_only=True,
+    distance="mean Euclidean distance of two samples of a class, mean over classes",
+)
+def diversity(views: Views) -> Estimate:
+    """The floor's is that of real images. Its error is Hoeffding's for a mean over pairs."""
+    means, variances = [], []
+    for label in views.labels.unique():
+        own = views.features[views.labels == label].double()
+        if len(own) < 2:
+            continue
+        each = torch.cdist(own, own).sum(dim=1) / (len(own) - 1)
+        means.append(each.mean())
+        variances.append(4 * each.var() / len(own))
+    if not means:
+        return Estimate(math.nan)
+    error = torch.stack(variances).sum().sqrt() / len(means)
+    return Estimate(torch.stack(means).mean().item(), error.item())
+
+
+def _score(probabilities: Tensor) -> float:
+    """`exp(E KL(p(y|x) ‖ p(y)))` (Salimans et al. 2016)."""
+    p = probabilities.double()
+    entropy = torch.special.entr(p).sum(dim=1).mean()
+    return (torch.special.entr(p.mean(dim=0)).sum() - entropy).exp().item()
+
+
+SPLITS = 10
+
+
+@register(
+    "inception-score",
+    "Inception Score",
+    True,
+    ("probabilities",),
+    INCEPTION,
+    final_only=True,
+    splits="mean over 10, in the order of the samples",
+)
+def inception_score(views: Views) -> Estimate:
+    """With the 10 splits of all published scores, which are biased by their size."""
+    n = len(views.probabilities)
+    values = torch.tensor(
+        [
+            _score(views.probabilities[i * n // SPLITS : (i + 1) * n // SPLITS])
+            for i in range(SPLITS)
+        ]
+    )
+    return Estimate(values.mean().item(), (values.std() / math.sqrt(SPLITS)).item())
+
+
+@register(
+    "class-score",
+    "Class score",
+    True,
+    ("probabilities",),
+    (*CLASSIFIERS, "efficientnet-lite"),
+    final_only=True,
+    splits="none",
+)
+def class_score(views: Views) -> Estimate:
+    """The Inception Score's formula with another classifier: the number of classes that samples
+    are surely and evenly spread over."""
+    value, groups = _score(views.probabilities), views.probabilities.chunk(GROUPS)
+    if not views.alone:
+        return Estimate(value)
+    left = [torch.cat([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups))]
+    without = tuple(map(_score, left))
+    return Estimate(value, jackknife(without), without)
 
 
 @register(
@@ -296,6 +582,45 @@ def accuracy(views: Views) -> Estimate:
 def clip_score(views: Views) -> Estimate:
     """100 cos(image, caption asked for), at least 0 (Hessel et al. 2021, without their 2.5)."""
     return _mean(100.0 * views.text_similarity.clamp_min(0))
+
+
+@register(
+    "clip-score-100-plain",
+    "CLIP score",
+    True,
+    ("text_similarity",),
+    ("open-clip",),
+    scale="100 max(cos, 0)",
+    prefix="none",
+)
+def clip_score_plain(views: Views) -> Estimate:
+    """Of the caption as it stands: the scale and the form of most text-to-image papers."""
+    return _mean(100.0 * views.text_similarity.clamp_min(0))
+
+
+@register(
+    "clip-score-2.5-depicts",
+    "CLIPScore (Hessel et al.)",
+    True,
+    ("prefixed_similarity",),
+    ("open-clip",),
+    final_only=True,
+    scale="2.5 max(cos, 0)",
+    prefix="A photo depicts",
+)
+def clip_score_depicts(views: Views) -> Estimate:
+    """As Hessel et al. 2021 define it."""
+    return _mean(2.5 * views.prefixed_similarity.clamp_min(0))
+
+
+@register("aesthetic-v1", "Aesthetic, LAION v1", True, ("aesthetic_v1",), ("open-clip",))
+def aesthetic_v1(views: Views) -> Estimate:
+    return _mean(views.aesthetic_v1)
+
+
+@register("aesthetic-v2", "Aesthetic, LAION v2", True, ("aesthetic_v2",), ("open-clip",))
+def aesthetic_v2(views: Views) -> Estimate:
+    return _mean(views.aesthetic_v2)
 
 
 @register(

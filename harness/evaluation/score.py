@@ -19,9 +19,11 @@ from harness.artifacts import digest, read_json, save_tensors, sha256_file, writ
 from harness.config import Experiment
 from harness.data import Dataset
 from harness.downloads import fetch
+from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.frechet import Moments, load_statistics
 from harness.evaluation.metrics import (
+    INCEPTION,
     METRICS,
     PAIRWISE_LIMIT,
     Estimate,
@@ -33,6 +35,9 @@ from harness.networks import denoiser_record, inception, load_denoiser
 from harness.sampling import heun_generator, one_step_generator, sample
 from harness.streams import Stream
 
+# Of a teacher's samples, those kept to be scored by other libraries: enough for full-rank
+# covariances of Inception's features.
+KEPT = 5000
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 SCHEMA = 2
 
@@ -67,6 +72,7 @@ class Scorer:
         self.statistics, self.statistics_sha256 = self._published_statistics()
         self._reference = {e.name: self._reference_of(e) for e in available}
         self.protocols: dict[str, dict] = {}
+        self._warned: set[tuple[str, int]] = set()
 
     def _published_statistics(self) -> tuple[tuple[Tensor, Tensor] | None, str | None]:
         """The mean and covariance that an FID compares with, where the experiment names a file of
@@ -91,11 +97,20 @@ class Scorer:
             parts.append(features[torch.isin(index, drawn)])
             if published is None and len(drawn) < len(train):
                 sums = sums + Moments.of(features) if sums else Moments.of(features)
-        return Reference(torch.cat(parts), sums.statistics() if sums else published)
+        held = self.dataset.held_out
+        held_out = [
+            extractor.see(pixels, labels)["features"]
+            for pixels, labels in zip(held.pixels.split(256), held.labels.split(256), strict=True)
+        ]
+        return Reference(
+            torch.cat(parts),
+            sums.statistics() if sums else published,
+            torch.cat(held_out) if len(held) else None,
+        )
 
-    def _reference_record(self, metric: Metric) -> dict:
+    def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
         """What of a protocol says what the metric compares with."""
-        if metric.name == "fid-edm" and self.statistics:
+        if self.statistics and extractor.kind == "inception" and "statistics" in metric.needs:
             return {
                 "reference": f"{self.dataset.name}-statistics",
                 "reference_sha256": self.statistics_sha256,
@@ -120,7 +135,7 @@ class Scorer:
 
         evaluation, settings = self.experiment.evaluation, dict(metric.settings)
         library = f"harness {__version__}"
-        if extractor.kind == "inception":
+        if extractor.kind in INCEPTION:
             library += f", torch-fidelity {version('torch-fidelity')}"
         if metric.name in ("precision", "recall"):
             settings["k"] = evaluation.neighbours
@@ -131,9 +146,10 @@ class Scorer:
             "extractor_sha256": extractor.hashes,
             "num_samples": count,
             "subsets": "all disjoint ones of this size, averaged",
-            **self._reference_record(metric),
+            **self._reference_record(metric, extractor),
             "quantisation": QUANTISATION,
             "resize": extractor.resize,
+            **extractor.details,
             "sampling": "image i from (sampling seed, i), balanced labels; every seed by itself",
             "sampling_seeds": evaluation.sampling_seeds,
             "library": library,
@@ -148,12 +164,13 @@ class Scorer:
         counts: list[int],
         against: Collection[str] = (),
         pretraining: Collection[str] = (),
+        final: bool = True,
     ) -> list[dict]:
         """Rows for the images in `blocks` (uint8 pixels, labels), at each of `counts`.
 
-        `against`: feature networks that the generator was trained on; `pretraining`: what such
-        networks had been trained on. The rows of an extractor that is one of them, or shares that
-        with one, are flagged.
+        `final`: whether they are a run's last, which get every metric. `against`: feature networks
+        that the generator was trained on; `pretraining`: what such networks had been trained on.
+        The rows of an extractor that is one of them, or shares that with one, are flagged.
         """
         observer = Observer([e for e in self.extractors if not e.unavailable])
         for pixels, labels in blocks:
@@ -168,14 +185,19 @@ class Scorer:
                     self.experiment.evaluation.neighbours,
                 )
             flag = ""
-            if extractor.name in against:
+            if {extractor.name, extractor.same_as} & set(against):
                 flag = "trained-on-extractor"
             elif extractor.pretraining in pretraining:
                 flag = "shares-pretraining"
-            for metric, count in self._measurements(extractor, views, counts):
+            if views is not None:
+                self._warn_of_few(extractor.name, views.features.shape[1], counts)
+            for metric, count in self._measurements(extractor, views, counts, final):
                 value = stderr = None
                 left: tuple[float, ...] = ()
-                if views is not None:
+                lacking = extractor.unavailable or next(
+                    filter(None, map(extractor.missing.get, metric.needs)), None
+                )
+                if lacking is None:
                     value, stderr, left = over_subsets(metric, views.disjoint(count))
                 row = {
                     "metric": metric.name,
@@ -187,27 +209,52 @@ class Scorer:
                     "protocol": self._protocol(metric, extractor, count),
                     "flag": flag,
                 }
-                if views is None:
-                    row["status"] = f"unavailable ({extractor.unavailable})"
+                if value is None:
+                    row["status"] = f"unavailable ({lacking})"
                 rows.append(row)
         return rows
 
+    def _warn_of_few(self, name: str, dim: int, counts: list[int]) -> None:
+        """Once for each extractor and count: the covariance of few samples is singular, and their
+        Fréchet distance mostly bias."""
+        floor = len(self.dataset.held_out)
+        for count in counts:
+            if count > dim or (name, count) in self._warned:
+                continue
+            self._warned.add((name, count))
+            print(
+                f"warning: {count} samples are no more than the {dim} features of {name}; their "
+                "Fréchet distance is mostly bias; "
+                + (f"compare with the floor, n {floor}" if floor else "there is no floor"),
+                file=sys.stderr,
+            )
+
     def _measurements(
-        self, extractor: Extractor, views: Views | None, counts: list[int]
+        self, extractor: Extractor, views: Views | None, counts: list[int], final: bool
     ) -> list[tuple[Metric, int]]:
         """Each metric that applies to an extractor, with the sample counts it is computed at.
         `views` None: the extractor is unavailable, and its metrics are those that would apply."""
 
         def applies(metric: Metric) -> bool:
-            if extractor.kind not in metric.extractors:
+            if extractor.kind not in metric.extractors or (metric.final_only and not final):
                 return False
             if views is None:
-                return len(self.dataset.train) > 0 or "reference_features" not in metric.needs
-            return all(getattr(views, need) is not None for need in metric.needs)
+                there = {
+                    "reference_features": len(self.dataset.train) > 0,
+                    "held_out_features": len(self.dataset.held_out) > 0,
+                }
+                return all(there.get(need, True) for need in metric.needs)
+            return all(
+                need in extractor.missing or getattr(views, need) is not None
+                for need in metric.needs
+            )
 
         names = [name for name, metric in METRICS.items() if applies(metric)]
         wanted = dict.fromkeys((name, METRICS[name].count(n)) for n in counts for name in names)
-        return [(METRICS[name], n) for name, n in wanted]
+        dim = 0 if views is None else views.features.shape[1]
+        return [
+            (METRICS[name], n) for name, n in wanted if n >= METRICS[name].samples_per_dim * dim
+        ]
 
     def generated(self, generate: Callable, device: str, seed: int) -> Blocks:
         """Quantised samples of a generator for one sampling seed, on the host, as the protocol
@@ -215,6 +262,8 @@ class Scorer:
         d, count = self.dataset, max(self.counts())
         stream = sample(generate, count, d.image_shape, d.num_classes, seed, device)
         for images, labels in stream:
+            if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
+                raise UserError(f"{bad} of {len(images)} generated images hold NaN or infinity")
             if labels is None:  # as `Images` has them
                 labels = torch.zeros(len(images), dtype=torch.int64)
             yield datasets.to_pixels(images).cpu(), labels
@@ -254,7 +303,11 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
             if final and not kept:
                 blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
             scored = scorer.score(
-                blocks, scorer.counts(), run["trained_against"], run["pretraining"]
+                blocks,
+                scorer.counts(),
+                run["trained_against"],
+                run["pretraining"],
+                final=final,
             )
             rows += [{"sample_seed": sampling_seed} | row for row in scored]
         entries.append(
@@ -288,6 +341,7 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     denoiser = load_denoiser(folder, record["sha256"], device)
     many = heun_generator(denoiser, sampler)
     one = one_step_generator(denoiser, sampler["sigma_max"])
+    whole: dict[str, Tensor] = {}  # of the first sampling seed's, for other libraries
     held_out = scorer.dataset.held_out
     common = {"snapshot": "", "final": True, "grid": [], "sha256": record["sha256"]}
     # Nothing is known of how an imported teacher was trained.
@@ -310,15 +364,18 @@ def score_references(experiment: Experiment, teacher: str) -> None:
             blocks = scorer.generated(generate, device, seed)
             if not kept:
                 blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
+                blocks = keeping(blocks, min(experiment.evaluation.num_samples, KEPT), whole)
             rows += [{"sample_seed": seed} | r for r in scorer.score(blocks, scorer.counts())]
         add(name, nfe, rows)
     if len(held_out):
         real = zip(held_out.pixels.split(256), held_out.labels.split(256), strict=True)
         rows = scorer.score(real, [len(held_out)])
         add("floor", None, [{"sample_seed": None} | row for row in rows])
+    file = experiment.reference_score_path(teacher).with_suffix(".kept.safetensors")
     _finish(
         experiment.reference_score_path(teacher),
         {
+            "kept": {"file": file.name, "sha256": save_tensors(file, whole)},
             "teacher": teacher,
             "method": None,
             "seed": None,

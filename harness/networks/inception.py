@@ -6,6 +6,7 @@ no antialiasing), so images come as they are.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,13 @@ WEIGHTS = (
 )
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 RESIZE = "to 299 x 299 inside the network, bilinear as TensorFlow 1"
+# By the protocol. clean-fid's legacy_tensorflow leaves the resize to the network, as EDM does: on
+# 8-bit images their numbers are the same.
+RESIZES = {
+    "edm": RESIZE,
+    "clean": "to 299 x 299 before the network, PIL's bicubic, not quantised (clean-fid)",
+    "legacy-tensorflow": f"{RESIZE} (clean-fid's legacy_tensorflow)",
+}
 DIM = 2048
 PRETRAINING = "imagenet-1k"  # as `harness.networks.backbones.pretraining_set` names it
 BLOCK = 64  # images at a time: 1 GB of activations
@@ -35,26 +43,47 @@ def fetch_weights(source: str | None = None) -> Path:
 class Inception(nn.Module):
     """uint8 images `(B, 1 or 3, H, W)` of any size -> features `(B, 2048)` of the last pooling and
     probabilities `(B, 1008)`, those of the Inception Score (logits without their bias, as in
-    Salimans et al. 2016); float32, on the images' device."""
+    Salimans et al. 2016); float32, on the images' device. `resize`: one of RESIZES."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, resize: str = "edm"):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
+        self.resize = resize
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         device = self.network.fc.weight.device
         blocks = []
         # A GPU would convolve in TensorFloat-32, and features differ from machine to machine.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), self._resizing():
             for block in pixels.split(BLOCK):
                 rgb = block.expand(-1, 3, -1, -1).to(device)
                 features, logits = self.network(rgb)
                 blocks.append((features, logits.softmax(dim=1)))
         return tuple(torch.cat(parts).to(pixels.device) for parts in zip(*blocks, strict=True))
 
+    def _resizing(self):
+        """Put the protocol's resize in the place of the network's own."""
+        from torch_fidelity import feature_extractor_inceptionv3 as library
 
-def load_inception(path: Path, device: str = "cpu") -> Inception:
+        if self.resize != "clean":
+            return contextlib.nullcontext()
+        name = "interpolate_bilinear_2d_like_tensorflow1x"
+        return mock.patch.object(library, name, lambda images, **_: clean_resize(images))
+
+
+def clean_resize(images: Tensor) -> Tensor:
+    """Whole numbers 0 to 255 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)`, by clean-fid (Parmar et
+    al. 2022)."""
+    from cleanfid.resize import build_resizer
+
+    resize = build_resizer("clean")
+    arrays = images.to(torch.uint8).movedim(1, -1).cpu().numpy()
+    resized = torch.stack([torch.from_numpy(resize(array)) for array in arrays])
+    return resized.movedim(-1, 1).to(images)
+
+
+def load_inception(path: Path, device: str = "cpu", resize: str = "edm") -> Inception:
     """Inception with the weights in a file that `fetch_weights` gave."""
     import pickle
 
@@ -66,7 +95,7 @@ def load_inception(path: Path, device: str = "cpu") -> Inception:
         raise UserError(
             f"{path} holds no weights of Inception: {str(error).splitlines()[0]}"
         ) from None
-    return Inception(network.to(device))
+    return Inception(network.to(device), resize)
 
 
 def _untrained() -> nn.Module:

@@ -66,7 +66,9 @@ def headline(experiment: Experiment, comparison: Comparison) -> str:
     """The few columns that README shows: quality in the first extractor, and what it cost."""
     extractor = experiment.evaluation.extractors[0]
     names = (experiment.evaluation.main_metric, "recall", "accuracy")
-    wanted = [c for c in comparison.columns if c.endswith(f"_{extractor}") and c.startswith(names)]
+    wanted = [
+        c for c in comparison.columns if c.endswith(f"_{extractor}") and c.split("_n")[0] in names
+    ]
     columns = main_columns(
         comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
     )

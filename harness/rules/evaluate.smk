@@ -41,3 +41,26 @@ rule score_references:
         spec=lambda w: spec(E.reference_score_spec(w.teacher)),
     shell:
         "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
+
+
+# The libraries' numbers for the same images; there must be real ones to compare with.
+AGREEMENT = (
+    expand(f"{E.root}/tables/agreement.{{kind}}", kind=("csv", "md")) if E.data.has_images else []
+)
+
+
+rule agreement:
+    input:
+        scores=f"{E.root}/scores/teachers/{next(iter(E.teachers))}.json",
+        extractors=EXTRACTORS,
+    output:
+        AGREEMENT,
+    log:
+        f"{E.root}/logs/agreement.log",
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        spec=spec(E.agreement_spec()),
+    shell:
+        "{HARNESS} agreement --configfile {CONFIG} > {log} 2>&1"

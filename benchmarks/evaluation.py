@@ -1,0 +1,138 @@
+"""Speed of the evaluation against the libraries it agrees with.
+
+    python benchmarks/evaluation.py [--threads 2] [--dim 2048] [--images 2000] [--network inception]
+
+Prints two ratios (above 1: this project is faster). From covariances to the Fréchet distance,
+against `scipy.linalg.sqrtm`, which clean-fid and older programs take. And from images on disk to
+Fréchet distance, kernel distance, class score, precision and recall, against torch-fidelity, for
+the same definitions and through the same network; its weights are random, which changes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from harness.data import Images
+from harness.evaluation.agreement import Scored, registered, torch_fidelity_values, write_images
+from harness.evaluation.extractors import Extractor
+from harness.evaluation.frechet import frechet_distance, frechet_of_few, gaussian_statistics
+
+
+def timed(compute: Callable, repeats: int) -> tuple[float, object]:
+    """Best time in seconds, and the value."""
+    best, value = float("inf"), None
+    for _ in range(repeats):
+        started = time.perf_counter()
+        value = compute()
+        best = min(best, time.perf_counter() - started)
+    return best, value
+
+
+def distances(dim: int, repeats: int) -> list[list]:
+    """Rows of the first ratio: full covariances, and fewer samples than dimensions."""
+    from scipy.linalg import sqrtm
+
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(dim, dim, generator=generator) / dim**0.5
+    features = [torch.randn(2 * dim, dim, generator=generator) @ mix for _ in "ab"]
+    one, two = map(gaussian_statistics, features)
+    few = features[0][: dim // 4]
+
+    def with_sqrtm(mean1, cov1, mean2, cov2) -> float:
+        root = sqrtm(cov1.numpy() @ cov2.numpy()).real
+        trace = cov1.trace() + cov2.trace() - 2 * root.trace()
+        return ((mean1 - mean2).square().sum() + trace).item()
+
+    rows = []
+    for name, ours, theirs in (
+        (f"{dim} features", lambda: frechet_distance(*one, *two), lambda: with_sqrtm(*one, *two)),
+        (
+            f"{dim} features, {len(few)} samples",
+            lambda: frechet_of_few(few, *two),
+            lambda: with_sqrtm(*gaussian_statistics(few), *two),
+        ),
+    ):
+        mine, value = timed(ours, repeats)
+        other, reference = timed(theirs, 1)
+        rows.append([name, mine, other, f"{other / mine:.1f}", abs(value / reference - 1)])
+    return rows
+
+
+class Stand:
+    """A classifier's contract with random weights: features and probabilities of uint8 images."""
+
+    @staticmethod
+    def extractor(name: str, size: int) -> Extractor:
+        torch.manual_seed(0)
+        if name == "inception":
+            from harness.networks import inception
+
+            network = inception.Inception(inception._untrained())
+            return Extractor("inception", "inception", network, "")
+        from harness.feature_networks import build_feature_network
+
+        return Extractor("cnn", "cnn", build_feature_network("cnn", (3, size, size), 10, 32), "")
+
+
+def read(folder: Path) -> Images:
+    import numpy as np
+    from PIL import Image
+
+    arrays = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
+    pixels = torch.from_numpy(np.stack(arrays)).movedim(-1, 1).contiguous()
+    return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64))
+
+
+def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
+    """The row of the second ratio."""
+    extractor = Stand.extractor(name, size)
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / part for part in ("generated", "real")]
+        for place in folders:
+            pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator)
+            write_images(pixels.to(torch.uint8), place)
+
+        def ours() -> dict:
+            return Scored(extractor, *map(read, folders), neighbours=3).values()
+
+        hooked, options = registered(Scored(extractor, *map(read, folders), neighbours=3))
+
+        def theirs() -> dict:
+            # Its own way to read images: four processes.
+            return torch_fidelity_values(folders, hooked, **options | {"save_cpu_ram": False})
+
+        mine, values = timed(ours, repeats)
+        other, found = timed(theirs, repeats)
+    distance = next(v for k, v in values.items() if k == "fd" or k.startswith("fid-"))
+    agreement = abs(distance / found["frechet_inception_distance"] - 1)
+    return [f"{count} + {count} images, {name}", mine, other, f"{other / mine:.1f}", agreement]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--network", choices=("cnn", "inception"), default="cnn")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = distances(args.dim, args.repeats)
+    rows.append(end_to_end(args.network, args.images, args.size, args.repeats))
+    header = ["what", "here, s", "library, s", "ratio", "relative difference"]
+    form = ("", ".3g", ".3g", "", ".1e")
+    print(tabulate(rows, header, tablefmt="github", floatfmt=form, disable_numparse=[3]))
+    print(f"{args.threads} threads; libraries: scipy.linalg.sqrtm, torch-fidelity")
+
+
+if __name__ == "__main__":
+    main()
