@@ -67,15 +67,20 @@ def _save(figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _plain_log(axis) -> None:
+def plain_log(axis) -> None:
     """Ticks at 1, 2 and 5 of each decade of a logarithmic axis, as plain numbers."""
     axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _scale_lines(axes, experiment: Experiment, table: pd.DataFrame, column: str, log: bool) -> None:
-    """Horizontal lines: teachers with many steps and with one, and the floor."""
+def _scale_lines(
+    axes, experiment: Experiment, table: pd.DataFrame, column: str, log: bool, inside: bool
+) -> None:
+    """Horizontal lines: teachers with many steps and with one, and the floor.
+
+    `inside`: their labels stand in the panel, above the lines, not beside it.
+    """
     for name in experiment.scale_rows:
         text = name.replace("teacher-1step", "teacher").replace("/", " ")
         rows = table[(table.student == name) & (table.column == column)]
@@ -88,10 +93,11 @@ def _scale_lines(axes, experiment: Experiment, table: pd.DataFrame, column: str,
             f"{label}: {value:.3g}",
             (1, value),
             xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
+            xytext=(0, 2) if inside else (4, 0),
             textcoords="offset points",
-            va="center",
-            fontsize=8,
+            ha="right" if inside else "left",
+            va="bottom" if inside else "center",
+            fontsize=9 if inside else 8,
             color="0.25",
         )
 
@@ -123,7 +129,13 @@ def quality_lines(
 
 
 def quality_panel(
-    panel, experiment: Experiment, table: pd.DataFrame, axis: str, metric: str, extractor: str
+    panel,
+    experiment: Experiment,
+    table: pd.DataFrame,
+    axis: str,
+    metric: str,
+    extractor: str,
+    inside: bool = False,
 ) -> None:
     column = column_name(metric, experiment.evaluation.num_samples, extractor)
     styles, log = students_style(experiment), on_log_scale(metric)
@@ -135,15 +147,15 @@ def quality_panel(
         panel.fill_between(
             line.x, line["min"], line["max"], color=style["color"], alpha=0.15, lw=0, **own
         )
-    _scale_lines(panel, experiment, table, column, log)
+    _scale_lines(panel, experiment, table, column, log, inside)
     panel.set_xscale("log", base=2 if axis == "images" else 10)
     if log:
         panel.set_yscale("log")
-        _plain_log(panel.yaxis)
+        plain_log(panel.yaxis)
     if axis == "images":
         panel.xaxis.set_major_formatter(THOUSANDS)
     else:
-        _plain_log(panel.xaxis)
+        plain_log(panel.xaxis)
     panel.set_xlabel(AXES[axis])
 
 
@@ -282,7 +294,7 @@ def health_panel(panel, seeds: dict, prefix: str, order: list[str]) -> None:
             panel.plot(log.images, log[column], label=phase, **style)
     if prefix == "grad_norm/" and panel.lines:
         panel.set_yscale("log")
-        _plain_log(panel.yaxis)
+        plain_log(panel.yaxis)
     panel.xaxis.set_major_formatter(THOUSANDS)
     panel.xaxis.set_major_locator(plt.MaxNLocator(4))
 
