@@ -31,6 +31,7 @@ SETTINGS = {
     "legend.fontsize": 10.5,
 }
 WIDE, HIGH = 4.5, 3.1  # inches of one chart: on a phone its text is as large as the page's notes
+FRACTION = re.compile(r"\d+\.\d{3,}")
 TILE = 96  # sample images are shown at most that large
 
 
@@ -53,7 +54,7 @@ def inline(figure: Figure, name: str, text: str) -> Markup:
         r"(fill|stroke): (#\w{6})", lambda m: f"{m[1]}: {PAGE_COLOURS.get(m[2], m[2])}", body
     )
     body = re.sub(r"font-family: [^;\"]+;? ?", "", body)
-    body = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", body)
+    body = re.sub(r"<[^>]+>", lambda m: FRACTION.sub(lambda n: f"{float(n[0]):.2f}", m[0]), body)
     body = re.sub(r"\s+", " ", body)
     return Markup(
         f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" '
@@ -61,11 +62,10 @@ def inline(figure: Figure, name: str, text: str) -> Markup:
     )
 
 
-def _axes(wide: float = WIDE, high: float = HIGH, left: float = 0.62, right: float = 0.12):
+def _axes(wide: float = WIDE, high: float = HIGH, left: float = 0.62, low: float = 0.52):
     """A figure with one panel at fixed margins (inches): a layout engine would draw it twice."""
     figure = Figure(figsize=(wide, high))
-    low, top = 0.52, 0.1
-    box = (left / wide, low / high, 1 - (left + right) / wide, 1 - (low + top) / high)
+    box = (left / wide, low / high, 1 - (left + 0.12) / wide, 1 - (low + 0.1) / high)
     return figure, figure.add_axes(box)
 
 
@@ -145,9 +145,8 @@ def final(
 
 
 def health(student: str, seeds: dict, prefix: str, order: list[str], text: str) -> Markup:
-    figure, panel = _axes(2.9, 2.0, left=0.5)
+    figure, panel = _axes(3.6, 1.9, left=0.5, low=0.3)
     figures.health_panel(panel, seeds, prefix, order)
-    panel.set_xlabel("images")
     return inline(figure, f"health-{prefix.strip('/')}-{student}", text)
 
 

@@ -68,8 +68,12 @@ def _save(figure, folder: Path, name: str) -> list[Path]:
 
 
 def plain_log(axis) -> None:
-    """Ticks at 1, 2 and 5 of each decade of a logarithmic axis, as plain numbers."""
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    """Ticks of a logarithmic axis as plain numbers, at 1, 2 and 5 of each decade if these are few.
+
+    To be called when the data are drawn.
+    """
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -122,9 +126,12 @@ def quality_lines(
     for name in experiment.students:
         mine = rows[rows.student == name]
         if not mine.empty:
-            by = mine.astype({"value": float, axis: float}).groupby("images")
+            by = mine.astype({"value": float, "images": float, "flops": float}).groupby("images")
             x = by[axis].mean() / (1 if axis == "images" else 1e12)
-            lines[name] = by.value.agg(["mean", "min", "max"]).assign(x=x)
+            values = by.value
+            lines[name] = pd.DataFrame(
+                {"x": x, "mean": values.mean(), "min": values.min(), "max": values.max()}
+            )
     return lines
 
 

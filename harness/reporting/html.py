@@ -23,7 +23,7 @@ from harness.errors import UserError
 from harness.evaluation.metrics import METRICS
 from harness.reporting import charts, figures
 from harness.reporting.collect import column_name, is_unavailable
-from harness.reporting.tables import Comparison, cell, main_columns
+from harness.reporting.tables import Comparison, cell
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 # Tables that other stages write, and the columns without which their sections cannot be shown.
@@ -40,6 +40,7 @@ FLAGS = {
     "shares-pretraining": ("‡", "trained against a network pretrained on the same images"),
     "contended": ("§", "timed beside other work"),
 }
+COLUMN_FLAGS = {flag: sign for flag, sign in FLAGS.items() if flag != "contended"}
 MISSING = "–"
 
 
@@ -155,6 +156,10 @@ class Report:
         evaluation = experiment.evaluation
         self.main, self.samples_count = evaluation.main_metric, evaluation.num_samples
         self.styles = figures.students_style(experiment)
+        self.stated = {
+            key: (rows.stderr.astype(float).mean(), " ".join(rows.flag.dropna().unique()))
+            for key, rows in self.final.groupby(["student", "column"])
+        }
         self.identity = self.final.drop_duplicates("column").set_index("column")
         self.tables = {name: read_table(experiment.root / "tables", name) for name in TABLES}
 
@@ -165,7 +170,8 @@ class Report:
         row = self.identity.loc[name]
         metric = METRICS[row.metric]
         arrow = "↑" if metric.higher_is_better else "↓"
-        return Column(f"{metric.label} {arrow}", f"{row.extractor}, n {row.num_samples:,}", name)
+        more = f", n {row.num_samples:,}" if row.num_samples != self.samples_count else ""
+        return Column(f"{metric.label}\u00a0{arrow}", f"{row.extractor}{more}", name)
 
     def main_column(self, extractor: str) -> str:
         return column_name(self.main, METRICS[self.main].count(self.samples_count), extractor)
@@ -176,16 +182,12 @@ class Report:
         if isinstance(status, str):
             return Cell(status, kind="absent")
         shown = number(row[column], row.get(f"{column}_std"))
-        mine = self.final[(self.final.student == row.student) & (self.final.column == column)]
+        stderr, flags = self.stated.get((row.student, column), (None, ""))
         spread = row.get(f"{column}_sampling_std")
-        if not known(spread):
-            spread = mine.stderr.astype(float).mean()
+        spread = spread if known(spread) else stderr
         if sampling and known(spread) and shown.key is not None:
-            shown.small = f"± {number(spread).text}"
-        shown.text += "".join(
-            mark for flag, (mark, _) in FLAGS.items()
-            if flag != "contended" and mine.flag.fillna("").str.contains(flag).any()
-        )  # fmt: skip
+            shown.small = f"± {spread:.1g}" if spread < 1 else f"± {spread:.3g}"
+        shown.text += "".join(sign for flag, (sign, _) in COLUMN_FLAGS.items() if flag in flags)
         return shown
 
     @property
@@ -257,7 +259,7 @@ class Report:
     def keys(self) -> list[tuple[str, object]]:
         """The few facts that stand under the title."""
         m = self.manifest
-        commit = (m["commit"] or "unknown")[:10] + (" with changes" if m["dirty"] else "")
+        commit = (m["commit"] or "unknown")[:10] + (", changed" if m["dirty"] else "")
         reference = ", ".join(self.final.reference.dropna().unique()) or "missing"
         device = m["device"]
         where = device["processor"] if device["used"] == "cpu" else device["used"]
@@ -267,7 +269,7 @@ class Report:
             ("Sampling seed", self.experiment.evaluation.sampling_seed),
             ("Device", f"{where}, {device['usable_cpus']} CPUs"),
             ("Commit", commit),
-            ("Written", m["written"].replace("T", " ").replace("+00:00", " UTC")),
+            ("Written", m["written"][:16].replace("T", " ") + " UTC"),
         ]
 
     # -- summary -------------------------------------------------------------------------------
@@ -282,42 +284,41 @@ class Report:
         return Table(name, caption, [Column("student", number=False), *columns], rows, fixed)
 
     def _student(self, row: pd.Series) -> Cell:
-        failed = "" if row.status == "ok" else row.status
-        return Cell(row.student, row.student, small=failed, kind="failed" if failed else "")
+        failed = row.status != "ok"
+        small = row.status if failed else "data-free" if row.get("data_free") == "yes" else ""
+        return Cell(row.student, row.student, small=small, kind="failed" if failed else "")
 
     def summary(self) -> Table:
         evaluation = self.experiment.evaluation
-        first, *others = evaluation.extractors
-        shown = {self.main_column(e) for e in evaluation.extractors}
-        wanted = [self.main_column(first), *(self.main_column(e) for e in others)]
-        wanted += [
-            c
+        first = evaluation.extractors[0]
+        main = [self.main_column(e) for e in evaluation.extractors]
+        # The floor stands at the held-out size only, so one column is of that size.
+        wanted = main + [
+            column_name(metric, METRICS[metric].count(self.samples_count), first)
             for metric in ("recall", "accuracy")
-            for c in main_columns(self.comparison, self.main, self.samples_count)
-            if c == column_name(metric, METRICS[metric].count(self.samples_count), first)
         ]
-        wanted = [c for c in wanted if c in self.comparison.columns]
+        floor = self.final[(self.final.student == "floor") & (self.final.metric == self.main)]
+        wanted += list(floor[floor.extractor == first].column)
+        wanted = [c for c in dict.fromkeys(wanted) if c in self.comparison.columns]
         ranked = "rank" in self.values
         contended = set(self.final[self.final.flag.fillna("").str.contains("contended")].student)
         columns = [Column("rank")] * ranked + [self.column(c) for c in wanted]
         columns += [
             Column("NFE", title="evaluations of the network per image"),
-            Column("data-free", number=False, title="trained without real images"),
-            Column("images", "of budget", "images that received a generator update"),
-            Column("TFLOPs", "training", "measured, of every network, teacher pairs included"),
-            Column("seconds", "training"),
+            Column("images", title="that received a generator update"),
+            Column("TFLOPs", title="of training, every network and teacher pairs included"),
+            Column("seconds", title="of training"),
         ]
 
         def make(row: pd.Series) -> list[Cell]:
             cells = [words(row["rank"])] if ranked else []
-            cells += [self.value(row, c, sampling=c in shown) for c in wanted]
+            cells += [self.value(row, c, sampling=c in main) for c in wanted]
             seconds = count(row.get("seconds"))
             if row.student in contended:
                 seconds.text += FLAGS["contended"][0]
             flops = row.get("flops")
             tera = flops / 1e12 if known(flops) else None
-            cells += [count(row.get("nfe")), words(row.get("data_free"))]
-            return [*cells, count(row.get("images")), number(tera), seconds]
+            return [*cells, count(row.get("nfe")), count(row.get("images")), number(tera), seconds]
 
         seeds = len(self.experiment.training.seeds)
         caption = (
@@ -326,8 +327,9 @@ class Report:
             else "One training seed, so no spread over training. "
         )
         caption += (
-            "Small: the sampling error of one evaluation. The teacher's rows and the real held-out "
-            "images give the scale and stay on top; click a heading to sort the students."
+            "Small: the sampling error of one evaluation; data-free: trained without real images. "
+            "The teacher's rows and the floor (the real held-out images, at their own number) give "
+            "the scale and stay on top. Choose a heading to sort the students."
         )
         return self._table("summary-table", caption, columns, make)
 
@@ -346,7 +348,10 @@ class Report:
             cells = [self.value(row, c) for c in metrics] + [words(row[c]) for c in extra]
             return [*cells, count(row.get("parameters")), count(share), count(row.get("seeds"))]
 
-        caption = "Every column of tables/comparison.csv; n is the sample count."
+        caption = (
+            f"Every column of tables/comparison.csv; of {self.samples_count:,} samples, but where "
+            "n says otherwise."
+        )
         return self._table("all-metrics", caption, columns, make)
 
     def finals(self) -> list[dict]:
@@ -538,7 +543,7 @@ class Report:
             "rows": [
                 {
                     **{key: words(row[key]).text for key in TABLES["claims"].split()},
-                    "found": interval(row),
+                    "found": "{} ({})".format(*interval(row)) if known(row.difference) else "",
                 }
                 for _, row in table.iterrows()
             ],
@@ -562,17 +567,16 @@ class Report:
         higher = bool(metric and metric.higher_is_better)
         cells = {}
         for row in pairs.itertuples():
-            for sign, a, b in ((1, row.a, row.b), (-1, row.b, row.a)):
-                low, high = sorted((sign * row.low, sign * row.high))
-                better = low > 0 if higher else high < 0
-                worse = high < 0 if higher else low > 0
-                cells[a, b] = {
-                    "difference": signed(sign * row.difference),
-                    "interval": f"{signed(low)} to {signed(high)}",
-                    "kind": "better" if better else "worse" if worse else "even",
-                }
+            back = row._replace(
+                a=row.b, b=row.a, difference=-row.difference, low=-row.high, high=-row.low
+            )
+            for pair in (row, back):
+                above, below = pair.low > 0, pair.high < 0
+                kind = ("better" if above == higher else "worse") if above or below else "even"
+                difference, bounds = interval(pair)
+                cells[pair.a, pair.b] = {"difference": difference, "bounds": bounds, "kind": kind}
         known_names = {name for pair in cells for name in pair}
-        order = [n for n in [*self.experiment.scale_rows, *self.experiment.students]]
+        order = [*self.experiment.scale_rows, *self.experiment.students]
         names = [n for n in order if n in known_names] + sorted(known_names - set(order))
         heading = self.column(column) if column in self.identity.index else Column(column)
         return {"heading": heading, "name": column, "names": names, "cells": cells}
@@ -644,7 +648,8 @@ class Report:
             )
             cells = [Cell(short(record.get(k, MISSING)), str(record.get(k, ""))) for k in rest]
             rows.append([Cell(column, column), Cell(said or MISSING, said), *cells, Cell(key, key)])
-        columns = [Column(c, number=False) for c in ("column", "settings", *rest, "protocol")]
+        names = [k.replace("_", " ").replace(".", " ") for k in rest]
+        columns = [Column(c, number=False) for c in ("column", "settings", *names, "protocol")]
         caption = "A column holds one protocol; its hash stands in each row of metrics.csv."
         return {"shared": shared, "table": Table("protocols", caption, columns, rows)}
 
@@ -729,16 +734,16 @@ def short(value) -> str:
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
-def signed(value) -> str:
-    text = number(value).text
-    return f"+{text}" if known(value) and value > 0 else text
-
-
-def interval(row: pd.Series) -> str:
+def interval(row) -> tuple[str, str]:
+    """A difference and its interval, to the decimals that the interval's width leaves."""
     if not known(row.difference):
-        return ""
-    text = signed(row.difference)
-    return f"{text} ({signed(row.low)} to {signed(row.high)})" if known(row.low) else text
+        return "", ""
+    bounded = known(row.low) and known(row.high) and row.high > row.low
+    size = (row.high - row.low) / 2 if bounded else abs(row.difference) / 10
+    decimals = max(0, 1 - math.floor(math.log10(size))) if size else 2
+    form = f"+.{decimals}f" if decimals <= 6 else "+.1e"
+    bounds = [minus(format(bound, form)) for bound in (row.low, row.high) if known(bound)]
+    return minus(format(row.difference, form)), " to ".join(bounds)
 
 
 def csv_table(name: str, caption: str, table: pd.DataFrame) -> Table:
