@@ -95,7 +95,7 @@ def final(
 ) -> Markup:
     """The final value of every training seed, with two standard errors of its sampling.
 
-    `rows`: the final rows of one column.
+    `rows`: the final numbers of one column, one per student and training seed.
     """
     styles = figures.students_style(experiment)
     names = [name for name in styles if (rows.student == name).any()]

@@ -90,7 +90,7 @@ def _scale_lines(
         rows = table[(table.student == name) & (table.column == column)]
         if rows.empty or (log and rows.value.iloc[0] <= 0):
             continue
-        value, nfe = rows.value.iloc[0], rows.nfe.iloc[0]
+        value, nfe = rows.value.mean(), rows.nfe.iloc[0]
         label = text if pd.isna(nfe) else f"{text}, {nfe} NFE"
         axes.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(
@@ -126,7 +126,10 @@ def quality_lines(
     for name in experiment.students:
         mine = rows[rows.student == name]
         if not mine.empty:
-            by = mine.astype({"value": float, "images": float, "flops": float}).groupby("images")
+            mine = mine.astype({"value": float, "images": float, "flops": float})
+            # A training seed's number is its mean over the sampling seeds.
+            per_seed = mine.groupby(["snapshot", "seed"])[["images", "flops", "value"]].mean()
+            by = per_seed.groupby("images")
             x = by[axis].mean() / (1 if axis == "images" else 1e12)
             values = by.value
             lines[name] = pd.DataFrame(

@@ -7,6 +7,7 @@ published numbers come from their tables, and their sections are left out where 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,10 @@ def code_spans(text: str) -> Markup:
     )
 
 
+def seeds_text(seeds: Iterable) -> str:
+    return ", ".join(str(seed) for seed in sorted({int(seed) for seed in seeds if known(seed)}))
+
+
 def budget_text(limits: Iterable[Limit]) -> str:
     return ", ".join(
         f"{limit.amount:,.0f} {limit.unit}"
@@ -172,6 +177,13 @@ class Report:
         arrow = "↑" if metric.higher_is_better else "↓"
         more = f", n {row.num_samples:,}" if row.num_samples != self.samples_count else ""
         return Column(f"{metric.label}\u00a0{arrow}", f"{row.extractor}{more}", name)
+
+    def other_column(self, name: str) -> Column:
+        """A column of comparison.csv that is about a metric column, or quite unknown."""
+        for column in self.comparison.columns:
+            if name.startswith(f"{column}_"):
+                return Column(name[len(column) + 1 :].replace("_", " "), column, name)
+        return Column(name.replace("_", " "), title=name)
 
     def main_column(self, extractor: str) -> str:
         return column_name(self.main, METRICS[self.main].count(self.samples_count), extractor)
@@ -250,10 +262,16 @@ class Report:
             " No ranks are given: they need at least three training seeds, and intervals of the "
             "differences that exclude zero."
         )
-        if "rank" in self.values:
+        if self.ranks:
             trust = " Whether a lead is more than noise is what the rank says."
         label = label.replace("fréchet", "Fréchet")
         return escape(f"{word} {label}: ") + Markup(" and ").join(leaders) + "." + trust
+
+    @property
+    def ranks(self) -> list[str]:
+        """The columns of ranks in which anything is ranked."""
+        named = [c for c in self.values.columns if c == "rank" or str(c).endswith("_rank")]
+        return [c for c in named if any(known(rank_key(rank)) for rank in self.values[c])]
 
     @property
     def keys(self) -> list[tuple[str, object]]:
@@ -265,8 +283,8 @@ class Report:
         where = device["processor"] if device["used"] == "cpu" else device["used"]
         return [
             ("Reference", reference),
-            ("Training seeds", ", ".join(map(str, self.experiment.training.seeds))),
-            ("Sampling seed", self.experiment.evaluation.sampling_seed),
+            ("Training seeds", seeds_text(self.experiment.training.seeds)),
+            ("Sampling seeds", seeds_text(self.final.sample_seed) or "none"),
             ("Device", f"{where}, {device['usable_cpus']} CPUs"),
             ("Commit", commit),
             ("Written", m["written"][:16].replace("T", " ") + " UTC"),
@@ -300,9 +318,12 @@ class Report:
         floor = self.final[(self.final.student == "floor") & (self.final.metric == self.main)]
         wanted += list(floor[floor.extractor == first].column)
         wanted = [c for c in dict.fromkeys(wanted) if c in self.comparison.columns]
-        ranked = "rank" in self.values
         contended = set(self.final[self.final.flag.fillna("").str.contains("contended")].student)
-        columns = [Column("rank")] * ranked + [self.column(c) for c in wanted]
+        ranks = self.ranks
+        columns = [Column("rank")] if "rank" in ranks else []
+        for c in wanted:
+            columns += [self.column(c)]
+            columns += [Column("rank", self.identity.extractor[c])] * (f"{c}_rank" in ranks)
         columns += [
             Column("NFE", title="evaluations of the network per image"),
             Column("images", title="that received a generator update"),
@@ -311,8 +332,10 @@ class Report:
         ]
 
         def make(row: pd.Series) -> list[Cell]:
-            cells = [words(row["rank"])] if ranked else []
-            cells += [self.value(row, c, sampling=c in main) for c in wanted]
+            cells = [ranking(row["rank"])] if "rank" in ranks else []
+            for c in wanted:
+                cells += [self.value(row, c, sampling=c in main)]
+                cells += [ranking(row[f"{c}_rank"])] if f"{c}_rank" in ranks else []
             seconds = count(row.get("seconds"))
             if row.student in contended:
                 seconds.text += FLAGS["contended"][0]
@@ -338,8 +361,8 @@ class Report:
         metrics = self.comparison.columns
         tails = ("_std", "_status", "_sampling_std")
         told = {*FACTS, *UNITS, "rank", *metrics, *(c + tail for c in metrics for tail in tails)}
-        extra = [c for c in self.values.columns if c not in told]
-        columns = [self.column(c) for c in metrics] + [Column(c) for c in extra]
+        extra = [c for c in self.values.columns if c not in told and self.values[c].notna().any()]
+        columns = [self.column(c) for c in metrics] + [self.other_column(c) for c in extra]
         columns += [Column("parameters"), Column("frozen", "%"), Column("seeds")]
 
         def make(row: pd.Series) -> list[Cell]:
@@ -359,7 +382,7 @@ class Report:
         drawn = []
         for extractor in self.experiment.evaluation.extractors:
             column = self.main_column(extractor)
-            rows = self.final[(self.final.column == column) & (self.final.status == "ok")]
+            rows = per_training_seed(self.final[(self.final.column == column)])
             if not rows.student.isin(list(self.experiment.students)).any():
                 continue
             text = f"Final {self.column(column).label} ({column}): " + "; ".join(
@@ -539,16 +562,13 @@ class Report:
         table = self.tables["claims"]
         if table is None:
             return None
-        return {
-            "rows": [
-                {
-                    **{key: words(row[key]).text for key in TABLES["claims"].split()},
-                    "found": "{} ({})".format(*interval(row)) if known(row.difference) else "",
-                }
-                for _, row in table.iterrows()
-            ],
-            "counts": table.verdict.value_counts().to_dict(),
-        }
+        cards: dict[str, dict] = {}
+        for row in table.itertuples():
+            difference, bounds = interval(row)
+            found = f"{difference} ({bounds})" if bounds else difference or "no number"
+            card = cards.setdefault(row.claim, {"row": row, "found": []})
+            card["found"].append({"column": row.column, "text": found, "verdict": row.verdict})
+        return {"cards": list(cards.values()), "counts": table.verdict.value_counts().to_dict()}
 
     def pairwise(self) -> dict | None:
         table = self.tables["pairwise"]
@@ -562,17 +582,14 @@ class Report:
         }
 
     def _matrix(self, pairs: pd.DataFrame, column: str) -> dict:
-        """Row minus column of every two students; the verdict is read off the interval."""
-        metric = METRICS.get(column.split("_n")[0])
-        higher = bool(metric and metric.higher_is_better)
+        """Row minus column of every two students, with the verdict of the table."""
+        kinds = {"a better": ("better", "worse"), "b better": ("worse", "better")}
         cells = {}
         for row in pairs.itertuples():
             back = row._replace(
                 a=row.b, b=row.a, difference=-row.difference, low=-row.high, high=-row.low
             )
-            for pair in (row, back):
-                above, below = pair.low > 0, pair.high < 0
-                kind = ("better" if above == higher else "worse") if above or below else "even"
+            for pair, kind in zip((row, back), kinds.get(row.verdict, ("", "")), strict=True):
                 difference, bounds = interval(pair)
                 cells[pair.a, pair.b] = {"difference": difference, "bounds": bounds, "kind": kind}
         known_names = {name for pair in cells for name in pair}
@@ -585,20 +602,20 @@ class Report:
         table = self.tables["agreement"]
         if table is None:
             return None
-        agrees = table.agrees.astype(str).str.lower().isin(["true", "yes", "1"])
-        worst = table.loc[table.relative_difference.astype(float).abs().idxmax()] if (
-            table.relative_difference.notna().any()
-        ) else None  # fmt: skip
-        shown = table.assign(agrees=np.where(agrees, "✓ yes", "✗ no"))
+        # Anything else than a yes or a no is why there is no number.
+        said = table.agrees.astype(str).str.lower()
+        tried, agreeing = said.isin(["true", "false"]), said == "true"
+        difference = table.relative_difference[tried].astype(float).abs()
+        worst = table.loc[difference.idxmax()] if difference.notna().any() else None
+        signs = said.map({"true": "✓ yes", "false": "✗ no"})
+        caption = "The same images, scored here and by each library."
         return {
-            "count": len(table),
-            "agreeing": int(agrees.sum()),
+            "tried": int(tried.sum()),
+            "agreeing": int(agreeing.sum()),
             "worst": worst,
-            "worst_text": number(worst.relative_difference, form=".1e").text
-            if worst is not None
-            else "",
+            "largest": number(difference.max(), form=".1e").text,
             "table": csv_table(
-                "agreement-table", "The same samples, scored here and by each library.", shown
+                "agreement-table", caption, table.assign(agrees=signs.fillna(table.agrees))
             ),
         }
 
@@ -717,6 +734,25 @@ class Report:
             "config": yaml.safe_dump(m["config"], sort_keys=False, allow_unicode=True),
             "outputs": m["outputs"],
         }
+
+
+def per_training_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per student and training seed: its mean over the sampling seeds, whose draws are
+    independent, and the standard error of that."""
+    rows = rows[rows.status == "ok"].astype({"value": float, "stderr": float})
+    grouped = rows.groupby(["student", "seed"], dropna=False, sort=False)
+    errors = grouped.stderr.agg(lambda e: math.sqrt((e**2).sum(min_count=1)) / len(e))
+    return grouped.value.mean().to_frame().assign(stderr=errors).reset_index()
+
+
+def rank_key(rank) -> int | None:
+    """What a rank is sorted by: "2", "tie 2–4"; None where nothing is ranked."""
+    found = re.search(r"\d+", str(rank)) if known(rank) else None
+    return int(found[0]) if found else None
+
+
+def ranking(rank) -> Cell:
+    return Cell(rank if known(rank) else "", rank_key(rank), kind="rank")
 
 
 def flat(record: dict, prefix: str = "") -> dict:

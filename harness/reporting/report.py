@@ -89,4 +89,5 @@ def print_summary(experiment: Experiment) -> None:
         print(f"\n{row.student}: {row.status}")
     print(f"\nTables:  {experiment.root / 'tables'}/comparison.md, .csv, .tex and metrics.csv")
     print(f"Figures: {experiment.root / 'figures'}/")
+    print(f"Report:  {experiment.root / 'report.html'}")
     sys.stdout.flush()
