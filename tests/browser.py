@@ -26,24 +26,25 @@ class Browser:
 
     def __enter__(self) -> Browser:
         self.folder = tempfile.mkdtemp(prefix="onestep-browser-")
-        theirs_in, mine_out = os.pipe()
-        mine_in, theirs_out = os.pipe()
-
-        def pipes():  # Chromium reads commands from 3 and answers on 4
-            copies = os.dup(theirs_in), os.dup(theirs_out)
-            os.dup2(copies[0], 3)
-            os.dup2(copies[1], 4)
-
+        # Chromium reads commands from descriptor 3 and answers on 4. Both ends of a named pipe are
+        # kept open here, so that opening it waits for nobody.
+        pipes = [os.path.join(self.folder, name) for name in ("commands", "answers")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        self.writer, self.reader = (os.open(pipe, os.O_RDWR) for pipe in pipes)
         self.process = subprocess.Popen(
-            [CHROMIUM, f"--user-data-dir={self.folder}", *FLAGS],
-            preexec_fn=pipes,
-            close_fds=False,
+            [
+                "/bin/sh",
+                "-c",
+                'exec "$@" 3<"$0/commands" 4>"$0/answers"',
+                self.folder,
+                CHROMIUM,
+                f"--user-data-dir={self.folder}/profile",
+                *FLAGS,
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self.reader, self.writer = mine_in, mine_out
         self.buffer, self.count, self.events, self.session = b"", 0, [], None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)

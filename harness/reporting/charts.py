@@ -77,7 +77,7 @@ def swatch(name: str, style: dict) -> Markup:
     panel.plot([0.04, 0.96], [0, 0], **(style | {"marker": "", "linewidth": 1.6}))
     panel.plot([0.5], [0], color=style["color"], marker=style.get("marker", ""), markersize=6)
     panel.set_xlim(0, 1)
-    svg = inline(figure, name, "")
+    svg = str(inline(figure, name, ""))
     return Markup(svg.replace('role="img"', 'aria-hidden="true"').replace(' aria-label=""', ""))
 
 
