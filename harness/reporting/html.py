@@ -97,14 +97,14 @@ def count(value, scale: float = 1) -> Cell:
     return number(value / scale if known(value) else value, form=",.0f")
 
 
-def words(value) -> Cell:
-    """A text, or whatever else a table holds."""
+def words(value, form: str = "") -> Cell:
+    """A text, or whatever else a table holds; `form`: how numbers are shown."""
     if isinstance(value, bool | np.bool_):
         return Cell("yes" if value else "no", str(value))
     if isinstance(value, int | float | np.number):
-        return number(value)
+        return number(value, form=form)
     text = str(value) if known(value) else ""
-    return Cell(text or MISSING, text or None)
+    return Cell(text or MISSING, text or None, kind="long" if len(text) > 40 else "")
 
 
 def code_spans(text: str) -> Markup:
@@ -411,7 +411,7 @@ class Report:
     def curves(self) -> list[dict]:
         """Groups of charts: against images, against compute."""
         pairs = figures.quality_metrics(self.experiment, self.table)
-        if not self.table.student.isin(list(self.experiment.students)).any():
+        if not pairs or not self.table.student.isin(list(self.experiment.students)).any():
             return []
         return [
             {"title": title, "charts": [self._curve(axis, *pair) for pair in pairs]}
@@ -789,7 +789,7 @@ def csv_table(name: str, caption: str, table: pd.DataFrame) -> Table:
         Column(str(c).replace("_", " "), number=pd.api.types.is_numeric_dtype(table[c]))
         for c in table.columns
     ]
-    rows = [[words(value) for value in row] for row in table.itertuples(index=False)]
+    rows = [[words(value, ".6g") for value in row] for row in table.itertuples(index=False)]
     return Table(name, caption, columns, rows)
 
 
