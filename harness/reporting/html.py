@@ -186,7 +186,13 @@ class Report:
         return Column(name.replace("_", " "), title=name)
 
     def main_column(self, extractor: str) -> str:
-        return column_name(self.main, METRICS[self.main].count(self.samples_count), extractor)
+        """The main metric in an extractor's features, or what stands for it there: Inception has
+        a Fréchet distance of its own name."""
+        named = [
+            column_name(metric, METRICS[metric].count(self.samples_count), extractor)
+            for metric in (self.main, "fid-edm", "fd")
+        ]
+        return next((column for column in named if column in self.identity.index), named[0])
 
     def value(self, row: pd.Series, column: str, sampling: bool = True) -> Cell:
         """A metric's cell: mean ± std over training seeds, small its sampling error, flags."""
@@ -254,18 +260,14 @@ class Report:
         if not leaders:
             return None
         word = "Highest" if METRICS[self.main].higher_is_better else "Lowest"
-        label = METRICS[self.main].label
-        label = (
-            label if label.isupper() or label.startswith("FID") else label[0].lower() + label[1:]
-        )
         trust = (
             " No ranks are given: they need at least three training seeds, and intervals of the "
             "differences that exclude zero."
         )
         if self.ranks:
             trust = " Whether a lead is more than noise is what the rank says."
-        label = label.replace("fréchet", "Fréchet")
-        return escape(f"{word} {label}: ") + Markup(" and ").join(leaders) + "." + trust
+        who = Markup(" and ").join(leaders)
+        return Markup("{} {}: {}.{}").format(word, METRICS[self.main].label, who, trust)
 
     @property
     def ranks(self) -> list[str]:
@@ -402,7 +404,8 @@ class Report:
             data = Table(
                 f"data-final-{extractor}", column, [*columns, Column("sampling error")], listed
             )
-            svg = charts.final(self.experiment, rows, self.main, extractor, text)
+            metric = self.identity.metric[column]
+            svg = charts.final(self.experiment, rows, metric, extractor, text)
             drawn.append({"title": extractor, "svg": svg, "data": data})
         return drawn
 
