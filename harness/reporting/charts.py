@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from harness.config import Experiment
 from harness.reporting import figures
@@ -118,23 +119,32 @@ def final(
     column = column_name(metric, experiment.evaluation.num_samples, extractor)
     if figures.on_log_scale(metric) and (rows.value.astype(float) > 0).all():
         panel.set_xscale("log")
-        figures.plain_log(panel.xaxis)
     for name in experiment.scale_rows:
         scale = rows[rows.student == name]
         # The teacher's one step is so far off that it would push the students together.
         if name.startswith("teacher-1step") or scale.empty:
             continue
-        panel.axvline(scale.value.iloc[0], color="0.35", linewidth=1, linestyle=(0, (1, 2)))
+        value = scale.value.iloc[0]
+        panel.axvline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
+        at = panel.transAxes.inverted().transform(panel.transData.transform((value, 0)))[0]
+        right = at > 0.6
         panel.annotate(
             name,
-            (scale.value.iloc[0], 1),
+            (value, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -2),
+            xytext=(-3 if right else 3, -2),
             textcoords="offset points",
+            ha="right" if right else "left",
             va="top",
             fontsize=9,
             color="0.25",
         )
+    if panel.get_xscale() == "log":
+        figures.plain_log(panel.xaxis)
+        low, high = panel.get_xlim()
+        shown = [tick for tick in panel.xaxis.get_majorticklocs() if low <= tick <= high]
+        if not 2 <= len(shown) <= 5:  # within one decade they may be too few or too many
+            panel.xaxis.set_major_locator(MaxNLocator(4))
     panel.set_ylim(len(names) - 0.4, -1.1)
     panel.set_yticks(range(len(names)), names)
     panel.tick_params(axis="y", length=0)

@@ -204,7 +204,7 @@ class Report:
         spread = row.get(f"{column}_sampling_std")
         spread = spread if known(spread) else stderr
         if sampling and known(spread) and shown.key is not None:
-            shown.small = f"± {spread:.1g}" if spread < 1 else f"± {spread:.3g}"
+            shown.small = "± " + minus(format(spread, ".1g" if spread < 1 else ".3g"))
         shown.text += "".join(sign for flag, (sign, _) in COLUMN_FLAGS.items() if flag in flags)
         return shown
 
