@@ -29,4 +29,3 @@ rule all:
     default_target: True
     input:
         REPORT,
-        AGREEMENT,

@@ -141,6 +141,12 @@ def _paper_tables(args) -> None:
     write_paper_tables()
 
 
+def _compare(args) -> None:
+    from harness.reporting.side_by_side import print_side_by_side
+
+    print_side_by_side(args.folders, args.out)
+
+
 def _summary(args) -> None:
     from harness.reporting.report import print_summary
 
@@ -208,10 +214,14 @@ def build_parser() -> argparse.ArgumentParser:
     stage("agreement", _agreement, "the same images scored here, by torch-fidelity and clean-fid")
     verify = stage("verify-teacher", _verify_teacher, "compare a teacher with its published FIDs")
     verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
-    report = stage("report", _report, "tables, figures and manifest from the scores")
+    report = stage("report", _report, "tables, figures, report.html and manifest from the scores")
     report.add_argument("--partial", action="store_true", help="show missing runs as failed")
     stage("summary", _summary, "print the comparison table")
     stage("status", _status, "show how far every run is")
+    compared = stages.add_parser("compare", help="put finished experiments side by side")
+    compared.add_argument("folders", type=Path, nargs="+", help="results/a results/b …")
+    compared.add_argument("--out", type=Path, help="write all columns to this CSV file")
+    compared.set_defaults(function=_compare)
     tables = stages.add_parser("paper-tables", help="the papers' tables beside all runs here")
     tables.set_defaults(function=_paper_tables)
     planned = stage("plan", _plan, "what every student will cost, before anything starts")

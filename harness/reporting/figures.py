@@ -21,6 +21,14 @@ from harness.reporting.collect import column_name, is_unavailable
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#000000", "#8C8C00")
 MARKERS = "oPs^DvX<"
 DASHES = ("-", "--", "-", "-.", "-", "--", ":", "-.")
+PHASE_COLOURS = (0, 2, 4, 5, 3)
+PHASE_DASHES = ("-", "--", ":", "-.")
+AXES = {
+    "images": "images that received a generator update",
+    "flops": "training compute, teacher pairs included (TFLOPs)",
+}
+HEALTH = {"loss/": "loss", "grad_norm/": "gradient norm", "nonfinite/": "non-finite steps"}
+THOUSANDS = FuncFormatter(lambda value, _: f"{value / 1000:.3g}k")
 
 plt.rcParams.update(
     {
@@ -38,7 +46,7 @@ plt.rcParams.update(
 )
 
 
-def _style(experiment: Experiment) -> dict[str, dict]:
+def students_style(experiment: Experiment) -> dict[str, dict]:
     return {
         name: {
             "color": COLOURS[i % len(COLOURS)],
@@ -59,15 +67,24 @@ def _save(figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _plain_log(axis) -> None:
-    """Ticks at 1, 2 and 5 of each decade of a logarithmic axis, as plain numbers."""
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+def plain_log(axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers, at 1, 2 and 5 of each decade if these are few.
+
+    To be called when the data are drawn.
+    """
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _scale_lines(axes, experiment: Experiment, table: pd.DataFrame, column: str, log: bool) -> None:
-    """Horizontal lines: teachers with many steps and with one, and the floor."""
+def _scale_lines(
+    axes, experiment: Experiment, table: pd.DataFrame, column: str, log: bool, inside: bool
+) -> None:
+    """Horizontal lines: teachers with many steps and with one, and the floor.
+
+    `inside`: their labels stand in the panel, above the lines, not beside it.
+    """
     for name in experiment.scale_rows:
         text = name.replace("teacher-1step", "teacher").replace("/", " ")
         rows = table[(table.student == name) & (table.column == column)]
@@ -80,12 +97,76 @@ def _scale_lines(axes, experiment: Experiment, table: pd.DataFrame, column: str,
             f"{label}: {value:.3g}",
             (1, value),
             xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
+            xytext=(0, 2) if inside else (4, 0),
             textcoords="offset points",
-            va="center",
-            fontsize=8,
+            ha="right" if inside else "left",
+            va="bottom" if inside else "center",
+            fontsize=9 if inside else 8,
             color="0.25",
         )
+
+
+def direction(metric: str) -> str:
+    return "higher is better" if METRICS[metric].higher_is_better else "lower is better"
+
+
+def on_log_scale(metric: str) -> bool:
+    return metric in ("fd", "fid-edm")
+
+
+def quality_lines(
+    experiment: Experiment, table: pd.DataFrame, axis: str, column: str
+) -> dict[str, pd.DataFrame]:
+    """What is drawn of each student: `x`, and `mean`, `min` and `max` over training seeds.
+
+    The snapshots are those on the axis's own grid, and the last; FLOPs are in units of 1e12.
+    """
+    rows = table[(table.column == column) & (table.grid.str.contains(axis) | table.final)]
+    lines = {}
+    for name in experiment.students:
+        mine = rows[rows.student == name]
+        if not mine.empty:
+            mine = mine.astype({"value": float, "images": float, "flops": float})
+            # A training seed's number is its mean over the sampling seeds.
+            per_seed = mine.groupby(["snapshot", "seed"])[["images", "flops", "value"]].mean()
+            by = per_seed.groupby("images")
+            x = by[axis].mean() / (1 if axis == "images" else 1e12)
+            values = by.value
+            lines[name] = pd.DataFrame(
+                {"x": x, "mean": values.mean(), "min": values.min(), "max": values.max()}
+            )
+    return lines
+
+
+def quality_panel(
+    panel,
+    experiment: Experiment,
+    table: pd.DataFrame,
+    axis: str,
+    metric: str,
+    extractor: str,
+    inside: bool = False,
+) -> None:
+    column = column_name(metric, experiment.evaluation.num_samples, extractor)
+    styles, log = students_style(experiment), on_log_scale(metric)
+    for name, line in quality_lines(experiment, table, axis, column).items():
+        style = styles[name]
+        # The group id lets the report find a student's line.
+        own = {"gid": f"series-{list(styles).index(name)}"}
+        panel.plot(line.x, line["mean"], label=name, markersize=5, **style, **own)
+        panel.fill_between(
+            line.x, line["min"], line["max"], color=style["color"], alpha=0.15, lw=0, **own
+        )
+    _scale_lines(panel, experiment, table, column, log, inside)
+    panel.set_xscale("log", base=2 if axis == "images" else 10)
+    if log:
+        panel.set_yscale("log")
+        plain_log(panel.yaxis)
+    if axis == "images":
+        panel.xaxis.set_major_formatter(THOUSANDS)
+    else:
+        plain_log(panel.xaxis)
+    panel.set_xlabel(AXES[axis])
 
 
 def quality(
@@ -104,51 +185,17 @@ def quality(
         squeeze=False,
         layout="constrained",
     )
-    scale = 1 if axis == "images" else 1e12
     for panel, (metric, extractor) in zip(panels[0], metrics, strict=bool(metrics)):
+        quality_panel(panel, experiment, table, axis, metric, extractor)
         column = column_name(metric, experiment.evaluation.num_samples, extractor)
-        rows = table[table.column == column]
-        log = metric in ("fd", "fid-edm")
-        for name, style in _style(experiment).items():
-            mine = rows[(rows.student == name) & (rows.grid.str.contains(axis) | rows.final)]
-            if mine.empty:
-                continue
-            mine = mine.assign(value=mine.value.astype(float))
-            kept = list(dict.fromkeys(["images", axis, "value"]))
-            by = mine.groupby(["snapshot", "seed"])[kept].mean().groupby("images")
-            x = by[axis].mean().astype(float).to_numpy() / scale
-            panel.plot(x, by.value.mean().to_numpy(), label=name, markersize=5, **style)
-            panel.fill_between(
-                x,
-                by.value.min().to_numpy(),
-                by.value.max().to_numpy(),
-                color=style["color"],
-                alpha=0.15,
-                lw=0,
-            )
-        _scale_lines(panel, experiment, rows, column, log)
-        panel.set_xscale("log", base=2 if axis == "images" else 10)
-        if log:
-            panel.set_yscale("log")
-            _plain_log(panel.yaxis)
-        if axis == "images":
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:.3g}k"))
-        else:
-            _plain_log(panel.xaxis)
-        arrow = "higher is better" if METRICS[metric].higher_is_better else "lower is better"
-        panel.set_title(f"{METRICS[metric].label} ({arrow})\n{column}", fontsize=10)
-        panel.set_xlabel(
-            "images that received a generator update"
-            if axis == "images"
-            else "training compute, teacher pairs included (TFLOPs)"
-        )
+        panel.set_title(f"{METRICS[metric].label} ({direction(metric)})\n{column}", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
-def _present(table: pd.DataFrame) -> set[tuple[str, int]]:
+def present(table: pd.DataFrame) -> set[tuple[str, int]]:
     """The runs whose scores are in the table; what lies in the folders of others may be old."""
     ok = table[(table.status == "ok") & table.seed.notna()]
     return set(zip(ok.student, ok.seed.astype(int), strict=True))
@@ -161,24 +208,33 @@ def _columns(labels: np.ndarray, limit: int = 20) -> np.ndarray:
     return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])
 
 
-def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
-    """Rows: the teacher and each student (first seed). One column: one noise and one label."""
+def samples(
+    experiment: Experiment, table: pd.DataFrame
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Images `(N, C, H, W)` uint8 of the teachers and of each student (first seed), and the labels
+    asked for, `(N,)`. Image i of all comes from one noise and one label."""
     sources, seed = {}, experiment.training.seeds[0]
     for teacher in experiment.teachers:
         row = experiment.teacher_row(teacher)
         if ((table.student == row) & (table.status == "ok")).any():
             sources[row] = experiment.reference_score_path(teacher)
     for student in experiment.students:
-        if (student, seed) in _present(table):
+        if (student, seed) in present(table):
             sources[student] = experiment.score_path(student, seed)
-    rows, names = [], []
+    images, labels = {}, np.zeros(0, int)
     for name, path in sources.items():
         record = read_json(path)["samples"]
         kept = load_tensors(path.parent / record["file"], record["sha256"])
         labels = kept["labels"].numpy()
         chosen = _columns(labels)
-        rows.append(kept["pixels"].numpy()[chosen])
-        names.append(name)
+        images[name], labels = kept["pixels"].numpy()[chosen], labels[chosen]
+    return images, labels
+
+
+def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
+    """Rows: the teacher and each student (first seed). One column: one noise and one label."""
+    images, labels = samples(experiment, table)
+    names, rows = list(images), list(images.values())
     if not rows:
         figure, axes = plt.subplots(figsize=(4, 1), layout="constrained")
         axes.set_axis_off()
@@ -189,8 +245,8 @@ def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
     canvas = np.full(
         (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8
     )
-    for r, images in enumerate(rows):
-        for c, image in enumerate(images):
+    for r in range(len(rows)):
+        for c, image in enumerate(rows[r]):
             top, left = r * (height + gap), c * (width + gap)
             canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     figure, axes = plt.subplots(
@@ -201,7 +257,7 @@ def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
     classes = len(np.unique(labels)) > 1
     axes.set_xticks(
         [(i + 0.5) * (width + gap) - gap for i in range(columns)] if classes else [],
-        [str(labels[i]) for i in chosen] if classes else [],
+        [str(label) for label in labels] if classes else [],
     )
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -213,50 +269,69 @@ def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def training_logs(experiment: Experiment, table: pd.DataFrame) -> dict[str, dict]:
+    """train.csv of every run whose scores are in the table: `logs[student][seed]`."""
+    logs: dict[str, dict] = {student: {} for student in experiment.students}
+    for student, seed in sorted(present(table)):
+        path = experiment.run_dir(student, seed) / "train.csv"
+        if student in logs and path.exists():
+            logs[student][seed] = pd.read_csv(path)
+    return logs
+
+
+def phases(logs: dict[str, dict]) -> list[str]:
+    """The phases of all students, in the order in which they are first met."""
+    found = {
+        column.removeprefix(prefix): None
+        for seeds in logs.values()
+        for log in seeds.values()
+        for prefix in HEALTH
+        for column in log.columns
+        if column.startswith(prefix)
+    }
+    return list(found)
+
+
+def phase_style(k: int) -> dict:
+    colour = COLOURS[PHASE_COLOURS[k % len(PHASE_COLOURS)]]
+    return {"color": colour, "linestyle": PHASE_DASHES[k % len(PHASE_DASHES)], "linewidth": 1.2}
+
+
+def health_panel(panel, seeds: dict, prefix: str, order: list[str]) -> None:
+    """One student's losses (or what else `prefix` names), one line per phase and seed."""
+    for log in seeds.values():
+        for column in (c for c in log.columns if c.startswith(prefix)):
+            phase = column.removeprefix(prefix)
+            style = phase_style(order.index(phase))
+            panel.plot(log.images, log[column], label=phase, **style)
+    if prefix == "grad_norm/" and panel.lines:
+        panel.set_yscale("log")
+        plain_log(panel.yaxis)
+    panel.xaxis.set_major_formatter(THOUSANDS)
+    panel.xaxis.set_major_locator(plt.MaxNLocator(4))
+
+
 def training_health(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
     """Losses, gradient norms and skipped steps of every student, one line per seed."""
-    students = list(experiment.students)
+    logs = training_logs(experiment, table)
+    order = phases(logs)
     figure, panels = plt.subplots(
         3,
-        len(students),
-        figsize=(2.7 * len(students), 6.6),
+        len(logs),
+        figsize=(2.7 * len(logs), 6.6),
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    kinds = (("loss/", "loss"), ("grad_norm/", "gradient norm"), ("nonfinite/", "non-finite steps"))
-    phases: list[str] = []
-    for j, student in enumerate(students):
-        for seed in experiment.training.seeds:
-            path = experiment.run_dir(student, seed) / "train.csv"
-            if (student, seed) not in _present(table) or not path.exists():
-                continue
-            log = pd.read_csv(path)
-            for i, (prefix, _) in enumerate(kinds):
-                for column in (c for c in log.columns if c.startswith(prefix)):
-                    phase = column.removeprefix(prefix)
-                    if phase not in phases:
-                        phases.append(phase)
-                    k = phases.index(phase)
-                    panels[i][j].plot(
-                        log.images,
-                        log[column],
-                        color=COLOURS[(0, 2, 4, 5, 3)[k % 5]],
-                        linestyle=("-", "--", ":", "-.")[k % 4],
-                        linewidth=1.2,
-                        label=phase,
-                    )
+    for j, (student, seeds) in enumerate(logs.items()):
+        for i, prefix in enumerate(HEALTH):
+            health_panel(panels[i][j], seeds, prefix, order)
         panels[0][j].set_title(student, fontsize=10)
-        if panels[1][j].lines:
-            panels[1][j].set_yscale("log")
-            _plain_log(panels[1][j].yaxis)
-        else:
+        if not seeds:
             panels[0][j].annotate("no run", (0.5, 0.5), xycoords="axes fraction", ha="center")
         panels[2][j].set_ylim(bottom=-0.5, top=max(5, panels[2][j].get_ylim()[1]))
         panels[2][j].set_xlabel("images")
-        panels[2][j].xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:.3g}k"))
-        panels[2][j].xaxis.set_major_locator(plt.MaxNLocator(4))
-    for i, (_, text) in enumerate(kinds):
+    for i, text in enumerate(HEALTH.values()):
         panels[i][0].set_ylabel(text)
     handles = {}
     for panel in panels.flat:
@@ -269,14 +344,21 @@ def training_health(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def quality_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (metric, extractor) pairs that are drawn: the main metric and accuracy, where scored."""
+    available = set(zip(table.metric, table.extractor, strict=True))
+    wanted = [
+        (metric, extractor)
+        for metric in (experiment.evaluation.main_metric, "accuracy")
+        for extractor in experiment.evaluation.extractors
+    ]
+    return [pair for pair in wanted if pair in available]
+
+
 def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
     """All figures; returns their paths."""
     table = table[~is_unavailable(table.status)]
-    available = set(zip(table.metric, table.extractor, strict=True))
-    main = experiment.evaluation.main_metric
-    wanted = [(main, e) for e in experiment.evaluation.extractors]
-    wanted += [("accuracy", e) for e in experiment.evaluation.extractors]
-    metrics = [pair for pair in wanted if pair in available]
+    metrics = quality_metrics(experiment, table)
     figures = {
         "quality_vs_images": quality(experiment, table, "images", metrics),
         "quality_vs_compute": quality(experiment, table, "flops", metrics),

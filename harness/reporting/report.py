@@ -1,10 +1,10 @@
-"""The report stage: metrics.csv, comparison tables, figures, manifest."""
+"""The report stage: metrics.csv, comparison tables, figures, report.html, manifest."""
 
 from __future__ import annotations
 
 import sys
 
-from harness.artifacts import write_json, write_text
+from harness.artifacts import sha256_file, write_json, write_text
 from harness.config import Experiment
 from harness.reporting.claims import write_claims
 from harness.reporting.collect import COLUMNS, collect, is_unavailable
@@ -21,7 +21,7 @@ from harness.reporting.tables import (
 
 
 def write_report(experiment: Experiment, partial: bool = False) -> None:
-    """Write everything under tables/ and figures/, and manifest.json.
+    """Write everything under tables/ and figures/, report.html and manifest.json.
 
     `partial`: after a failure. Runs without scores become rows `failed (reason)`, and the manifest,
     which vouches for a complete comparison, goes; so the workflow will write the report again.
@@ -56,10 +56,14 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
 
         outputs += write_paper(experiment, table, tables)
     from harness.reporting.figures import draw
+    from harness.reporting.html import write_html
 
     outputs += draw(experiment, table, root / "figures")
+    made = manifest(experiment, protocols, outputs)
+    page = write_html(experiment, table, comparison, made)
     if complete:
-        write_json(root / "manifest.json", manifest(experiment, protocols, outputs))
+        made["outputs"][page.name] = sha256_file(page)
+        write_json(root / "manifest.json", made)
 
 
 def headline(experiment: Experiment, comparison: Comparison) -> str:
@@ -94,4 +98,5 @@ def print_summary(experiment: Experiment) -> None:
         print(f"\n{row.student}: {row.status}")
     print(f"\nTables:  {experiment.root / 'tables'}/comparison.md, .csv, .tex and metrics.csv")
     print(f"Figures: {experiment.root / 'figures'}/")
+    print(f"Report:  {experiment.root / 'report.html'}")
     sys.stdout.flush()

@@ -1,0 +1,160 @@
+"""`python -m harness compare`: experiments side by side, never two protocols in one column."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from harness.artifacts import digest
+from harness.cli import main
+from harness.reporting.collect import COLUMNS, SCHEMA
+
+PROTOCOL = {
+    "metric": "fd",
+    "extractor": "cnn",
+    "extractor_sha256": {"weights": "a" * 64},
+    "num_samples": 400,
+    "quantisation": "uint8",
+}
+
+
+def write(root, name="digits", values=None, protocol=PROTOCOL, manifest=True, **columns):
+    """An experiment's folder as the report stage leaves it. `values`: student -> one per seed."""
+    rows = []
+    for student, numbers in (values or {"teacher": [0.5], "sid": [1.0, 2.0]}).items():
+        for seed, value in enumerate(numbers):
+            real = student == "teacher"
+            for images in [None] if real else [100, 200]:
+                row = dict.fromkeys(COLUMNS) | {
+                    "schema": SCHEMA, "experiment": name, "student": student,
+                    "seed": None if real else seed, "images": images, "flops": 3e12, "seconds": 7,
+                    "sample_seed": 0, "metric": "fd", "extractor": "cnn", "num_samples": 400,
+                    "value": value if images != 100 else 99.0, "protocol": digest(protocol),
+                    "status": "ok",
+                }  # fmt: skip
+                rows.append(row | columns)
+    (root / "tables").mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(root / "tables" / "metrics.csv", index=False)
+    if manifest:
+        record = {
+            "commit": "c" * 40,
+            "device": {"used": "cpu", "processor": "a machine"},
+            "packages": {"torch": "2.15.0"},
+            "protocols": {digest(protocol): protocol},
+        }
+        (root / "manifest.json").write_text(json.dumps(record))
+    return root
+
+
+def compare(capsys, *arguments):
+    code = main(["compare", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out, said.err.strip().splitlines()[-1]
+
+
+def cells(text, title):
+    """The rows of the table under a heading, as lists of texts."""
+    lines = text.split(f"## {title}")[1].strip().splitlines()
+    rows = []
+    for line in lines:
+        if line.startswith("#"):
+            break
+        if line.startswith("|") and not line.startswith("|:"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_one_protocol_stands_side_by_side(tmp_path, capsys):
+    a = write(tmp_path / "a", "one")
+    b = write(tmp_path / "b", "two", {"teacher": [0.5], "sid": [4.0], "sim": [6.0, 8.0]})
+    code, text, _ = compare(capsys, a, b, "--out", tmp_path / "out.csv")
+    assert code == 0 and "Not one protocol" not in text
+    assert cells(text, "fd_n400_cnn ↓") == [
+        ["", "one", "two"],
+        ["teacher", "0.500", "0.500"],
+        ["sid", "1.50 ± 0.71", "4.00"],  # of the last weights: not the snapshots' 99
+        ["sim", "–", "7.00 ± 1.41"],
+    ]
+    assert cells(text, "training, seconds")[2] == ["sid", "7", "7"]
+    assert "| processor | a machine | a machine |" in " ".join(text.split())
+    table = pd.read_csv(tmp_path / "out.csv").set_index("student")
+    assert table["one"]["sid"] == 1.5 and table["two"]["sid"] == 4.0
+    assert table["two_std"]["sim"] == pytest.approx(2**0.5) and table["two_seeds"]["sim"] == 2
+    assert pd.isna(table["one"]["sim"]) and set(table.protocol) == {digest(PROTOCOL)}
+
+
+def test_two_protocols_are_never_in_one_column(tmp_path, capsys):
+    other = PROTOCOL | {"extractor_sha256": {"weights": "b" * 64}, "quantisation": "none"}
+    a = write(tmp_path / "a", "one")
+    b = write(tmp_path / "b", "two", protocol=other)
+    code, text, _ = compare(capsys, a, b, "--out", tmp_path / "out.csv")
+    assert code == 0
+    assert (
+        "**Not one protocol, so not to be compared:** fd_n400_cnn: extractor_sha256.weights is "
+        "aaaaaaaa… in one and bbbbbbbb… in two; quantisation is uint8 in one and none in two."
+    ) in text.splitlines()
+    hashes = [digest(PROTOCOL)[:8], digest(other)[:8]]
+    assert cells(text, "fd_n400_cnn ↓")[0] == [
+        "", f"one (protocol {hashes[0]})", f"two (protocol {hashes[1]})",
+    ]  # fmt: skip
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert len(table) == 4 and table[["one", "two"]].notna().sum(axis=1).eq(1).all()
+
+
+def test_one_experiment_on_two_machines_is_told_apart_by_folder(tmp_path, capsys):
+    a, b = write(tmp_path / "a"), write(tmp_path / "b")
+    _, text, _ = compare(capsys, a, b)
+    assert cells(text, "fd_n400_cnn ↓")[0] == ["", str(a), str(b)]
+    assert compare(capsys, a, a)[2] == f"error: {a} is named twice"
+
+
+def test_sampling_seeds_count_once_per_training_seed(tmp_path, capsys):
+    a = write(tmp_path / "a", "one")
+    path = a / "tables" / "metrics.csv"
+    table = pd.read_csv(path)
+    again = table.assign(sample_seed=1, value=table.value + 2)
+    pd.concat([table, again]).to_csv(path, index=False)
+    _, text, _ = compare(capsys, a, write(tmp_path / "b", "two"))
+    assert cells(text, "fd_n400_cnn ↓")[2] == ["sid", "2.50 ± 0.71", "1.50 ± 0.71"]
+
+
+def test_what_is_missing_is_told(tmp_path, capsys):
+    other = PROTOCOL | {"num_samples": 1}
+    a = write(tmp_path / "a", "one")
+    b = write(tmp_path / "b", "two", protocol=other, manifest=False)
+    _, text, _ = compare(capsys, a, b)
+    assert (
+        f"fd_n400_cnn: protocol {digest(other)} of two is not known: it has no complete manifest.json"
+        in text
+    )
+    write(tmp_path / "c", "three", metric=None, num_samples=None, status="failed (out of memory)")
+    _, text, _ = compare(capsys, a, tmp_path / "c")
+    assert "three: sid: failed (out of memory)" in text
+
+
+def test_bad_input_is_one_clear_line(tmp_path, capsys):
+    good = write(tmp_path / "good")
+    old = write(tmp_path / "old", schema=0)
+    table = old / "tables" / "metrics.csv"
+    again = "run its workflow again: what was trained stays"
+    expected = {
+        tmp_path
+        / "nowhere": f"{tmp_path}/nowhere does not exist; name the folder of an experiment, as results/digits",
+        tmp_path: f"{tmp_path} has no tables/metrics.csv; name the folder of an experiment, as results/digits",
+        old: f"{table} has schema 0, and here it is {SCHEMA}; {again}",
+    }
+    for folder, line in expected.items():
+        assert compare(capsys, good, folder) == (2, "", f"error: {line}")
+    table.write_text("schema,experiment\n" + f"{SCHEMA},digits\n")
+    assert compare(capsys, good, old)[2] == f"error: {table} has no column 'student'; {again}"
+    table.write_text("")
+    assert compare(capsys, good, old)[2].startswith(f"error: {table} is no table (")
+    table.write_text(",".join(COLUMNS) + "\n")
+    assert compare(capsys, good, old)[2] == (
+        f"error: {table} has schema none: it is empty, and here it is {SCHEMA}; {again}"
+    )
+    assert compare(capsys, good)[2] == (
+        "error: compare needs two folders at least, as results/a results/b"
+    )
