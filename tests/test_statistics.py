@@ -35,14 +35,15 @@ def of_groups(groups: np.ndarray, shift: np.ndarray | float = 0.0) -> Measured:
     return Measured(groups.mean(axis=2) + shift, left + shift[..., None])
 
 
-def simulate(rng, training=3, sampling=3, groups=10, common=1.0, own=0.5, between=0.2, truth=0.0):
-    """Two students: the same noise moves both (`common`), and each a little by itself (`own`); a
-    training seed moves a whole run (`between`)."""
-    both = common * rng.standard_normal((1, sampling, groups))
+def simulate(rng, training=3, sampling=3, own=0.5, between=0.2, shared=0.0, truth=0.0):
+    """Two students: the same noise moves both, and each a little by itself (`own`); a training seed
+    moves a whole run (`between`), and the other student's of that seed `shared` times as far."""
+    both = rng.standard_normal((1, sampling, 10))
+    first = between * rng.standard_normal(training)
+    second = shared * first + between * rng.standard_normal(training)
     students = []
-    for offset in (truth, 0.0):
-        alone = own * rng.standard_normal((1, sampling, groups))
-        seeds = offset + between * rng.standard_normal(training)
+    for seeds in (truth + first, second):
+        alone = own * rng.standard_normal((1, sampling, 10))
         students.append(of_groups(np.repeat(both + alone, training, axis=0), seeds))
     return students
 
@@ -75,26 +76,33 @@ def test_without_groups_the_spread_over_sampling_seeds_stands_in():
     assert math.isnan(sampling_variance(Measured(a.values[:, :1]), Measured(b.values[:, :1]))[0])
 
 
-def test_without_noise_the_interval_is_welchs():
-    from scipy.stats import ttest_ind
+def test_without_noise_the_interval_is_that_of_a_paired_t_test():
+    from scipy.stats import ttest_rel
 
-    x, y = [1.0, 1.3, 0.8, 1.1], [1.5, 2.5, 1.7]
-    still = np.zeros((1, 2, 10))
-    a = of_groups(np.repeat(still, 4, axis=0), np.array(x))
-    b = of_groups(np.repeat(still, 3, axis=0), np.array(y))
-    found, welch = interval(a, b), ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((welch.low, welch.high))
-    assert found.training_seeds == 3
-    assert training_variance(a)[0] == pytest.approx(np.var(x, ddof=1) / 4)
+    x, y = [1.0, 1.3, 0.8, 1.1], [1.5, 2.5, 1.7, 1.6]
+    still = np.zeros((4, 2, 10))
+    a, b = of_groups(still, np.array(x)), of_groups(still, np.array(y))
+    found, paired = interval(a, b), ttest_rel(x, y).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((paired.low, paired.high))
+    assert found.training_seeds == 4
 
 
+def test_what_a_training_seed_does_to_both_students_cancels():
+    seeds, still = np.array([0.0, 5.0, -3.0]), np.zeros((3, 2, 10))
+    a, b = of_groups(still, seeds + 0.1), of_groups(still, seeds)
+    assert training_variance(a, b) == (pytest.approx(0, abs=1e-20), 2.0)
+    assert interval(a, b).low == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("shared", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize(("own", "between"), [(0.5, 0.05), (0.5, 0.2), (0.1, 0.5)])
-def test_the_interval_covers_the_truth_as_often_as_it_says(own, between):
+def test_the_interval_covers_the_truth_as_often_as_it_says(own, between, shared):
     rng, inside = np.random.default_rng(2), 0
     for _ in range(1000):
-        found = interval(*simulate(rng, own=own, between=between, truth=0.7))
+        found = interval(*simulate(rng, own=own, between=between, shared=shared, truth=0.7))
         inside += found.low <= 0.7 <= found.high
-    # 0.95 within three standard errors; Welch's degrees of freedom lean to the safe side.
+    # 0.95 within three standard errors, whether the students of a seed resemble each other or not;
+    # where both errors count, Welch's degrees of freedom lean to the safe side.
     assert 0.93 < inside / 1000 < 0.985
 
 

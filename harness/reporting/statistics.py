@@ -3,7 +3,8 @@
 A number has two errors, which more of the other kind of seed cannot lower. The *sampling error*
 comes from the noise that images were generated from. Image i has the same noise in every student,
 so it is estimated on pairs: a delete-d jackknife that leaves the same images out of both. The
-*training error* comes from the training seed, and is estimated from the spread over seeds.
+*training error* comes from the training seed. One seed gives every student the same noise and
+labels to train with, so it, too, is estimated on pairs: from the spread of the difference.
 
 Samples are never redrawn with replacement: a redraw adds the noise of a second draw to that of the
 first, and a Fréchet distance takes noise for distance. Its bootstrap distribution lies above the
@@ -37,16 +38,19 @@ class Measured:
     """One student's numbers in one column: T training seeds, R sampling seeds, G groups.
 
     values: `(T, R)`. leave_out: `(T, R, G)`, the value without each group of images; None for a
-    metric that has no such estimates. noise: the R sampling seeds.
+    metric that has no such estimates. seeds: the T training seeds; noise: the R sampling seeds.
     """
 
     values: np.ndarray
     leave_out: np.ndarray | None = None
+    seeds: tuple[int, ...] = ()
     noise: tuple[int, ...] = ()
 
-    @property
-    def training_seeds(self) -> int:
-        return len(self.values)
+    def of(self, seeds: list[int]) -> Measured:
+        """Of some of the training seeds."""
+        index = [self.seeds.index(seed) for seed in seeds]
+        left = None if self.leave_out is None else self.leave_out[index]
+        return Measured(self.values[index], left, tuple(seeds), self.noise)
 
 
 @dataclass(frozen=True)
@@ -83,27 +87,32 @@ def sampling_variance(a: Measured, b: Measured) -> tuple[float, float]:
     return float(difference.var(ddof=1) / len(difference)), float(len(difference) - 1)
 
 
-def training_variance(measured: Measured) -> tuple[float, float]:
-    """Variance of a student's mean over its T training seeds, `s² / T`, and its T - 1 degrees of
-    freedom; s is the standard deviation of what each seed has on average over sampling seeds."""
-    per_seed = measured.values.mean(axis=1)
-    if len(per_seed) < 2:
+def training_variance(a: Measured, b: Measured) -> tuple[float, float]:
+    """Variance of a - b over T training seeds, `s² / T`, and its T - 1 degrees of freedom.
+
+    s is the standard deviation of the difference between the runs of one seed, each run's number
+    its mean over sampling seeds. As a paired t test it holds however the two depend on each other;
+    of separate variances it would have to be assumed that they do not.
+    """
+    difference = a.values.mean(axis=1) - b.values.mean(axis=1)
+    if len(difference) < 2:
         return math.nan, math.nan
-    return float(per_seed.var(ddof=1) / len(per_seed)), float(len(per_seed) - 1)
+    return float(difference.var(ddof=1) / len(difference)), float(len(difference) - 1)
 
 
 def interval(a: Measured, b: Measured, level: float = LEVEL) -> Interval:
-    """The interval of a - b: `difference ± t · sqrt(v_noise + v_a + v_b)`.
+    """The interval of a - b: `difference ± t · sqrt(v_noise + v_training)`, of two students with
+    the same training seeds and sampling seeds.
 
-    v_noise: `sampling_variance`; v_a, v_b: `training_variance`. t is Student's quantile with the
-    degrees of freedom of Welch and Satterthwaite, `(Σ v)² / Σ (v² / df)` over the three. Part of
-    v_noise, what noise does to one training seed and not to the next, is in v_a and v_b, too: the
+    v_noise: `sampling_variance`; v_training: `training_variance`. t is Student's quantile with the
+    degrees of freedom of Welch and Satterthwaite, `(Σ v)² / Σ (v² / df)` over the two. Part of
+    v_noise, what noise does to one training seed and not to the next, is in v_training, too: the
     interval is rather too wide than too narrow. Without two training seeds there is none.
     """
     from scipy.special import stdtrit
 
     difference = float(a.values.mean() - b.values.mean())
-    parts = [sampling_variance(a, b), training_variance(a), training_variance(b)]
+    parts = [sampling_variance(a, b), training_variance(a, b)]
     variance = sum(v for v, _ in parts)
     half = 0.0
     if variance > 0:
@@ -116,8 +125,8 @@ def interval(a: Measured, b: Measured, level: float = LEVEL) -> Interval:
         difference - half,
         difference + half,
         math.sqrt(parts[0][0]),
-        math.sqrt(parts[1][0] + parts[2][0]),
-        min(a.training_seeds, b.training_seeds),
+        math.sqrt(parts[1][0]),
+        len(a.values),
     )
 
 
@@ -138,7 +147,8 @@ def measured(final: pd.DataFrame, column: str) -> dict[str, Measured]:
         counts, left = set(map(len, groups)), None
         if len(counts) == 1 and max(counts) > 1:
             left = np.array(groups, float).reshape(*values.shape, -1)
-        found[student] = Measured(values.to_numpy(), left, tuple(values.columns))
+        seeds, noise = tuple(values.index), tuple(values.columns)
+        found[student] = Measured(values.to_numpy(), left, seeds, noise)
     return found
 
 
@@ -152,13 +162,14 @@ def verdict(found: Interval, higher_is_better: bool) -> str:
 
 
 def decide(numbers: dict[str, Measured], a: str, b: str, higher_is_better: bool) -> dict:
-    """The fields of `Interval` and the verdict on a pair of `measured` students. One that is not
-    there (a failed run, an unavailable column) or had other noise is not ranked."""
+    """The fields of `Interval` and the verdict on a pair of `measured` students, by the training
+    seeds that both have. One that is not there (a failed run, an unavailable column) or had other
+    noise is not ranked."""
+    found = Interval(*[math.nan] * 5, 0)
     if a in numbers and b in numbers and numbers[a].noise == numbers[b].noise:
-        found = interval(numbers[a], numbers[b])
-    else:
-        seeds = min(numbers[s].training_seeds if s in numbers else 0 for s in (a, b))
-        found = Interval(*[math.nan] * 5, seeds)
+        common = [seed for seed in numbers[a].seeds if seed in numbers[b].seeds]
+        if common:
+            found = interval(numbers[a].of(common), numbers[b].of(common))
     return vars(found) | {"verdict": verdict(found, higher_is_better)}
 
 
@@ -206,8 +217,8 @@ def write_pairwise(pairs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     caption = (
         f"Difference: a - b, mean over training and sampling seeds. Interval: {LEVEL:.0%}, for "
         "each pair by itself; sampling error (delete-d jackknife on the same noise in both) and "
-        "training error (spread over training seeds) are both in it. A tie: the interval contains "
-        f"0. Not ranked: fewer than {TRAINING_SEEDS} training seeds, or no number."
+        "training error (spread of the difference over training seeds) are both in it. A tie: the "
+        f"interval contains 0. Not ranked: fewer than {TRAINING_SEEDS} training seeds or no number."
     )
     files = {
         folder / "pairwise.csv": pairs.to_csv(index=False),
