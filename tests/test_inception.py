@@ -327,7 +327,7 @@ def test_bad_numbers_are_one_line(available, monkeypatch, capsys):
         "is mostly bias; compare with the floor, n 359"
     )
     assert len(set(lines)) == len(lines) == 2
-    broken = scorer.generated(lambda z, *_: z * torch.nan, "cpu")
+    broken = scorer.generated(lambda z, *_: z * torch.nan, "cpu", 0)
     with pytest.raises(UserError, match="64 of 64 generated images hold NaN or infinity"):
         next(broken)
     see = Extractor.see

@@ -456,13 +456,29 @@ def recall(views: Views) -> Estimate:
     return Estimate(views.neighbourhood.recalled.double().mean().item())
 
 
-@register("density", "Density", True, ("reference_features",), limit=PAIRWISE_LIMIT, k=WIDE)
+@register(
+    "density",
+    "Density",
+    True,
+    ("reference_features",),
+    limit=PAIRWISE_LIMIT,
+    final_only=True,
+    k=WIDE,
+)
 def density(views: Views) -> Estimate:
     """Balls of the reference that hold a generated sample, over k (Naeem et al. 2020, eq. 4)."""
     return _mean(views.neighbourhood.balls / WIDE)
 
 
-@register("coverage", "Coverage", True, ("reference_features",), limit=PAIRWISE_LIMIT, k=WIDE)
+@register(
+    "coverage",
+    "Coverage",
+    True,
+    ("reference_features",),
+    limit=PAIRWISE_LIMIT,
+    final_only=True,
+    k=WIDE,
+)
 def coverage(views: Views) -> Estimate:
     """Share of reference samples whose ball holds a generated one (Naeem et al. 2020, eq. 5)."""
     return Estimate(views.neighbourhood.covered.double().mean().item())
@@ -488,7 +504,7 @@ def _median(values: Tensor) -> tuple[float, float]:
 def memorisation(views: Views) -> Estimate:
     """About 1 for new images of the same kind, as the held-out ones are; 0 for copies of training
     images. Bad images are far from all others, so above 1 it is no praise."""
-    typical = views.reference.held_out_nearest.double().median().item()
+    typical = views.reference.held_out_nearest.double().quantile(0.5).item()
     value, error = _median(nearest_distances(views.features, views.reference.features))
     return Estimate(value / typical, error / typical)
 

@@ -97,16 +97,15 @@ class Scorer:
             parts.append(features[torch.isin(index, drawn)])
             if published is None and len(drawn) < len(train):
                 sums = sums + Moments.of(features) if sums else Moments.of(features)
+        statistics = sums.statistics() if sums else published
+        return Reference(torch.cat(parts), statistics, self._held_out_features(extractor))
+
+    def _held_out_features(self, extractor: Extractor) -> Tensor | None:
         held = self.dataset.held_out
-        held_out = [
-            extractor.see(pixels, labels)["features"]
-            for pixels, labels in zip(held.pixels.split(256), held.labels.split(256), strict=True)
-        ]
-        return Reference(
-            torch.cat(parts),
-            sums.statistics() if sums else published,
-            torch.cat(held_out) if len(held) else None,
-        )
+        if not len(held):
+            return None
+        blocks = zip(held.pixels.split(256), held.labels.split(256), strict=True)
+        return torch.cat([extractor.see(*block)["features"] for block in blocks])
 
     def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
         """What of a protocol says what the metric compares with."""

@@ -6,6 +6,7 @@ import sys
 
 from harness.artifacts import sha256_file, write_json, write_text
 from harness.config import Experiment
+from harness.evaluation.metrics import METRICS
 from harness.reporting.claims import write_claims
 from harness.reporting.collect import COLUMNS, collect, is_unavailable
 from harness.reporting.manifest import manifest
@@ -43,7 +44,8 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     write_text(tables / "metrics.csv", table[list(COLUMNS)].to_csv(index=False))
     write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))
     write_text(tables / "comparison.md", to_markdown(comparison, title, columns))
-    write_text(tables / "comparison.tex", to_latex(comparison, title, columns))
+    for_print = [c for c in columns if not METRICS[c.split("_n")[0]].final_only]
+    write_text(tables / "comparison.tex", to_latex(comparison, title, for_print))
     write_text(tables / "headline.md", headline(experiment, comparison))
     outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     outputs += [tables / "metrics.csv"]
