@@ -45,7 +45,7 @@ EXPERIMENT ?= digits
 reference:
 	test -f results/$(EXPERIMENT)/manifest.json
 	mkdir -p results/reference/$(EXPERIMENT)/figures
-	cp -r results/$(EXPERIMENT)/tables results/$(EXPERIMENT)/manifest.json results/reference/$(EXPERIMENT)/
+	cd results/$(EXPERIMENT) && cp -r tables manifest.json report.html ../reference/$(EXPERIMENT)/
 	cp results/$(EXPERIMENT)/figures/*.png results/reference/$(EXPERIMENT)/figures/
 
 clean:

@@ -4,11 +4,12 @@ import sys
 from tests.conftest import ROOT
 
 
-def test_throughput_prints_a_row_for_every_student():
+def test_throughput_prints_a_row_for_each_student():
     done = subprocess.run(
         [
             *(sys.executable, "benchmarks/throughput.py", "--iterations", "2"),
-            *("--configfile", "tests/data/tiny.yaml", "--compare", "channels_last", "plain"),
+            *("--configfile", "tests/data/tiny.yaml", "--students", "sid", "gdd"),
+            *("--compare", "channels_last", "plain"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -16,7 +17,7 @@ def test_throughput_prints_a_row_for_every_student():
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "|" in line][2:]
-    assert [row[0].strip() for row in rows] == ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
+    assert [row[0].strip() for row in rows] == ["sid", "gdd"]
     for row in rows:
         assert float(row[2]) > 0 and float(row[3]) > 0
         assert 0 < float(row[4].strip(" %")) < 100 or row[4].strip() == "0%"

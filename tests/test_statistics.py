@@ -278,8 +278,10 @@ def test_the_workflow_writes_pairs_and_the_claims_that_an_experiment_states(work
     config["claims"] = [{"claim": "c", "source": "s", "reported": "r"}]
     config["claims"][0] |= {"better": "dmd", "worse": "dmd-noreg"}
     workspace.write_config(config)
-    done = workspace.snakemake()
-    assert done.returncode == 0 and "2 of 2 steps" in done.stdout + done.stderr
+    planned = workspace.snakemake("-n")
+    assert "report         1" in planned.stdout and "tables/claims.csv" in planned.stdout
+    done = workspace.stage("report")
+    assert done.returncode == 0, done.stderr
     assert list(pd.read_csv(tables / "claims.csv").verdict) == ["undecided", "undecided"]
     outputs = json.loads((workspace.results / "manifest.json").read_text())["outputs"]
     assert {"tables/pairwise.csv", "tables/claims.md"} <= set(outputs)
