@@ -101,9 +101,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(own, between, shared)
     for _ in range(1000):
         found = interval(*simulate(rng, own=own, between=between, shared=shared, truth=0.7))
         inside += found.low <= 0.7 <= found.high
-    # 0.95 within three standard errors, whether the students of a seed resemble each other or not;
-    # where both errors count, Welch's degrees of freedom lean to the safe side.
-    assert 0.93 < inside / 1000 < 0.985
+    # 0.95 or, where both errors count, somewhat more (within three standard errors), whether the
+    # students of a seed resemble each other or not.
+    assert 0.93 < inside / 1000 < 0.99
 
 
 def test_one_training_seed_gives_no_interval_and_two_give_no_rank():
