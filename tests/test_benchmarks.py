@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 def test_throughput_prints_a_row_for_each_student():
     done = subprocess.run(
         [
-            *(sys.executable, "benchmarks/throughput.py", "--iterations", "2"),
+            *(sys.executable, "benchmarks/throughput.py", "--iterations", "1"),
             *("--configfile", "tests/data/tiny.yaml", "--students", "sid", "gdd"),
             *("--compare", "channels_last", "plain"),
         ],

@@ -328,7 +328,7 @@ def test_bad_numbers_are_one_line(available, monkeypatch, capsys):
     )
     assert len(set(lines)) == len(lines) == 2
     broken = scorer.generated(lambda z, *_: z * torch.nan, "cpu", 0)
-    with pytest.raises(UserError, match="64 of 64 generated images hold NaN or infinity"):
+    with pytest.raises(UserError, match="256 of 256 generated images hold NaN or infinity"):
         next(broken)
     see = Extractor.see
     monkeypatch.setattr(Extractor, "see", lambda *a: {k: v / 0 for k, v in see(*a).items()})

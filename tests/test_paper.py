@@ -257,13 +257,12 @@ def test_the_files_of_an_experiment(cifar, tmp_path):
     assert "nan" not in markdown.read_text() and "<NA>" not in markdown.read_text()
 
 
-def test_the_workflow_declares_them_only_then(empty_workspace):
+def test_the_workflow_declares_them(empty_workspace):
     config = empty_workspace.config() | {"paper": {"dataset": "FFHQ-64", "setting": "toy"}}
-    empty_workspace.write_config(config, "with-paper")
-    for name, expected in (("tiny", False), ("with-paper", True)):
-        done = empty_workspace.snakemake("-n", config=name)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert ("tables/paper.csv" in done.stdout) == expected
+    empty_workspace.write_config(config)
+    done = empty_workspace.snakemake("-n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tables/paper.csv" in done.stdout
 
 
 # -- all experiments ----------------------------------------------------------------------------

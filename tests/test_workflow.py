@@ -166,7 +166,8 @@ def test_a_failed_teacher_fails_every_student_by_name(workspace):
     config["teachers"]["edm"]["lr"] = 1e30
     config["training"]["max_nonfinite"] = 3
     workspace.write_config(config)
-    assert workspace.snakemake().returncode != 0
+    assert workspace.stage("teacher", "edm").returncode != 0
+    assert workspace.stage("report", "--partial").returncode == 0
     table = metrics(workspace)
     students = table[table.student.isin(STUDENTS)]
     assert list(students.student) == STUDENTS
