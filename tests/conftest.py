@@ -113,16 +113,44 @@ def run_finished(broken: Future, root: Path) -> Workspace:
     return workspace
 
 
+def run_example(finished: Future, root: Path) -> Workspace:
+    """README's Diff-Instruct beside the finished students. In the middle Snakemake itself is
+    killed: its children go on, its lock stays."""
+    from tests.test_workflow import kill_when, state_step
+
+    workspace = finished.result().clone(root)
+    shutil.copy(DATA / "example" / "diff_instruct.py", workspace.root / "methods")
+    config = workspace.config()
+    config["students"]["diff-instruct"] = {"method": "diff_instruct", "settings": {"lr": 1e-4}}
+    workspace.write_config(config)
+    command = ["snakemake", "--cores", "8", "all", "--configfile", "configs/tiny.yaml"]
+    process = subprocess.Popen(
+        workspace.command(*command),
+        cwd=workspace.root,
+        env=workspace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    folder = workspace.results / "students" / "diff-instruct" / "seed0"
+    kill_when(lambda: state_step(folder) >= 0, process.pid, lambda: process.poll() is None)
+    workspace.killed_with = process.wait()
+    workspace.last_run = workspace.snakemake()
+    return workspace
+
+
 def pytest_collection_modifyitems(config, items):
-    """The workflow's two runs take minutes: they go on beside the tests that need neither, which
+    """The workflow's runs take minutes: they go on beside the tests that need none of them, which
     come first."""
-    items.sort(key=lambda item: "broken" in item.fixturenames)
+    items.sort(key=lambda item: [name in item.fixturenames for name in ("broken", "example")])
     if items and "broken" in items[-1].fixturenames and not config.option.collectonly:
         folder = Path(tempfile.mkdtemp(prefix="onestep-tests-"))
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         pool = ThreadPoolExecutor(1)
         broken = pool.submit(run_broken, folder / "broken")
-        config.workflow = broken, pool.submit(run_finished, broken, folder / "finished")
+        finished = pool.submit(run_finished, broken, folder / "finished")
+        config.workflow = [broken, finished]
+        if "example" in items[-1].fixturenames:
+            config.workflow.append(pool.submit(run_example, finished, folder / "example"))
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +166,12 @@ def finished(broken, pytestconfig) -> Workspace:
     done = workspace.last_run
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace
+
+
+@pytest.fixture(scope="session")
+def example(finished, pytestconfig) -> Workspace:
+    """The finished project with one method file and one student more."""
+    return pytestconfig.workflow[2].result()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import pandas as pd
@@ -323,37 +322,20 @@ def test_killed_sampling_gives_the_same_scores(finished, workspace):
     assert path.read_text() == before
 
 
-def test_the_example_in_the_readme_survives_a_killed_snakemake(finished, workspace):
-    """Diff-Instruct: copied into methods/, named in the experiment, run, and removed again. In the
-    middle Snakemake itself is killed: its children go on, its lock stays."""
-    example = DATA / "example" / "diff_instruct.py"
-    assert len(example.read_text().splitlines()) <= 40
-    shutil.copy(example, workspace.root / "methods")
-    config = workspace.config()
-    config["students"]["diff-instruct"] = {"method": "diff_instruct", "settings": {"lr": 1e-4}}
-    workspace.write_config(config)
-    command = ["snakemake", "--cores", "8", "all", "--configfile", "configs/tiny.yaml"]
-    process = subprocess.Popen(
-        workspace.command(*command),
-        cwd=workspace.root,
-        env=workspace.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    folder = workspace.results / "students" / "diff-instruct" / "seed0"
-    kill_when(lambda: state_step(folder) >= 0, process.pid, lambda: process.poll() is None)
-    assert process.wait() == -signal.SIGKILL
-
-    done = workspace.snakemake()
+def test_the_example_in_the_readme_survives_a_killed_snakemake(finished, example):
+    """Diff-Instruct: copied into methods/, named in the experiment, run, and removed again."""
+    assert len((DATA / "example" / "diff_instruct.py").read_text().splitlines()) <= 40
+    assert example.killed_with == -signal.SIGKILL
+    done = example.last_run
     assert done.returncode == 0, done.stdout + done.stderr
-    table = metrics(workspace)
+    table = metrics(example)
     others = table[table.student != "diff-instruct"].reset_index(drop=True)
     assert others.equals(metrics(finished))
-    comparison = pd.read_csv(workspace.results / "tables" / "comparison.csv").set_index("student")
+    comparison = pd.read_csv(example.results / "tables" / "comparison.csv").set_index("student")
     assert comparison.status["diff-instruct"] == "ok"
     assert comparison["fd_n400_tiny-cnn"]["diff-instruct"] > 0
-    (workspace.root / "methods" / "diff_instruct.py").unlink()
-    gone = workspace.stage("status")
+    (example.root / "methods" / "diff_instruct.py").unlink()
+    gone = example.stage("status")
     assert gone.returncode != 0 and "unknown method 'diff_instruct'" in gone.stderr
 
 
