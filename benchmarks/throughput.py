@@ -90,7 +90,7 @@ class PlainLoop(Trainer):
     def _update_ema(self, images: int) -> None:
         with torch.no_grad():
             for average, parameter in zip(*self._averaged, strict=True):
-                average.copy_(parameter.lerp(average, 0.999))
+                average.copy_(parameter.lerp(average, self._ema_decay(images)))
 
 
 def settings(switches: list[str], on: bool) -> dict:

@@ -34,7 +34,7 @@ COPIES = 4
 def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images of the experiment's shape and labels, read from no file but an embedded one."""
     data = experiment.data
-    if "image_shape" not in data.model_fields_set and data.source is None:
+    if data.source is None and data.has_images:
         pixels, _, names = datasets.read(data)
         shape, classes = tuple(pixels.shape[1:]), len(names)
     else:

@@ -356,14 +356,17 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return finite
 
-    def _update_ema(self, images: int) -> None:
-        """Move the average by the images that the iteration added."""
+    def _ema_decay(self, images: int) -> float:
         run = self.run
         half_life = min(run.ema_half_life, self.ledger.images * run.ema_ramp_up)
-        decay = 0.5 ** (images / half_life) if half_life > 0 else 0.0
+        return 0.5 ** (images / half_life) if half_life > 0 else 0.0
+
+    def _update_ema(self, images: int) -> None:
+        """Move the average by the images that the iteration added."""
         with torch.no_grad():
-            torch._foreach_lerp_(*self._averaged, 1 - decay)
-            for a, b in zip(self.ema.buffers(), self.networks[run.main].buffers(), strict=True):
+            torch._foreach_lerp_(*self._averaged, 1 - self._ema_decay(images))
+            main = self.networks[self.run.main]
+            for a, b in zip(self.ema.buffers(), main.buffers(), strict=True):
                 a.copy_(b)
 
     # -- snapshots, ticks -----------------------------------------------------------------------

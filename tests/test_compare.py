@@ -138,23 +138,23 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys):
     good = write(tmp_path / "good")
     old = write(tmp_path / "old", schema=0)
     table = old / "tables" / "metrics.csv"
-    again = "run its workflow again: what was trained stays"
+    again = "run the workflow again: it rescores, and trains nothing"
     expected = {
         tmp_path
         / "nowhere": f"{tmp_path}/nowhere does not exist; name the folder of an experiment, as results/digits",
         tmp_path: f"{tmp_path} has no tables/metrics.csv; name the folder of an experiment, as results/digits",
-        old: f"{table} has schema 0, and here it is {SCHEMA}; {again}",
+        old: f"{table} was written by an older version of the harness (schema 0, here {SCHEMA}); "
+        + again,
     }
     for folder, line in expected.items():
         assert compare(capsys, good, folder) == (2, "", f"error: {line}")
     table.write_text("schema,experiment\n" + f"{SCHEMA},digits\n")
-    assert compare(capsys, good, old)[2] == f"error: {table} has no column 'student'; {again}"
+    lacking = ", ".join(c for c in COLUMNS if c not in ("schema", "experiment"))
+    assert compare(capsys, good, old)[2] == f"error: {table} has no column {lacking}; {again}"
     table.write_text("")
     assert compare(capsys, good, old)[2].startswith(f"error: {table} is no table (")
     table.write_text(",".join(COLUMNS) + "\n")
-    assert compare(capsys, good, old)[2] == (
-        f"error: {table} has schema none: it is empty, and here it is {SCHEMA}; {again}"
-    )
+    assert compare(capsys, good, old)[2] == f"error: {table} has no rows; {again}"
     assert compare(capsys, good)[2] == (
         "error: compare needs two folders at least, as results/a results/b"
     )

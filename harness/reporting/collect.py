@@ -45,12 +45,23 @@ def read_metrics(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"{path} is no table ({' '.join(str(error).split())})") from None
     remedy = "run the workflow again: it rescores, and trains nothing"
+    if table.empty and "schema" in table:
+        raise UserError(f"{path} has no rows; {remedy}")
     found = sorted(table["schema"].unique().tolist()) if "schema" in table else []
     _check_schema(path, found[0] if len(found) == 1 else found or "none", SCHEMA, remedy)
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}; {remedy}")
     return table
+
+
+def flat(record: dict, prefix: str = "") -> dict:
+    """Nested keys joined by dots."""
+    out: dict = {}
+    for key, value in record.items():
+        nested = isinstance(value, dict)
+        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
 
 
 def is_unavailable(status: pd.Series) -> pd.Series:

@@ -23,7 +23,7 @@ from harness.config import Experiment, Limit
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS
 from harness.reporting import charts, figures
-from harness.reporting.collect import column_name, is_unavailable
+from harness.reporting.collect import column_name, flat, is_unavailable
 from harness.reporting.tables import Comparison, cell
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -756,15 +756,6 @@ def rank_key(rank) -> int | None:
 
 def ranking(rank) -> Cell:
     return Cell(rank if known(rank) else "", rank_key(rank), kind="rank")
-
-
-def flat(record: dict, prefix: str = "") -> dict:
-    """Nested keys joined by dots."""
-    out: dict = {}
-    for key, value in record.items():
-        nested = isinstance(value, dict)
-        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return out
 
 
 def short(value) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from harness.artifacts import read_json, write_text
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS
-from harness.reporting.collect import COLUMNS, SCHEMA, column_name, is_unavailable
+from harness.reporting.collect import column_name, flat, is_unavailable, read_metrics
 from harness.reporting.tables import cell
 
 COSTS = {"images": 1, "flops": 1e12, "seconds": 1}
@@ -47,17 +47,7 @@ def read_results(folder: Path) -> Results:
     if not path.exists():
         what = "has no tables/metrics.csv" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}; name the folder of an experiment, as results/digits")
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no table ({' '.join(str(error).split())})") from None
-    schema = sorted(table["schema"].unique()) if "schema" in table else ["none"]
-    again = "run its workflow again: what was trained stays"
-    if schema != [SCHEMA]:
-        found = ", ".join(map(str, schema)) or "none: it is empty"
-        raise UserError(f"{path} has schema {found}, and here it is {SCHEMA}; {again}")
-    if lacking := [column for column in COLUMNS if column not in table]:
-        raise UserError(f"{path} has no column {lacking[0]!r}; {again}")
+    table = read_metrics(path)
     final = _final(table)
     manifest = folder / "manifest.json"
     return Results(
@@ -114,14 +104,6 @@ def labels(results: list[Results]) -> list[str]:
     return names if len(set(names)) == len(names) else folders
 
 
-def _flat(record: dict, prefix: str = "") -> dict:
-    out: dict = {}
-    for key, value in record.items():
-        nested = isinstance(value, dict)
-        out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return out
-
-
 def _told(value: object) -> str:
     text = "not there" if value is None else str(value)
     return f"{text[:8]}…" if len(text) >= 32 and " " not in text else text
@@ -133,7 +115,7 @@ def difference(a: tuple[str, Results, str], b: tuple[str, Results, str]) -> str:
     for label, results, protocol in (a, b):
         if protocol not in results.protocols:
             return f"protocol {protocol} of {label} is not known: it has no complete manifest.json"
-        records.append(_flat(results.protocols[protocol]))
+        records.append(flat(results.protocols[protocol]))
     first, second = records
     return "; ".join(
         f"{key} is {_told(first.get(key))} in {a[0]} and {_told(second.get(key))} in {b[0]}"
