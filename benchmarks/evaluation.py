@@ -60,25 +60,22 @@ def distances(dim: int, repeats: int) -> list[list]:
         ),
     ):
         mine, value = timed(ours, repeats)
-        other, reference = timed(theirs, 1)
+        other, reference = timed(theirs, repeats)
         rows.append([name, mine, other, f"{other / mine:.1f}", abs(value / reference - 1)])
     return rows
 
 
-class Stand:
-    """A classifier's contract with random weights: features and probabilities of uint8 images."""
+def stand_in(name: str, size: int) -> Extractor:
+    """An extractor with random weights, of images of a size."""
+    torch.manual_seed(0)
+    if name == "inception":
+        from harness.networks import inception
 
-    @staticmethod
-    def extractor(name: str, size: int) -> Extractor:
-        torch.manual_seed(0)
-        if name == "inception":
-            from harness.networks import inception
+        network = inception.Inception(inception._untrained())
+        return Extractor("inception", "inception", network, "")
+    from harness.feature_networks import build_feature_network
 
-            network = inception.Inception(inception._untrained())
-            return Extractor("inception", "inception", network, "")
-        from harness.feature_networks import build_feature_network
-
-        return Extractor("cnn", "cnn", build_feature_network("cnn", (3, size, size), 10, 32), "")
+    return Extractor("cnn", "cnn", build_feature_network("cnn", (3, size, size), 10, 32), "")
 
 
 def read(folder: Path) -> Images:
@@ -92,7 +89,7 @@ def read(folder: Path) -> Images:
 
 def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
     """The row of the second ratio."""
-    extractor = Stand.extractor(name, size)
+    extractor = stand_in(name, size)
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / part for part in ("generated", "real")]

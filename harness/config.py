@@ -765,7 +765,7 @@ def _check_claims(model: ExperimentModel) -> list[str]:
 
     lines = []
     names = model.evaluation.extractors if model.evaluation else []
-    kinds = {model.features[name].type for name in names if model.features.get(name)}
+    kinds = {model.features[name].kind for name in names if model.features.get(name)}
     for i, claim in enumerate(model.claims or []):
         for role in ("better", "worse"):
             name = getattr(claim, role)

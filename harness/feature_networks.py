@@ -85,48 +85,23 @@ def make_features(experiment: Experiment, name: str) -> dict:
     return train_features(experiment, name)
 
 
-def fetch_weights(section: PretrainedFeatures) -> Path:
-    """The file of a fetched network's weights; a `UserError` where it cannot be had."""
-    if section.type == "inception":
-        from harness.networks import inception
-
-        return inception.fetch_weights(section.weights)
-    from harness.networks.towers import TOWERS
-
-    return TOWERS[section.type].fetch(section)
-
-
-def fetched_facts(section: PretrainedFeatures) -> dict:
-    """What is known of a fetched network before it is there: `sha256` of its weights (None if that
-    of the file counts), `resize`, `pretraining`, and more for the protocol."""
-    if section.type == "inception":
-        from harness.networks import inception
-
-        return {
-            "sha256": inception.SHA256,
-            "resize": inception.RESIZES[section.resize],
-            "pretraining": inception.PRETRAINING,
-        }
-    from harness.networks.towers import TOWERS
-
-    return TOWERS[section.type].facts(section)
-
-
 def fetch_features(experiment: Experiment, name: str) -> dict:
     """Fetch the weights of a pretrained network.
 
     Where they cannot be had the record says `unavailable`, and why: nothing else needs to wait, and
     the tables say it in every row. `missing` says the same of the heads on top of it.
     """
+    from harness.networks.towers import TOWERS
+
     section, folder = experiment.features[name], experiment.features_dir(name)
-    record = {"name": name, "type": section.type}
+    source, record = TOWERS[section.type], {"name": name, "type": section.type}
     try:
-        path = fetch_weights(section)
+        path = source.fetch(section)
     except UserError as error:
         print(f"{name} is unavailable: {error}", file=sys.stderr)
         record |= {"unavailable": "no weights", "why": str(error)}
     else:
-        known = fetched_facts(section)["sha256"]
+        known = source.facts(section)["sha256"]
         record |= {"file": Path(path or "").name, "sha256": known or sha256_file(path)}
     for version in getattr(section, "aesthetic", ()):
         from harness.evaluation.aesthetic import LaionHead

@@ -250,6 +250,15 @@ def test_every_default_says_where_it_comes_from():
             assert field.description, (name, key)
 
 
+def test_a_claim_goes_by_the_resize_of_an_inception(tiny):
+    tiny["features"]["inception"] = {"type": "inception", "resize": "clean"}
+    tiny["evaluation"]["extractors"] = ["tiny-cnn", "inception"]
+    tiny["claims"] = [CLAIM | {"metric": "fid-clean"}]
+    parse_experiment(tiny, "x")
+    tiny["claims"][0]["metric"] = "fid-edm"
+    assert mistakes(tiny) == ["claims.0.metric: no extractor has 'fid-edm'"]
+
+
 def test_a_data_free_experiment_needs_no_images(tmp_path):
     """A teacher from elsewhere and the reference's statistics are enough."""
     raw = {

@@ -97,6 +97,8 @@ SHARED = {"kd", "precision", "recall", "density", "coverage", "memorisation", "d
 class Stub(torch.nn.Module):
     """Inception's contract with few features: a projection of the pixels."""
 
+    see = inception.Inception.see
+
     def forward(self, pixels):
         generator = torch.Generator().manual_seed(1)
         flat = pixels.float().flatten(1) / 255
@@ -134,7 +136,7 @@ def scored(tiny, tmp_path, monkeypatch):
 def available(scored, monkeypatch):
     """The same, where the weights can be had."""
     monkeypatch.setattr(inception, "fetch_weights", lambda source=None: source)
-    monkeypatch.setattr(inception, "load_inception", lambda path, device: Stub())
+    monkeypatch.setattr(inception, "load_inception", lambda path, resize: Stub())
     monkeypatch.setattr(inception, "DIM", 6)
     return scored
 

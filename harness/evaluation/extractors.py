@@ -11,9 +11,8 @@ from harness.artifacts import load_tensors, read_json
 from harness.config import Experiment, PretrainedFeatures
 from harness.data import Dataset, to_model_space
 from harness.errors import UserError
-from harness.evaluation.metrics import INCEPTION, Reference, Views
-from harness.feature_networks import fetch_weights, fetched_facts, load_feature_network
-from harness.networks import inception
+from harness.evaluation.metrics import TRAINED, Reference, Views
+from harness.feature_networks import load_feature_network
 from harness.networks.towers import TOWERS
 
 
@@ -54,10 +53,7 @@ class Extractor:
     @torch.no_grad()
     def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The per-sample parts of `Views` for one block of images."""
-        if self.kind in INCEPTION:
-            features, probabilities = self.network(pixels)
-            return {"features": features, "probabilities": probabilities}
-        if self.kind in TOWERS:
+        if self.kind not in TRAINED:
             return self.network.see(pixels, labels)
         features = self.network.features(to_model_space(pixels))
         if not self.is_clip:
@@ -91,24 +87,21 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
 def _load_fetched(
     name: str, section: PretrainedFeatures, record: dict, experiment: Experiment, dataset: Dataset
 ) -> Extractor:
-    facts, network = fetched_facts(section), None
-    missing, heads = record.get("missing", {}), {}
-    if "unavailable" not in record and section.type == "inception":
-        network = inception.load_inception(fetch_weights(section), experiment.device)
-        network.resize = section.resize
-    elif "unavailable" not in record:
+    source, network = TOWERS[section.type], None
+    facts, missing, heads = source.facts(section), record.get("missing", {}), {}
+    if "unavailable" not in record:
         from harness.evaluation.aesthetic import LaionHead
 
         for version in getattr(section, "aesthetic", ()):
             if f"aesthetic_{version}" not in missing:
                 heads[f"aesthetic_{version}"] = LaionHead.published(version)
-        path, names = fetch_weights(section), dataset.class_names
-        network = TOWERS[section.type].load(section, path, names, heads).to(experiment.device)
+        network = source.load(section, source.fetch(section), dataset.class_names, heads)
+        network = network.to(experiment.device)
         if getattr(network, "captions", None):
             truncated = f"{network.truncated} of {len(network.captions)}"
             facts["details"] |= {"truncated_captions": truncated}
-    sha256 = record.get("sha256") or facts.pop("sha256") or "unknown"
-    facts.pop("sha256", None)
+    published = facts.pop("sha256")
+    sha256 = record.get("sha256") or published or "unknown"
     return Extractor(
         name,
         section.kind,

@@ -285,29 +285,16 @@ def jackknife(estimates: Sequence[float]) -> float:
     return math.sqrt((len(t) - 1) * t.var(correction=0).item())
 
 
+# In the features of Inception it is an FID (Heusel et al. 2017), and only there: with EDM's
+# protocol (Karras et al. 2022), clean-fid's resize (Parmar et al. 2022), or the resize by which
+# clean-fid repeats the first FIDs, the network's own.
 @register("fd", "Fréchet distance", False, ("statistics",), NO_FID, covariance="N-1")
-def frechet(views: Views) -> Estimate:
-    """In the features of any network but Inception: no FID."""
-    return views.frechet
-
-
 @register(
     "fid-edm", "FID, EDM's protocol", False, ("statistics",), ("inception",), covariance="N-1"
 )
-def fid_edm(views: Views) -> Estimate:
-    """Fréchet Inception distance (Heusel et al. 2017), with the quantisation, the network and the
-    covariance of EDM's evaluation (Karras et al. 2022)."""
-    return views.frechet
-
-
 @register(
     "fid-clean", "FID, clean-fid", False, ("statistics",), ("inception-clean",), covariance="N-1"
 )
-def fid_clean(views: Views) -> Estimate:
-    """With clean-fid's resize (Parmar et al. 2022)."""
-    return views.frechet
-
-
 @register(
     "fid-legacy-tensorflow",
     "FID, clean-fid's legacy_tensorflow",
@@ -316,8 +303,8 @@ def fid_clean(views: Views) -> Estimate:
     ("inception-legacy-tensorflow",),
     covariance="N-1",
 )
-def fid_legacy_tensorflow(views: Views) -> Estimate:
-    """As clean-fid repeats the first FIDs: the resize is the network's own."""
+def frechet(views: Views) -> Estimate:
+    """Between Gaussians fitted to generated and reference samples."""
     return views.frechet
 
 
@@ -595,11 +582,6 @@ def accuracy(views: Views) -> Estimate:
 
 
 @register("clip-score", "CLIP score", True, ("text_similarity",), extractors=("clip",), scale=100)
-def clip_score(views: Views) -> Estimate:
-    """100 cos(image, caption asked for), at least 0 (Hessel et al. 2021, without their 2.5)."""
-    return _mean(100.0 * views.text_similarity.clamp_min(0))
-
-
 @register(
     "clip-score-100-plain",
     "CLIP score",
@@ -609,8 +591,9 @@ def clip_score(views: Views) -> Estimate:
     scale="100 max(cos, 0)",
     prefix="none",
 )
-def clip_score_plain(views: Views) -> Estimate:
-    """Of the caption as it stands: the scale and the form of most text-to-image papers."""
+def clip_score(views: Views) -> Estimate:
+    """100 cos(image, caption asked for), at least 0: Hessel et al. 2021 without their 2.5 and
+    prefix, as most text-to-image papers have it."""
     return _mean(100.0 * views.text_similarity.clamp_min(0))
 
 

@@ -62,6 +62,10 @@ class Inception(nn.Module):
                 blocks.append((features, logits.softmax(dim=1)))
         return tuple(torch.cat(parts).to(pixels.device) for parts in zip(*blocks, strict=True))
 
+    def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        features, probabilities = self(pixels)
+        return {"features": features, "probabilities": probabilities}
+
     def _resizing(self):
         """Put the protocol's resize in the place of the network's own."""
         from torch_fidelity import feature_extractor_inceptionv3 as library
@@ -83,7 +87,7 @@ def clean_resize(images: Tensor) -> Tensor:
     return resized.movedim(-1, 1).to(images)
 
 
-def load_inception(path: Path, device: str = "cpu", resize: str = "edm") -> Inception:
+def load_inception(path: Path, resize: str = "edm") -> Inception:
     """Inception with the weights in a file that `fetch_weights` gave."""
     import pickle
 
@@ -95,7 +99,7 @@ def load_inception(path: Path, device: str = "cpu", resize: str = "edm") -> Ince
         raise UserError(
             f"{path} holds no weights of Inception: {str(error).splitlines()[0]}"
         ) from None
-    return Inception(network.to(device), resize)
+    return Inception(network, resize)
 
 
 def _untrained() -> nn.Module:

@@ -1,9 +1,10 @@
-"""Feature networks from elsewhere beside Inception: CLIP, DINOv2, EfficientNet-Lite.
+"""Feature networks from elsewhere: Inception, CLIP, DINOv2, EfficientNet-Lite.
 
-Each has `fetch(section)`, which gives the file of its weights or a `UserError`, and `load`, which
-reads it as safetensors, by `torch.load(weights_only=True)` or by `harness.networks.torchscript`:
-nothing is unpickled. `see(pixels, labels)` of a network gives what the metrics need of uint8 images
-`(B, 1 or 3, H, W)`.
+Each has `fetch(section)`, which gives the file of its weights or a `UserError`; `facts(section)`,
+what is known before the file is there: `sha256` (None if that of the file counts), `resize`,
+`pretraining` and more for the protocol; and `load`, which reads the file as safetensors, by
+`torch.load(weights_only=True)` or by `harness.networks.torchscript`: nothing is unpickled.
+`see(pixels, labels)` of a network gives what the metrics need of uint8 images `(B, 1 or 3, H, W)`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.functional import interpolate
 
 from harness.downloads import fetch
 from harness.errors import UserError
+from harness.networks import inception
 
 BLOCK = 64  # images at a time
 # Hessel et al. 2021 write it before every caption.
@@ -107,6 +109,24 @@ class Tower(nn.Module):
 
     def compared(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {}
+
+
+class Inception:
+    @staticmethod
+    def fetch(section) -> Path:
+        return inception.fetch_weights(section.weights)
+
+    @staticmethod
+    def facts(section) -> dict:
+        return {
+            "sha256": inception.SHA256,
+            "resize": inception.RESIZES[section.resize],
+            "pretraining": inception.PRETRAINING,
+        }
+
+    @staticmethod
+    def load(section, path: Path, *_) -> inception.Inception:
+        return inception.load_inception(path, section.resize)
 
 
 # -- CLIP ---------------------------------------------------------------------------------------
@@ -279,4 +299,9 @@ class Lite:
         return LiteTower(network, config["input_size"][1], config["mean"], config["std"])
 
 
-TOWERS = {"open-clip": Clip, "dinov2": Dino, "efficientnet-lite": Lite}
+TOWERS = {
+    "inception": Inception,
+    "open-clip": Clip,
+    "dinov2": Dino,
+    "efficientnet-lite": Lite,
+}

@@ -30,7 +30,7 @@ def claims_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
         metric = METRICS[claim.metric or evaluation.main_metric]
         count = metric.count(evaluation.num_samples)
         for extractor in evaluation.extractors:
-            if experiment.features[extractor].type not in metric.extractors:
+            if experiment.features[extractor].kind not in metric.extractors:
                 continue
             column = column_name(metric.name, count, extractor)
             numbers = measured(final, column)
