@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ SWITCHES = {
     "compile": ("compile", False, True),
 }
 PLAIN = "plain"
-WARM_UP = 3  # iterations: the first ones measure operations and compile
+WARM_UP = 3  # iterations, if nothing else is asked: the first measures operations and compiles
 
 
 class PlainLoop(Trainer):
@@ -99,14 +100,18 @@ def settings(switches: list[str], on: bool) -> dict:
 
 
 def measure(
-    experiment: Experiment, student: str, iterations: int, kind: type[Trainer] = Trainer
+    experiment: Experiment,
+    student: str,
+    iterations: int,
+    warm_up: int = WARM_UP,
+    kind: type[Trainer] = Trainer,
 ) -> tuple[float, float]:
     """Images per second (median over iterations) and operations per image."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = stand_in_inputs(experiment, student)
         trainer = kind(assemble(experiment, student, 0, inputs, Path(folder), "benchmark"))
     times, flops = [], []
-    for _ in range(WARM_UP + iterations):
+    for _ in range(warm_up + iterations):
         synchronise(experiment.device)
         started, before = time.perf_counter(), trainer.ledger.flops
         trainer._iteration()
@@ -114,7 +119,12 @@ def measure(
         times.append(time.perf_counter() - started)
         flops.append(trainer.ledger.flops - before)
     batch = trainer.run.batch
-    return batch / statistics.median(times[WARM_UP:]), statistics.mean(flops[WARM_UP:]) / batch
+    return batch / statistics.median(times[warm_up:]), statistics.mean(flops[warm_up:]) / batch
+
+
+def told(student: str, what: str, measured: tuple[float, float]) -> None:
+    """A large network takes minutes a row: say each as it comes."""
+    print(f"{student}, {what}: {measured[0]:.3g} images/s", file=sys.stderr, flush=True)
 
 
 def _overrides(args: argparse.Namespace) -> dict:
@@ -148,6 +158,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, as in the workflow")
     parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="iterations not counted")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.network:
@@ -162,14 +173,17 @@ def main() -> None:
         measured = []
         for switches in ([], *sets):
             experiment.training = section.model_copy(update=settings(switches, on=True))
-            measured.append(measure(experiment, student, args.iterations))
+            measured.append(measure(experiment, student, args.iterations, args.warm_up))
+            told(student, " + ".join(switches) or "no switch", measured[-1])
         best, product = matmul_peak(experiment.device, section.precision)
         peak = max(peak, best)
         (rate, flops), *others = measured
         ratios = [other / rate for other, _ in others]
         if PLAIN in args.compare:
             experiment.training = section
-            ratios.append(rate / measure(experiment, student, args.iterations, PlainLoop)[0])
+            plain = measure(experiment, student, args.iterations, args.warm_up, PlainLoop)
+            told(student, "plain loop", plain)
+            ratios.append(rate / plain[0])
         batch = experiment.method_config(student).batch
         rows.append((student, batch, rate, flops, ratios))
     print(

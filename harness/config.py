@@ -485,9 +485,11 @@ class Experiment:
 
     def score_spec(self) -> dict:
         """What decides how any generator is scored; a new metric rescores and retrains nothing."""
+        from harness import SCORES_FORMAT
         from harness.evaluation.metrics import METRICS
 
         return {
+            "format": SCORES_FORMAT,
             "data": self.data_spec(),
             "evaluation": self.evaluation_spec(),
             "features": {name: self.features_spec(name) for name in self.evaluation.extractors},

@@ -144,7 +144,7 @@ def test_every_figure_and_table_can_be_read_aloud(full):
     assert len(drawings) >= 12
     assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in drawings)
     assert len(page.all("figure")) == len(page.all("figcaption")) == len(drawings)
-    assert all(len(a["alt"]) > 20 for a in page.all("img")) and len(page.all("img")) == 7
+    assert all(len(a["alt"]) > 20 for a in page.all("img")) and len(page.all("img")) == 7 + 16
     assert {a.get("scope") for a in page.all("th")} == {"col", "row"}
     scrolled = [around for tag, _, around in page.elements if tag == "table"]
     assert scrolled and all(around[-1] == "div" for around in scrolled)
@@ -166,7 +166,17 @@ def test_text_is_escaped(full):
 def test_the_page_says_what_the_tables_say(full, finished):
     page = Page(full)
     assert page.sections == [
-        *("summary", "curves", "samples", "health", "claims", "pairwise", "agreement", "paper"),
+        *(
+            "summary",
+            "curves",
+            "samples",
+            "neighbours",
+            "health",
+            "claims",
+            "pairwise",
+            "agreement",
+            "paper",
+        ),
         *("protocol", "provenance"),
     ]
     table = pd.read_csv(finished.results / "tables" / "comparison.csv").set_index("student")
@@ -185,7 +195,7 @@ def test_sections_without_a_table_are_left_out(workspace):
     without_others(workspace)
     page = Page(rendered(workspace))
     assert page.sections == [
-        *("summary", "curves", "samples", "health", "protocol", "provenance")
+        *("summary", "curves", "samples", "neighbours", "health", "protocol", "provenance")
     ]  # fmt: skip
     assert "No ranks are given" in page.text
 

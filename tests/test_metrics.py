@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.data import Images
 from harness.evaluation import neighbours
 from harness.evaluation.aesthetic import AestheticHead, spearman
 from harness.evaluation.frechet import (
@@ -16,6 +17,7 @@ from harness.evaluation.frechet import (
     gaussian_statistics,
 )
 from harness.evaluation.metrics import METRICS, Reference, Views, jackknife, register
+from harness.evaluation.score import CLOSEST, Closest
 
 
 def features(n: int, d: int = 8, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -197,6 +199,31 @@ def test_memorisation_tells_copies_from_new_images():
     assert new[0] == pytest.approx(1, abs=0.1) and 0 < new[1] < 0.05
     assert compute("memorisation", Views(held_out, reference))[0] == pytest.approx(1, rel=1e-6)
     assert compute("memorisation", Views(train[:200], reference))[0] == 0
+
+
+def test_the_pairs_of_the_figure_are_the_nearest_of_all():
+    """Whatever the blocks; copies first, at distance 0, in units of the held-out median."""
+    train, x = features(120), features(90, seed=2)
+    x[70], x[11] = train[33], train[4]
+    images = torch.arange(120).view(-1, 1, 1, 1).to(torch.uint8)
+    drawn = torch.arange(0, 120)[train[:, 0].argsort()]  # a reference in an order of its own
+    reference = Reference(train[drawn], held_out=features(50, seed=1), index=drawn)
+    found = []
+    for block in (90, 7):
+        closest = Closest(reference, Images(images, torch.zeros(120)))
+        for part in torch.arange(90).split(block):
+            closest.add(part.view(-1, 1, 1, 1), x[part])
+        found.append(closest.tensors())
+    distance = torch.cdist(x.double(), train.double())
+    order = distance.amin(dim=1).argsort()[:CLOSEST]
+    for tensors in found:
+        assert set(tensors["closest"][:2].flatten().tolist()) == {11, 70}
+        assert tensors["closest"][2:].flatten().tolist() == order[2:].tolist()
+        neighbour = distance[tensors["closest"].flatten()].argmin(dim=1)
+        assert tensors["closest_training"].flatten().tolist() == neighbour.tolist()
+        scaled = tensors["closest_distance"] * reference.typical_nearest
+        assert scaled[:2].tolist() == [0, 0]
+        np.testing.assert_allclose(scaled[2:], distance.amin(dim=1)[order[2:]], rtol=1e-5)
 
 
 def test_diversity_is_the_mean_distance_within_a_class():

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from harness import data as datasets
 from harness.config import load_experiment
 from harness.errors import UserError
+from harness.reporting import figures
 from harness.reporting.collect import COLUMNS, collect, read_metrics
 from harness.reporting.tables import cell, compare, formatted
 
@@ -57,7 +60,7 @@ def test_a_score_file_or_csv_of_an_older_schema_is_one_clear_line(workspace):
     path = experiment.score_path("sid", 0)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
     expected = (
-        r"seed0.json was written by an older version of the harness \(schema 1, here 2\); run"
+        r"seed0.json was written by an older version of the harness \(schema 1, here 3\); run"
     )
     with pytest.raises(UserError, match=expected):
         collect(experiment)
@@ -89,6 +92,24 @@ def test_scale_rows(finished):
     accuracy = floor[(floor.metric == "accuracy") & (floor.extractor == "tiny-cnn")].value.item()
     record = json.loads((finished.results / "features/tiny-cnn/features.json").read_text())
     assert accuracy == pytest.approx(100 * record["held_out_accuracy"])
+
+
+def test_nearest_training_images_are_shown_of_every_row(experiment):
+    train = datasets.load(experiment.data_dir()).train.pixels.numpy()
+    known = {image.tobytes() for image in train}
+    scored = figures.scored_samples(experiment, collect(experiment)[0])
+    pairs, reading = figures.closest(scored)
+    assert list(pairs) == ["floor", "teacher", *experiment.students]
+    assert reading == (
+        "nearest of 1,438 training images in the features of tiny-cnn; its distance, as a multiple "
+        "of the held-out median"
+    )
+    for name, pair in pairs.items():
+        assert pair.images.shape == pair.training.shape == (10, 1, 8, 8), name
+        assert (np.diff(pair.distance) >= 0).all() and pair.distance[0] < 1, name
+        assert {image.tobytes() for image in pair.training} <= known, name
+    # Held-out images are no training images, and some look like one.
+    assert not {image.tobytes() for image in pairs["floor"].images} & known
 
 
 def test_comparison_is_mean_and_std_of_the_scores(experiment):

@@ -46,7 +46,13 @@ def test_one_command_makes_everything(finished):
     root = finished.results
     for name in ("metrics.csv", "comparison.csv", "comparison.md", "comparison.tex"):
         assert (root / "tables" / name).stat().st_size > 0
-    for name in ("quality_vs_images", "quality_vs_compute", "samples", "training_health"):
+    for name in (
+        "quality_vs_images",
+        "quality_vs_compute",
+        "samples",
+        "nearest_neighbours",
+        "training_health",
+    ):
         assert (root / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert (root / "figures" / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
     table = pd.read_csv(root / "tables" / "comparison.csv")

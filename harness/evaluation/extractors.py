@@ -121,10 +121,13 @@ class Observer:
         self._seen: dict[str, list[dict[str, Tensor]]] = {e.name: [] for e in extractors}
         self._labels: list[Tensor] = []
 
-    def add(self, pixels: Tensor, labels: Tensor) -> None:
+    def add(self, pixels: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Returns what each extractor sees of this block."""
+        seen = {e.name: e.see(pixels, labels) for e in self.extractors}
+        for name, parts in seen.items():
+            self._seen[name].append(parts)
         self._labels.append(labels)
-        for extractor in self.extractors:
-            self._seen[extractor.name].append(extractor.see(pixels, labels))
+        return seen
 
     def views(self, name: str, reference: Reference, neighbours: int) -> Views:
         parts = self._seen[name]

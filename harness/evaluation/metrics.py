@@ -29,7 +29,7 @@ from harness.evaluation.frechet import (
 )
 from harness.evaluation.neighbours import (
     Neighbourhood,
-    nearest_distances,
+    nearest,
     neighbour_radii,
     neighbourhood,
 )
@@ -54,7 +54,8 @@ WIDE = 5  # neighbours of density and coverage, as their authors have it
 class Reference:
     """What samples are compared with, and what every comparison needs again.
 
-    `features`: `(M, D)`, at most PAIRWISE_LIMIT (None where there are only statistics).
+    `features`: `(M, D)`, at most PAIRWISE_LIMIT (None where there are only statistics); `index`:
+    which images they are of, `(M,)` (None: unknown).
     `statistics`: mean and covariance, if they are of more than `features`.
     `held_out`: features of real images that are not among the reference, if there are any.
     """
@@ -64,8 +65,9 @@ class Reference:
         features: Tensor | None,
         statistics: tuple[Tensor, Tensor] | None = None,
         held_out: Tensor | None = None,
+        index: Tensor | None = None,
     ):
-        self.features, self.held_out = features, held_out
+        self.features, self.held_out, self.index = features, held_out, index
         self._statistics = statistics
         self._radii: dict[int, Tensor] = {}
 
@@ -110,7 +112,12 @@ class Reference:
     @cached_property
     def held_out_nearest(self) -> Tensor:
         """Distance of each held-out image to the nearest of the reference."""
-        return nearest_distances(self.held_out, self.features)
+        return nearest(self.held_out, self.features)[0]
+
+    @cached_property
+    def typical_nearest(self) -> float:
+        """The median of these: the unit in which nearness to the training images is told."""
+        return self.held_out_nearest.double().quantile(0.5).item()
 
     def radii(self, k: int) -> Tensor:
         if k not in self._radii:
@@ -491,8 +498,8 @@ def _median(values: Tensor) -> tuple[float, float]:
 def memorisation(views: Views) -> Estimate:
     """About 1 for new images of the same kind, as the held-out ones are; 0 for copies of training
     images. Bad images are far from all others, so above 1 it is no praise."""
-    typical = views.reference.held_out_nearest.double().quantile(0.5).item()
-    value, error = _median(nearest_distances(views.features, views.reference.features))
+    value, error = _median(nearest(views.features, views.reference.features)[0])
+    typical = views.reference.typical_nearest
     return Estimate(value / typical, error / typical)
 
 

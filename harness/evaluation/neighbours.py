@@ -28,14 +28,15 @@ def neighbour_radii(points: Tensor, k: int) -> Tensor:
     return torch.cat(smallest)[:, -1]
 
 
-def nearest_distances(points: Tensor, others: Tensor) -> Tensor:
-    """Distance of each point `(N, D)` to the nearest of the others `(M, D)`: `(N,)`.
+def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of each point `(N, D)` to the nearest of the others `(M, D)`, `(N,)`, and which one
+    that is, `(N,)`.
 
-    Taken again from the difference of the two: in `torch.cdist` the distance of a copy is what
-    rounding leaves of two large squares, and copies are what this looks for.
+    The distance is taken again from the difference of the two: in `torch.cdist` that of a copy is
+    what rounding leaves of two large squares, and copies are what this looks for.
     """
     index = torch.cat([d.argmin(dim=1) for _, d in _distances(points, others)])
-    return (points - others[index]).norm(dim=1)
+    return (points - others[index]).norm(dim=1), index
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness import SCORES_FORMAT
 from harness import data as datasets
 from harness.artifacts import digest, read_json, save_tensors, sha256_file, write_json
 from harness.config import Experiment
-from harness.data import Dataset
+from harness.data import Dataset, Images
 from harness.downloads import fetch
 from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
@@ -31,6 +32,7 @@ from harness.evaluation.metrics import (
     Reference,
     Views,
 )
+from harness.evaluation.neighbours import nearest
 from harness.networks import denoiser_record, inception, load_denoiser
 from harness.sampling import heun_generator, one_step_generator, sample
 from harness.streams import Stream
@@ -38,8 +40,8 @@ from harness.streams import Stream
 # Of a teacher's samples, those kept to be scored by other libraries: enough for full-rank
 # covariances of Inception's features.
 KEPT = 5000
+CLOSEST = 10  # pairs in the figure of nearest neighbours
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
-SCHEMA = 2
 
 Blocks = Iterator[tuple[Tensor, Tensor]]
 
@@ -58,6 +60,35 @@ def over_subsets(metric: Metric, parts: list[Views]) -> Estimate:
     return Estimate(t.mean().item(), (t.std() / len(t) ** 0.5).item(), tuple(left.tolist()))
 
 
+class Closest:
+    """Of the images that stream by, those that come nearest to a training image."""
+
+    def __init__(self, reference: Reference, train: Images):
+        self.reference, self.train = reference, train
+        self.pixels, self.distance, self.neighbour = torch.empty(0), torch.empty(0), torch.empty(0)
+
+    def add(self, pixels: Tensor, features: Tensor) -> None:
+        distance, neighbour = (t.cpu() for t in nearest(features, self.reference.features))
+        if len(self.pixels):
+            pixels = torch.cat([self.pixels, pixels])
+            distance = torch.cat([self.distance, distance])
+            neighbour = torch.cat([self.neighbour, neighbour])
+        best = distance.argsort(stable=True)[:CLOSEST]
+        self.pixels, self.distance = pixels[best], distance[best]
+        self.neighbour = neighbour[best]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`closest` images, nearest first, the `closest_training` images, and their distances:
+        where images are held out, over the median of theirs."""
+        unit = 1.0 if self.reference.held_out is None else self.reference.typical_nearest
+        index = self.reference.index[self.neighbour]
+        return {
+            "closest": self.pixels,
+            "closest_training": self.train.pixels[index],
+            "closest_distance": self.distance / unit,
+        }
+
+
 class Scorer:
     """Scores streams of images against an experiment's reference: the training part."""
 
@@ -71,6 +102,8 @@ class Scorer:
         available = [e for e in self.extractors if not e.unavailable]
         self.statistics, self.statistics_sha256 = self._published_statistics()
         self._reference = {e.name: self._reference_of(e) for e in available}
+        # The features in which the figure of nearest neighbours looks, if it can.
+        self.pairs_in = available[0].name if available and len(self.dataset.train) else None
         self.protocols: dict[str, dict] = {}
         self._warned: set[tuple[str, int]] = set()
 
@@ -98,7 +131,8 @@ class Scorer:
             if published is None and len(drawn) < len(train):
                 sums = sums + Moments.of(features) if sums else Moments.of(features)
         statistics = sums.statistics() if sums else published
-        return Reference(torch.cat(parts), statistics, self._held_out_features(extractor))
+        held_out = self._held_out_features(extractor)
+        return Reference(torch.cat(parts), statistics, held_out, drawn)
 
     def _held_out_features(self, extractor: Extractor) -> Tensor | None:
         held = self.dataset.held_out
@@ -106,6 +140,18 @@ class Scorer:
             return None
         blocks = zip(held.pixels.split(256), held.labels.split(256), strict=True)
         return torch.cat([extractor.see(*block)["features"] for block in blocks])
+
+    def pairs_record(self) -> dict:
+        """What the nearest neighbours of a figure are: in which features, among how many images, in
+        which unit their distances are."""
+        if self.pairs_in is None:
+            return {}
+        reference = self._reference[self.pairs_in]
+        return {
+            "pairs_in": self.pairs_in,
+            "pairs_among": len(reference.features),
+            "pairs_unit": "features" if reference.held_out is None else "held-out median",
+        }
 
     def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
         """What of a protocol says what the metric compares with."""
@@ -164,16 +210,25 @@ class Scorer:
         against: Collection[str] = (),
         pretraining: Collection[str] = (),
         final: bool = True,
+        kept: dict[str, Tensor] | None = None,
     ) -> list[dict]:
         """Rows for the images in `blocks` (uint8 pixels, labels), at each of `counts`.
 
         `final`: whether they are a run's last, which get every metric. `against`: feature networks
         that the generator was trained on; `pretraining`: what such networks had been trained on.
         The rows of an extractor that is one of them, or shares that with one, are flagged.
+        `kept`: gets the images that come nearest to the training images in the first extractor.
         """
         observer = Observer([e for e in self.extractors if not e.unavailable])
+        closest = None
+        if kept is not None and self.pairs_in:
+            closest = Closest(self._reference[self.pairs_in], self.dataset.train)
         for pixels, labels in blocks:
-            observer.add(pixels, labels)
+            seen = observer.add(pixels, labels)
+            if closest:
+                closest.add(pixels, seen[self.pairs_in]["features"])
+        if closest:
+            kept |= closest.tensors()
         rows = []
         for extractor in self.extractors:
             views = None
@@ -283,7 +338,8 @@ def _finish(path: Path, record: dict, scorer: Scorer, kept: dict[str, Tensor]) -
     """The samples for figures first, the declared file last: it names their hash."""
     file = path.with_suffix(".samples.safetensors")
     record["samples"] = {"file": file.name, "sha256": save_tensors(file, kept)}
-    write_json(path, {"schema": SCHEMA, **record, "protocols": scorer.protocols})
+    record["samples"] |= scorer.pairs_record()
+    write_json(path, {"schema": SCORES_FORMAT, **record, "protocols": scorer.protocols})
 
 
 def score_run(experiment: Experiment, student: str, seed: int) -> None:
@@ -299,7 +355,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
         final, rows = snapshot is run["snapshots"][-1], []
         for sampling_seed in experiment.evaluation.seeds_of_snapshot(final):
             blocks = scorer.generated(generate, device, sampling_seed)
-            if final and not kept:
+            if shown := final and not kept:
                 blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
             scored = scorer.score(
                 blocks,
@@ -307,6 +363,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
                 run["trained_against"],
                 run["pretraining"],
                 final=final,
+                kept=kept if shown else None,
             )
             rows += [{"sample_seed": sampling_seed} | row for row in scored]
         entries.append(
@@ -361,14 +418,17 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         rows = []
         for seed in experiment.evaluation.sampling_seeds:
             blocks = scorer.generated(generate, device, seed)
-            if not kept:
+            if shown := not kept:
                 blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
                 blocks = keeping(blocks, min(experiment.evaluation.num_samples, KEPT), whole)
-            rows += [{"sample_seed": seed} | r for r in scorer.score(blocks, scorer.counts())]
+            scored = scorer.score(blocks, scorer.counts(), kept=kept if shown else None)
+            rows += [{"sample_seed": seed} | row for row in scored]
         add(name, nfe, rows)
     if len(held_out):
         real = zip(held_out.pixels.split(256), held_out.labels.split(256), strict=True)
-        rows = scorer.score(real, [len(held_out)])
+        pairs: dict[str, Tensor] = {}
+        rows = scorer.score(real, [len(held_out)], kept=pairs)
+        kept |= {f"floor_{name}": tensor for name, tensor in pairs.items()}
         add("floor", None, [{"sample_seed": None} | row for row in rows])
     file = experiment.reference_score_path(teacher).with_suffix(".kept.safetensors")
     _finish(

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness import failures
+from harness import SCORES_FORMAT, failures
 from harness.artifacts import digest, read_json
 from harness.config import Experiment
 from harness.errors import UserError
-from harness.evaluation.score import SCHEMA as SCORE_SCHEMA
 
 SCHEMA = 2
 COLUMNS = (
@@ -76,7 +75,7 @@ def _score(made: Path, made_spec: object, scores: Path, score_spec: object) -> d
         return None
     record, score = read_json(made), read_json(scores)
     remedy = "run the workflow again: it rescores, and trains nothing"
-    _check_schema(scores, score.get("schema"), SCORE_SCHEMA, remedy)
+    _check_schema(scores, score.get("schema"), SCORES_FORMAT, remedy)
     present = record["spec"] == digest(made_spec) and score.get("spec") == digest(score_spec)
     return score if present and score["weights"] == record["sha256"] else None
 

@@ -1,7 +1,8 @@
-"""Figures, each as png and pdf: quality against budget, sample grid, training health."""
+"""Figures, each as png and pdf: quality against budget, samples, nearest neighbours, training."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -208,11 +209,16 @@ def _columns(labels: np.ndarray, limit: int = 20) -> np.ndarray:
     return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])
 
 
-def samples(
-    experiment: Experiment, table: pd.DataFrame
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Images `(N, C, H, W)` uint8 of the teachers and of each student (first seed), and the labels
-    asked for, `(N,)`. Image i of all comes from one noise and one label."""
+@dataclass
+class Scored:
+    """A scored run's part in the figures: images and, of the nearest neighbours, `pairs_*`."""
+
+    tensors: dict[str, np.ndarray]
+    record: dict
+
+
+def scored_samples(experiment: Experiment, table: pd.DataFrame) -> dict[str, Scored]:
+    """What was kept of the teachers' samples and of each student's (first seed), by row."""
     sources, seed = {}, experiment.training.seeds[0]
     for teacher in experiment.teachers:
         row = experiment.teacher_row(teacher)
@@ -221,38 +227,94 @@ def samples(
     for student in experiment.students:
         if (student, seed) in present(table):
             sources[student] = experiment.score_path(student, seed)
-    images, labels = {}, np.zeros(0, int)
+    found = {}
     for name, path in sources.items():
         record = read_json(path)["samples"]
-        kept = load_tensors(path.parent / record["file"], record["sha256"])
-        labels = kept["labels"].numpy()
+        tensors = load_tensors(path.parent / record["file"], record["sha256"])
+        found[name] = Scored({key: t.numpy() for key, t in tensors.items()}, record)
+    return found
+
+
+def samples(scored: dict[str, Scored]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Images `(N, C, H, W)` uint8 by row, and the labels asked for, `(N,)`. Image i of all comes
+    from one noise and one label."""
+    images, labels = {}, np.zeros(0, int)
+    for name, kept in scored.items():
+        labels = kept.tensors["labels"]
         chosen = _columns(labels)
-        images[name], labels = kept["pixels"].numpy()[chosen], labels[chosen]
+        images[name], labels = kept.tensors["pixels"][chosen], labels[chosen]
     return images, labels
 
 
-def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
-    """Rows: the teacher and each student (first seed). One column: one noise and one label."""
-    images, labels = samples(experiment, table)
-    names, rows = list(images), list(images.values())
-    if not rows:
-        figure, axes = plt.subplots(figsize=(4, 1), layout="constrained")
-        axes.set_axis_off()
-        axes.annotate("no samples", (0.5, 0.5), xycoords="axes fraction", ha="center")
-        return figure
-    columns, gap = max(map(len, rows)), 1
+@dataclass
+class Pairs:
+    """Images `(N, C, H, W)`, nearest first, the training images that they are nearest to, and the
+    distances `(N,)`."""
+
+    images: np.ndarray
+    training: np.ndarray
+    distance: np.ndarray
+
+
+def closest(scored: dict[str, Scored]) -> tuple[dict[str, Pairs], str]:
+    """The samples nearest to training images by row, after those of real held-out images, and how
+    their distances are to be read; nothing where there are no training images."""
+    pairs: dict[str, Pairs] = {}
+    for name, kept in scored.items():
+        for row, prefix in (("floor", "floor_"), (name, "")):
+            if f"{prefix}closest" in kept.tensors and row not in pairs:
+                parts = (f"{prefix}closest{part}" for part in ("", "_training", "_distance"))
+                pairs[row] = Pairs(*(kept.tensors[part] for part in parts))
+    record = next((kept.record for kept in scored.values() if "pairs_in" in kept.record), None)
+    if record is None:
+        return {}, ""
+    unit = "" if record["pairs_unit"] == "features" else ", as a multiple of the held-out median"
+    return pairs, (
+        f"nearest of {record['pairs_among']:,} training images in the features of "
+        f"{record['pairs_in']}; its distance{unit}"
+    )
+
+
+def _canvas(rows: list[np.ndarray], gap: int = 1) -> np.ndarray:
+    """Rows of images `(N, C, H, W)` as one `(H', W', C)`, white between them."""
     channels, height, width = rows[0].shape[1:]
+    columns = max(map(len, rows))
     canvas = np.full(
         (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8
     )
-    for r in range(len(rows)):
-        for c, image in enumerate(rows[r]):
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
             top, left = r * (height + gap), c * (width + gap)
             canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return canvas
+
+
+def _picture(axes, canvas: np.ndarray) -> None:
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.tick_params(length=0)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _empty(text: str) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(4, 1), layout="constrained")
+    axes.set_axis_off()
+    axes.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center")
+    return figure
+
+
+def sample_grid(scored: dict[str, Scored]) -> plt.Figure:
+    """Rows: the teacher and each student (first seed). One column: one noise and one label."""
+    images, labels = samples(scored)
+    names, rows = list(images), list(images.values())
+    if not rows:
+        return _empty("no samples")
+    (height, width), columns, gap = rows[0].shape[2:], max(map(len, rows)), 1
     figure, axes = plt.subplots(
         figsize=(0.5 * columns + 1.2, 0.52 * len(rows) + 0.7), layout="constrained"
     )
-    axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    _picture(axes, _canvas(rows, gap))
     axes.set_yticks([(i + 0.5) * (height + gap) - gap for i in range(len(rows))], names)
     classes = len(np.unique(labels)) > 1
     axes.set_xticks(
@@ -260,12 +322,36 @@ def sample_grid(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
         [str(label) for label in labels] if classes else [],
     )
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     same = "the noise is the same down each column"
     axes.set_xlabel(f"class asked for (top); {same}" if classes else same, labelpad=8)
+    return figure
+
+
+def nearest_neighbours(scored: dict[str, Scored]) -> plt.Figure:
+    """Of each row's samples those nearest to a training image (above), and that image (below)."""
+    pairs, reading = closest(scored)
+    if not pairs:
+        return _empty("no training images to compare with")
+    first = next(iter(pairs.values()))
+    height, columns = 2 * first.images.shape[2] + 1, max(len(p.images) for p in pairs.values())
+    width = first.images.shape[3] + 1
+    figure, panels = plt.subplots(
+        len(pairs),
+        1,
+        figsize=(0.56 * columns + 1.4, 1.33 * len(pairs) + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (name, pair) in zip(panels[:, 0], pairs.items(), strict=True):
+        _picture(axes, _canvas([pair.images, pair.training]))
+        label = "floor (held out)" if name == "floor" else name
+        axes.set_yticks([height / 4, 3 * height / 4], [label, "training"])
+        axes.set_xticks(
+            [(i + 0.5) * width for i in range(len(pair.distance))],
+            [f"{distance:.2f}" for distance in pair.distance],
+            fontsize=8,
+        )
+    panels[-1, 0].set_xlabel(reading, fontsize=9, labelpad=6)
     return figure
 
 
@@ -358,11 +444,12 @@ def quality_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[s
 def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
     """All figures; returns their paths."""
     table = table[~is_unavailable(table.status)]
-    metrics = quality_metrics(experiment, table)
+    metrics, scored = quality_metrics(experiment, table), scored_samples(experiment, table)
     figures = {
         "quality_vs_images": quality(experiment, table, "images", metrics),
         "quality_vs_compute": quality(experiment, table, "flops", metrics),
-        "samples": sample_grid(experiment, table),
+        "samples": sample_grid(scored),
+        "nearest_neighbours": nearest_neighbours(scored),
         "training_health": training_health(experiment, table),
     }
     return [path for name, figure in figures.items() for path in _save(figure, folder, name)]

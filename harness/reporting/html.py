@@ -167,6 +167,7 @@ class Report:
         }
         self.identity = self.final.drop_duplicates("column").set_index("column")
         self.tables = {name: read_table(experiment.root / "tables", name) for name in TABLES}
+        self.scored = figures.scored_samples(experiment, self.table)
 
     # -- words ---------------------------------------------------------------------------------
 
@@ -465,7 +466,7 @@ class Report:
     # -- samples -------------------------------------------------------------------------------
 
     def samples(self) -> dict | None:
-        images, labels = figures.samples(self.experiment, self.table)
+        images, labels = figures.samples(self.scored)
         if not images:
             return None
         classes = [str(label) for label in labels] if len(np.unique(labels)) > 1 else []
@@ -484,6 +485,31 @@ class Report:
             "classes": classes,
             "count": len(labels),
             "pixelated": first.shape[-1] <= 32,
+            "seed": self.experiment.training.seeds[0],
+        }
+
+    def neighbours(self) -> dict | None:
+        pairs, reading = figures.closest(self.scored)
+        if not pairs:
+            return None
+        first = next(iter(pairs.values()))
+        rows = [
+            {
+                "name": name,
+                "distances": [f"{distance:.2f}" for distance in pair.distance],
+                "images": charts.strip(pair.images),
+                "training": charts.strip(pair.training),
+                "alt": f"The {len(pair.images)} images of {name} that come nearest to a training "
+                f"image, at {pair.distance[0]:.2f} to {pair.distance[-1]:.2f}",
+            }
+            for name, pair in pairs.items()
+        ]
+        return {
+            "rows": rows,
+            "reading": reading,
+            "floor": "floor" in pairs,
+            "count": max(len(pair.images) for pair in pairs.values()),
+            "pixelated": first.images.shape[-1] <= 32,
             "seed": self.experiment.training.seeds[0],
         }
 

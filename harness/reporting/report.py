@@ -43,9 +43,10 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
         title += f" (incomplete: {failed} of {len(experiment.runs)} runs failed)"
     write_text(tables / "metrics.csv", table[list(COLUMNS)].to_csv(index=False))
     write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))
-    write_text(tables / "comparison.md", to_markdown(comparison, title, columns))
-    for_print = [c for c in columns if not METRICS[c.split("_n")[0]].final_only]
-    write_text(tables / "comparison.tex", to_latex(comparison, title, for_print))
+    # To be read, and with rows that fit: report.html and comparison.csv have all columns.
+    to_read = [c for c in columns if not METRICS[c.split("_n")[0]].final_only]
+    write_text(tables / "comparison.md", to_markdown(comparison, title, to_read))
+    write_text(tables / "comparison.tex", to_latex(comparison, title, to_read))
     write_text(tables / "headline.md", headline(experiment, comparison))
     outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     outputs += [tables / "metrics.csv"]

@@ -1,5 +1,11 @@
 # Tables, figures, the page and the manifest, in one job; and what is written when a run failed.
-FIGURES = ["quality_vs_images", "quality_vs_compute", "samples", "training_health"]
+FIGURES = [
+    "quality_vs_images",
+    "quality_vs_compute",
+    "samples",
+    "nearest_neighbours",
+    "training_health",
+]
 REPORT = [
     *(
         f"{E.root}/tables/{table}"
