@@ -42,13 +42,15 @@ def edm_augment(context: Context, x: Tensor, probability: float) -> tuple[Tensor
     two of the translation. The x-flip is applied to half of all images, everything else with
     `probability`. No gradient is needed to `x`.
     """
-    uniform, normal = context.uniform("augment", (9,)), context.normal("augment_size", (4,))
+    uniform, normal = context.uniform("augment", (10,)), context.normal("augment_size", (4,))
     on = uniform[:, :5] < probability  # y-flip, scale, rotation, anisotropy, translation
     flip_x = (uniform[:, 5] < 0.5).float()
     flip_y = (uniform[:, 6] < 0.5).float() * on[:, 0]
     scale = normal[:, 0] * on[:, 1]
     angle = (2 * uniform[:, 7] - 1) * math.pi * on[:, 2]
-    aniso, direction = normal[:, 1] * on[:, 3], (2 * uniform[:, 8] - 1) * math.pi
+    # Along the image's own axes or, as often, along rotated ones.
+    aniso = normal[:, 1] * on[:, 3]
+    direction = (2 * uniform[:, 8] - 1) * math.pi * (uniform[:, 9] < 0.5)
     shift = normal[:, 2:] * on[:, 4:]
 
     # From an output position to where it is read: the inverses, in the order of application. With

@@ -250,7 +250,7 @@ class TrainingSection(Section):
     budget: list[Limit] = Field(min_length=1)
     settings: dict[str, Any] = {}
     snapshots: dict[Literal["images", "flops"], Grid] = {}
-    micro_batch: Positive | None = None
+    micro_batch: Positive | None = Field(None, description="images at a time, at most")
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = Field(False, description="memory format of the networks' weights")
     compile: bool = Field(False, description="denoisers, by torch.compile with static shapes")
@@ -447,6 +447,8 @@ class Experiment:
     def pairs_spec(self, name: str) -> dict:
         teacher, pairs, steps = self.pair_sets[name]
         sampler = self.teachers[teacher].sampler.model_dump() | {"steps": steps}
+        # A function of the noise that the student sees, whatever the teacher's rows are made with.
+        sampler |= {"s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
         return {"teacher": self.teacher_spec(teacher), "pairs": pairs, "sampler": sampler}
 
     def run_spec(self, student: str, seed: int) -> dict:
@@ -824,13 +826,18 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
     return lines + _check_batch(where, own.batch, section.budget, model.training)
 
 
+def micro_batch(batch: int, limit: int | None) -> int:
+    """The largest divisor of a batch that is no larger than the limit."""
+    return next(n for n in range(min(batch, limit or batch), 0, -1) if batch % n == 0)
+
+
 def _check_batch(
     where: str, batch: int, own: list[Limit] | None, training: TrainingSection
 ) -> list[str]:
     lines, place = [], f"{where}.budget" if own else "training.budget"
-    if training.micro_batch is not None and batch % training.micro_batch:
+    if 1 == micro_batch(batch, training.micro_batch) < min(batch, training.micro_batch or 1):
         lines.append(
-            f"{where}: batch {batch} is not a multiple of training.micro_batch "
+            f"{where}: batch {batch} has no divisor above 1 up to training.micro_batch "
             f"{training.micro_batch}"
         )
     for i, limit in enumerate(own or training.budget):

@@ -151,10 +151,11 @@ def _prepare_without_images(section: DataSection, folder: Path) -> dict:
     return record
 
 
-def load(folder: Path) -> Dataset:
-    """The data set that `prepare` wrote; both parts are empty where it has no images."""
+def load(folder: Path, images: bool = True) -> Dataset:
+    """The data set that `prepare` wrote; both parts are empty where it has no images, or where
+    `images` says that no more than their shape and classes is asked for."""
     record = read_json(folder / "data.json")
-    if not record["train_images"]:
+    if not record["train_images"] or not images:
         shape, names = record["image_shape"], tuple(record["class_names"])
         none = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
         return Dataset(record["name"], none, none, names, record["sha256"])

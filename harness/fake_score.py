@@ -55,7 +55,9 @@ class ScoreIdentityMethod(FakeScoreMethod):
         fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas, eps=c.eps)
         generator = OptimizerConfig(lr=c.lr, betas=c.generator_betas or c.betas, eps=c.eps)
         return [
-            denoising_phase(fake, self.teacher.sigma_data, self.fake_sigma, augment=c.augment),
+            denoising_phase(
+                fake, self.teacher.sigma_data, self.fake_sigma, augment=c.augment, summed=True
+            ),
             Phase("generator", "student", self.generator_loss, generator),
         ]
 
@@ -91,10 +93,13 @@ def denoising_phase(
     sigma: Callable[[Context], Tensor],
     repeat: int = 1,
     augment: float = 0.0,
+    summed: bool = False,
 ) -> Phase:
     """Teach network `fake_score` to denoise the student's present images; `sigma` draws `(B,)`.
 
     `augment`: the probability of EDM's augmentations of these images (`harness.augment`).
+    `summed`: the loss over pixels, as EDM and SiD have it, in place of their mean. Adam's steps
+    differ by nothing but its eps, which counts the more the smaller the gradients are.
     """
 
     def loss(context: Context) -> Tensor:
@@ -102,7 +107,7 @@ def denoising_phase(
         clean, levels = images.x.detach(), sigma(context)
         if augment:
             clean, extras["augment_labels"] = edm_augment(context, clean, augment)
-        return denoising_loss(
+        loss = denoising_loss(
             context.networks["fake_score"],
             clean,
             context.noised(clean, levels),
@@ -111,5 +116,6 @@ def denoising_phase(
             sigma_data,
             **extras,
         )
+        return loss * clean[0].numel() if summed else loss
 
     return Phase("fake_score", "fake_score", loss, optimizer, repeat=repeat)

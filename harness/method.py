@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from harness.data import to_model_space
 from harness.denoiser import Denoiser, one_step
 from harness.errors import UserError, did_you_mean
-from harness.streams import Stream
+from harness.streams import PAIR_NOISE, Stream
 
 
 def paper(default, source: str, **limits) -> Any:
@@ -104,8 +104,11 @@ class Context:
         seed: int,
         step: int,
         index: Tensor,
+        device: str | torch.device = "cpu",
     ):
-        self.networks, self.step, self.index = networks, step, index
+        """`index`: on the host; what is drawn comes on `device`."""
+        self.networks, self.step = networks, step
+        self.index, self._host_index = index.to(device), index
         self.logs: dict[str, Tensor] = {}
         self._sources, self._seed = sources, seed
         self._phase: tuple[str, int] = ("", 0)
@@ -157,11 +160,17 @@ class Context:
 
     def real(self, name: str = "real") -> tuple[Tensor, Tensor | None]:
         """Real training images in the model's space and their labels (None without classes)."""
-        return self._sources.real(self.index, self._stream(name))
+        index = self._index_beside(self._sources.pixels)
+        return self._sources.real(index, self._stream(name), self.index.device)
 
     def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Tensor | None]:
         """The teacher's noise, images and conditions: `z`, `x`, `condition`."""
-        return self._sources.pairs(self.index, self._stream(name))
+        index = self._index_beside(self._sources.pair_tensors["x"])
+        return self._sources.pairs(index, self._stream(name), self.index.device)
+
+    def _index_beside(self, data: Tensor) -> Tensor:
+        """Data that stay on the host are chosen from there, without waiting for the device."""
+        return self._host_index if data.device.type == "cpu" else self.index
 
     def log(self, name: str, value: Tensor) -> None:
         """Record a scalar; the trainer reads it back every tick."""
@@ -170,10 +179,10 @@ class Context:
 
 @dataclass
 class Sources:
-    """Where a run's data and conditions come from; all tensors lie on the run's device.
+    """Where a run's data and conditions come from.
 
-    Images stay uint8, a quarter of the memory: the chosen ones alone are brought to the model's
-    space.
+    Tensors lie on the run's device or, if they are large, on the host: the chosen images alone are
+    brought to the device, and uint8 ones to the model's space.
     """
 
     shape: tuple[int, int, int]
@@ -181,7 +190,7 @@ class Sources:
     sigma_init: float
     pixels: Tensor | None = None  # uint8 (N, C, H, W)
     labels: Tensor | None = None  # int64 (N,)
-    pair_tensors: dict[str, Tensor] | None = None  # z, x and, with classes, condition
+    pair_tensors: dict[str, Tensor] | None = None  # x and, with classes, condition
 
     def condition(self, index: Tensor, stream: Stream) -> Tensor | None:
         if not self.num_classes:
@@ -189,16 +198,29 @@ class Sources:
         # A child, since the stream's own numbers are the noise of the same samples.
         return stream.child("label").integers(index, self.num_classes)
 
-    def real(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor | None]:
+    def real(
+        self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
+    ) -> tuple[Tensor, Tensor | None]:
         chosen = stream.integers(index, len(self.pixels))
-        labels = self.labels[chosen] if self.num_classes else None
-        return to_model_space(self.pixels[chosen]), labels
+        labels = _moved(self.labels[chosen], device) if self.num_classes else None
+        return to_model_space(_moved(self.pixels[chosen], device)), labels
 
-    def pairs(self, index: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
+    def pairs(
+        self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`z`, `x`, `condition`; `index` lies beside the data."""
         tensors = self.pair_tensors
-        chosen = stream.integers(index, len(tensors["z"]))
-        condition = tensors["condition"][chosen] if "condition" in tensors else None
-        return tensors["z"][chosen], tensors["x"][chosen], condition
+        chosen = stream.integers(index, len(tensors["x"]))
+        z = PAIR_NOISE.normal(_moved(chosen, device), self.shape)
+        condition = _moved(tensors["condition"][chosen], device) if self.num_classes else None
+        return z, _moved(tensors["x"][chosen], device), condition
+
+
+def _moved(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """On the device; from pinned memory, so that the host need not wait."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Teacher pairs: noise, the teacher's image for it, and the condition (DMD's regression set)."""
+"""Teacher pairs (DMD's regression set): the teacher's images and conditions.
+
+The noise that each was made from is a function of its number, `harness.streams.PAIR_NOISE`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.ledger import measure
 from harness.networks import load_denoiser
-from harness.sampling import BLOCK, heun, noise_and_labels, step_noise
+from harness.sampling import BLOCK, balanced_labels, heun
+from harness.streams import PAIR_NOISE
 
 SHARD = 16 * BLOCK
 
@@ -73,36 +77,40 @@ def _make_shard(
     teacher: Denoiser, sampler: dict, shape: tuple, start: int, size: int, device: str
 ) -> tuple[dict[str, Tensor], dict]:
     """Pairs `start` to `start + size - 1`, and what they cost."""
-    parts: dict[str, list[Tensor]] = {"z": [], "x": [], "condition": []}
+    parts: dict[str, list[Tensor]] = {"x": [], "condition": []}
     seconds, flops_per_image = 0.0, 0.0
     for first in range(start, start + size, BLOCK):
         index = torch.arange(first, first + BLOCK)
-        z, labels = noise_and_labels(index, shape, teacher.num_classes, seed=0, purpose="pairs")
-        condition = None if labels is None else labels.to(device)
+        z, condition = PAIR_NOISE.normal(index, shape), None
+        if classes := teacher.num_classes:
+            labels = balanced_labels(index, classes, PAIR_NOISE.child("label"))
+            condition = labels.to(device)
         if not flops_per_image:
             with measure({}) as cost:
                 teacher(z.to(device), torch.ones(BLOCK, device=device), condition)
             flops_per_image = cost.flops / BLOCK * (2 * sampler["steps"] - 1)
         started = time.perf_counter()
-        noise = step_noise(index, shape, seed=0, purpose="pairs", device=device)
-        x = heun(teacher, z.to(device), condition, noise, **sampler).float().cpu()
+        x = heun(teacher, z.to(device), condition, **sampler).float().cpu()
         seconds += time.perf_counter() - started
         wanted = min(BLOCK, start + size - first)
-        parts["z"].append(z[:wanted])
         parts["x"].append(x[:wanted])
-        if labels is not None:
+        if classes:
             parts["condition"].append(labels[:wanted])
     cost = {"seconds": seconds, "flops": round(flops_per_image * size)}
     return {k: torch.cat(v) for k, v in parts.items() if v}, cost
 
 
 def load_pairs(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """`pairs.json` and the tensors z, x `(N, C, H, W)` and condition `(N,)`."""
-    record = read_json(folder / "pairs.json")
-    shards = [
-        load_tensors(folder / shard["file"], shard["sha256"], owner=folder)
-        for shard in record["shards"]
-    ]
-    if not shards:
+    """`pairs.json` and the tensors x `(N, C, H, W)` and, with classes, condition `(N,)`."""
+    record, start = read_json(folder / "pairs.json"), 0
+    pairs: dict[str, Tensor] = {}
+    for shard in record["shards"]:
+        tensors = load_tensors(folder / shard["file"], shard["sha256"], owner=folder)
+        for name, part in tensors.items():  # in place: twice the memory could be too much
+            if name not in pairs:
+                pairs[name] = part.new_empty(record["pairs"], *part.shape[1:])
+            pairs[name][start : start + len(part)] = part
+        start += len(tensors["x"])
+    if not pairs:
         raise UserError(f"{folder / 'pairs.json'} names no pairs; delete it and run again")
-    return record, {k: torch.cat([shard[k] for shard in shards]) for k in shards[0]}
+    return record, pairs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from harness.errors import UserError
 from harness.feature_networks import build_feature_network
 from harness.ledger import measure
 from harness.networks import build_denoiser
-from harness.runs import Inputs, assemble
+from harness.runs import ON_DEVICE, Inputs, assemble
 from harness.trainer import Trainer
 
 # Iterations over which variants such as lazy R1 are averaged.
@@ -81,37 +82,70 @@ def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) ->
         inputs.lpips = PerceptualDistance(build_lpips()).eval().requires_grad_(False)
     if needs.pairs:
         x = datasets.to_model_space(dataset.train.pixels)
-        inputs.pairs = {"z": torch.randn_like(x), "x": x}
+        inputs.pairs = {"x": x}
         if dataset.num_classes:
             inputs.pairs["condition"] = dataset.train.labels
     return inputs
 
 
-class Rehearsal(Trainer):
-    """A trainer that counts and changes nothing; `saved` is the most that a backward pass held."""
+class Tally:
+    """Bytes of the storages that graphs hold at present, and the most that they ever were.
 
-    saved = 0
+    A storage counts once, however many graphs and tensors hold it, until the last lets go of it.
+    """
+
+    def __init__(self):
+        self.holders: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def hooks(self, networks: Iterable[nn.Module]) -> torch.autograd.graph.saved_tensors_hooks:
+        """Count what graphs made under these keep, weights of the networks apart."""
+        own = {p.untyped_storage()._cdata for net in networks for p in net.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor | Held:
+            return tensor if tensor.untyped_storage()._cdata in own else Held(tensor, self)
+
+        def unpack(kept: Tensor | Held) -> Tensor:
+            return kept.tensor if isinstance(kept, Held) else kept
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class Held:
+    """What autograd keeps in place of a tensor that a backward pass will need."""
+
+    def __init__(self, tensor: Tensor, tally: Tally):
+        self.tensor, self.tally, storage = tensor, tally, tensor.untyped_storage()
+        self.key, self.bytes = storage._cdata, storage.nbytes()
+        count = tally.holders[self.key] = tally.holders.get(self.key, 0) + 1
+        tally.now += self.bytes if count == 1 else 0
+        tally.most = max(tally.most, tally.now)
+
+    def __del__(self):
+        self.tally.holders[self.key] -= 1
+        if not self.tally.holders[self.key]:
+            del self.tally.holders[self.key]
+            self.tally.now -= self.bytes
+
+
+def everything(trainer: Trainer) -> list[nn.Module]:
+    """All networks of a run."""
+    return [*trainer.networks.values(), *trainer.frozen.values()]
+
+
+class Rehearsal(Trainer):
+    """A trainer that counts and changes nothing."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.tally = Tally()
 
     def _update(self, phase, repeat, contexts, variant, measuring) -> bool:
         if variant in self.ledger.costs and not measuring:
             self.ledger.add(self.ledger.costs[variant])
             return True
-        held: dict[int, Tensor] = {}
-        own = {p.untyped_storage()._cdata for net in self._everything() for p in net.parameters()}
-
-        def hold(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                held[storage._cdata] = tensor  # keeps the storage, and so its name, alive
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            applied = super()._update(phase, repeat, contexts, variant, measuring)
-        self.saved = max(self.saved, sum(t.untyped_storage().nbytes() for t in held.values()))
-        return applied
-
-    def _everything(self) -> list[nn.Module]:
-        return [*self.networks.values(), *self.frozen.values()]
+        with self.tally.hooks(everything(self)):
+            return super()._update(phase, repeat, contexts, variant, measuring)
 
     def _apply(self, phase, loss) -> bool:
         for parameter in self.trainable[phase.network]:
@@ -175,10 +209,12 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
         p.numel() for n, net in trainer.networks.items() if n != "student" for p in net.parameters()
     )
     trainable = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
-    everything = sum(p.numel() for net in trainer._everything() for p in net.parameters())
+    present = sum(p.numel() for net in everything(trainer) for p in net.parameters())
     parameters = sum(p.numel() for p in main.parameters())
     half = 0.5 if experiment.training.precision == "bf16" else 1.0
-    memory = 4 * (everything + parameters + (COPIES - 1) * trainable) + half * trainer.saved
+    memory = 4 * (present + parameters + (COPIES - 1) * trainable) + half * trainer.tally.most
+    images = 4 * needs.pairs * math.prod(inputs.dataset.image_shape)
+    memory += images if images <= ON_DEVICE else 0
     return Estimate(
         student,
         run.micro_batch or run.batch,
@@ -220,6 +256,7 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
     print(
         f"\nPer run, of {runs} per student; hours at a sustained {tflops:g} TFLOP/s. Memory is an "
-        "estimate for one GPU: weights, gradients, Adam and EMA in float32, the tensors that the "
-        "largest backward pass holds; not the allocator's or a kernel's own."
+        "estimate for one GPU: weights, gradients, Adam and EMA in float32, the tensors that are "
+        "kept for backward passes, teacher pairs; not real images (at most "
+        f"{ON_DEVICE / 2**30:g} GiB of them stay there), the allocator's or a kernel's own."
     )

@@ -21,7 +21,7 @@ from harness.artifacts import (
     sha256_file,
     write_json,
 )
-from harness.config import Experiment
+from harness.config import Experiment, micro_batch
 from harness.data import Dataset
 from harness.denoiser import Denoiser
 from harness.ledger import Cost, Ledger
@@ -62,6 +62,10 @@ def training_record(outcome: Outcome, key: str) -> dict:
     }
 
 
+# Bytes of images that a run keeps on its device; of more, each batch is brought there.
+ON_DEVICE = 4 << 30
+
+
 @dataclass
 class Inputs:
     """What a student's run is made from. `charge`: what its teacher pairs cost (name, cost,
@@ -89,7 +93,7 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
 
     needs = experiment.requirements(student)
     folder = experiment.teacher_dir(experiment.teacher_of(student))
-    dataset = datasets.load(experiment.data_dir())
+    dataset = datasets.load(experiment.data_dir(), images=needs.real_images)
     source = Path(methods.__path__[0]) / f"{experiment.students[student].method}.py"
     hashes: dict[str, str | dict | None] = {
         "data": dataset.sha256,
@@ -119,6 +123,11 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     return inputs
 
 
+def placement(data: Tensor, device: str) -> torch.device:
+    """Where a set of images is kept: on the device, unless it would take too much of it."""
+    return torch.device(device) if data.nbytes <= ON_DEVICE else data.device
+
+
 def assemble(
     experiment: Experiment, student: str, seed: int, inputs: Inputs, folder: Path, key: str
 ) -> TrainingRun:
@@ -141,10 +150,12 @@ def assemble(
     freeze(network, section.freeze)
     sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init)
     if needs.real_images:
-        sources.pixels = dataset.train.pixels.to(device)
-        sources.labels = dataset.train.labels.to(device)
+        place = placement(dataset.train.pixels, device)
+        sources.pixels = dataset.train.pixels.to(place)
+        sources.labels = dataset.train.labels.to(place)
     if inputs.pairs:
-        sources.pair_tensors = {k: v.to(device) for k, v in inputs.pairs.items()}
+        place = placement(inputs.pairs["x"], device)
+        sources.pair_tensors = {k: v.to(place) for k, v in inputs.pairs.items()}
     ledger = Ledger()
     if inputs.charge:
         ledger.charge(*inputs.charge)
@@ -164,7 +175,7 @@ def assemble(
             "sha256": save_denoiser(ema, to, {"sigma_init": config.sigma_init})
         },
         ledger=ledger,
-        micro_batch=training.micro_batch,
+        micro_batch=micro_batch(config.batch, training.micro_batch),
         ema_half_life=config.ema_half_life,
         ema_ramp_up=config.ema_ramp_up,
         snapshot_grid={unit: grid.model_dump() for unit, grid in training.snapshots.items()},

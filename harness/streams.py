@@ -80,3 +80,7 @@ class Stream:
     def integers(self, index: Tensor, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """int64 `(B, *shape)`, uniform on 0 .. high - 1 (high far below 2**32)."""
         return ((self._words(index, math.prod(shape)) * high) >> 32).view(-1, *shape)
+
+
+# The noise of teacher pairs, by the pair's number: an image alone needs to be kept of each.
+PAIR_NOISE = Stream(0, "pairs")

@@ -243,7 +243,8 @@ class Trainer:
                 run.sources,
                 run.seed,
                 self.step,
-                torch.arange(first + start, first + start + micro, device=run.device),
+                torch.arange(first + start, first + start + micro, device="cpu"),
+                run.device,
             )
             for start in range(0, batch, micro)
         ]

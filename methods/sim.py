@@ -1,9 +1,9 @@
 """SIM: one-step diffusion distillation through score implicit matching.
 
 Luo, Huang, Geng, Kolter, Qi 2024 (arXiv 2410.16794). The student minimises a score-based
-divergence `E d(s_fake - s_teacher)` through the score-gradient theorem, which
-needs no derivative of the fake score with respect to the student's weights. With the squared
-distance it is SiD's case α = 1 without its projection; here `d` is the pseudo-Huber distance.
+divergence `E d(s_fake - s_teacher)` through the score-gradient theorem, which needs no derivative
+of the fake score with respect to the student's weights. With the squared distance its loss is SiD's
+of α = 1, the normaliser apart; here `d` is the pseudo-Huber distance.
 
 Deviations:
 * Only inference code was released, and no CIFAR-10 training setting was confirmed: a

@@ -189,3 +189,14 @@ def empty_workspace(tmp_path) -> Workspace:
 def tiny() -> dict:
     """The tiny experiment as a dict that a test may change."""
     return yaml.safe_load((DATA / "tiny.yaml").read_text())
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests measured and said by `record_property`."""
+    passed = terminalreporter.stats.get("passed", [])
+    measured = [report for report in passed if report.user_properties]
+    if measured:
+        terminalreporter.section("measured")
+    for report in measured:
+        said = ", ".join(f"{value} {name}" for name, value in report.user_properties)
+        terminalreporter.line(f"{report.nodeid.split('::')[-1]}: {said}")

@@ -25,7 +25,7 @@ OFF = [1.0] * 5  # none of the five is drawn
 
 
 def augment(switches, flips, turns, sizes, x):
-    context = Chosen([[*switches, *flips, *turns]] * len(x), [sizes] * len(x))
+    context = Chosen([[*switches, *flips, *turns, 0.0]] * len(x), [sizes] * len(x))
     return edm_augment(context, x, 0.5)
 
 
@@ -74,5 +74,5 @@ def test_how_often_each_is_drawn():
     context.enter("fake_score", 0, False)
     _, labels = edm_augment(context, torch.zeros(4000, 1, 8, 8), 0.12)
     share = (labels != 0).float().mean(dim=0)
-    expected = [0.5, 0.06, *[0.12] * 7]
+    expected = [0.5, 0.06, *[0.12] * 4, 0.06, *[0.12] * 2]  # anisotropy: half of it along an axis
     assert share.tolist() == pytest.approx(expected, abs=0.025)

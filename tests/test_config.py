@@ -5,7 +5,7 @@ import yaml
 
 from harness.artifacts import canonical
 from harness.cli import main
-from harness.config import load_experiment, parse_experiment
+from harness.config import load_experiment, micro_batch, parse_experiment
 from harness.errors import UserError
 
 
@@ -76,8 +76,6 @@ def test_the_shipped_experiments_are_valid(name):
         ("teachers.vp", {"source": "README.md", "imagse": 3}, "teachers.vp.imagse: unknown key; known: network, sampler, sha256, source"),
         ("teachers.edm.imagse", 3, "teachers.edm.imagse: unknown key; did you mean 'images'?"),
         ("teachers.edm.images", 1000, "teachers.edm.images: not a multiple of its batch 64"),
-        ("training.micro_batch", 5,
-         "students.dmd: batch 16 is not a multiple of training.micro_batch 5"),
         ("evaluation.sampling_seed", 0, "evaluation.sampling_seed: unknown key; did you mean 'sampling_seeds'?"),
         ("evaluation.sampling_seeds", [1, 1], "evaluation.sampling_seeds: a seed stands twice"),
         ("evaluation.snapshot_seeds", 3, "evaluation.snapshot_seeds: 3, but there are 2 sampling_seeds"),
@@ -239,6 +237,17 @@ def test_specs_hold_what_matters_and_nothing_else(tiny):
     assert canonical(before.run_spec("sim", 0)) == canonical(after.run_spec("sim", 0))
     assert canonical(before.run_spec("sid", 0)) != canonical(after.run_spec("sid", 0))
     assert canonical(before.score_spec()) != canonical(after.score_spec())
+
+
+def test_a_micro_batch_is_the_largest_that_divides_the_batch(tiny):
+    assert [micro_batch(336, n) for n in (None, 1, 32, 336, 400)] == [336, 1, 28, 336, 336]
+    tiny["training"]["micro_batch"] = 5
+    parse_experiment(tiny, "x")  # batches of 16: four at a time
+    tiny["training"]["settings"]["batch"] = 17
+    tiny["training"]["budget"] = [{"unit": "images", "amount": 170}]
+    assert mistakes(tiny)[0] == (
+        "students.dmd: batch 17 has no divisor above 1 up to training.micro_batch 5"
+    )
 
 
 def test_every_default_says_where_it_comes_from():

@@ -3,12 +3,12 @@ import json
 import pytest
 import torch
 
-from harness import data
+from harness import data, runs
 from harness.config import DataSection
 from harness.errors import UserError
 from harness.evaluation.aesthetic import KNOWN, UNSEEN
 from harness.feature_networks import held_out_accuracy, load_feature_network
-from harness.method import Sources
+from harness.method import Context, Sources
 from harness.streams import Stream
 
 DIGITS = DataSection(name="digits", held_out=0.2)
@@ -33,6 +33,29 @@ def test_the_digits_split_is_stratified_fixed_and_complete(tmp_path):
 
 SHA256 = "157f4224b56c6fb3c82682e800111ff9cc84d6869f09182992a04475352c82d1"
 HELD_OUT_LABELS = [1, 9, 4, 5, 6, 4, 0, 4, 7, 1, 0, 2]
+
+
+def test_what_needs_no_images_reads_none(tmp_path):
+    data.prepare(DIGITS, tmp_path)
+    digits = data.load(tmp_path)
+    (tmp_path / "images.safetensors").unlink()
+    without = data.load(tmp_path, images=False)
+    assert len(without.train) == len(without.held_out) == 0
+    for key in ("image_shape", "class_names", "num_classes", "sha256"):
+        assert getattr(without, key) == getattr(digits, key)
+
+
+def test_large_data_stay_on_the_host(monkeypatch):
+    """The batch alone goes to the device: here one that has shapes and no numbers."""
+    pixels, labels = torch.zeros(50, 3, 8, 8, dtype=torch.uint8), torch.zeros(50, dtype=torch.int64)
+    assert runs.placement(pixels, "meta").type == "meta"
+    monkeypatch.setattr(runs, "ON_DEVICE", pixels.nbytes - 1)
+    assert runs.placement(pixels, "meta").type == "cpu"
+    pairs = {"x": torch.zeros(50, 3, 8, 8), "condition": labels}
+    sources = Sources((3, 8, 8), 10, 1.0, pixels, labels, pairs)
+    context = Context({}, sources, 0, 0, torch.arange(4), "meta")
+    for tensors in (context.real(), context.pairs()):
+        assert all(t.device.type == "meta" and len(t) == 4 for t in tensors)
 
 
 def test_no_image_is_on_both_sides():
@@ -72,7 +95,7 @@ def test_a_random_batch_is_what_it_was_when_all_images_were_floats(tmp_path):
 
 def test_without_classes_there_are_no_labels():
     pixels, labels = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
-    pairs = {"z": torch.zeros(5, 1, 8, 8), "x": torch.zeros(5, 1, 8, 8)}
+    pairs = {"x": torch.zeros(5, 1, 8, 8)}
     sources = Sources((1, 8, 8), 0, 1.0, pixels, labels, pairs)
     index, stream = torch.arange(3), Stream(3, "real")
     assert sources.real(index, stream)[1] is None

@@ -1,5 +1,6 @@
 """EDM's networks against numbers of the official implementation (tests/data)."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -8,11 +9,16 @@ import torch
 
 from harness.denoiser import OneHotDenoiser
 from harness.freezing import freeze
-from harness.networks import ARCHITECTURES, build_denoiser, load_denoiser, save_denoiser
+from harness.networks import (
+    ARCHITECTURES,
+    build_denoiser,
+    load_denoiser,
+    save_denoiser,
+    set_dropout,
+)
+from harness.networks.edm import GroupNorm
 from harness.sampling import heun
-from tests.conftest import DATA, ROOT
-
-OFFICIAL = ROOT.parent / "shared" / "reference" / "edm_state_dicts.json"
+from tests.conftest import DATA
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
@@ -99,20 +105,25 @@ def test_the_consistency_preconditioning_is_the_identity_at_epsilon():
     assert 0 < (exact - edm).abs().max() / edm.abs().max() < 5e-5
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="needs the reference folder beside the project")
+def sha256_of(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def test_official_configurations_have_the_official_names_shapes_and_frozen_share():
-    official = json.loads(OFFICIAL.read_text())
+    """Names and shapes of the nine official files, in order, by their sha256."""
+    official = json.loads((DATA / "edm_state_dicts.json").read_text())
     for name, entry in official.items():
-        if name == "about":
-            continue
         with torch.device("meta"):
             denoiser = from_official(entry["init_kwargs"])
-        mine = [[f"model.{k}", list(v.shape)] for k, v in denoiser.backbone.state_dict().items()]
-        assert mine == [[n, shape] for n, shape, *_ in entry["tensors"]], name
+        state = denoiser.backbone.state_dict()
+        mine = [f"model.{k} {list(v.shape)}" for k, v in state.items()]
+        assert len(mine) == entry["tensors"], name
+        assert sha256_of(mine) == entry["names_and_shapes"], name
         share = freeze(denoiser, "innate")
-        assert round(share, 6) == entry["innate_freezing"]["frozen_fraction"], name
-        frozen = {n for n, p in denoiser.named_parameters() if not p.requires_grad}
-        assert frozen == {n.replace("model.", "backbone.", 1) for n in entry["innate_names"]}
+        assert round(share, 6) == entry["frozen_fraction"], name
+        frozen = [n for n, p in denoiser.named_parameters() if not p.requires_grad]
+        frozen = sorted(n.replace("backbone.", "model.", 1) for n in frozen)
+        assert sha256_of(frozen) == entry["innate_names"], name
 
 
 @pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
@@ -130,11 +141,25 @@ def test_fresh_networks_begin_as_the_papers_do(kind):
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
 
 
-def test_networks_compile_without_a_graph_break():
-    denoiser = golden_denoiser(golden("ncsnpp"))
-    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 2.0])
-    report = torch._dynamo.explain(denoiser)(x, sigma, torch.tensor([1, 2]))
+@pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
+def test_networks_compile_without_a_graph_break(name):
+    """As they train: with dropout and bfloat16 autocast."""
+    denoiser = golden_denoiser(golden(name)).train()
+    set_dropout(denoiser, 0.1)
+    x, sigma = torch.randn(2, *denoiser.image_shape), torch.tensor([0.5, 2.0])
+    labels = torch.tensor([1, 2]) if denoiser.num_classes else None
+    with torch.autocast("cpu", torch.bfloat16):
+        report = torch._dynamo.explain(denoiser)(x, sigma, labels)
     assert report.graph_break_count == 0, report.break_reasons
+
+
+def test_group_norms_keep_the_precision_of_their_input():
+    norm = GroupNorm(32, 1e-5)
+    x = 3 + torch.randn(2, 32, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half, whole = norm(x.bfloat16()), norm(x)
+    assert half.dtype == torch.bfloat16 and whole.dtype == torch.float32
+    torch.testing.assert_close(half.float(), whole, atol=0.03, rtol=0)
 
 
 def test_heun_follows_the_official_trajectory():

@@ -83,7 +83,7 @@ def test_sim_loss_is_its_formula():
         sim_loss(x, teacher, fake, sigma, 0.3, "two")
 
 
-def test_sim_with_large_c_is_sid_without_its_projection():
+def test_sim_with_large_c_is_sid_of_alpha_one():
     """For c -> ∞, c d'(y) -> y: the squared distance, whose loss is SiD's at α = 1 (w = 1):
     (T - F)·[(T - x) - (T - F)] = -y·(F - x)."""
     x, teacher, fake = draws(1)

@@ -6,9 +6,11 @@ import torch
 from harness.data import to_pixels
 from harness.denoiser import one_step
 from harness.freezing import freeze
-from harness.method import Sources, get_method, method_names
+from harness.method import Context, Sources, get_method, method_names
 from harness.networks import build_denoiser, clone_denoiser
 from harness.networks.classifiers import FeatureMaps, ResNet
+from harness.schedules import edm_weight
+from harness.streams import PAIR_NOISE
 from harness.trainer import TrainingRun, train
 from tests.test_denoiser import tiny_denoiser
 
@@ -20,6 +22,23 @@ SETTINGS = {
     "gdd": {"features": "critic", "r1_every": 2},
     "regression": {"pairs": 32},
 }
+
+
+@pytest.mark.parametrize(("name", "scale"), [("sid", 3 * 64), ("sim", 3 * 64), ("dmd", 1)])
+def test_the_fake_scores_loss_is_in_the_authors_units(name, scale):
+    """SiD's code sums over pixels, DMD's takes their mean; Adam's eps counts in these units."""
+    kind, teacher = get_method(name), tiny_denoiser(channels=3)
+    method = kind(kind.Config(**SETTINGS[name]), teacher)
+    phase = next(phase for phase in method.phases() if phase.network == "fake_score")
+    networks = {"student": clone_denoiser(teacher), **method.networks()}
+    context = Context(networks, Sources((3, 8, 8), 10, 2.5), 0, 0, torch.arange(4))
+    context.enter("fake_score", 0, False)
+    loss, images, sigma = phase.loss(context), context.generated(), method.fake_sigma(context)
+    noised = context.noised(images.x, sigma)
+    missed = method.fake_score(noised, sigma, images.condition) - images.x
+    weight = edm_weight(sigma, teacher.sigma_data)
+    expected = scale * (weight * missed.square().mean(dim=(1, 2, 3))).mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def run_method(
@@ -37,10 +56,10 @@ def run_method(
     student = clone_denoiser(teacher)
     method.prepare_student(student)
     freeze(student, freezing)
-    z = torch.randn(32, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = PAIR_NOISE.normal(torch.arange(32), (channels, 8, 8))
     condition = torch.arange(32) % 10
     with torch.no_grad():
-        pairs = {"z": z, "x": one_step(teacher, z, condition, 80.0), "condition": condition}
+        pairs = {"x": one_step(teacher, z, condition, 80.0), "condition": condition}
     run = TrainingRun(
         name=name,
         folder=folder,

@@ -5,7 +5,7 @@ import torch
 
 from harness.config import load_experiment, parse_experiment, resolve
 from harness.ledger import measure
-from harness.plan import estimate, stand_in_inputs
+from harness.plan import Tally, estimate, everything, stand_in_inputs
 from harness.runs import assemble
 from harness.trainer import Trainer
 from tests.conftest import ROOT
@@ -72,6 +72,29 @@ def test_the_plan_counts_the_official_networks():
     assert sid.images == 5e8 and sid.flops == pytest.approx(5e8 * sid.flops_per_image)
 
 
+def test_a_graph_made_in_another_phase_counts_until_its_own_backward_pass():
+    """SiD's images are made as the fake score trains; their graph waits for the student's turn."""
+    weight, tally = torch.nn.Linear(1000, 1000), Tally()
+    with tally.hooks([weight]):
+        x = torch.randn(10, 1000)
+        waiting = weight(x).sin()  # keeps x, and what goes into the sine
+        assert tally.now == 2 * x.nbytes
+        (weight(x).sin().sum()).backward()  # x is the same storage: one more
+        assert (tally.now, tally.most) == (2 * x.nbytes, 3 * x.nbytes)
+        waiting.sum().backward()
+    del waiting
+    assert (tally.now, tally.most) == (0, 3 * x.nbytes)
+
+
+def test_pairs_are_a_function_of_their_noise():
+    """The teacher's rows of ImageNet are stochastic; what a student regresses to must not be."""
+    experiment = load("imagenet64")
+    (name,) = experiment.pair_sets
+    assert experiment.teachers["adm"].sampler.s_churn == 40
+    sampler = experiment.pairs_spec(name)["sampler"]
+    assert (sampler["s_churn"], sampler["steps"]) == (0, 256)
+
+
 # One of each code path: a narrow copy of the network, a real step.
 STEPS = [
     ("cifar10-uncond", "dmd"),
@@ -93,14 +116,16 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
         teacher["network"] |= {"model_channels": 32, "num_blocks": 1}
     settings = raw["students"][student].setdefault("settings", {})
     settings |= {"batch": 2}
-    raw["training"] |= {"budget": [{"unit": "images", "amount": 2}], "precision": "fp32"}
+    raw["training"]["budget"] = [{"unit": "images", "amount": 2}]
     raw["students"][student]["budget"] = None
     raw["device"] = "cpu"
     experiment = parse_experiment(raw, name, files=False)
     inputs = stand_in_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
-    trainer = Trainer(assemble(experiment, student, 0, inputs, tmp_path, "step"))
-    trainer._iteration()
+    trainer, tally = Trainer(assemble(experiment, student, 0, inputs, tmp_path, "step")), Tally()
+    with tally.hooks(everything(trainer)):
+        trainer._iteration()
+    assert tally.now == 0 and tally.most > 0
     assert all(count == 0 for count in trainer.nonfinite.values())
     student_net = trainer.networks["student"]
     moved = [not torch.equal(a, b) for a, b in zip(before, student_net.parameters(), strict=True)]
@@ -108,5 +133,6 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     assert any(moved) and not any(m and f for m, f in zip(moved, frozen, strict=True))
     assert any(frozen) == (student == "gdd-i")
     assert trainer.ledger.images == 2 and trainer.ledger.flops > 0
-    record_property("flops_per_image", trainer.ledger.flops / 2)
-    print(f"{name} {student}: {trainer.ledger.flops / 2e9:.2f} GFLOPs per image")
+    # tests/conftest.py prints them when all is done.
+    record_property("GFLOPs per image", f"{trainer.ledger.flops / 2e9:.2f}")
+    record_property("MiB kept for backward passes", f"{tally.most / 2**20:.1f}")

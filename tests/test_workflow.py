@@ -9,8 +9,12 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 
-from harness.networks import build_denoiser, save_denoiser
+from harness.networks import build_denoiser, load_denoiser, save_denoiser
+from harness.pairs import load_pairs
+from harness.sampling import heun
+from harness.streams import PAIR_NOISE
 from tests import stages
 from tests.conftest import DATA, Workspace
 from tests.test_denoiser import tiny_denoiser
@@ -355,6 +359,19 @@ def test_teacher_pairs_are_charged_to_the_student_that_uses_them(finished):
     assert with_pairs["charges"]["pairs"]["flops"] == pairs["flops"] > 0
     assert with_pairs["passes"]["teacher"][0] == without["passes"]["teacher"][0] + 64 * 5
     assert with_pairs["seconds"] > pairs["seconds"]
+
+
+def test_the_noise_of_a_pair_is_known_by_its_number(finished):
+    (folder,) = finished.results.glob("pairs/*")
+    record, pairs = load_pairs(folder)
+    assert pairs["x"].shape == (64, 1, 8, 8) and "z" not in pairs
+    teacher = finished.results / "teachers" / "edm"
+    denoiser = load_denoiser(teacher, json.loads((teacher / "teacher.json").read_text())["sha256"])
+    index = torch.arange(10, 14)
+    with torch.no_grad():
+        z = PAIR_NOISE.normal(index, (1, 8, 8))
+        x = heun(denoiser, z, pairs["condition"][index], **record["sampler"])
+    torch.testing.assert_close(pairs["x"][index], x.float(), atol=1e-4, rtol=0)
 
 
 def test_nothing_but_whole_files_is_left(finished):
