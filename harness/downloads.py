@@ -7,6 +7,7 @@ warm cache no network is needed. The cache is `$ONESTEP_CACHE`, else `~/.cache/o
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,25 @@ def fetch(source: str, sha256: str | None) -> Path:
     if (found := sha256_file(path)) != sha256:
         raise UserError(f"{path} has sha256 {found}, not {sha256}; delete it and run again")
     return path
+
+
+def load_pickled(file):
+    """What a file in torch's own format (a path or a stream) holds: tensors in plain containers.
+
+    A file that asks for anything else runs nothing and is an `UnpicklingError` that names it, in
+    one line: torch's own message tells how to load it nevertheless.
+    """
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error)
+        if asked := re.search(r"GLOBAL ([\w.]+)", reason):
+            reason = f"it asks for {asked[1]}, which weights do not need"
+        elif "weights_only" in reason or not reason:
+            reason = "it is damaged or holds other things than weights"
+        raise pickle.UnpicklingError(reason.splitlines()[0]) from None
 
 
 def _download(source: str, sha256: str, path: Path) -> None:

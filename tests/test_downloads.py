@@ -1,12 +1,16 @@
 """Downloads: hash-checked, resumable, cached; mistakes are one clear line."""
 
 import hashlib
+import os
+import pickle
 import threading
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
-from harness.downloads import cache_dir, fetch
+from harness.downloads import cache_dir, fetch, load_pickled
 from harness.errors import UserError
 
 CONTENT = bytes(range(256)) * 5000
@@ -100,3 +104,22 @@ def test_a_damaged_cache_is_noticed(server):
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(UserError, match="delete it and run again"):
         fetch(server.address, SHA256)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps(os.getcwd, 2), "it asks for posix.getcwd, which weights do not need"),
+        (pickle.dumps(Fraction, 2), "it asks for fractions.Fraction, which weights do not need"),
+        (pickle.dumps(Fraction, 4), "it is damaged or holds other things than weights"),
+        (b"no weights", "it is damaged or holds other things than weights"),
+        (b"", "it is damaged or holds other things than weights"),
+    ],
+)
+def test_a_foreign_pickle_is_refused_without_a_way_around_it(tmp_path, content, message):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "good.pth")
+    assert torch.equal(load_pickled(tmp_path / "good.pth")["weight"], torch.ones(2))
+    (tmp_path / "bad.pth").write_bytes(content)
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        load_pickled(tmp_path / "bad.pth")
+    assert str(caught.value) == message

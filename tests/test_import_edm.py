@@ -130,9 +130,10 @@ class Call:
         return self.function, self.arguments
 
 
-def inner_attack(marker):
+def inner_attack(marker, protocol=2):
     """Tensor data whose own pickle is hostile."""
-    return Call(torch.storage._load_from_bytes, pickle.dumps(Call(open, str(marker), "w")))
+    inner = pickle.dumps(Call(open, str(marker), "w"), protocol)
+    return Call(torch.storage._load_from_bytes, inner)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,8 @@ def inner_attack(marker):
         (lambda marker: Call(getattr, "x", "y"), "builtins.getattr"),
         (lambda marker: Call(torch.load, str(marker)), "torch.serialization.load"),
         (lambda marker: np.zeros(2), "_reconstruct"),
-        (inner_attack, "damaged or no EDM pickle"),
+        (inner_attack, "refused: it holds tensor data that cannot be read: it asks for io.open"),
+        (lambda marker: inner_attack(marker, 4), "cannot be read: it is damaged or holds other"),
     ],
 )
 def test_a_hostile_pickle_is_refused_and_not_run(official, tmp_path, capsys, hostile, named):

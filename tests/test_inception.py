@@ -77,7 +77,7 @@ def test_weights_are_read_as_the_library_reads_them(network, tmp_path):
     pixels = images(1)
     assert torch.equal(inception.load_inception(path)(pixels)[0], theirs(pixels)[0])
     path.write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"weights\.pth holds no weights of Inception"):
+    with pytest.raises(UserError, match=r"weights\.pth holds no weights of Inception: it is dam"):
         inception.load_inception(path)
 
 

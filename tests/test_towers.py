@@ -139,9 +139,10 @@ def test_openais_archive_and_state_dicts_are_read(clip_weights, tmp_path):
     del half["visual.proj"]
     with pytest.raises(UserError, match=r"another network.*visual\.proj"):
         towers.fill(network, half, clip_weights, towers.NO_WEIGHTS)
-    (tmp_path / "bad.pt").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"bad\.pt holds no weights"):
-        towers.read_weights(tmp_path / "bad.pt")
+    for content in (b"no weights", b""):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"bad\.pt holds no weights: it is damaged or"):
+            towers.read_weights(tmp_path / "bad.pt")
 
 
 def test_missing_clip_weights_give_cells_that_say_so(experiment, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, mse_loss, normalize, pad
 
 from harness import data as datasets
 from harness.data import Dataset, Images
-from harness.downloads import fetch
+from harness.downloads import fetch, load_pickled
 from harness.streams import Stream
 
 SCALE = 10.0
@@ -73,7 +73,7 @@ class LaionHead(nn.Module):
     def published(cls, version: str) -> LaionHead:
         """The head of a version, downloaded once; a `UserError` where it cannot be had."""
         path = fetch(*LAION_HEADS[version])
-        return cls(torch.load(path, map_location="cpu", weights_only=True))
+        return cls(load_pickled(path))
 
 
 # Degradations: images in [-1, 1] `(B, C, H, W)`, strength `(B, 1, 1, 1)` in [0, 1], and standard

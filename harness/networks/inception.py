@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from harness.downloads import fetch
+from harness.downloads import fetch, load_pickled
 from harness.errors import UserError
 
 WEIGHTS = (
@@ -93,9 +93,9 @@ def load_inception(path: Path, resize: str = "edm") -> Inception:
 
     network = _untrained()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_pickled(path)
         nn.Module.load_state_dict(network, state)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path} holds no weights of Inception: {str(error).splitlines()[0]}"
         ) from None

@@ -10,11 +10,10 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from harness.downloads import fetch
+from harness.downloads import fetch, load_pickled
 from harness.errors import UserError
 
 TRUNK = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -64,7 +63,7 @@ def trunk_file() -> Path:
 
 def load_lpips(resolution: int = 224) -> PerceptualDistance:
     """LPIPS-VGG with its pretrained weights, frozen."""
-    weights = torch.load(trunk_file(), map_location="cpu", weights_only=True)
+    weights = load_pickled(trunk_file())
     network = build_lpips()
     load_trunk(network, weights)
     return PerceptualDistance(network, resolution).eval().requires_grad_(False)

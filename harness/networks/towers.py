@@ -3,7 +3,7 @@
 Each has `fetch(section)`, which gives the file of its weights or a `UserError`; `facts(section)`,
 what is known before the file is there: `sha256` (None if that of the file counts), `resize`,
 `pretraining` and more for the protocol; and `load`, which reads the file as safetensors, by
-`torch.load(weights_only=True)` or by `harness.networks.torchscript`: nothing is unpickled.
+`load_pickled` or by `harness.networks.torchscript`: nothing is unpickled.
 `see(pixels, labels)` of a network gives what the metrics need of uint8 images `(B, 1 or 3, H, W)`.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from harness.downloads import fetch
+from harness.downloads import fetch, load_pickled
 from harness.errors import UserError
 from harness.networks import inception
 
@@ -50,12 +50,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         if is_archive(path):
             return read_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_pickled(path)
         state = state.get("state_dict", state)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise RuntimeError("it holds other things than weights")
         return state
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (SafetensorError, RuntimeError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} holds no weights: {str(error).splitlines()[0]}") from None
     except AttributeError:
         raise UserError(f"{path} holds no weights by name") from None
