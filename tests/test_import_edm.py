@@ -12,8 +12,8 @@ import torch
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.networks import denoiser_record, load_denoiser
-from harness.networks.import_edm import import_edm, read_edm_pickle
+from harness.networks import denoiser_record, import_edm, load_denoiser
+from harness.networks.import_edm import read_edm_pickle
 from tests.test_edm_networks import error, golden
 
 BOOKKEEPING = {"training": False, "_backward_hooks": OrderedDict(), "_is_full_backward_hook": None}
@@ -116,7 +116,7 @@ def test_an_official_pickle_becomes_a_folder(official, tmp_path, name, protocol)
 
 def test_gdd_students_keep_their_preconditioning(official, tmp_path):
     file = write(tmp_path / "gdd.pkl", official("ncsnpp", class_name="GDDPrecond"))
-    import_edm(file, tmp_path / "net")
+    import_edm.import_edm(file, tmp_path / "net")
     assert load_denoiser(tmp_path / "net").epsilon == 0.002
 
 
@@ -158,6 +158,40 @@ def test_a_hostile_pickle_is_refused_and_not_run(official, tmp_path, capsys, hos
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: ") and "hostile.pkl" in message and named in message
         assert not marker.exists() and not (tmp_path / "net").exists()
+
+
+class Stated:
+    """A pickle of this makes what `made` is, and then sets `state` on it."""
+
+    def __init__(self, made, state):
+        self.made, self.state = made, state
+
+    def __reduce__(self):
+        return (*self.made.__reduce_ex__(2)[:2], self.state)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_no_state_is_set_on_tensors_and_records(official, tmp_path):
+    """A tensor's own would let it reach beyond its data."""
+    beyond = (torch.zeros(4).storage(), 0, (3,), (1000,))
+    for made in (torch.zeros(4), torch.nn.Parameter(torch.zeros(4)), Persistent("Conv2d")):
+        for state in (beyond, (None, {"value": 1}), {"value": 1}):
+            file = write(tmp_path / "x.pkl", official("ncsnpp") | {"more": Stated(made, state)})
+            with pytest.raises(UserError, match="it holds a state where no official"):
+                read_edm_pickle(file)
+
+
+@pytest.mark.parametrize("name", import_edm._ALLOWED, ids=".".join)
+def test_no_file_changes_what_the_next_one_is_read_with(tmp_path, name):
+    """A pickle may set attributes of the very functions and classes that it names."""
+    stand_in = import_edm._ALLOWED[name]
+    for state in ((None, {"poison": 1}), {"poison": 1}):
+        # PROTO 2, GLOBAL name, the state, BUILD, STOP
+        build = b"\x80\x02c%s\n%s\n" % tuple(part.encode() for part in name)
+        (tmp_path / "x.pkl").write_bytes(build + pickle.dumps(state, 2)[2:-1] + b"b.")
+        with pytest.raises(UserError, match=r"a state where|\(TypeError: "):
+            read_edm_pickle(tmp_path / "x.pkl")
+        assert not hasattr(stand_in, "poison")
 
 
 def strip(content, name):

@@ -2,8 +2,9 @@
 
 Nothing in the file is executed. A pickle is a program for a small machine that may call whatever
 Python function it names; here the machine knows only the names in `_ALLOWED`, each bound to a
-function of ours that builds inert data. Anything else is refused with its name. Tensor data lies in
-*inner* pickles, which `load_pickled` reads.
+function of ours that builds inert data. Anything else is refused with its name. The machine may
+also set the state of whatever it holds, so it never holds a tensor or function itself. Tensor data
+lies in *inner* pickles, which `load_pickled` reads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import io
 import math
 import pickle
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -37,7 +37,29 @@ class Refused(pickle.UnpicklingError):
 # -- inert stand-ins for what the file names ----------------------------------------------------
 
 
-class _Record:
+class _Inert:
+    """What the file gets hold of, out of its reach: no state may be set, neither an instance's nor
+    (the method is static) the class's, which all later files would share."""
+
+    @staticmethod
+    def __setstate__(state) -> None:
+        raise Refused("a state where no official EDM pickle sets one")
+
+
+class _Function(_Inert):
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+
+class _Tensor(_Inert):
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+class _Record(_Inert):
     """A pickled network object: its class's name and its `__dict__`. Its source text is dropped."""
 
     def __init__(self, meta: dict):
@@ -51,9 +73,11 @@ class _ModuleDict:
         self.state = state
 
 
-class _EasyDict(dict):
-    def __setstate__(self, state: dict) -> None:
-        self.update(state)
+class _Dict(dict):
+    """The items of a dict; what else it may know of itself is dropped."""
+
+    def __setstate__(self, state) -> None:
+        pass
 
 
 class _DType:
@@ -81,7 +105,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _storage(data: bytes) -> Tensor:
+def _storage(data: bytes) -> _Tensor:
     """An inner file: one storage in torch's legacy format, as a flat tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # typed storages are deprecated
@@ -94,27 +118,27 @@ def _storage(data: bytes) -> Tensor:
             or not storage.dtype.is_floating_point
         ):
             raise Refused("tensor data that is no storage of floating-point numbers")
-        return torch.tensor([], dtype=storage.dtype).set_(storage)
+        return _Tensor(torch.tensor([], dtype=storage.dtype).set_(storage))
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+def _tensor(storage: _Tensor, offset: int, size: tuple, stride: tuple, *_) -> _Tensor:
     numbers = (offset, *size, *stride)
-    if type(storage) is not Tensor or any(type(n) is not int or n < 0 for n in numbers):
+    if type(storage) is not _Tensor or any(type(n) is not int or n < 0 for n in numbers):
         raise Refused("a tensor with an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) and last >= storage.numel():
+    if math.prod(size) and last >= storage.value.numel():
         raise Refused("a tensor that is larger than its data")
-    return storage.as_strided(size, stride, offset)
+    return _Tensor(storage.value.as_strided(size, stride, offset))
 
 
-def _parameter(tensor: Tensor, *_) -> Tensor:
+def _parameter(tensor: _Tensor, *_) -> _Tensor:
     return tensor
 
 
 _ALLOWED = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Record,
     ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _Dict,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
@@ -124,16 +148,17 @@ _ALLOWED = {
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("_codecs", "encode"): _encode,
-    ("dnnlib.util", "EasyDict"): _EasyDict,
+    ("dnnlib.util", "EasyDict"): _Dict,
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         try:
-            return _ALLOWED[module, name]
+            found = _ALLOWED[module, name]
         except KeyError:
             raise Refused(f"{module}.{name}, which no official EDM pickle needs") from None
+        return found if isinstance(found, type) else _Function(found)
 
     def persistent_load(self, pid):
         raise Refused("a persistent id")
@@ -155,9 +180,9 @@ def _tensors(record, prefix: str) -> dict[str, Tensor]:
         for name, tensor in record.state.get(kind, {}).items():
             if tensor is None:
                 continue
-            if type(tensor) is not Tensor:
+            if type(tensor) is not _Tensor:
                 raise Refused(f"{prefix}{name} of type {type(tensor).__name__}")
-            tensors[prefix + name] = tensor
+            tensors[prefix + name] = tensor.value
     for name, child in _children(record).items():
         if child is not None:
             tensors |= _tensors(child, f"{prefix}{name}.")
