@@ -12,7 +12,7 @@ import torch
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.networks import denoiser_record, import_edm, load_denoiser
+from harness.networks import denoiser_record, import_edm, load_denoiser, save_denoiser
 from harness.networks.import_edm import read_edm_pickle
 from tests.test_edm_networks import error, golden
 
@@ -209,7 +209,31 @@ def strip(content, name):
         (lambda official: official("ncsnpp", label_dim=0), "do not ask for"),
         (lambda official: official("ncsnpp", model_channels=32), "of shape"),
         (lambda official: official("ncsnpp", encoder_type="skip"), "encoder_type must be one of"),
-        (lambda official: official("ncsnpp", colour="red"), "colour"),
+        (
+            lambda official: official("ncsnpp", colour="red"),
+            "a setting colour, which SongUNet does",
+        ),
+        (lambda official: official("ncsnpp", type="UNet2DModel"), "a setting type, which"),
+        (lambda official: official("ncsnpp", _x=1), "a setting _x, which"),
+        (lambda official: official("ncsnpp", in_channels=3), "a setting in_channels, which"),
+        (lambda official: official("ncsnpp", num_blocks=10**9), "1000000000 as num_blocks"),
+        (lambda official: official("ncsnpp", num_blocks=4096), "fewer tensors than its settings"),
+        (lambda official: official("ncsnpp", num_blocks=True), "True as num_blocks"),
+        (lambda official: official("ncsnpp", model_channels=10**9), "1000000000 as model_channels"),
+        (lambda official: official("ncsnpp", attn_resolutions=[0.5]), "[0.5] as attn_resolutions"),
+        (lambda official: official("ncsnpp", dropout="0.1"), "'0.1' as dropout"),
+        (lambda official: official("ncsnpp", dropout=float("nan")), "nan as dropout"),
+        (
+            lambda official: official("ncsnpp", dropout=torch.zeros(1)),
+            "as dropout, which no official",
+        ),
+        (lambda official: official("ncsnpp", dropout=Persistent("Linear")), "as dropout, which no"),
+        (lambda official: official("ncsnpp", sigma_data="0.5"), "'0.5' as sigma_data"),
+        (lambda official: official("ncsnpp", class_name="\x1b[31m\nEDM"), "a [31m EDM, but only"),
+        (
+            lambda official: {"ema": torch.zeros(1).expand(4)},
+            "a tensor that is larger than its data",
+        ),
         (lambda official: strip(official("ncsnpp"), "map_layer1"), "no tensor map_layer1.weight"),
         (lambda official: {"net": 1}, "no entry 'ema'"),
         (lambda official: {"ema": [1]}, "'ema' of type list"),
@@ -220,7 +244,27 @@ def test_what_does_not_fit_is_refused_by_name(official, tmp_path, make, message)
     file = write(tmp_path / "odd.pkl", make(official))
     with pytest.raises(UserError) as caught:
         read_edm_pickle(file)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and str(caught.value).isprintable()
+
+
+def parameters(content, layer):
+    model = content["ema"].meta["state"]["_modules"]["model"]
+    return model.meta["state"]["_modules"][layer].meta["state"]["_parameters"]
+
+
+def test_tensors_of_any_layout_and_type_become_weights_of_their_own(official, tmp_path):
+    content = official("ncsnpp")
+    first, second = parameters(content, "map_layer0"), parameters(content, "map_layer1")
+    weight = second["weight"].detach()
+    second["weight"] = torch.nn.Parameter(weight.double().t().contiguous().t())
+    second["bias"] = first["bias"]
+    denoiser = read_edm_pickle(write(tmp_path / "odd.pkl", content))
+    assert not any(t.is_meta for t in (*denoiser.parameters(), *denoiser.buffers()))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in denoiser.parameters())
+    save_denoiser(denoiser, tmp_path / "net")
+    backbone = load_denoiser(tmp_path / "net").backbone
+    assert torch.equal(backbone.map_layer1.weight, weight)
+    assert torch.equal(backbone.map_layer1.bias, first["bias"])
 
 
 def test_a_truncated_or_missing_file_is_one_line(official, tmp_path):

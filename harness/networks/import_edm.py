@@ -9,9 +9,11 @@ lies in *inner* pickles, which `load_pickled` reads.
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 import pickle
+import reprlib
 import warnings
 from pathlib import Path
 
@@ -26,8 +28,10 @@ from harness.errors import UserError
 # Preconditioning classes and their epsilon (see `EDMDenoiser`).
 _PRECONDITIONS = {"EDMPrecond": 0.0, "GDDPrecond": 0.002}
 _BACKBONES = ("SongUNet", "DhariwalUNet")
-# Arguments of the preconditioning; all others are the backbone's.
-_OUTER = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max")
+# Arguments of the preconditioning, each with a value of its type; all others are the backbone's.
+_OUTER = {"img_resolution": 0, "img_channels": 0, "label_dim": 0, "sigma_data": 0.5}
+_UNUSED = ("use_fp16", "sigma_min", "sigma_max")
+_LARGEST = 4096  # of a whole number among them; official ones end at 1000, ImageNet's labels
 
 
 class Refused(pickle.UnpicklingError):
@@ -126,7 +130,8 @@ def _tensor(storage: _Tensor, offset: int, size: tuple, stride: tuple, *_) -> _T
     if type(storage) is not _Tensor or any(type(n) is not int or n < 0 for n in numbers):
         raise Refused("a tensor with an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) and last >= storage.value.numel():
+    count = math.prod(size)
+    if count > storage.value.numel() or (count and last >= storage.value.numel()):
         raise Refused("a tensor that is larger than its data")
     return _Tensor(storage.value.as_strided(size, stride, offset))
 
@@ -204,6 +209,38 @@ def _compare(expected: dict, found: dict) -> None:
             raise Refused(f"a tensor {name}, which its settings do not ask for")
 
 
+def _fits(value, like) -> bool:
+    """Whether an argument is of the kind of its default `like`: a whole number of a sensible size,
+    a list of them, a share of 1, a word."""
+    if isinstance(like, tuple):
+        return type(value) in (list, tuple) and all(_fits(number, 0) for number in value)
+    if isinstance(like, float):
+        return type(value) in (int, float) and 0 <= value <= 1
+    if isinstance(like, int):
+        return type(value) is int and 0 <= value <= _LARGEST
+    return type(value) is type(like)
+
+
+def _settings(network: _Record) -> tuple[str, dict]:
+    """The backbone's name, and all arguments of the preconditioning and the backbone together."""
+    from harness.networks import ARCHITECTURES
+
+    if network.state.get("_init_args"):
+        raise Refused("positional constructor arguments")
+    given = {k: v for k, v in network.state["_init_kwargs"].items() if k not in _UNUSED}
+    kind = given.pop("model_type", "DhariwalUNet")
+    if kind not in _BACKBONES:
+        raise Refused(f"a backbone {kind}, but only {' and '.join(_BACKBONES)} can be imported")
+    parameters = inspect.signature(ARCHITECTURES[kind]()[0]).parameters.values()
+    known = {p.name: p.default for p in parameters if p.default is not p.empty} | _OUTER
+    for name, value in given.items():
+        if name not in known:
+            raise Refused(f"a setting {name}, which {kind} does not have")
+        if not _fits(value, known[name]):
+            raise Refused(f"{reprlib.repr(value)} as {name}, which no official EDM pickle has")
+    return kind, known | given
+
+
 def _denoiser(network: _Record) -> EDMDenoiser:
     from harness.networks import build_denoiser
 
@@ -213,26 +250,34 @@ def _denoiser(network: _Record) -> EDMDenoiser:
         raise Refused(
             f"a {network.class_name}, but only {' and '.join(_PRECONDITIONS)} can be imported"
         )
-    settings = dict(network.state["_init_kwargs"])
-    kind = settings.pop("model_type", "DhariwalUNet")
-    if kind not in _BACKBONES:
-        raise Refused(f"a backbone {kind}, but only {' and '.join(_BACKBONES)} can be imported")
-    if network.state.get("_init_args"):
-        raise Refused("positional constructor arguments")
-    sigma_data = settings.pop("sigma_data", 0.5)
-    outer = {name: settings.pop(name, None) for name in _OUTER}
-    size = outer["img_resolution"]
-    denoiser = build_denoiser(
-        {"type": kind, **settings},
-        (outer["img_channels"], size, size),
-        outer["label_dim"] or 0,
-        sigma_data,
-        _PRECONDITIONS[network.class_name],
-    )
+    kind, settings = _settings(network)
     found = _tensors(_children(network)["model"], "")
-    _compare(denoiser.backbone.state_dict(), found)
-    denoiser.backbone.load_state_dict(found)
+    # On the meta device a network takes no memory, only the time of its loops over blocks.
+    if len(settings["channel_mult"]) * (settings["num_blocks"] + 1) > len(found):
+        raise Refused("fewer tensors than its settings ask for blocks")
+    outer = {name: settings.pop(name) for name in _OUTER}
+    size = outer["img_resolution"]
+    with torch.device("meta"):
+        denoiser = build_denoiser(
+            {"type": kind, **settings},
+            (outer["img_channels"], size, size),
+            outer["label_dim"],
+            outer["sigma_data"],
+            _PRECONDITIONS[network.class_name],
+        )
+    expected = denoiser.backbone.state_dict()
+    _compare(expected, found)
+    # Copies: the file's tensors may be of another type, or share their data.
+    layout = {"copy": True, "memory_format": torch.contiguous_format}
+    weights = {name: found[name].to(tensor.dtype, **layout) for name, tensor in expected.items()}
+    denoiser.backbone.load_state_dict(weights, assign=True)
     return denoiser.eval()
+
+
+def _line(error: Exception) -> str:
+    """Its message, fit for a terminal: the names in it are the file's and may hold anything."""
+    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(printable.split())[:300]
 
 
 def read_edm_pickle(path: Path) -> EDMDenoiser:
@@ -248,14 +293,10 @@ def read_edm_pickle(path: Path) -> EDMDenoiser:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Refused as error:
-        raise UserError(f"{path} is refused: it holds {error}") from None
-    except (
-        Exception
-    ) as error:  # a foreign file may fail in any way; none of them is a crash of ours
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{path} is damaged or no EDM pickle ({type(error).__name__}: {reason})"
-        ) from None
+        raise UserError(f"{path} is refused: it holds {_line(error)}") from None
+    except Exception as error:  # a foreign file may fail in any way; none is a crash of ours
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise UserError(f"{path} is damaged or no EDM pickle ({reason})") from None
 
 
 def import_edm(path: Path, folder: Path) -> dict:
