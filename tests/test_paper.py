@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from harness import SCORES_FORMAT
 from harness.artifacts import digest, write_json
 from harness.cli import main
 from harness.config import load_experiment, parse_experiment
-from harness.evaluation.score import SCHEMA
 from harness.reporting import paper
 from harness.reporting.published import PAPERS, concerning, is_own, published, runs_of
 from harness.reporting.verify import teacher_lines
@@ -330,7 +330,7 @@ def write_teacher_scores(experiment, *rows: tuple) -> None:
     ]
     entries = [{"student": "teacher", "nfe": 35, "rows": rows}]
     scores = {"spec": digest(experiment.reference_score_spec("edm")), "weights": "0" * 64}
-    scores["schema"] = SCHEMA
+    scores["schema"] = SCORES_FORMAT
     write_json(experiment.reference_score_path("edm"), scores | {"entries": entries})
 
 
