@@ -6,9 +6,12 @@ all along on the student's own images (eq. 7, gradient normalised as in eq. 8), 
 teacher pairs of noise and image. The training code was never released: this is a
 re-implementation from the paper.
 
+Its ablations (table 2) are settings: `regression: none`, `distribution_matching: false` and
+`weighting`.
+
 Deviations:
 * LPIPS is the reference implementation's, version 0.1 (paper: PIQ's). `regression: l2` (mean
-  squared error per element) is for images that mean nothing to VGG; `none` is the ablation.
+  squared error per element) is for images that mean nothing to VGG.
 * The batch of images that the generator's phase uses serves the fake score too, as in the paper's
   algorithm 1, but the fake score is updated first, so that both can share one forward pass.
 * EMA of the generator: the paper does not mention one.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import field_validator
 from torch import Tensor, nn, no_grad
 from torch.nn.functional import mse_loss
 
@@ -25,6 +29,7 @@ from harness.denoiser import Denoiser, one_step
 from harness.fake_score import FakeScoreMethod, denoising_phase
 from harness.method import (
     Context,
+    Method,
     MethodConfig,
     OptimizerConfig,
     Phase,
@@ -43,6 +48,22 @@ def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
     """
     x, x0_teacher, x0_fake = x.detach(), x0_teacher.detach(), x0_fake.detach()
     return (x0_fake - x0_teacher) / (x - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+# Powers of σ that the weightings by the noise level alone put before the difference of denoised
+# images: w α σ⁻² of eq. 7.
+POWERS = {"sigma/alpha": -1, "sigma^3/alpha": 1}
+
+
+def level_weighted_gradient(
+    x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor, weighting: str
+) -> Tensor:
+    """The same gradient with a weight of the noise level alone, one of the two that eq. 8 is
+    compared with (table 2, right): `(x0_fake - x0_teacher) / σ` for w = σ/α, `· σ` for w = σ³/α.
+
+    α = 1, since the noise is added as EDM's teachers know it: `x + σ n` (algorithm 2).
+    """
+    return (x0_fake - x0_teacher).detach() * sigma.view(-1, 1, 1, 1) ** POWERS[weighting]
 
 
 class DMD(FakeScoreMethod):
@@ -69,13 +90,32 @@ class DMD(FakeScoreMethod):
         pairs: int = paper(100_000, "CIFAR-10 conditional", gt=0)
         pair_steps: int = paper(18, "Heun steps per pair", gt=0)
         ema_half_life: int = ours(500_000, "images, as SiD and GDD; the paper has none", ge=0)
+        distribution_matching: bool = paper(True, "false: an ablation, the regression alone")
+        weighting: Literal["eq8", "sigma/alpha", "sigma^3/alpha"] = paper(
+            "eq8", "of the distribution matching gradient; others: ablations"
+        )
+
+        @field_validator("distribution_matching")
+        @classmethod
+        def _something_is_left(cls, matching: bool, info) -> bool:
+            if not matching and info.data.get("regression") == "none":
+                raise ValueError("must be true with regression: none")
+            return matching
 
     def __init__(self, config: Config, teacher: Denoiser, features: nn.Module | None = None):
-        super().__init__(config, teacher)
+        # A fake score is a second network: not even made where no loss asks for it.
+        if config.distribution_matching:
+            super().__init__(config, teacher)
+        else:
+            Method.__init__(self, config, teacher)
         self.lpips = features
 
+    def networks(self) -> dict[str, nn.Module]:
+        return super().networks() if self.config.distribution_matching else {}
+
     def frozen_networks(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher} | ({"lpips": self.lpips} if self.lpips else {})
+        teacher = {"teacher": self.teacher} if self.config.distribution_matching else {}
+        return teacher | ({"lpips": self.lpips} if self.lpips else {})
 
     @classmethod
     def deviations_under(cls, config: Config) -> tuple[str, ...]:
@@ -102,10 +142,11 @@ class DMD(FakeScoreMethod):
 
     def phases(self) -> list[Phase]:
         c = self.config
-        return [
-            denoising_phase(self._optimizer(c.fake_lr), self.teacher.sigma_data, self.fake_sigma),
-            Phase("generator", "student", self.generator_loss, self._optimizer(c.lr)),
-        ]
+        generator = Phase("generator", "student", self.generator_loss, self._optimizer(c.lr))
+        if not c.distribution_matching:
+            return [generator]
+        fake = denoising_phase(self._optimizer(c.fake_lr), self.teacher.sigma_data, self.fake_sigma)
+        return [fake, generator]
 
     def _bin(self, u: Tensor, low: float, high: float) -> Tensor:
         """Noise level of a uniformly drawn bin between two fractions of the time axis."""
@@ -117,21 +158,36 @@ class DMD(FakeScoreMethod):
         return self._bin(context.uniform("sigma"), 0.0, 1.0)
 
     def generator_loss(self, context: Context) -> Tensor:
+        c = self.config
+        if not c.distribution_matching:
+            return c.regression_weight * self.regression(context)
+        loss = self.distribution_matching(context)
+        if c.regression == "none":
+            return loss
+        return loss + c.regression_weight * self.regression(context)
+
+    def distribution_matching(self, context: Context) -> Tensor:
+        """Its gradient is that of eq. 7 over the elements of a batch; its value means nothing."""
         c, images = self.config, context.generated()
         sigma = self._bin(context.uniform("sigma"), c.t_min, c.t_max)
         noised = context.noised(images.x.detach(), sigma)
-        teacher, fake = context.networks["teacher"], context.networks["fake_score"]
         with no_grad():
-            gradient = dmd_gradient(
-                images.x,
-                teacher(noised, sigma, images.condition),
-                fake(noised, sigma, images.condition),
+            teacher, fake = (
+                context.networks[name](noised, sigma, images.condition)
+                for name in ("teacher", "fake_score")
             )
+            if c.weighting == "eq8":
+                gradient = dmd_gradient(images.x, teacher, fake)
+            else:
+                gradient = level_weighted_gradient(teacher, fake, sigma, c.weighting)
         # Half the mean square of x - sg(x - gradient): its derivative is gradient / elements.
         loss = mse_loss(images.x, images.x.detach() - gradient) / 2
         context.log("distribution_matching", loss)
-        if c.regression == "none":
-            return loss
+        return loss
+
+    def regression(self, context: Context) -> Tensor:
+        """How far the student's images of the pairs' noise are from the teacher's."""
+        c = self.config
         z, target, condition = context.pairs()
         made = one_step(context.networks["student"], z, condition, c.sigma_init)
         if c.regression == "lpips":
@@ -140,4 +196,4 @@ class DMD(FakeScoreMethod):
         else:
             regression = mse_loss(made, target)
         context.log("regression", regression)
-        return loss + c.regression_weight * regression
+        return regression

@@ -57,6 +57,8 @@ def test_the_shipped_experiments_are_valid(name):
          "students.sid.settings.lr: input should be a valid number, unable to parse string as a number, not 'fast'"),
         ("students.sid.settings", {"lr": -1.0},
          "students.sid.settings.lr: input should be greater than 0, not -1.0"),
+        ("students.dmd.settings", {"regression": "none", "distribution_matching": False},
+         "students.dmd.settings.distribution_matching: value error, must be true with regression: none, not False"),
         ("students.sid.freeze", "inate",
          "students.sid.freeze: input should be 'none' or 'innate', not 'inate'"),
         ("students.sid.teacher", "edn",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from methods.dmd import dmd_gradient
+from methods.dmd import DMD, dmd_gradient, level_weighted_gradient
 from methods.gdd import discriminator_loss, generator_loss, r1_penalty
 from methods.regression import Regression
 from methods.sid import sid_loss
@@ -176,6 +176,31 @@ def test_dmd_gradient_times_its_normaliser_is_that_of_the_kl_divergence(a, b, si
     mine, data = a**2 + sigma**2, std**2 + sigma**2
     divergence = torch.tensor([a / data - a / mine, (b - mean) / data], dtype=torch.float64)
     torch.testing.assert_close(q.gradient(surrogate), sigma**2 * divergence, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("a", "b", "sigma"), POINTS)
+@pytest.mark.parametrize(("weighting", "power"), [("sigma/alpha", 1), ("sigma^3/alpha", 3)])
+def test_other_weightings_of_dmd_are_that_gradient_times_their_weight(
+    a, b, sigma, weighting, power
+):
+    """Eq. 7 with w = σ or σ³ (α = 1), which its ablation puts in the place of eq. 8."""
+    q = Quadrature(a, b, sigma)
+    plain = dmd_gradient(q.x, q.teacher, q.fake) * q.normaliser.view(-1, 1, 1, 1) / sigma**2
+    weighted = level_weighted_gradient(q.teacher, q.fake, q.sigma, weighting)
+    torch.testing.assert_close(weighted, sigma**power * plain, rtol=1e-12, atol=0)
+    assert not weighted.requires_grad
+
+
+def test_dmd_without_distribution_matching_has_the_gradient_of_its_regression_alone():
+    """A student w z on pairs x = 3 z: λ mean (w z - 3 z)², so 2 λ (w - 3) mean z²."""
+    w = torch.tensor(2.0, requires_grad=True)
+    context = SimpleNamespace(log=lambda *_: None)
+    context.networks = {"student": lambda x, sigma, condition: w * x / 80.0}
+    z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    context.pairs = lambda: (z, 3 * z, None)
+    config = DMD.Config(regression="l2", regression_weight=0.25, distribution_matching=False)
+    (gradient,) = torch.autograd.grad(DMD(config, None).generator_loss(context), w)
+    assert gradient.item() == pytest.approx(-2 * 0.25 * z.square().mean().item())
 
 
 @pytest.mark.parametrize(("a", "b", "sigma"), POINTS)

@@ -101,6 +101,8 @@ def test_a_method_trains_its_networks_and_leaves_the_teacher_alone(name, tmp_pat
     [
         ("dmd", {}, {"student": [2, 2], "teacher": [1, 0], "fake_score": [2, 1]}),
         ("dmd", {"regression": "none"}, {"student": [1, 1], "teacher": [1, 0], "fake_score": [2, 1]}),
+        ("dmd", {"distribution_matching": False}, {"student": [1, 1]}),
+        ("dmd", {"weighting": "sigma/alpha"}, {"student": [2, 2], "teacher": [1, 0], "fake_score": [2, 1]}),
         ("sid", {}, {"student": [1, 1], "teacher": [1, 1], "fake_score": [2, 2]}),
         ("sim", {}, {"student": [1, 1], "teacher": [1, 1], "fake_score": [2, 2]}),
         ("regression", {}, {"student": [1, 1]}),
