@@ -7,9 +7,17 @@ import yaml
 from harness import SCORES_FORMAT
 from harness.artifacts import digest, write_json
 from harness.cli import main
-from harness.config import load_experiment, parse_experiment
+from harness.config import Experiment, load_experiment, parse_experiment
 from harness.reporting import paper
-from harness.reporting.published import PAPERS, concerning, is_own, published, runs_of
+from harness.reporting.published import (
+    PAPERS,
+    changed_settings,
+    concerning,
+    is_own,
+    network,
+    published,
+    runs_of,
+)
 from harness.reporting.verify import teacher_lines
 from tests.conftest import ROOT
 from tests.test_config import mistakes, put
@@ -24,10 +32,21 @@ def cifar(tiny) -> dict:
     tiny["paper"] = {"dataset": "CIFAR-10", "conditioning": "cond"}
     tiny["teachers"]["edm"]["sampler"] = {"steps": 18}
     tiny["students"]["dmd"]["settings"] = {"regression": "lpips"}
-    tiny["students"]["dmd-l2"] = {"method": "dmd", "settings": {"regression": "l2"}}
+    for name, settings in {
+        "dmd-l2": {"regression": "l2"},
+        "dmd-nodm": {"distribution_matching": False},
+        "dmd-sigma": {"weighting": "sigma/alpha"},
+        "dmd-sigma3": {"weighting": "sigma^3/alpha"},
+    }.items():
+        tiny["students"][name] = {"method": "dmd", "settings": settings}
     tiny["training"]["seeds"] = [0, 1]
     tiny["evaluation"]["num_samples"] = 50_000
     return tiny
+
+
+def paper_experiment(name: str, **overrides) -> Experiment:
+    """One of configs/paper, whose files are not here."""
+    return load_experiment(ROOT / "configs" / "paper" / f"{name}.yaml", overrides, files=False)
 
 
 def scores(*rows: tuple) -> pd.DataFrame:
@@ -125,9 +144,14 @@ def test_students_find_their_published_names(cifar):
     assert ("dmd", "DMD", "DMD", "full") in found
     assert ("dmd-noreg", "DMD", "DMD", "w/o regression loss") in found
     assert ("dmd-noreg", "DMD", "DMD", "full") not in found
-    assert {row[3] for row in found if row[0] == "dmd-l2"} == {
-        "L2 instead of LPIPS in the regression loss"
+    ablations = {
+        "dmd-l2": "L2 instead of LPIPS in the regression loss",
+        "dmd-nodm": "w/o distribution matching (regression only)",
+        "dmd-sigma": "sample weighting sigma_t/alpha_t",
+        "dmd-sigma3": "sample weighting sigma_t^3/alpha_t",
     }
+    for name, variant in ablations.items():
+        assert {row[3] for row in found if row[0] == name} == {variant}
     assert ("sid", "SiD", "SiD", "alpha=1.2") in found
     assert ("sid", "SiD", "SiD", "alpha=1.0") not in found
     assert ("sim", "SIM", "SIM", None) in found
@@ -142,7 +166,18 @@ def test_students_find_their_published_names(cifar):
 def test_a_student_off_the_papers_settings_finds_nothing(cifar):
     cifar["students"]["sid"]["freeze"] = "innate"
     cifar["students"]["sim"]["freeze"] = "innate"
-    assert not {name for name, *_ in matched(parse_experiment(cifar, "x"))} & {"sid", "sim"}
+    cifar["students"]["dmd-sigma"]["settings"]["regression"] = "none"  # two ablations in one
+    found = {name for name, *_ in matched(parse_experiment(cifar, "x"))}
+    assert not found & {"sid", "sim", "dmd-sigma"}
+
+
+def test_a_number_without_a_variant_is_of_the_papers_own_setting_on_that_data():
+    """SiD's is alpha 1.2, but 1.0 on AFHQv2: so is the 1.62 that GDD's README gives."""
+    experiment = paper_experiment("afhqv2-64")
+    found = matched(experiment)
+    assert ("sid", "GDD", "SiD", None) in found and ("sid", "SiD", "SiD", "alpha=1.0") in found
+    experiment.students["sid"].settings["alpha"] = 1.2
+    assert not any(name == "sid" for name, *_ in matched(experiment))
 
 
 def test_a_name_can_be_given(cifar):
@@ -168,6 +203,29 @@ def test_a_teacher_is_one_with_the_same_sampler(cifar):
     assert values(steps=256) == {2.32, 2.64}
     assert values(steps=256, s_churn=40.0) == {1.36}
     assert values(steps=18) == set()
+
+
+@pytest.mark.parametrize("name", ["cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64"])
+def test_a_ve_teacher_has_no_number_of_the_vp_one(name):
+    found = {row[0] for row in matched(paper_experiment(name))}
+    assert "teacher/vp" in found and "teacher/ve" not in found
+
+
+def test_an_imported_network_is_told_by_its_folder(cifar, tmp_path):
+    cifar["teachers"]["edm"] = {"source": "none.pkl", "sampler": {"steps": 18}}
+    experiment = parse_experiment(cifar, "x", tmp_path, files=False)
+    folder = experiment.teacher_dir("edm")
+    for config, expected in (
+        (None, None),
+        ({"_class_name": "SongUNet", "embedding_type": "positional"}, "vp"),
+        ({"_class_name": "SongUNet", "embedding_type": "fourier"}, "ve"),
+        ({"_class_name": "DhariwalUNet"}, "adm"),
+        ({"_class_name": "UNet2DModel"}, None),
+    ):
+        if config:
+            write_json(folder / "config.json", config)
+        assert network(experiment, "edm") == expected
+        assert (expected == "ve") != any(name == "teacher" for name, *_ in matched(experiment))
 
 
 def test_of_two_teachers_each_is_named(cifar):
@@ -207,11 +265,13 @@ def test_reproduced_is_mean_and_std_over_seeds(cifar):
     sid = rows_of(table, "SiD", "SiD")
     sid = sid[(sid.variant == "alpha=1.2") & (sid.evidence == "author_repo")].iloc[0]
     assert sid.reported == 1.71 and sid.reproduced == "2.50 ± 0.71"
-    assert sid.difference == pytest.approx(2.5 - 1.71) and sid.setting_match == "exact"
+    assert sid.difference == pytest.approx(2.5 - 1.71) and sid.setting_match == "changed"
+    assert "not as published: batch, dropout, augment, budget, teacher" in sid.note
     assert "sid of tiny: fid-edm_n50000_inception" in sid.note
     assert "the mean of 10 evaluations (mingyuanzhou/SiD sid_metrics.py)" in sid.note
     teacher = rows_of(table, "EDM", "EDM (teacher)").iloc[0]
     assert teacher.reproduced == "1.80" and teacher.difference == pytest.approx(0.01)
+    assert teacher.setting_match == "changed" and "not as published: network" in teacher.note
     assert "the minimum of 3 evaluations" in teacher.note
     assert rows_of(table, "SIM", "SIM").reproduced.item() == ""
     context = rows_of(table, "DMD", "StyleGAN-XL").iloc[0]
@@ -234,6 +294,54 @@ def test_what_limits_a_reproduction_stands_in_its_row(cifar):
     for part in ("1 not counted: failed (training: broke)", "fid_n2000_inception",
                  "trained-on-extractor", "papers use 50000", "re-implementation"):  # fmt: skip
         assert part in row.note
+
+
+EXACT = ["cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64"]
+
+
+def match_of(experiment) -> dict[str, set[str]]:
+    """Student -> what is said of its settings, if all were scored."""
+    names = [*experiment.students, *experiment.scale_rows]
+    table = scores(*((name, 0, "fid-edm", 2.0) for name in names))
+    rows = paper.paper_table(experiment, table)
+    rows = rows[rows.setting_match != ""]
+    return {
+        name: set(group.setting_match)
+        for name, group in rows.groupby(rows.note.str.extract("(\\S+) of ", expand=False))
+    }
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_is_said_of_published_settings_alone(name):
+    """All students of the papers' experiments have them, but SIM's were never published."""
+    said = match_of(paper_experiment(name))
+    assert said.pop("sim", {"unknown"}) == {"unknown"}
+    assert len(said) > 2 and all(match == {"exact"} for match in said.values()), said
+    said = match_of(paper_experiment(f"{name}-scaled"))
+    assert all(match == {"scaled"} for match in said.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        ({"training": {"settings": {"lr": 2e-5}}}, ["lr"]),
+        ({"students": {"sid": {"settings": {"t_max": 0.9, "alpha": 1.0}}}}, ["t_max"]),
+        ({"students": {"sid": {"budget": [{"unit": "images", "amount": 256}]}}}, ["budget"]),
+        ({"students": {"sid": {"budget": [{"unit": "flops", "amount": 5e8}]}}}, ["budget"]),
+        ({"students": {"sid": {"teacher": "ve"}}}, ["teacher"]),
+        ({"evaluation": {"num_samples": 2000}}, []),
+    ],
+)
+def test_a_student_of_other_settings_is_not_exact(overrides, changed):
+    experiment = paper_experiment("cifar10-uncond", **overrides)
+    entries = map(published().__getitem__, concerning(experiment.paper))
+    entries = [e for e in entries if e["paper"] == "SiD" and "sid" in runs_of(experiment, e)]
+    assert entries and all(changed_settings(experiment, "sid", e) == changed for e in entries)
+    table = scores(("sid", 0, "fid-edm", 2.0, {"num_samples": experiment.evaluation.num_samples}))
+    rows = rows_of(paper.paper_table(experiment, table), "SiD", "SiD")
+    assert set(rows[rows.reproduced != ""].setting_match) == {"changed"}
+    if changed:
+        assert rows.note.str.contains(f"not as published: {changed[0]};").any()
 
 
 def test_two_students_of_one_number_have_two_rows_and_clip_fid_is_never_filled(cifar):

@@ -21,8 +21,10 @@ from harness.reporting.published import (
     PAPERS,
     STATISTIC,
     base,
+    changed_settings,
     concerning,
     is_own,
+    official_network,
     published,
     runs_of,
     same_data,
@@ -41,7 +43,9 @@ FID_SAMPLES = 50_000
 CAPTION = (
     "Reported: harness/reporting/published.yaml, as each source says it. Reproduced: one FID per "
     "training seed (the mean over sampling seeds), EMA weights at the end of the budget, mean ± "
-    "std over training seeds; a teacher's is one mean. Difference: reproduced - reported."
+    "std over training seeds; a teacher's is one mean. Difference: reproduced - reported. Setting "
+    "match: exact (settings, budget, teacher and sample count are the published ones), changed "
+    "(not all of them), unknown (nobody published them), scaled or toy (the experiment says so)."
 )
 
 
@@ -79,6 +83,26 @@ def _row(entry: dict) -> dict:
     return row | {"note": "; ".join(filter(None, notes))}
 
 
+def _setting_match(experiment: Experiment, name: str, entry: dict) -> tuple[str, list[str]]:
+    """How far a run's settings are those of a published number, and notes on it. It is the
+    experiment's word, but for `exact`: that needs published settings, and all of them."""
+    setting, notes = experiment.paper.setting, []
+    if name in experiment.students:
+        changed = changed_settings(experiment, name, entry)
+    else:
+        official = official_network(experiment, experiment.scale_rows[name])
+        changed = [] if official else ["network"]
+    if changed is None:
+        notes.append("the published settings are not known")
+    elif changed:
+        notes.append(f"not as published: {', '.join(changed)}")
+    if experiment.evaluation.num_samples != FID_SAMPLES:
+        notes.append(f"papers use {FID_SAMPLES} samples, and fewer raise an FID")
+    if setting == "exact" and notes:
+        setting = "unknown" if changed is None else "changed"
+    return setting, notes
+
+
 def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry: dict) -> dict:
     """What a run adds to the row of a published FID."""
     values, label = measured(experiment, table, name)
@@ -90,16 +114,15 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
         who += f", {len(failed)} not counted: {failed.status.iloc[0]}"
     if values.empty:
         return {"note": f"{who}: no run scored by an FID"}
-    notes = [f"{who}: {label}"]
-    if experiment.evaluation.num_samples != FID_SAMPLES:
-        notes.append(f"papers use {FID_SAMPLES} samples, and fewer raise an FID")
+    setting, notes = _setting_match(experiment, name, entry)
+    notes = [f"{who}: {label}", *notes]
     if name in experiment.students:
         method = get_method(experiment.students[name].method)
         notes += method.deviations_under(experiment.method_config(name))
     return {
         "reproduced": cell(values.mean(), values.std(ddof=1) if len(values) > 1 else None),
         "difference": round(values.mean() - entry["value"], 4),
-        "setting_match": experiment.paper.setting,
+        "setting_match": setting,
         "note": "; ".join(notes),
     }
 

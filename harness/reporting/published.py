@@ -1,4 +1,5 @@
-"""The published numbers (published.yaml), and which of them an experiment's runs reproduce.
+"""The published numbers (published.yaml), which of them an experiment's runs reproduce, and how far
+the runs' settings are the published ones (published_settings.yaml).
 
 The original of every number is named in its `source`; none was measured here.
 """
@@ -6,27 +7,39 @@ The original of every number is named in its `source`; none was measured here.
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
-from harness.config import Experiment, ExperimentModel, PaperSection
+from harness.artifacts import read_json
+from harness.config import Experiment, ExperimentModel, ImportedTeacher, PaperSection
 from harness.errors import did_you_mean
 
-FILE = Path(__file__).with_name("published.yaml")
+FOLDER = Path(__file__).parent
 PAPERS = ("DMD", "SiD", "SIM", "GDD")
 
+# What tells DMD from its ablations.
+DMD = {"regression": "lpips", "distribution_matching": True, "weighting": "eq8"}
 # How the published tables call a student: method, what its freeze and settings must be, and the
 # published method with its variants. The first line that fits counts. `None`: a row that names no
 # variant, by which a table means the paper's own configuration.
 NAMES = (
-    ("dmd", {"regression": "none"}, "DMD", ("w/o regression loss",)),
-    ("dmd", {"regression": "l2"}, "DMD", ("L2 instead of LPIPS in the regression loss",)),
-    ("dmd", {}, "DMD", (None, "full", "sample weighting Eq. 8 (ours)")),
+    ("dmd", DMD, "DMD", (None, "full", "sample weighting Eq. 8 (ours)")),
+    ("dmd", DMD | {"regression": "none"}, "DMD", ("w/o regression loss",)),
+    ("dmd", DMD | {"regression": "l2"}, "DMD", ("L2 instead of LPIPS in the regression loss",)),
+    (
+        *("dmd", DMD | {"distribution_matching": False}, "DMD"),
+        ("w/o distribution matching (regression only)",),
+    ),
+    ("dmd", DMD | {"weighting": "sigma/alpha"}, "DMD", ("sample weighting sigma_t/alpha_t",)),
+    ("dmd", DMD | {"weighting": "sigma^3/alpha"}, "DMD", ("sample weighting sigma_t^3/alpha_t",)),
     ("sid", {"alpha": 1.2}, "SiD", (None, "alpha=1.2")),
     ("sid", {"alpha": 1.0}, "SiD", ("alpha=1.0",)),
     ("sim", {}, "SIM", (None,)),
     ("gdd", {"freeze": "innate"}, "GDD-I", (None,)),
     ("gdd", {}, "GDD", (None,)),
 )
+# (method, data set) whose own configuration is a variant: SiD's script for AFHQv2 has alpha 1.0.
+UNNAMED = {("sid", "AFHQv2-64"): "alpha=1.0"}
 # What these methods are called in PAPERS, for telling a cell to fill from a baseline.
 OWN = {"dmd", "sid", "sim", "sim-dit-600m", "gdd", "gdd-i"}
 
@@ -47,14 +60,22 @@ KEYS = (
 )
 
 
-@functools.cache
-def published() -> tuple[dict, ...]:
-    """All entries in the file's order; every one of KEYS is there, None where unknown."""
+def _read(file: str) -> list[dict]:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a tenth of a second instead of one
-    entries = yaml.load(FILE.read_text(encoding="utf-8"), loader)
-    return tuple(dict.fromkeys(KEYS) | entry for entry in entries)
+    return yaml.load((FOLDER / file).read_text(encoding="utf-8"), loader)
+
+
+@functools.cache
+def published() -> tuple[dict, ...]:
+    """All entries in the file's order; every one of KEYS is there, None where unknown."""
+    return tuple(dict.fromkeys(KEYS) | entry for entry in _read("published.yaml"))
+
+
+@functools.cache
+def published_settings() -> tuple[dict, ...]:
+    return tuple({"variant": None} | entry for entry in _read("published_settings.yaml"))
 
 
 def base(method: str) -> str:
@@ -88,30 +109,89 @@ def concerning(paper: PaperSection) -> list[int]:
     ]
 
 
+def _line(experiment: Experiment, student: str, entry: dict) -> tuple | None:
+    """The line of NAMES that fits a student, if an entry has its name."""
+    section, config = experiment.students[student], experiment.method_config(student)
+    settings = config.model_dump() | {"freeze": section.freeze}
+    called = base(entry["method"])
+    variant = entry["variant"] or UNNAMED.get((called, entry["dataset"]))
+    for line in NAMES:
+        method, conditions, name, variants = line
+        conditions = {"freeze": "none"} | conditions
+        if method == section.method and all(settings.get(k) == v for k, v in conditions.items()):
+            return line if called == name.lower() and variant in variants else None
+    return None
+
+
 def _is_student(experiment: Experiment, student: str, entry: dict) -> bool:
     if entry["nfe"] not in (1, None):
         return False
     if student in experiment.paper.methods:
         name = experiment.paper.methods[student]
         return (entry["method"], entry["variant"]) == (name.method, name.variant)
-    section, config = experiment.students[student], experiment.method_config(student)
-    settings = config.model_dump() | {"freeze": section.freeze}
-    for method, conditions, name, variants in NAMES:
-        conditions = {"freeze": "none"} | conditions
-        if method == section.method and all(settings.get(k) == v for k, v in conditions.items()):
-            return base(entry["method"]) == name.lower() and entry["variant"] in variants
-    return False
+    return _line(experiment, student, entry) is not None
+
+
+def changed_settings(experiment: Experiment, student: str, entry: dict) -> list[str] | None:
+    """What of a student's training is not as that of a published number that it stands beside: keys
+    of its settings, `budget`, `teacher`. None if nobody has told how the number was trained."""
+    line = _line(experiment, student, entry)
+    told = [
+        settings
+        for settings in published_settings()
+        if line
+        and settings["method"] == line[0]
+        and all(settings[key] == entry[key] for key in ("dataset", "conditioning"))
+        and settings["variant"] in (None, entry["variant"])
+    ]
+    if not told:
+        return None
+    as_told = max(told, key=lambda settings: settings["variant"] is not None)
+    mine = experiment.method_config(student)
+    theirs = type(mine)(**as_told["settings"])
+    changed = [k for k, v in mine if k not in line[1] and v != getattr(theirs, k)]
+    limit, *more = experiment.budget(student)
+    # Budgets are whole batches, so up to one more than was published.
+    if more or limit.unit != "images" or not 0 <= limit.amount - as_told["images"] < mine.batch:
+        changed.append("budget")
+    if official_network(experiment, experiment.teacher_of(student)) != as_told["teacher"]:
+        changed.append("teacher")
+    return changed
+
+
+def official_network(experiment: Experiment, teacher: str) -> str | None:
+    """The network of a teacher from elsewhere; None for one that was trained here."""
+    section = experiment.teachers[teacher]
+    return network(experiment, teacher) if isinstance(section, ImportedTeacher) else None
+
+
+def network(experiment: Experiment, teacher: str) -> str | None:
+    """A teacher's network in EDM's words: `vp` (DDPM++), `ve` (NCSN++) or `adm`. None if it is
+    another, or if neither the experiment nor an imported file tells."""
+    made = experiment.teacher_dir(teacher) / "config.json"
+    told = experiment.teachers[teacher].network or (read_json(made) if made.exists() else {})
+    kind = told.get("type", told.get("_class_name"))
+    if kind == "SongUNet":
+        return "ve" if told.get("embedding_type") == "fourier" else "vp"
+    return "adm" if kind == "DhariwalUNet" else None
+
+
+def same_network(experiment: Experiment, teacher: str, entry: dict) -> bool:
+    """Whether an entry can be of this teacher's network: an entry is of the VE one if its note says
+    so, else of the other."""
+    noted = re.search(r"\bVE\b", entry["note"] or "") is not None
+    return noted == (network(experiment, teacher) == "ve")
 
 
 def is_number_of(experiment: Experiment, teacher: str, entry: dict) -> bool:
-    """Whether an entry is EDM's teacher with this teacher's sampler: the same number of network
+    """Whether an entry is EDM's teacher with this teacher's network and sampler: the same number of
     evaluations (DMD counts 512 for 511) and noise added on the way or not."""
     sampler = experiment.teachers[teacher].sampler
     name = experiment.paper.methods.get(experiment.teacher_row(teacher))
     if name:
         if (entry["method"], entry["variant"]) != (name.method, name.variant):
             return False
-    elif base(entry["method"]) != "edm":
+    elif base(entry["method"]) != "edm" or not same_network(experiment, teacher, entry):
         return False
     stochastic = "SDE" in entry["method"] or (entry["paper"], entry["dataset"]) in STOCHASTIC
     nfe = 2 * sampler.steps - 1
