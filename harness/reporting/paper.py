@@ -40,6 +40,11 @@ TABLE_COLUMNS = (*COLUMNS[:2], "dataset", "conditioning", *COLUMNS[2:])
 # The tables that `paper-tables` writes, by the beginning of their names.
 TABLES = {name: ("",) for name in PAPERS} | {"DMD": ("Table 1", "Table 2", "Table 6")}
 FID_SAMPLES = 50_000
+# Why a published metric is shown and not compared, where a column here has a similar name.
+NOT_COMPARED = {
+    "CLIP-FID": "not compared: the source names neither CLIP's weights nor a library; Fréchet "
+    "distances here are between embeddings of length 1",
+}
 CAPTION = (
     "Reported: harness/reporting/published.yaml, as each source says it. Reproduced: one FID per "
     "training seed (the mean over sampling seeds), EMA weights at the end of the budget, mean ± "
@@ -80,6 +85,7 @@ def _row(entry: dict) -> dict:
     row |= {"reported": entry["value"], "reproduced": "", "difference": None, "setting_match": ""}
     statistic = STATISTIC.get((entry["paper"], base(entry["method"])))
     notes = [f"reported is {statistic[0]} ({statistic[1]})" if statistic else "", entry["note"]]
+    notes.append(NOT_COMPARED.get(entry["metric"]))
     return row | {"note": "; ".join(filter(None, notes))}
 
 
