@@ -193,6 +193,8 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
         run = assemble(experiment, student, 0, inputs, Path(folder), "plan")
         # The operations are the same; neither autocast nor the compiler knows meta tensors.
         run.precision, run.compile = "fp32", False
+        # Of several micro-batches two tell as much: each makes its images anew.
+        run.batch = min(run.batch, 2 * run.micro_batch)
         trainer, needs = Rehearsal(run), experiment.requirements(student)
         pair_flops = 0.0
         if needs.pairs:
@@ -217,7 +219,7 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
     memory += images if images <= ON_DEVICE else 0
     return Estimate(
         student,
-        run.micro_batch or run.batch,
+        run.micro_batch,
         parameters,
         sum(p.numel() for p in trainer.trainable["student"]),
         beside,

@@ -149,9 +149,11 @@ class DMD(FakeScoreMethod):
         return [fake, generator]
 
     def _bin(self, u: Tensor, low: float, high: float) -> Tensor:
-        """Noise level of a uniformly drawn bin between two fractions of the time axis."""
+        """Noise level of a bin between two fractions of the time axis, both ends as likely as what
+        lies between."""
         last = self.config.bins - 1
-        return karras_sigma(((low + u * (high - low)) * last).round() / last)
+        first, steps = round(low * last), round(high * last) - round(low * last)
+        return karras_sigma((first + (u * (steps + 1)).floor().clamp_max(steps)) / last)
 
     def fake_sigma(self, context: Context) -> Tensor:
         """Uniform over all bins; with EDM's weight, which is the paper's SNR + 1/σ_data²."""

@@ -9,7 +9,7 @@ from harness.freezing import freeze
 from harness.method import Context, Sources, get_method, method_names
 from harness.networks import build_denoiser, clone_denoiser
 from harness.networks.classifiers import FeatureMaps, ResNet
-from harness.schedules import edm_weight
+from harness.schedules import edm_weight, karras_sigma
 from harness.streams import PAIR_NOISE
 from harness.trainer import TrainingRun, train
 from tests.test_denoiser import tiny_denoiser
@@ -177,3 +177,16 @@ def test_innate_freezes_convolutions_and_attention_outputs_inside_the_blocks():
     assert freeze(network, "none") == 0
     with pytest.raises(ValueError, match="freezes nothing"):
         freeze(torch.nn.Linear(2, 2), "innate")
+
+
+def test_dmds_bins_are_drawn_alike():
+    """Karras levels 20 to 979 of 0 to 999, the ends as often as the others."""
+    dmd = get_method("dmd")
+    method = dmd(dmd.Config(regression="none"), tiny_denoiser())
+    u = (torch.arange(960 * 8) + 0.5) / (960 * 8)
+    levels = method._bin(torch.cat([u, torch.tensor([0.0, 1.0])]), 0.02, 0.98)
+    found, counts = levels[: len(u)].unique(return_counts=True)
+    assert len(found) == 960 and set(counts.tolist()) == {8}
+    ends = karras_sigma(torch.tensor([20 / 999, 979 / 999]))
+    torch.testing.assert_close(levels[-2:], ends)
+    torch.testing.assert_close(torch.stack([found[0], found[-1]]), ends)
