@@ -16,7 +16,7 @@ from harness.networks import (
     save_denoiser,
     set_dropout,
 )
-from harness.networks.edm import GroupNorm
+from harness.networks.edm import GroupNorm, UNetBlock
 from harness.sampling import heun
 from tests.conftest import DATA
 
@@ -139,6 +139,16 @@ def test_fresh_networks_begin_as_the_papers_do(kind):
     output.square().mean().backward()
     assert ARCHITECTURES[kind]()[0].__name__ == kind
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
+@pytest.mark.parametrize("given", [0, 0.1])
+def test_dropout_is_set_whatever_it_was(kind, given):
+    settings = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "dropout": given}
+    denoiser = build_denoiser({"type": kind, **settings}, (1, 8, 8), 0)
+    set_dropout(denoiser, 0.3)
+    blocks = [module for module in denoiser.modules() if isinstance(module, UNetBlock)]
+    assert blocks and {block.dropout for block in blocks} == {0.3}
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])

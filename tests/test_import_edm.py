@@ -223,10 +223,7 @@ def strip(content, name):
         (lambda official: official("ncsnpp", attn_resolutions=[0.5]), "[0.5] as attn_resolutions"),
         (lambda official: official("ncsnpp", dropout="0.1"), "'0.1' as dropout"),
         (lambda official: official("ncsnpp", dropout=float("nan")), "nan as dropout"),
-        (
-            lambda official: official("ncsnpp", dropout=torch.zeros(1)),
-            "as dropout, which no official",
-        ),
+        (lambda official: official("ncsnpp", dropout=torch.zeros(1)), "as dropout, which no"),
         (lambda official: official("ncsnpp", dropout=Persistent("Linear")), "as dropout, which no"),
         (lambda official: official("ncsnpp", sigma_data="0.5"), "'0.5' as sigma_data"),
         (lambda official: official("ncsnpp", class_name="\x1b[31m\nEDM"), "a [31m EDM, but only"),

@@ -115,7 +115,7 @@ def set_dropout(denoiser: EDMDenoiser, probability: float) -> None:
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
-        elif isinstance(vars(module).get("dropout"), float):
+        elif isinstance(vars(module).get("dropout"), int | float):
             module.dropout = probability
 
 
