@@ -169,8 +169,6 @@ def _plan(args) -> None:
 def _import_edm(args) -> None:
     from harness.networks.import_edm import import_edm
 
-    if args.folder.exists() and not (args.folder / "denoiser.json").exists():
-        raise UserError(f"{args.folder} exists and is no denoiser folder; name another")
     made = import_edm(args.file, args.folder)
     print(f"{args.folder}: {made['parameters']:,} parameters from {made['file']}")
     print("The licence of the checkpoint stays (NVIDIA's official ones: CC BY-NC-SA 4.0).")

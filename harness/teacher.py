@@ -15,7 +15,7 @@ from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
 from harness.fake_score import denoising_loss
 from harness.method import Context, OptimizerConfig, Phase, Sources
-from harness.networks import WEIGHTS, build_denoiser, save_denoiser
+from harness.networks import FILES, WEIGHTS, build_denoiser, save_denoiser
 from harness.runs import link, seeded, training_record
 from harness.schedules import lognormal_sigma
 from harness.trainer import TrainingRun, train
@@ -88,7 +88,7 @@ def import_teacher(experiment: Experiment, name: str) -> dict:
     with run_lock(folder):
         with atomic_folder(final) as temporary:
             sha256 = save_denoiser(denoiser, temporary, {"imported": source})
-        for file in ("config.json", "denoiser.json", WEIGHTS):
+        for file in FILES:
             link(folder / file, final / file)
         record = {
             "schema": 1,
@@ -145,7 +145,7 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
     with run_lock(folder):
         outcome = train(make)
         final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
-        for file in ("config.json", "denoiser.json", WEIGHTS):
+        for file in FILES:
             link(folder / file, final / file)
         link(folder / "train.csv", folder / "runs" / key / "train.csv")
         record = {"teacher": name, "device": device, "spec": digest(experiment.teacher_spec(name))}

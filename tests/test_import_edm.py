@@ -274,3 +274,26 @@ def test_a_truncated_or_missing_file_is_one_line(official, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="does not exist"):
         read_edm_pickle(tmp_path / "none.pkl")
+
+
+def test_an_import_takes_the_place_of_a_former_import_alone(official, tmp_path, capsys):
+    file, net = write(tmp_path / "network.pkl", official("ncsnpp")), tmp_path / "net"
+    assert main(["import-edm", str(file), str(net)]) == 0
+    again = write(tmp_path / "gdd.pkl", official("ncsnpp", class_name="GDDPrecond"))
+    assert main(["import-edm", str(again), str(net)]) == 0
+    assert denoiser_record(net)["imported"]["file"] == "gdd.pkl"
+
+    def refused(folder):
+        before = {p: p.lstat().st_mtime_ns for p in tmp_path.rglob("*")}
+        assert main(["import-edm", str(file), str(folder)]) == 2
+        line = f"error: {folder} exists and is no former import alone; name another"
+        assert capsys.readouterr().err.splitlines()[-1] == line
+        assert {p: p.lstat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+    (tmp_path / "link").symlink_to(net)
+    refused(tmp_path / "link")
+    refused(file)
+    (net / "runs").mkdir()  # as a teacher's folder has them
+    refused(net)
+    save_denoiser(read_edm_pickle(file), tmp_path / "run", {"imported": {"source": "x.pkl"}})
+    refused(tmp_path / "run")

@@ -15,6 +15,7 @@ from harness.denoiser import EDMDenoiser, OneHotDenoiser, UNet2DDenoiser
 from harness.errors import UserError, did_you_mean
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = ("config.json", "denoiser.json", WEIGHTS)
 
 
 def _unet2d():

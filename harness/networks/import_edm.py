@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import io
 import math
+import os
 import pickle
 import reprlib
 import warnings
@@ -299,11 +300,23 @@ def read_edm_pickle(path: Path) -> EDMDenoiser:
         raise UserError(f"{path} is damaged or no EDM pickle ({reason})") from None
 
 
+def _is_import(path: Path) -> bool:
+    """Whether it is what `import_edm` once left there, and nothing more."""
+    from harness.networks import FILES, denoiser_record
+
+    if path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} != {*FILES}:
+        return False
+    return "file" in denoiser_record(path).get("imported", {})  # a run's names its "source"
+
+
 def import_edm(path: Path, folder: Path) -> dict:
-    """Convert an official pickle to a denoiser folder; returns what `denoiser.json` says of the
-    source. The licence of the checkpoint stays what it is (NVIDIA's: CC BY-NC-SA 4.0)."""
+    """Convert an official pickle to a denoiser folder, a new one or in the place of a former
+    import; returns what `denoiser.json` says of the source. The licence of the checkpoint stays
+    what it is (NVIDIA's: CC BY-NC-SA 4.0)."""
     from harness.networks import save_denoiser
 
+    if os.path.lexists(folder) and not _is_import(Path(folder)):
+        raise UserError(f"{folder} exists and is no former import alone; name another")
     denoiser = read_edm_pickle(path)
     source = {"file": Path(path).name, "sha256": sha256_file(path)}
     with atomic_folder(folder) as temporary:
