@@ -9,11 +9,19 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.networks import denoiser_record, import_edm, load_denoiser, save_denoiser
+from harness.networks import (
+    build_denoiser,
+    denoiser_record,
+    import_edm,
+    load_denoiser,
+    save_denoiser,
+)
 from harness.networks.import_edm import read_edm_pickle
+from tests.test_denoiser import tiny_denoiser
 from tests.test_edm_networks import error, golden
 
 BOOKKEEPING = {"training": False, "_backward_hooks": OrderedDict(), "_is_full_backward_hook": None}
@@ -297,3 +305,34 @@ def test_an_import_takes_the_place_of_a_former_import_alone(official, tmp_path, 
     refused(net)
     save_denoiser(read_edm_pickle(file), tmp_path / "run", {"imported": {"source": "x.pkl"}})
     refused(tmp_path / "run")
+
+
+def test_a_teacher_of_other_images_is_refused_before_anything_is_written(
+    official, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    def stage(*arguments):
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny))
+        return main([*arguments, "--configfile", "x.yaml"])
+
+    def written():
+        files = [p for p in (tmp_path / "results").rglob("*") if p.name != "failure.json"]
+        return {p: p.lstat().st_mtime_ns for p in files if not p.is_dir()}
+
+    save_denoiser(tiny_denoiser(), tmp_path / "fits")
+    small = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+    save_denoiser(build_denoiser({"type": "SongUNet", **small}, (3, 16, 16), 0), tmp_path / "big")
+    write(tmp_path / "big.pkl", official("ncsnpp"))
+    tiny["teachers"] = {"other": {"source": "fits"}}
+    assert stage("data") == stage("teacher", "other") == 0
+    before = written()
+    assert tmp_path / "results/tiny/teachers/other/teacher.json" in before
+    for source, labels in (("big", 0), ("big.pkl", 5)):
+        tiny["teachers"]["other"]["source"] = source
+        assert stage("teacher", "other") == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: teacher other makes 3x16x16 images with {labels} labels, but data digits has "
+            "1x8x8 images with 10 labels"
+        )
+        assert written() == before

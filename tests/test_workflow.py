@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.networks import build_denoiser, load_denoiser, save_denoiser
+from harness.networks import load_denoiser, save_denoiser
 from harness.pairs import load_pairs
 from harness.sampling import heun
 from harness.streams import PAIR_NOISE
@@ -19,7 +19,6 @@ from tests import stages
 from tests.conftest import DATA, Workspace
 from tests.test_denoiser import tiny_denoiser
 
-SMALL = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
 STUDENTS = ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
 MEASURED = ["seconds"]  # columns of metrics.csv that no two runs share
 
@@ -218,16 +217,6 @@ def test_a_second_teacher_from_elsewhere(workspace, tmp_path):
     assert record["teacher"] == "other"
     comparison = (workspace.results / "tables" / "comparison.md").read_text()
     assert "| teacher-1step/other" in comparison
-    # A teacher of other images is refused before anything is written.
-    save_denoiser(build_denoiser({"type": "SongUNet", **SMALL}, (3, 16, 16), 0), tmp_path / "big")
-    config["teachers"]["other"]["source"] = str(tmp_path / "big")
-    workspace.write_config(config)
-    refused = workspace.stage("teacher", "other")
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1] == (
-        "error: teacher other makes 3x16x16 images with 0 labels, but data digits has 1x8x8 images "
-        "with 10 labels"
-    )
 
 
 def test_a_mistake_stops_the_workflow_before_any_job(empty_workspace):
