@@ -400,6 +400,29 @@ def test_paper_tables_without_any_run(tmp_path, monkeypatch, capsys):
     assert set(half.dataset) == {"CIFAR-10", "ImageNet-64"}
 
 
+def test_paper_tables_know_the_papers_experiments_before_their_files_are_there(
+    tmp_path, monkeypatch, capsys
+):
+    """In a clean clone beside the results of one unfinished experiment."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    rows = scores(("sid", 0, "fid-edm", 1.9), ("sid", 1, "fid-edm", 2.1))
+    nothing = scores(("none", 0, "fid-edm", 0.0))
+
+    def collected(experiment, partial):
+        assert partial
+        return (rows if experiment.name == "cifar10-uncond" else nothing), {}
+
+    monkeypatch.setattr(paper, "collect", collected)
+    assert main(["paper-tables"]) == 0
+    output = capsys.readouterr()
+    assert "left out" not in output.err and "from 10 experiments\n" in output.out
+    sid = pd.read_csv("results/paper-tables/sid-readme.csv").set_index(["dataset", "conditioning"])
+    row = sid.loc[("CIFAR-10", "uncond")].squeeze()
+    assert row.reproduced == "2.00 ± 0.14" and row.setting_match == "exact"
+    assert "SiD alpha=1.2: 1.923" not in output.out
+
+
 def test_paper_tables_take_what_there_is(cifar, tmp_path, monkeypatch, capsys):
     """A manifest's configuration goes before a file of the same name; broken files are left out."""
     results, configs = tmp_path / "results", tmp_path / "configs"

@@ -193,14 +193,17 @@ def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> li
 
 def find_experiments(results: Path, configs: Path) -> list[Experiment]:
     """The experiments with a `paper:` section: as their manifests in `results` say, and those of
-    the files in `configs` that have no manifest. One that cannot be read is left out, aloud."""
+    the files in `configs` that have no manifest. One that cannot be read is left out, aloud; data
+    and checkpoints need not be there, since runs may have been made elsewhere, or not yet."""
 
     def of_manifest(path: Path) -> Experiment | None:
         config = read_json(path)["config"]
-        return parse_experiment(config, str(path), results) if config.get("paper") else None
+        if not config.get("paper"):
+            return None
+        return parse_experiment(config, str(path), results, files=False)
 
     def of_file(path: Path) -> Experiment | None:
-        return load_experiment(path, results=results)
+        return load_experiment(path, results=results, files=False)
 
     found: dict[str, Experiment] = {}
     sources = [(of_manifest, path) for path in sorted(results.glob("*/manifest.json"))]
