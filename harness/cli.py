@@ -119,12 +119,13 @@ def _agreement(args) -> None:
 
 def _verify_teacher(args) -> None:
     from harness.reporting.collect import reference_scores
-    from harness.reporting.verify import teacher_lines
+    from harness.reporting.verify import check_made, teacher_lines
 
     experiment = _experiment(args)
     args.name = args.name or next(iter(experiment.teachers))
     _check_known("teacher", args.name, experiment.teachers)
     if reference_scores(experiment, args.name) is None:
+        check_made(experiment, args.name, args.configfile)
         _score_references(args)
     print(*teacher_lines(experiment, args.name), sep="\n")
 

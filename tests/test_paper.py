@@ -474,19 +474,25 @@ def test_verify_teacher(cifar, tmp_path, monkeypatch, capsys):
     assert main(["verify-teacher", "--configfile", "x.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "reported | measured"
-    assert (
-        "FID 1.79 (EDM (teacher), 35 NFE; EDM, README) | no FID extractor in this experiment"
-        in lines
-    )
+    reported = "FID 1.79 (EDM (teacher), 35 NFE, the minimum of 3 evaluations; EDM, README)"
+    assert f"{reported} | no FID extractor in this experiment" in lines
+    assert "FID 1.84 (EDM (teacher), 35 NFE; DMD, Table 6) | no FID" in "\n".join(lines)
     assert "- | fd_n50000_tiny-cnn 0.400 ± 0.020" in lines
     write_teacher_scores(experiment, ("fid-edm", "inception", 1.85))
-    reported = "FID 1.79 (EDM (teacher), 35 NFE; EDM, README)"
     assert f"{reported} | fid-edm_n50000_inception 1.85 ± 0.02" in teacher_lines(experiment, "edm")
     # Two sampling seeds: their mean, and the error of a mean.
     write_teacher_scores(experiment, *(("fid-edm", "inception", value) for value in (1.85, 1.87)))
     assert f"{reported} | fid-edm_n50000_inception 1.86 ± 0.01" in teacher_lines(experiment, "edm")
     write_teacher_scores(experiment, ("fid-edm", "inception", 1.85))
+    cifar["teachers"]["edm"]["sampler"]["steps"] = 19
+    write_teacher_scores(other := parse_experiment(cifar, "x"), ("fid-edm", "inception", 1.85))
+    assert f"{reported} | another sampler" in teacher_lines(other, "edm")
+    cifar["teachers"]["edm"]["sampler"]["steps"] = 18
+    cifar["teachers"]["edm"]["network"] = {"type": "SongUNet", "embedding_type": "fourier"}
+    write_teacher_scores(other := parse_experiment(cifar, "x"), ("fid-edm", "inception", 1.85))
+    assert f"{reported} | another network" in teacher_lines(other, "edm")
     del cifar["paper"]
+    write_teacher_scores(parse_experiment(cifar, "x"), ("fid-edm", "inception", 1.85))
     alone = teacher_lines(parse_experiment(cifar, "x"), "edm")
     assert alone[2:] == ["- | fid-edm_n50000_inception 1.85 ± 0.02"]
 
@@ -496,5 +502,25 @@ def test_verify_teacher_before_there_is_one(cifar, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert main(["verify-teacher", "end", "--configfile", "x.yaml"]) == 2
     assert "unknown teacher 'end'; did you mean 'edm'?" in capsys.readouterr().err
+    target = "results/tiny/scores/teachers/edm.json"
+    made_by = f"is made by: snakemake --cores 8 {target} --configfile x.yaml\n"
     assert main(["verify-teacher", "--configfile", "x.yaml"]) == 2
-    assert "is missing; run the workflow" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: results/tiny/data/data.json is missing; " in error and error.endswith(made_by)
+    experiment = load_experiment("x.yaml")
+    for path in ("data/data", "features/tiny-cnn/features", "features/tiny-clip/features"):
+        write_json(experiment.root / f"{path}.json", {})
+    write_json(experiment.teacher_dir("edm") / "teacher.json", {"spec": "of other settings"})
+    assert main(["verify-teacher", "--configfile", "x.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "teacher edm was made with other settings" in error and error.endswith(made_by)
+
+
+def test_a_teachers_scores_are_a_target_that_trains_no_student(empty_workspace):
+    target = "results/tiny/scores/teachers/edm.json"
+    command = ("-n", "--cores", "8", target, "--configfile", "configs/tiny.yaml")
+    done = empty_workspace.run("snakemake", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rules = {line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()}
+    assert {"data", "features", "teacher", "score_references"} <= rules
+    assert not rules & {"train", "score", "pairs", "report"}

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import math
+import shlex
+from pathlib import Path
 
+from harness.artifacts import digest, read_json
 from harness.config import Experiment
 from harness.errors import UserError
 from harness.reporting.collect import column_name, reference_scores
 from harness.reporting.paper import is_fid
-from harness.reporting.published import concerning, is_number_of, is_teacher, published
+from harness.reporting.published import (
+    STATISTIC,
+    base,
+    concerning,
+    is_number_of,
+    is_teacher,
+    published,
+    same_network,
+)
 from harness.reporting.tables import cell
+
+
+def check_made(experiment: Experiment, teacher: str, configfile: Path) -> None:
+    """What a teacher's scores are made from must be there. A `UserError` names their target, which
+    makes that and trains no student."""
+    record = experiment.teacher_dir(teacher) / "teacher.json"
+    features = [experiment.features_dir(name) for name in experiment.evaluation.extractors]
+    needed = [experiment.data_dir() / "data.json", record]
+    needed += [folder / "features.json" for folder in features]
+    missing = [path for path in needed if not path.exists()]
+    if missing:
+        reason = f"{missing[0]} is missing"
+    elif read_json(record)["spec"] != digest(experiment.teacher_spec(teacher)):
+        reason = f"teacher {teacher} was made with other settings than the experiment's"
+    else:
+        return
+    target = str(experiment.reference_score_path(teacher))
+    command = ["snakemake", "--cores", "8", target, "--configfile", str(configfile)]
+    raise UserError(f"{reason}; what the teacher's scores need is made by: {shlex.join(command)}")
 
 
 def _mean_cell(rows: list[dict]) -> str:
@@ -53,8 +83,10 @@ def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
         elif is_number_of(experiment, teacher, number):
             found = ", ".join(fids)
         else:
-            found = "another sampler"
-        nfe = f"{number['nfe']} NFE" if number["nfe"] else "NFE not given"
-        source = f"{number['method']}, {nfe}; {number['paper']}, {number['table']}"
+            same = same_network(experiment, teacher, number)
+            found = "another sampler" if same else "another network"
+        what = [number["method"], f"{number['nfe']} NFE" if number["nfe"] else "NFE not given"]
+        what += STATISTIC.get((number["paper"], base(number["method"])), ())[:1]
+        source = f"{', '.join(what)}; {number['paper']}, {number['table']}"
         lines.append(f"FID {number['value']:g} ({source}) | {found}")
     return lines + [f"- | {text}" for text in fids + others]
