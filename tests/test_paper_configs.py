@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from harness.config import load_experiment, parse_experiment, resolve
+from harness.errors import UserError
 from harness.ledger import measure
 from harness.plan import Tally, estimate, everything, stand_in_inputs
 from harness.runs import assemble
@@ -24,6 +25,16 @@ def test_every_file_is_an_experiment_of_its_name():
     assert names == {*NAMES, *(f"{name}-scaled" for name in NAMES)}
     for name in names:
         assert load(name).name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fids_are_against_the_papers_statistics(name):
+    """NVIDIA's file of a data set lies beside its images, and has their name."""
+    for experiment in (load(name), load(f"{name}-scaled")):
+        images = experiment.data.source.removeprefix("datasets/").removesuffix(".zip")
+        assert experiment.evaluation.statistics == f"datasets/fid-refs/{images}.npz"
+    with pytest.raises(UserError, match=f"evaluation.statistics: .*/{images}.npz does not exist"):
+        load_experiment(FOLDER / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)
