@@ -1,0 +1,30 @@
+"""`python -m harness plan`: what it prints. What it counts: tests/test_paper_configs.py."""
+
+import pytest
+import yaml
+
+from harness.cli import main
+
+
+def test_a_row_for_each_student(tiny, tmp_path, capsys):
+    """Budget, work and hours of each; a budget in seconds tells none of them before it is run. Data
+    and checkpoints need not be there."""
+    sid, gdd = tiny["students"]["sid"], tiny["students"]["gdd-i"]
+    tiny["students"] = {"sid": sid | {"budget": [{"unit": "seconds", "amount": 5}]}, "gdd-i": gdd}
+    tiny["teachers"]["edm"]["source"] = "not-here.pkl"
+    for key in ("images", "batch"):
+        del tiny["teachers"]["edm"][key]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny, sort_keys=False))
+    assert main(["plan", "--configfile", str(tmp_path / "x.yaml"), "--tflops", "0.001"]) == 0
+    header, _, *lines = (line for line in capsys.readouterr().out.splitlines() if "|" in line)
+    names = [name.strip() for name in header.strip("|").split("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = {row[0]: dict(zip(names, row, strict=True)) for row in cells}
+    assert list(rows) == ["sid", "gdd-i"]
+    sid, gdd = rows["sid"], rows["gdd-i"]
+    assert sid["images"] == sid["PFLOPs"] == sid["hours"] == "–"
+    assert sid["beside (M)"] == sid["trained (M)"] == sid["parameters (M)"] == "0.02"
+    assert gdd["trained (M)"] == "0.01" and gdd["micro-batch"] == "16" and gdd["images"] == "160"
+    work = 160 * float(gdd["GFLOPs/image"])
+    assert float(gdd["PFLOPs"]) == pytest.approx(work / 1e6, rel=1e-3)
+    assert float(gdd["hours"]) == pytest.approx(work / 3600, rel=1e-2)  # at one GFLOP/s
