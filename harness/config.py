@@ -30,8 +30,8 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """An embedded data set (its name alone), one of image files (`source`), or no more than what
-    the images would be (`image_shape`), for an experiment that needs none.
+    """An embedded data set or a well-known one (its name alone), one of image files (`source`), or
+    no more than what the images would be (`image_shape`), for an experiment that needs none.
 
     `source` is a path, relative to the working directory, or an address with its sha256.
     """
@@ -874,6 +874,7 @@ def _check_shared_settings(model: ExperimentModel) -> list[str]:
 # The keys of `data` that mean something, by what the data set is.
 DATA_KEYS = {
     "an embedded data set": {"name", "held_out"},
+    "a data set with a test set of its own": {"name", "source", "sha256", "labels"},
     "a source": {"name", "held_out", "source", "sha256", "labels", "num_classes", "resolution"},
     "a data set without images": {"name", "num_classes", "image_shape"},
 }
@@ -881,18 +882,22 @@ DATA_KEYS = {
 
 def _check_data(data: DataSection, files: bool) -> list[str]:
     from harness.data import EMBEDDED
+    from harness.official_data import OFFICIAL, recognises
 
     lines = []
     if data.source is not None:
-        kind = "a source"
+        official = recognises(data.name, Path(data.source).expanduser())
+        kind = "a data set with a test set of its own" if official else "a source"
     elif data.name in EMBEDDED:
         kind = "an embedded data set"
+    elif data.image_shape is None and data.name in OFFICIAL:
+        kind = "a data set with a test set of its own"
     elif (shape := data.image_shape) is not None:
         kind = "a data set without images"
         if shape[1] != shape[2]:
             lines.append(f"data.image_shape: channels, height, width, not {list(shape)}")
     else:
-        hint = did_you_mean(data.name, EMBEDDED)
+        hint = did_you_mean(data.name, [*EMBEDDED, *OFFICIAL])
         return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
     for key in sorted(data.model_fields_set - DATA_KEYS[kind]):
         lines.append(f"data.{key}: means nothing for {kind}")

@@ -82,17 +82,43 @@ def _digits() -> tuple[Tensor, Tensor, tuple[str, ...]]:
 EMBEDDED = {"digits": _digits}
 
 
-def read(section: DataSection) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """All images `(N, C, H, W)`, labels `(N,)` and class names of a set, embedded or not."""
-    if section.source is None:
-        return EMBEDDED[section.name]()
+def read(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
+    """The training part, the held-out part and the class names of a set, embedded or not.
+
+    A set with an official test set holds that out; of others `held_out` says how much.
+    """
+    if section.source is None and section.name in EMBEDDED:
+        return _split(section, *EMBEDDED[section.name]())
     from harness.downloads import fetch, is_address
+    from harness.official_data import OFFICIAL, read_official, recognises
+
+    path = None
+    if section.source is not None:
+        path = Path(section.source).expanduser()
+        if is_address(section.source) or not path.is_dir():
+            path = fetch(section.source, section.sha256)
+    if path is None or recognises(section.name, path):
+        parts = read_official(section.name, path)
+        train, test = (
+            Images(torch.from_numpy(pixels), torch.from_numpy(labels).long() * section.labels)
+            for pixels, labels in parts
+        )
+        return train, test, OFFICIAL[section.name].class_names if section.labels else ()
     from harness.edm_data import read_images
 
-    path = Path(section.source).expanduser()
-    if is_address(section.source) or not path.is_dir():
-        path = fetch(section.source, section.sha256)
-    return read_images(path, section.labels, section.num_classes, section.resolution)
+    images = read_images(path, section.labels, section.num_classes, section.resolution)
+    return _split(section, *images)
+
+
+def _split(
+    section: DataSection, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]
+) -> tuple[Images, Images, tuple[str, ...]]:
+    train, held = stratified_split(labels, section.held_out)
+    if not len(train):
+        raise UserError(f"data.held_out: {section.held_out} leaves no image for training")
+    # Nothing held out: no second copy of what may be gigabytes.
+    kept = pixels[train] if len(held) else pixels
+    return Images(kept, labels[train]), Images(pixels[held], labels[held]), class_names
 
 
 def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
@@ -112,18 +138,14 @@ def prepare(section: DataSection, folder: Path) -> dict:
     """Read a data set from its source, split it and write it to `folder`; returns `data.json`."""
     if not section.has_images:
         return _prepare_without_images(section, folder)
-    pixels, labels, class_names = read(section)
-    train, held = stratified_split(labels, section.held_out)
-    if not len(train):
-        raise UserError(f"data.held_out: {section.held_out} leaves no image for training")
+    train, held, class_names = read(section)
     sha256 = save_tensors(
         folder / "images.safetensors",
         {
-            # Nothing held out: no second copy of what may be gigabytes.
-            "train_pixels": pixels[train] if len(held) else pixels,
-            "train_labels": labels[train],
-            "held_out_pixels": pixels[held],
-            "held_out_labels": labels[held],
+            "train_pixels": train.pixels,
+            "train_labels": train.labels,
+            "held_out_pixels": held.pixels,
+            "held_out_labels": held.labels,
         },
     )
     record = {
@@ -132,7 +154,7 @@ def prepare(section: DataSection, folder: Path) -> dict:
         "class_names": list(class_names),
         "train_images": len(train),
         "held_out_images": len(held),
-        "image_shape": list(pixels.shape[1:]),
+        "image_shape": list(train.pixels.shape[1:]),
     }
     write_json(folder / "data.json", record)
     return record

@@ -23,6 +23,7 @@ from harness.errors import UserError
 from harness.feature_networks import build_feature_network
 from harness.ledger import measure
 from harness.networks import build_denoiser
+from harness.official_data import OFFICIAL
 from harness.runs import ON_DEVICE, Inputs, assemble
 from harness.trainer import Trainer
 
@@ -35,9 +36,12 @@ COPIES = 4
 def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images of the experiment's shape and labels, read from no file but an embedded one."""
     data = experiment.data
-    if data.source is None and data.has_images:
-        pixels, _, names = datasets.read(data)
-        shape, classes = tuple(pixels.shape[1:]), len(names)
+    if data.name in datasets.EMBEDDED and data.source is None and data.has_images:
+        train, _, names = datasets.read(data)
+        shape, classes = tuple(train.pixels.shape[1:]), len(names)
+    elif data.name in OFFICIAL and data.source is None and data.has_images:
+        known = OFFICIAL[data.name]
+        shape, classes = known.image_shape, len(known.class_names) * data.labels
     else:
         if data.image_shape is None and data.resolution is None:
             raise UserError("data.resolution: missing; it tells what the images will be")

@@ -287,7 +287,7 @@ def files(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ({"name": "cifar10"}, "data.name: unknown data set 'cifar10' without a source; known: digits"),
+        ({"name": "cifar100"}, "data.name: unknown data set 'cifar100' without a source; did you mean 'cifar10'?"),
         ({"name": "a/b", "source": "set.zip"}, "data.name: a name is lower-case letters, digits, '.', '_' and '-', not 'a/b'"),
         ({"name": "x", "source": "non.zip"}, "data.source: non.zip does not exist"),
         ({"name": "x", "source": ""}, "data.source: string should have at least 1 character, not ''"),

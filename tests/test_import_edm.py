@@ -185,7 +185,7 @@ def test_no_state_is_set_on_tensors_and_records(official, tmp_path):
     for made in (torch.zeros(4), torch.nn.Parameter(torch.zeros(4)), Persistent("Conv2d")):
         for state in (beyond, (None, {"value": 1}), {"value": 1}):
             file = write(tmp_path / "x.pkl", official("ncsnpp") | {"more": Stated(made, state)})
-            with pytest.raises(UserError, match="it holds a state where no official"):
+            with pytest.raises(UserError, match="it holds a state where such a file sets none"):
                 read_edm_pickle(file)
 
 

@@ -34,6 +34,27 @@ def test_weights_are_those_of_the_module(dtype, tmp_path):
     assert not is_archive(tmp_path / "state.pth")
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"ctorch._utils\n_rebuild_tensor_v2\n(dS'x'\nI1\nsb.",  # a function's attribute
+        b"ctorch\nFloatStorage\n(dS'x'\nI1\nsb.",
+        b"c__torch__\nNet\n(dS'x'\nI1\nsb.",  # a class's
+        b"ccollections\nOrderedDict\n(dS'x'\nI1\nsb.",
+        b"I1\n.",  # no module
+        b"",
+    ],
+)
+def test_no_state_is_set_but_that_of_modules(program, tmp_path):
+    path = tmp_path / "evil.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("evil/data.pkl", program)
+        archive.writestr("evil/constants.pkl", b"")
+    with pytest.raises(UserError, match="is no TorchScript archive of weights") as error:
+        read_weights(path)
+    assert "\n" not in str(error.value)
+
+
 def test_other_names_are_refused(tmp_path):
     path = tmp_path / "evil.pt"
     with zipfile.ZipFile(path, "w") as archive:

@@ -2,9 +2,8 @@
 
 Nothing in the file is executed. A pickle is a program for a small machine that may call whatever
 Python function it names; here the machine knows only the names in `_ALLOWED`, each bound to a
-function of ours that builds inert data. Anything else is refused with its name. The machine may
-also set the state of whatever it holds, so it never holds a tensor or function itself. Tensor data
-lies in *inner* pickles, which `load_pickled` reads.
+function of ours that builds inert data (`harness.networks.inert`). Anything else is refused with
+its name. Tensor data lies in *inner* pickles, which `load_pickled` reads.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from harness.artifacts import atomic_folder, sha256_file
 from harness.denoiser import EDMDenoiser
 from harness.downloads import load_pickled
 from harness.errors import UserError
+from harness.networks.inert import Inert, InertFunction, InertValue, Refused
 
 # Preconditioning classes and their epsilon (see `EDMDenoiser`).
 _PRECONDITIONS = {"EDMPrecond": 0.0, "GDDPrecond": 0.002}
@@ -35,36 +35,7 @@ _UNUSED = ("use_fp16", "sigma_min", "sigma_max")
 _LARGEST = 4096  # of a whole number among them; official ones end at 1000, ImageNet's labels
 
 
-class Refused(pickle.UnpicklingError):
-    """The file holds something that an official pickle does not."""
-
-
-# -- inert stand-ins for what the file names ----------------------------------------------------
-
-
-class _Inert:
-    """What the file gets hold of, out of its reach: no state may be set, neither an instance's nor
-    (the method is static) the class's, which all later files would share."""
-
-    @staticmethod
-    def __setstate__(state) -> None:
-        raise Refused("a state where no official EDM pickle sets one")
-
-
-class _Function(_Inert):
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *arguments):
-        return self.function(*arguments)
-
-
-class _Tensor(_Inert):
-    def __init__(self, value: Tensor):
-        self.value = value
-
-
-class _Record(_Inert):
+class _Record(Inert):
     """A pickled network object: its class's name and its `__dict__`. Its source text is dropped."""
 
     def __init__(self, meta: dict):
@@ -110,7 +81,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _storage(data: bytes) -> _Tensor:
+def _storage(data: bytes) -> InertValue:
     """An inner file: one storage in torch's legacy format, as a flat tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # typed storages are deprecated
@@ -123,21 +94,21 @@ def _storage(data: bytes) -> _Tensor:
             or not storage.dtype.is_floating_point
         ):
             raise Refused("tensor data that is no storage of floating-point numbers")
-        return _Tensor(torch.tensor([], dtype=storage.dtype).set_(storage))
+        return InertValue(torch.tensor([], dtype=storage.dtype).set_(storage))
 
 
-def _tensor(storage: _Tensor, offset: int, size: tuple, stride: tuple, *_) -> _Tensor:
+def _tensor(storage: InertValue, offset: int, size: tuple, stride: tuple, *_) -> InertValue:
     numbers = (offset, *size, *stride)
-    if type(storage) is not _Tensor or any(type(n) is not int or n < 0 for n in numbers):
+    if type(storage) is not InertValue or any(type(n) is not int or n < 0 for n in numbers):
         raise Refused("a tensor with an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if count > storage.value.numel() or (count and last >= storage.value.numel()):
         raise Refused("a tensor that is larger than its data")
-    return _Tensor(storage.value.as_strided(size, stride, offset))
+    return InertValue(storage.value.as_strided(size, stride, offset))
 
 
-def _parameter(tensor: _Tensor, *_) -> _Tensor:
+def _parameter(tensor: InertValue, *_) -> InertValue:
     return tensor
 
 
@@ -164,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
             found = _ALLOWED[module, name]
         except KeyError:
             raise Refused(f"{module}.{name}, which no official EDM pickle needs") from None
-        return found if isinstance(found, type) else _Function(found)
+        return found if isinstance(found, type) else InertFunction(found)
 
     def persistent_load(self, pid):
         raise Refused("a persistent id")
@@ -186,7 +157,7 @@ def _tensors(record, prefix: str) -> dict[str, Tensor]:
         for name, tensor in record.state.get(kind, {}).items():
             if tensor is None:
                 continue
-            if type(tensor) is not _Tensor:
+            if type(tensor) is not InertValue:
                 raise Refused(f"{prefix}{name} of type {type(tensor).__name__}")
             tensors[prefix + name] = tensor.value
     for name, child in _children(record).items():

@@ -3,7 +3,7 @@ runs.
 
 An archive is a zip file: `data.pkl` describes nested modules, `data/<key>` holds their numbers. Of
 the names that a pickle may call for, those of modules become empty classes, a handful of others
-harmless stand-ins, and everything else is refused.
+inert stand-ins (`harness.networks.inert`), and everything else is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.networks.inert import InertFunction, InertValue, Refused
 
 DTYPES = {
     "HalfStorage": torch.float16,
@@ -33,9 +34,12 @@ DTYPES = {
 class _Module:
     """Stands for any module of the archive; holds what the archive says of it."""
 
+    def __setstate__(self, state: dict) -> None:
+        self.state = state
 
-def _tensor(storage: Tensor, offset: int, size, stride, *_) -> Tensor:
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()
+
+def _tensor(storage: InertValue, offset: int, size, stride, *_) -> InertValue:
+    return InertValue(torch.as_strided(storage.value, tuple(size), tuple(stride), offset).clone())
 
 
 class _Reader(pickle.Unpickler):
@@ -47,19 +51,21 @@ class _Reader(pickle.Unpickler):
         if module.startswith("__torch__"):
             return type(name, (_Module,), {})
         if module == "torch" and name in DTYPES:
-            return DTYPES[name]
+            return InertValue(DTYPES[name])
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return InertFunction(_tensor)
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list  # build_intlist and its like
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise Refused(f"it asks for {module}.{name}")
 
-    def persistent_load(self, pid) -> Tensor:
+    def persistent_load(self, pid) -> InertValue:
         _, dtype, key, _, count = pid
         numbers = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-        return torch.frombuffer(numbers, dtype=dtype, count=count) if count else torch.empty(0)
+        if not count:
+            return InertValue(torch.empty(0, dtype=dtype.value))
+        return InertValue(torch.frombuffer(numbers, dtype=dtype.value, count=count))
 
 
 def is_archive(path: Path) -> bool:
@@ -74,9 +80,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
 
     def walk(module: _Module, prefix: str) -> None:
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                weights[prefix + name] = value
+        for name, value in vars(module).get("state", {}).items():
+            if isinstance(value, InertValue) and isinstance(value.value, Tensor):
+                weights[prefix + name] = value.value
             elif isinstance(value, _Module):
                 walk(value, f"{prefix}{name}.")
 
@@ -84,6 +90,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             root = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
             walk(_Reader(archive, root.rsplit("/", 1)[0]).load(), "")
-    except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # a foreign file may fail in any way; none is a crash of ours
         raise UserError(f"{path} is no TorchScript archive of weights: {error}") from None
     return weights
