@@ -117,6 +117,15 @@ def _agreement(args) -> None:
         )
 
 
+def _score_folder(args) -> None:
+    from harness.evaluation.folder import print_folder
+
+    _threads(args)
+    experiment = _experiment(args)
+    with machine_slot():
+        print_folder(experiment, args.folder)
+
+
 def _verify_teacher(args) -> None:
     from harness.reporting.collect import reference_scores
     from harness.reporting.verify import check_made, teacher_lines
@@ -211,6 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
         "score-references", _score_references, "score a teacher, its one-step images and the floor"
     ).add_argument("name")
     stage("agreement", _agreement, "the same images scored here, by torch-fidelity and clean-fid")
+    folder = stage("score-folder", _score_folder, "score a folder or zip of images from elsewhere")
+    folder.add_argument("folder", type=Path)
     verify = stage("verify-teacher", _verify_teacher, "compare a teacher with its published FIDs")
     verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
     report = stage("report", _report, "tables, figures, report.html and manifest from the scores")

@@ -75,7 +75,9 @@ def test_settings_are_the_published_ones(name, student, expected):
 def test_the_plan_counts_the_official_networks():
     """SiD on CIFAR-10: student and teacher forward and backward, the fake score twice both ways,
     5.5 forward passes and as much again for each backward pass to the weights or to the input."""
-    experiment = load("cifar10-uncond")
+    # The whole batch at a time: its images are made once.
+    whole = {"training": {"micro_batch": None}}
+    experiment = load_experiment(FOLDER / "cifar10-uncond.yaml", whole, files=False)
     sid = estimate(experiment, "sid")
     assert sid.parameters == sid.beside == 55_733_891
     with torch.device("meta"):

@@ -5,13 +5,17 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from harness import data as datasets
 from harness.config import load_experiment
 from harness.errors import UserError
+from harness.evaluation.agreement import write_images
+from harness.evaluation.folder import print_folder, score_folder
 from harness.reporting import figures
 from harness.reporting.collect import COLUMNS, collect, read_metrics
 from harness.reporting.tables import cell, compare, formatted
+from tests.conftest import DATA, ROOT
 
 
 @pytest.fixture(scope="session")
@@ -201,9 +205,48 @@ def test_manifest_holds_what_made_the_results(finished):
     assert manifest["features"]["tiny-clip"]["aesthetic"]["rank_correlation_unseen"]
 
 
-def test_readme_shows_the_example_that_is_tested_and_the_reference_table():
-    from tests.conftest import DATA, ROOT
+def test_a_folder_of_images_is_scored_as_the_floor_is(finished, experiment, tmp_path, capsys):
+    """The held-out images as files have the floor's numbers; other folders are told off in a line."""
+    held_out = datasets.load(experiment.data_dir()).held_out
+    folder = tmp_path / "samples"
+    write_images(held_out.pixels, folder)
+    names = sorted(path.name for path in folder.iterdir())
+    entries = [[name, int(y)] for name, y in zip(names, held_out.labels, strict=True)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": entries}))
+    table, _ = collect(experiment)
+    floor = table[table.student == "floor"].set_index("column").value.astype(float)
+    found = {
+        f"{r['metric']}_n{r['num_samples']}_{r['extractor']}": r["value"]
+        for r in score_folder(experiment, folder)
+    }
+    assert set(found) == set(floor.index)
+    assert all(found[name] == pytest.approx(floor[name], rel=1e-5) for name in found)
+    print_folder(experiment, folder)
+    assert "| fd_n359_tiny-cnn" in capsys.readouterr().out
 
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            score_folder(experiment, folder)
+
+    Image.new("RGB", (8, 8)).save(folder / names[5])
+    refused(f"{names[5]} is 8 x 8 RGB, but {names[0]} is 8 x 8 grey")
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    refused("its images are 3x8x8, those of data digits 1x8x8")
+    for name in names:
+        (folder / name).unlink()
+    refused("has no images")
+
+
+def test_readme_tells_the_verdicts_of_the_reference_run():
+    claims = pd.read_csv(ROOT / "results/reference/digits-claims/tables/claims.csv")
+    readme = (ROOT / "README.md").read_text()
+    for claim, rows in claims.groupby("claim"):
+        assert [c.rsplit("_", 1)[1] for c in rows.column] == ["digits-cnn", "digits-clip"]
+        assert f"| {claim} | {' | '.join(rows.verdict)} |" in readme
+
+
+def test_readme_shows_the_example_that_is_tested_and_the_reference_table():
     readme = (ROOT / "README.md").read_text()
     assert (DATA / "example" / "diff_instruct.py").read_text() in readme
     table = ROOT / "results" / "reference" / "digits" / "tables" / "headline.md"

@@ -1,0 +1,45 @@
+"""Images from elsewhere by an experiment's protocol: a folder or zip of samples, no run of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.config import Experiment
+from harness.edm_data import read_images
+from harness.errors import UserError
+from harness.evaluation.score import Scorer
+
+
+def score_folder(experiment: Experiment, path: Path) -> list[dict]:
+    """Rows for the images in `path`, which lie as a data set's would (`harness.edm_data`), with
+    labels where the experiment has classes. At the experiment's sample counts that they suffice
+    for, else all of them."""
+    scorer = Scorer(experiment)
+    d = scorer.dataset
+    pixels, labels, _ = read_images(path, d.num_classes > 0, d.num_classes or None)
+    if tuple(pixels.shape[1:]) != d.image_shape:
+        mine, theirs = ("x".join(map(str, shape)) for shape in (pixels.shape[1:], d.image_shape))
+        raise UserError(f"{path}: its images are {mine}, those of data {d.name} {theirs}")
+    counts = [n for n in scorer.counts() if n <= len(pixels)] or [len(pixels)]
+    blocks = zip(pixels.split(256), labels.split(256), strict=True)
+    return scorer.score(blocks, counts)
+
+
+def print_folder(experiment: Experiment, path: Path) -> None:
+    from tabulate import tabulate
+
+    from harness.reporting.collect import column_name
+
+    rows = [
+        (
+            column_name(row["metric"], row["num_samples"], row["extractor"]),
+            row.get("status", row["value"]),
+            row["stderr"],
+        )
+        for row in score_folder(experiment, path)
+    ]
+    print(tabulate(rows, ("column", "value", "standard error"), tablefmt="github", floatfmt=".4g"))
+    print(
+        f"\n{path} against the training part of {experiment.data.name}, as {experiment.name} "
+        "scores its students; how these images were chosen and labelled, nothing here can tell."
+    )
