@@ -9,6 +9,7 @@ their shape and classes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def blocks(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and labels of at most `size` images at a time."""
+        return zip(self.pixels.split(size), self.labels.split(size), strict=True)
 
 
 @dataclass(frozen=True)

@@ -199,9 +199,7 @@ def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float | None:
     held_out, correct = dataset.held_out, []
     if not len(held_out):
         return None
-    for pixels, labels in zip(
-        held_out.pixels.split(1024), held_out.labels.split(1024), strict=True
-    ):
+    for pixels, labels in held_out.blocks(1024):
         x = datasets.to_model_space(pixels)
         if hasattr(network, "class_features"):
             scores = network.features(x) @ network.class_features().T

@@ -103,12 +103,12 @@ class Context:
         sources: Sources,
         seed: int,
         step: int,
-        index: Tensor,
+        samples: range,
         device: str | torch.device = "cpu",
     ):
-        """`index`: on the host; what is drawn comes on `device`."""
-        self.networks, self.step = networks, step
-        self.index, self._host_index = index.to(device), index
+        """`samples`: their numbers; what is drawn of them comes on `device`."""
+        self.networks, self.step, self._samples = networks, step, samples
+        self.index = self._index_on(device)
         self.logs: dict[str, Tensor] = {}
         self._sources, self._seed = sources, seed
         self._phase: tuple[str, int] = ("", 0)
@@ -160,17 +160,17 @@ class Context:
 
     def real(self, name: str = "real") -> tuple[Tensor, Tensor | None]:
         """Real training images in the model's space and their labels (None without classes)."""
-        index = self._index_beside(self._sources.pixels)
+        index = self._index_on(self._sources.pixels.device)
         return self._sources.real(index, self._stream(name), self.index.device)
 
     def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Tensor | None]:
         """The teacher's noise, images and conditions: `z`, `x`, `condition`."""
-        index = self._index_beside(self._sources.pair_tensors["x"])
+        index = self._index_on(self._sources.pair_tensors["x"].device)
         return self._sources.pairs(index, self._stream(name), self.index.device)
 
-    def _index_beside(self, data: Tensor) -> Tensor:
-        """Data that stay on the host are chosen from there, without waiting for the device."""
-        return self._host_index if data.device.type == "cpu" else self.index
+    def _index_on(self, device: str | torch.device) -> Tensor:
+        """Made where it is needed: a copy would wait for the device."""
+        return torch.arange(self._samples.start, self._samples.stop, device=device)
 
     def log(self, name: str, value: Tensor) -> None:
         """Record a scalar; the trainer reads it back every tick."""

@@ -243,7 +243,7 @@ class Trainer:
                 run.sources,
                 run.seed,
                 self.step,
-                torch.arange(first + start, first + start + micro, device="cpu"),
+                range(first + start, first + start + micro),
                 run.device,
             )
             for start in range(0, batch, micro)

@@ -53,7 +53,7 @@ def test_large_data_stay_on_the_host(monkeypatch):
     assert runs.placement(pixels, "meta").type == "cpu"
     pairs = {"x": torch.zeros(50, 3, 8, 8), "condition": labels}
     sources = Sources((3, 8, 8), 10, 1.0, pixels, labels, pairs)
-    context = Context({}, sources, 0, 0, torch.arange(4), "meta")
+    context = Context({}, sources, 0, 0, range(4), "meta")
     for tensors in (context.real(), context.pairs()):
         assert all(t.device.type == "meta" and len(t) == 4 for t in tensors)
 

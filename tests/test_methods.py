@@ -31,7 +31,7 @@ def test_the_fake_scores_loss_is_in_the_authors_units(name, scale):
     method = kind(kind.Config(**SETTINGS[name]), teacher)
     phase = next(phase for phase in method.phases() if phase.network == "fake_score")
     networks = {"student": clone_denoiser(teacher), **method.networks()}
-    context = Context(networks, Sources((3, 8, 8), 10, 2.5), 0, 0, torch.arange(4))
+    context = Context(networks, Sources((3, 8, 8), 10, 2.5), 0, 0, range(4))
     context.enter("fake_score", 0, False)
     loss, images, sigma = phase.loss(context), context.generated(), method.fake_sigma(context)
     noised = context.noised(images.x, sigma)

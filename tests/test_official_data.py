@@ -67,7 +67,7 @@ def small(images, monkeypatch):
     monkeypatch.setitem(
         OFFICIAL,
         "cifar10",
-        Official(known.image_shape, known.class_names, (100, 20), sha256, known.forms, ()),
+        Official(known.image_shape, known.class_names, sha256, known.forms, ()),
     )
     return batches, parts
 
@@ -165,7 +165,7 @@ def test_fashion_mnist_is_read_gzipped_or_not(packed, tmp_path, monkeypatch):
             path.write_bytes(gzip.compress(content) if packed else content)
     known = OFFICIAL["fashion-mnist"]
     sha256 = tuple(content_sha256(*part) for part in parts)
-    small = Official(known.image_shape, known.class_names, (30, 10), sha256, known.forms, ())
+    small = Official(known.image_shape, known.class_names, sha256, known.forms, ())
     monkeypatch.setitem(OFFICIAL, "fashion-mnist", small)
     section = DataSection(name="fashion-mnist", source=str(tmp_path))
     record = data.prepare(section, tmp_path / "made")
@@ -193,9 +193,7 @@ def test_what_no_source_has_is_told_with_every_try(monkeypatch):
     monkeypatch.setitem(
         OFFICIAL,
         "cifar10",
-        Official(
-            known.image_shape, known.class_names, known.counts, known.sha256, known.forms, sources
-        ),
+        Official(known.image_shape, known.class_names, known.sha256, known.forms, sources),
     )
     with pytest.raises(UserError) as error:
         read_official("cifar10")

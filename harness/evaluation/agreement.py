@@ -32,7 +32,6 @@ from harness.evaluation.metrics import METRICS, SIGMA, SPLITS, Reference, Views
 from harness.streams import Stream
 
 TOLERANCE = 1e-4
-BLOCK = 256
 COLUMNS = (
     *("quantity", "extractor", "ours", "library", "theirs"),
     *("relative_difference", "tolerance", "agrees"),
@@ -100,10 +99,8 @@ class Scored:
 
     def _see(self, images: Images, reference: Reference, neighbours: int) -> Views:
         observer = Observer([self.extractor])
-        for pixels, labels in zip(
-            images.pixels.split(BLOCK), images.labels.split(BLOCK), strict=True
-        ):
-            observer.add(pixels, labels)
+        for block in images.blocks():
+            observer.add(*block)
         return observer.views(self.extractor.name, reference, neighbours)
 
     def values(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.config import Experiment
+from harness.data import Images
 from harness.edm_data import read_images
 from harness.errors import UserError
 from harness.evaluation.score import Scorer
@@ -21,8 +22,7 @@ def score_folder(experiment: Experiment, path: Path) -> list[dict]:
         mine, theirs = ("x".join(map(str, shape)) for shape in (pixels.shape[1:], d.image_shape))
         raise UserError(f"{path}: its images are {mine}, those of data {d.name} {theirs}")
     counts = [n for n in scorer.counts() if n <= len(pixels)] or [len(pixels)]
-    blocks = zip(pixels.split(256), labels.split(256), strict=True)
-    return scorer.score(blocks, counts)
+    return scorer.score(Images(pixels, labels).blocks(), counts)
 
 
 def print_folder(experiment: Experiment, path: Path) -> None:

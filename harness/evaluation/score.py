@@ -138,8 +138,7 @@ class Scorer:
         held = self.dataset.held_out
         if not len(held):
             return None
-        blocks = zip(held.pixels.split(256), held.labels.split(256), strict=True)
-        return torch.cat([extractor.see(*block)["features"] for block in blocks])
+        return torch.cat([extractor.see(*block)["features"] for block in held.blocks()])
 
     def pairs_record(self) -> dict:
         """What the nearest neighbours of a figure are: in which features, among how many images, in
@@ -425,9 +424,8 @@ def score_references(experiment: Experiment, teacher: str) -> None:
             rows += [{"sample_seed": seed} | row for row in scored]
         add(name, nfe, rows)
     if len(held_out):
-        real = zip(held_out.pixels.split(256), held_out.labels.split(256), strict=True)
         pairs: dict[str, Tensor] = {}
-        rows = scorer.score(real, [len(held_out)], kept=pairs)
+        rows = scorer.score(held_out.blocks(), [len(held_out)], kept=pairs)
         kept |= {f"floor_{name}": tensor for name, tensor in pairs.items()}
         add("floor", None, [{"sample_seed": None} | row for row in rows])
     file = experiment.reference_score_path(teacher).with_suffix(".kept.safetensors")

@@ -24,7 +24,7 @@ from harness.artifacts import atomic_folder, sha256_file
 from harness.denoiser import EDMDenoiser
 from harness.downloads import load_pickled
 from harness.errors import UserError
-from harness.networks.inert import Inert, InertFunction, InertValue, Refused
+from harness.networks.inert import Inert, InertFunction, InertValue, Refused, told
 
 # Preconditioning classes and their epsilon (see `EDMDenoiser`).
 _PRECONDITIONS = {"EDMPrecond": 0.0, "GDDPrecond": 0.002}
@@ -246,12 +246,6 @@ def _denoiser(network: _Record) -> EDMDenoiser:
     return denoiser.eval()
 
 
-def _line(error: Exception) -> str:
-    """Its message, fit for a terminal: the names in it are the file's and may hold anything."""
-    printable = "".join(c if c.isprintable() else " " for c in str(error))
-    return " ".join(printable.split())[:300]
-
-
 def read_edm_pickle(path: Path) -> EDMDenoiser:
     """The network under `ema` of an official pickle. Raises `UserError`, in one line, for anything
     that an official pickle would not hold."""
@@ -265,9 +259,9 @@ def read_edm_pickle(path: Path) -> EDMDenoiser:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Refused as error:
-        raise UserError(f"{path} is refused: it holds {_line(error)}") from None
+        raise UserError(f"{path} is refused: it holds {told(error)}") from None
     except Exception as error:  # a foreign file may fail in any way; none is a crash of ours
-        reason = f"{type(error).__name__}: {_line(error)}"
+        reason = f"{type(error).__name__}: {told(error)}"
         raise UserError(f"{path} is damaged or no EDM pickle ({reason})") from None
 
 

@@ -37,3 +37,9 @@ class InertValue(Inert):
 
     def __init__(self, value: Tensor | object):
         self.value = value
+
+
+def told(error: Exception) -> str:
+    """Its message, fit for a terminal: the names in it are the file's and may hold anything."""
+    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(printable.split())[:300]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.networks.inert import InertFunction, InertValue, Refused
+from harness.networks.inert import InertFunction, InertValue, Refused, told
 
 DTYPES = {
     "HalfStorage": torch.float16,
@@ -91,5 +91,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             root = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
             walk(_Reader(archive, root.rsplit("/", 1)[0]).load(), "")
     except Exception as error:  # a foreign file may fail in any way; none is a crash of ours
-        raise UserError(f"{path} is no TorchScript archive of weights: {error}") from None
+        raise UserError(f"{path} is no TorchScript archive of weights: {told(error)}") from None
     return weights
