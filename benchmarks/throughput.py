@@ -80,13 +80,15 @@ class PlainLoop(Trainer):
             group["fused"] = None
         return optimizer
 
-    def _update(self, phase: Phase, repeat: int, contexts: list[Context], *rest) -> bool:
+    def _update(self, phase: Phase, repeat: int, contexts: list[Context], *rest) -> None:
         for context in contexts:
             context.forget_generated()
             context.enter(phase.name, repeat, phase.network == self.run.main)
-        applied = super()._update(phase, repeat, contexts, *rest)
+        super()._update(phase, repeat, contexts, *rest)
         float(self._sums[f"loss/{phase.name}"])
-        return applied
+
+    def _step(self, optimizer: torch.optim.Optimizer, lost: Tensor) -> None:
+        optimizer.step()
 
     def _update_ema(self, images: int) -> None:
         with torch.no_grad():

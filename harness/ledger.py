@@ -25,6 +25,11 @@ class Cost:
     flops: int = 0
     passes: dict[str, list[int]] = field(default_factory=dict)
 
+    def __mul__(self, times: int) -> Cost:
+        """The same in so many processes."""
+        passes = {name: [n * times for n in both] for name, both in self.passes.items()}
+        return Cost(self.flops * times, passes)
+
 
 @dataclass
 class Ledger:

@@ -3,6 +3,10 @@
 Optimisers, mixed precision, accumulation, gradient hygiene, EMA, the ledger, snapshots and exact
 resume live here, for students, teachers and feature networks alike.
 
+The host never waits for the device within an iteration. Whether a step was finite is known on the
+device alone, where the optimiser leaves such a step out; counts on the host assume that all were,
+and are settled at each tick and before anything is decided by them.
+
 A run's folder is keyed by a hash of everything that decides its weights except where it stops, so
 a longer budget continues it and any other change starts a new one beside it:
 
@@ -39,6 +43,7 @@ from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.ledger import UNITS, Cost, Ledger, measure, peak_memory
 from harness.method import Context, OptimizerConfig, Phase, Sources
+from harness.processes import processes
 from harness.streams import Stream
 
 STATE_FORMAT = 1
@@ -96,9 +101,24 @@ def grid_index(amount: float, first: float, per_octave: float) -> int:
     return math.floor(math.log2(amount / first) * per_octave + 1e-9) + 1
 
 
+class Guard:
+    """What happened to the steps of one phase since their counts were last settled, on the device:
+    how many were not finite, how many of these came one after the other up to now, and at most."""
+
+    def __init__(self, device: str):
+        self.lost, self.row, self.longest = (torch.zeros((), device=device) for _ in range(3))
+
+    def add(self, lost: Tensor) -> None:
+        self.lost += lost
+        self.row.add_(1).mul_(lost)
+        torch.maximum(self.longest, self.row, out=self.longest)
+
+
 class Trainer:
     def __init__(self, run: TrainingRun):
         self.run = run
+        self.processes = processes()
+        self.share = self.processes.share(run.batch)
         self.networks = {name: self._place(net) for name, net in run.networks.items()}
         self.frozen = {name: self._place(net).eval() for name, net in run.frozen.items()}
         for net in self.frozen.values():
@@ -125,8 +145,9 @@ class Trainer:
         self.nonfinite = {phase.name: 0 for phase in run.phases}
         self.consecutive = {phase.name: 0 for phase in run.phases}
         self.snapshots: list[dict] = []
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
+        self._guards = {phase.name: Guard(run.device) for phase in run.phases}
+        self._sums: dict[str, Tensor] = {}  # of what was recorded and finite since the last tick
+        self._counts: dict[str, Tensor] = {}
 
     # -- building -------------------------------------------------------------------------------
 
@@ -169,6 +190,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state; the old one goes only when the new one is whole."""
+        if not self.processes.first:
+            return
         folder = self.run.folder
         file = f"state-{self.step:08d}.safetensors"
         sha256 = save_tensors(folder / file, self._state_tensors())
@@ -226,6 +249,8 @@ class Trainer:
         self.step, self.updates = state["step"], state["updates"]
         self.ledger = Ledger.from_json(state["ledger"])
         self.nonfinite, self.consecutive = state["nonfinite"], state["consecutive"]
+        for name, row in self.consecutive.items():
+            self._guards[name].row.fill_(row)
         self.snapshots = state["snapshots"]
         self._trim_csv()
         return True
@@ -233,9 +258,9 @@ class Trainer:
     # -- one iteration --------------------------------------------------------------------------
 
     def _iteration(self) -> None:
-        run, batch = self.run, self.run.batch
-        micro = run.micro_batch or batch
-        first, images = self.step * batch, self.ledger.images
+        run, share = self.run, self.share
+        micro = math.gcd(run.micro_batch or len(share), len(share))
+        first, images = self.step * run.batch, self.ledger.images
         everything = {**self.frozen, **self.networks}
         contexts = [
             Context(
@@ -246,7 +271,7 @@ class Trainer:
                 range(first + start, first + start + micro),
                 run.device,
             )
-            for start in range(0, batch, micro)
+            for start in share[::micro]
         ]
         due = [phase for phase in run.phases if self.step % phase.every == 0]
         updates = [
@@ -264,9 +289,9 @@ class Trainer:
             with_graph = any(other.network == run.main for other in later)
             for context in contexts:
                 context.enter(phase.name, repeat, with_graph)
-            applied = self._update(phase, repeat, contexts, variant, measuring)
-            if phase.network == run.main and applied:
-                self.ledger.images += batch
+            self._update(phase, repeat, contexts, variant, measuring)
+            if phase.network == run.main:
+                self.ledger.images += run.batch
             if phase.network == run.main or len(contexts) > 1:
                 for context in contexts:
                     context.forget_generated()
@@ -285,9 +310,8 @@ class Trainer:
 
     def _update(
         self, phase: Phase, repeat: int, contexts: list[Context], variant: str, measuring: bool
-    ) -> bool:
-        """Gradient of the phase's loss over the batch, and one step of its network's optimiser;
-        False if the step was skipped because something was not finite."""
+    ) -> None:
+        """Gradient of the phase's loss over the batch, and one step of its network's optimiser."""
         run = self.run
         for name, parameters in self.trainable.items():
             # The student's images may be made in another network's phase: it always stays open.
@@ -296,8 +320,11 @@ class Trainer:
                 for parameter in parameters:
                     parameter.requires_grad_(name == phase.network)
         # For dropout alone, which takes its numbers from torch's own generator: with several
-        # micro-batches they depend on the split.
-        torch.manual_seed(Stream(run.seed, phase.name, self.step, repeat, "dropout").key[0])
+        # micro-batches or processes they depend on the split.
+        stream = Stream(run.seed, phase.name, self.step, repeat, "dropout")
+        if not self.processes.first:
+            stream = stream.child(f"process{self.processes.rank}")
+        torch.manual_seed(stream.key[0])
         everything = {**self.frozen, **self.networks}
         total = torch.zeros((), device=run.device)
         with self._measured(everything) if measuring else contextlib.nullcontext() as cost:
@@ -307,14 +334,13 @@ class Trainer:
                 loss.backward()
                 total += loss.detach()
         if variant not in self.ledger.costs:
-            self.ledger.costs[variant] = cost
+            self.ledger.costs[variant] = cost * self.processes.size
         self.ledger.add(self.ledger.costs[variant])
-        applied = self._apply(phase, total)
+        self._apply(phase, total)
         for context in contexts:
             for name, value in context.logs.items():
                 self._record(name, value)
             context.logs.clear()
-        return applied
 
     @contextlib.contextmanager
     def _measured(self, networks: dict[str, nn.Module]) -> Iterator[Cost]:
@@ -328,36 +354,54 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.run.device.split(":")[0], torch.bfloat16)
 
-    def _apply(self, phase: Phase, loss: Tensor) -> bool:
+    def _apply(self, phase: Phase, loss: Tensor) -> None:
+        """One step of the optimiser, which leaves it out if something is not finite."""
         name, config = phase.network, self.configs[phase.network]
         optimizer, parameters = self.optimizers[name], self.trainable[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        self.processes.average_([*gradients, loss])
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        finite = bool(torch.isfinite(norm + loss))
-        if finite:
-            if config.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm, foreach=True)
-            self.updates[name] += 1
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(self.updates[name])
-            optimizer.step()
-            self.consecutive[phase.name] = 0
-            self._record(f"loss/{phase.name}", loss)
-            self._record(f"grad_norm/{phase.name}", norm)
-        else:
-            self.nonfinite[phase.name] += 1
-            self.consecutive[phase.name] += 1
-            if self.consecutive[phase.name] > self.run.max_nonfinite:
-                raise NonFiniteError(
-                    f"{self.run.name}: {self.consecutive[phase.name]} consecutive non-finite steps "
-                    f"in phase {phase.name!r} up to step {self.step} "
-                    f"({self.ledger.images} images); "
-                    f"last good snapshot: {self._last_snapshot()}"
-                )
+        lost = (~torch.isfinite(norm + loss)).float()
+        if config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm, foreach=True)
+        self.updates[name] += 1
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(self.updates[name])
+        self._step(optimizer, lost)
         optimizer.zero_grad(set_to_none=True)
-        return finite
+        self._guards[phase.name].add(lost)
+        self._record(f"loss/{phase.name}", loss)
+        self._record(f"grad_norm/{phase.name}", norm)
+
+    def _step(self, optimizer: torch.optim.Optimizer, lost: Tensor) -> None:
+        """`lost`: 1 leaves the step out, 0 takes it; fused optimisers look on the device."""
+        optimizer.found_inf = lost
+        optimizer.step()
+
+    def _settle(self) -> None:
+        """Take back what the host counted of steps that were left out; too many in a row end the
+        run."""
+        names = list(self._guards)
+        guards = [torch.stack([g.lost, g.row, g.longest]) for g in self._guards.values()]
+        for name, counts in zip(names, torch.stack(guards).tolist(), strict=True):
+            lost, row, longest = map(int, counts)
+            self._guards[name].lost.zero_()
+            self._guards[name].longest.zero_()
+            phase = next(phase for phase in self.run.phases if phase.name == name)
+            self.nonfinite[name] += lost
+            self.consecutive[name] = row
+            self.updates[phase.network] -= lost
+            if phase.network == self.run.main:
+                self.ledger.images -= lost * self.run.batch
+            if longest > self.run.max_nonfinite:
+                raise NonFiniteError(
+                    f"{self.run.name}: {longest} consecutive non-finite steps in phase {name!r} up "
+                    f"to step {self.step - 1} ({self.ledger.images} images); last good snapshot: "
+                    f"{self._last_snapshot()}"
+                )
 
     def _ema_decay(self, images: int) -> float:
+        """A step that was left out counts here, too: the average closes in on the same weights."""
         run = self.run
         half_life = min(run.ema_half_life, self.ledger.images * run.ema_ramp_up)
         return 0.5 ** (images / half_life) if half_life > 0 else 0.0
@@ -389,6 +433,9 @@ class Trainer:
         name = f"images-{self.ledger.images:09d}"
         if any(other["name"] == name for other in self.snapshots):
             name += f"-step-{self.step}"  # compute went on without a student's update
+        if not self.processes.first:
+            self.snapshots.append({"name": name, "grid": grid})
+            return
         with atomic_folder(self.run.folder / "snapshots" / name) as folder:
             record = self.run.export(self.ema, folder)
             record |= {"name": name, "grid": grid, "step": self.step, "before": before}
@@ -396,13 +443,21 @@ class Trainer:
             write_json(folder / "snapshot.json", record)
         self.snapshots.append(record)
 
-    def _record(self, name: str, value: Tensor | float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value
-        self._counts[name] = self._counts.get(name, 0) + 1
+    def _record(self, name: str, value: Tensor) -> None:
+        finite = value.isfinite()
+        self._sums[name] = self._sums.get(name, 0.0) + torch.where(finite, value, 0.0)
+        self._counts[name] = self._counts.get(name, 0.0) + finite.float()
 
     def _row(self, elapsed: float, images: int) -> dict[str, float]:
         """The averages since the last tick; the only place where losses are read back."""
-        means = {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
+        names = list(self._sums)
+        totals = torch.stack([*self._sums.values(), *self._counts.values()]).float()
+        self.processes.sum_([totals])
+        sums, counts = totals.view(2, -1).tolist()
+        means = {
+            name: total / count if count else math.nan
+            for name, total, count in zip(names, sums, counts, strict=True)
+        }
         self._sums.clear()
         self._counts.clear()
         rate = images / elapsed if elapsed > 0 else 0.0
@@ -451,7 +506,7 @@ class Trainer:
 
     def _trim_csv(self) -> None:
         """Drop rows beyond the state that is resumed: they will be written again."""
-        if not self._csv.exists():
+        if not self._csv.exists() or not self.processes.first:
             return
         with open(self._csv, newline="") as file:
             reader = csv.DictReader(file)
@@ -485,7 +540,9 @@ class Trainer:
         """Train until the budget is spent, continuing from the saved state if there is one."""
         run = self.run
         run.folder.mkdir(parents=True, exist_ok=True)
-        if not self.load():
+        resumed = self.load()
+        self.processes.wait()  # all read the same state before the first writes another
+        if not resumed:
             self._trim_csv()
         else:
             if self.ledger.reached(run.budget):
@@ -516,39 +573,49 @@ class Trainer:
         run = self.run
         tick_steps = max(1, run.tick_images // run.batch)
         saved = time.monotonic()
-        tick_seconds, tick_images = 0.0, 0
+        tick_seconds, tick_images = 0.0, self.ledger.images
         position = self._grid_position()
         while True:
-            started = time.perf_counter()
+            started, seconds = time.perf_counter(), self.ledger.seconds
             before = {unit: self.ledger.amount(unit) for unit in UNITS}
             self._iteration()
-            if run.device.startswith("cuda") and self.step % tick_steps == 0:
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - started
-            self.ledger.seconds += elapsed
-            tick_seconds += elapsed
-            tick_images += self.ledger.images - before["images"]
+            self._count_seconds(seconds, started)
+            ticked = self.step % tick_steps == 0
+            if ticked or self._grid_position() != position or self.ledger.reached(run.budget):
+                added = self.ledger.images - before["images"]
+                self._settle()  # waits for the device
+                before["images"] = min(before["images"], self.ledger.images - added)
+                self._count_seconds(seconds, started)
+            tick_seconds += self.ledger.seconds - seconds
             now, done = self._grid_position(), self.ledger.reached(run.budget) is not None
             crossed = [unit for unit in now if now[unit] > position[unit]]
             position = now
-            ticked = self.step % tick_steps == 0 or done
-            if ticked:
+            if ticked or done:
                 self.ledger.peak_memory = max(self.ledger.peak_memory, peak_memory(run.device))
-                row = self._row(tick_seconds, tick_images)
-                self._append_csv(row)
-                self._report(bar, row)
-                tick_seconds, tick_images = 0.0, 0
+                row = self._row(tick_seconds, self.ledger.images - tick_images)
+                if self.processes.first:
+                    self._append_csv(row)
+                    self._report(bar, row)
+                tick_seconds, tick_images = 0.0, self.ledger.images
             if crossed or done:
                 self._snapshot(crossed, before)
-            if ticked and (done or time.monotonic() - saved >= run.checkpoint_seconds):
+            if done or (ticked and time.monotonic() - saved >= run.checkpoint_seconds):
                 self.save()
                 saved = time.monotonic()
             if done:
                 return
 
+    def _count_seconds(self, before: float, started: float) -> None:
+        """The time since `started`, by the first process's clock where a limit depends on it."""
+        self.ledger.seconds = before + time.perf_counter() - started
+        if any(limit["unit"] == "seconds" for limit in self.run.budget):
+            self.ledger.seconds = self.processes.agree(self.ledger.seconds, self.run.device)
+
     # -- telling --------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
+        if not self.processes.first:
+            return
         print(f"{self.run.name}: {text}", file=sys.stderr, flush=True)
 
     def _spent(self) -> float:
@@ -557,7 +624,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _progress(self):
-        if not self.run.progress:
+        if not self.run.progress or not self.processes.first:
             yield None
             return
         from tqdm import tqdm
@@ -596,10 +663,12 @@ def train(make: Callable[[], TrainingRun]) -> Outcome:
     try:
         return Trainer(run).fit()
     except _Restart:
-        print(
-            f"{run.name}: the saved state is beyond the shortened budget and no snapshot lies at "
-            "its end; training again from the start",
-            file=sys.stderr,
-        )
-        shutil.rmtree(run.folder)
+        if processes().first:
+            print(
+                f"{run.name}: the saved state is beyond the shortened budget and no snapshot lies "
+                "at its end; training again from the start",
+                file=sys.stderr,
+            )
+            shutil.rmtree(run.folder)
+        processes().wait()
         return Trainer(make()).fit()

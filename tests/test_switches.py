@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import config
 from harness.config import load_experiment
@@ -102,3 +103,23 @@ def test_compile_needs_a_compiler(tiny, monkeypatch):
     monkeypatch.setattr(config, "COMPILERS", ("no-such-compiler",))
     put(tiny, "training.compile", True)
     assert mistakes(tiny) == ["training.compile: needs a C++ compiler, one of no-such-compiler"]
+
+
+@pytest.mark.parametrize("student", ["dmd", "sid", "sim", "gdd"])
+def test_no_iteration_reads_anything_back_from_the_device(tmp_path, student):
+    """The host would wait for the device. What reads a value, or makes a tensor whose size depends
+    on values, goes through these operations, on every device."""
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal"}
+    trainer, seen = trained(tmp_path, student), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        trainer._iteration()
+    assert seen & {"_fused_adam_", "_fused_adamw_"} and not seen & waits
+    with Watch():
+        float(trainer._sums["loss/generator"])
+    assert seen & waits  # the watch sees what it is there for

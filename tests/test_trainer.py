@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.artifacts import save_tensors
 from harness.errors import UserError
 from harness.ledger import Ledger, measure
 from harness.method import Context, OptimizerConfig, Phase, Sources
-from harness.trainer import NonFiniteError, TrainingRun, grid_index, train
+from harness.trainer import NonFiniteError, Trainer, TrainingRun, grid_index, train
 
 ADAM = OptimizerConfig(lr=1e-2)
 # One image: 8 x 8 weights, forward and the gradient of the weights, multiply and add.
@@ -72,8 +73,6 @@ def test_ledger_counts_images_passes_and_operations(tmp_path):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     whole = fit(tmp_path / "a")
     parts = fit(tmp_path / "b", micro_batch=2)
-    from safetensors.torch import load_file
-
     name = f"snapshots/{whole.snapshots[-1]['name']}/w.safetensors"
     a, b = (load_file(tmp_path / x / name)["layer.weight"] for x in "ab")
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -195,10 +194,32 @@ def nan_at(steps):
 def test_non_finite_steps_are_skipped_counted_and_logged(tmp_path):
     outcome = fit(tmp_path, phases=nan_at({1, 2, 5}), max_nonfinite=2)
     assert outcome.nonfinite == {"generator": 3}
+    assert outcome.ledger.images == 64 and outcome.ledger.generated == 11 * 8
+    state = load_file(tmp_path / "state-00000011.safetensors")
+    assert state["optimizer/student/0/step"] == 8
     with open(tmp_path / "train.csv") as file:
         rows = list(csv.DictReader(file))
     assert rows[-1]["nonfinite/generator"] == "3"
     assert all(float(row["loss/generator"]) < 100 for row in rows if row["loss/generator"])
+
+
+def test_a_step_that_is_left_out_changes_nothing(tmp_path):
+    """No weight, no state of the optimiser, nor the counts that decide what a run exports."""
+    grid = {"images": {"first": 32, "per_octave": 1}}
+    whole = fit(tmp_path / "a", snapshot_grid=grid)
+    broken = fit(tmp_path / "b", snapshot_grid=grid, phases=nan_at({4, 5}))
+    assert whole.snapshots[0]["sha256"] == broken.snapshots[0]["sha256"]
+    assert [s["ledger"]["images"] for s in broken.snapshots] == [32, 64]
+    before = fit(tmp_path / "c", budget=[{"unit": "images", "amount": 32}])
+    assert before.ledger.images == 32
+    run = run_of(tmp_path / "c", phases=nan_at({4, 5}))
+    trainer = Trainer(run)
+    trainer.load()
+    kept = {k: v.clone() for k, v in trainer._state_tensors().items() if k[:3] != "ema"}
+    trainer._iteration()
+    assert all(torch.equal(v, trainer._state_tensors()[k]) for k, v in kept.items())
+    trainer._iteration(), trainer._iteration()
+    assert not all(torch.equal(v, trainer._state_tensors()[k]) for k, v in kept.items())
 
 
 def test_too_many_non_finite_steps_stop_the_run(tmp_path):
@@ -213,7 +234,7 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path):
 
 def test_each_phase_has_its_own_guard(tmp_path):
     """A healthy critic does not hide a generator that is broken for good, and a skipped step is no
-    image that received an update."""
+    image that received an update. The guards are read at ticks, here every second step."""
 
     def critic_loss(context: Context) -> Tensor:
         x = context.generated().x.detach()
@@ -223,7 +244,7 @@ def test_each_phase_has_its_own_guard(tmp_path):
         return loss(context) * float("nan")
 
     with pytest.raises(
-        NonFiniteError, match=r"3 consecutive.*'generator' up to step 2 \(0 images\)"
+        NonFiniteError, match=r"4 consecutive.*'generator' up to step 3 \(0 images\)"
     ):
         fit(
             tmp_path,
@@ -304,8 +325,6 @@ def test_damaged_or_foreign_state_is_refused_by_name(tmp_path, damage, message):
 def test_ema_follows_its_half_life(tmp_path):
     """With a rate of 0 but for the first step, the average closes in by half every half-life."""
     outcome = fit(tmp_path, ema_half_life=16, ema_ramp_up=1e9)
-    from safetensors.torch import load_file
-
     states = load_file(tmp_path / "state-00000008.safetensors")
     assert outcome.ledger.images == 64
     start, ema = Linear().layer.weight.detach(), states["ema/layer.weight"]
@@ -321,8 +340,6 @@ def test_ema_follows_its_half_life(tmp_path):
 def test_warm_up_and_clipping(tmp_path):
     slow = OptimizerConfig(lr=1e-2, warmup_steps=1000, clip=1e-9)
     fit(tmp_path, phases=[Phase("generator", "student", loss, slow)])
-    from safetensors.torch import load_file
-
     moved = load_file(tmp_path / "state-00000008.safetensors")["student/layer.weight"]
     change = (moved - Linear().layer.weight.detach()).abs().max()
     # Rates 1e-5, 2e-5, ... 8e-5; with the gradient clipped to eps, Adam's steps are below the rate.
