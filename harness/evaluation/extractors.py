@@ -13,7 +13,7 @@ from harness.data import Dataset, to_model_space
 from harness.errors import UserError
 from harness.evaluation.metrics import TRAINED, Reference, Views
 from harness.feature_networks import load_feature_network
-from harness.networks.towers import TOWERS
+from harness.networks.towers import TOWERS, full_precision
 
 
 @dataclass
@@ -52,17 +52,26 @@ class Extractor:
 
     @torch.no_grad()
     def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The per-sample parts of `Views` for one block of images."""
+        """The per-sample parts of `Views` for one block of images, on the host."""
         if self.kind not in TRAINED:
             return self.network.see(pixels, labels)
-        features = self.network.features(to_model_space(pixels))
+        with full_precision():
+            seen = self._see(to_model_space(pixels.to(self.device)), labels)
+        return {name: part.cpu() for name, part in seen.items()}
+
+    def _see(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        features = self.network.features(x)
         if not self.is_clip:
             return {"features": features, "probabilities": self.network.logits(features).softmax(1)}
         if self._class_features is None:
             self._class_features = self.network.class_features()
-        similarity = (features * self._class_features[labels]).sum(dim=1)
+        similarity = (features * self._class_features[labels.to(self.device)]).sum(dim=1)
         seen = {"features": features, "text_similarity": similarity}
         return seen | ({"aesthetic": self.head(features)} if self.head else {})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
 
 def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extractor:
@@ -74,14 +83,15 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
         )
     network, record = load_feature_network(folder, dataset)
     if "aesthetic" not in record:
-        return Extractor(name, section.type, network, record["sha256"])
+        return Extractor(name, section.type, network.to(experiment.device), record["sha256"])
     from harness.evaluation.aesthetic import AestheticHead
 
     sha256 = record["aesthetic"]["sha256"]
     weights = load_tensors(folder / "aesthetic.safetensors", sha256)
     head = AestheticHead(network.embed_dim)
     head.load_state_dict(weights)
-    return Extractor(name, section.type, network, record["sha256"], head.eval(), sha256)
+    network, head = network.to(experiment.device), head.to(experiment.device).eval()
+    return Extractor(name, section.type, network, record["sha256"], head, sha256)
 
 
 def _load_fetched(

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from harness import SCORES_FORMAT
 from harness import data as datasets
-from harness.artifacts import digest, read_json, save_tensors, sha256_file, write_json
+from harness.artifacts import (
+    digest,
+    load_tensors,
+    read_json,
+    run_lock,
+    save_tensors,
+    sha256_file,
+    write_json,
+)
 from harness.config import Experiment
 from harness.data import Dataset, Images
 from harness.downloads import fetch
@@ -117,28 +125,46 @@ class Scorer:
         return load_statistics(path, inception.DIM), sha256_file(path)
 
     def _reference_of(self, extractor: Extractor) -> Reference:
-        """What an extractor sees of the training part. Of a large one a fixed draw is kept, and its
-        statistics are summed while it streams by."""
-        train, parts, sums = self.dataset.train, [], None
+        """What an extractor sees of the real images. It is the same for all generators, so the
+        first job that scores keeps it beside the extractor, and the others read it."""
         published = self.statistics if extractor.kind == "inception" else None
-        if not len(train):
+        if not len(self.dataset.train):
             return Reference(None, published)
+        folder = self.experiment.features_dir(extractor.name)
+        key = {"extractor": extractor.hashes, "kind": extractor.kind, "resize": extractor.resize}
+        key |= {"data": self.dataset.sha256, "draw": PAIRWISE_LIMIT, "moments": published is None}
+        key |= {"torch": torch.__version__, "device": self.experiment.device}
+        path = folder / f"reference-{digest(key)}.safetensors"
+        with run_lock(folder):
+            try:
+                tensors = load_tensors(path)
+            except UserError:  # not there yet, or damaged
+                tensors = self._see_reference(extractor, moments=published is None)
+                save_tensors(path, tensors)
+        own = (tensors["mean"], tensors["covariance"]) if "mean" in tensors else None
+        return Reference(
+            tensors["features"], published or own, tensors.get("held_out"), tensors["index"]
+        )
+
+    def _see_reference(self, extractor: Extractor, moments: bool) -> dict[str, Tensor]:
+        """Features of the training part: of a large one those of a fixed draw, and with `moments`
+        the mean and covariance of all, which are summed while it streams by; and of the held-out
+        part, if there is one."""
+        train, held, parts, sums = self.dataset.train, self.dataset.held_out, [], None
         everything = torch.arange(len(train))
         drawn = Stream(0, "reference").uniform(everything).argsort()[:PAIRWISE_LIMIT].sort().values
-        for index in (everything if published is None else drawn).split(256):
+        for index in (everything if moments else drawn).split(256):
             features = extractor.see(train.pixels[index], train.labels[index])["features"]
             parts.append(features[torch.isin(index, drawn)])
-            if published is None and len(drawn) < len(train):
+            if moments and len(drawn) < len(train):
                 sums = sums + Moments.of(features) if sums else Moments.of(features)
-        statistics = sums.statistics() if sums else published
-        held_out = self._held_out_features(extractor)
-        return Reference(torch.cat(parts), statistics, held_out, drawn)
-
-    def _held_out_features(self, extractor: Extractor) -> Tensor | None:
-        held = self.dataset.held_out
-        if not len(held):
-            return None
-        return torch.cat([extractor.see(*block)["features"] for block in held.blocks()])
+        tensors = {"features": torch.cat(parts), "index": drawn}
+        if sums:
+            tensors |= dict(zip(("mean", "covariance"), sums.statistics(), strict=True))
+        if len(held):
+            seen = [extractor.see(*block)["features"] for block in held.blocks()]
+            tensors["held_out"] = torch.cat(seen)
+        return tensors
 
     def pairs_record(self) -> dict:
         """What the nearest neighbours of a figure are: in which features, among how many images, in

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
+from harness.data import DIGIT_WORDS
+
 CONTEXT_LENGTH = 16  # captions here are short; the usual 77 would only cost time
-TEMPLATES = ("a handwritten digit {}", "the digit {}", "a scan of the number {}")
+# Captions of a class, the first of them the one that images are compared with.
+DIGIT_TEMPLATES = ("a handwritten digit {}", "the digit {}", "a scan of the number {}")
+TEMPLATES = ("a photo of a {}", "a {}", "a small picture of the {}")
 
 
 def tokenize(captions: list[str]) -> Tensor:
@@ -34,7 +38,11 @@ class SmallCLIP(nn.Module):
         self.clip = CLIP(
             self.embed_dim,
             CLIPVisionCfg(
-                layers=3, width=2 * width, head_width=16, patch_size=2, image_size=self.size
+                layers=3,
+                width=2 * width,
+                head_width=16,
+                patch_size=2 if self.size <= 16 else 4,
+                image_size=self.size,
             ),
             CLIPTextCfg(context_length=CONTEXT_LENGTH, width=2 * width, heads=4, layers=2),
         )
@@ -43,7 +51,8 @@ class SmallCLIP(nn.Module):
         )
 
     def set_captions(self, class_names: tuple[str, ...]) -> None:
-        captions = [template.format(name) for name in class_names for template in TEMPLATES]
+        templates = DIGIT_TEMPLATES if class_names == DIGIT_WORDS else TEMPLATES
+        captions = [template.format(name) for name in class_names for template in templates]
         self.captions.copy_(tokenize(captions).view_as(self.captions))
 
     def features(self, x: Tensor) -> Tensor:

@@ -81,6 +81,11 @@ def resized(pixels: Tensor, size: int) -> Tensor:
     return interpolate(rgb.cpu(), (size, size), mode="bicubic", antialias=True)
 
 
+def full_precision():
+    """A GPU would convolve in TensorFloat-32, and features differ from machine to machine."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 class Tower(nn.Module):
     """A frozen network behind a fixed input size and a normalisation of pixels in [0, 1]."""
 
@@ -100,8 +105,7 @@ class Tower(nn.Module):
     @torch.no_grad()
     def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         parts = []
-        # A GPU would convolve in TensorFloat-32, and features differ from machine to machine.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with full_precision():
             for block in pixels.split(BLOCK):
                 parts.append(self.outputs(self.inputs(block)))
         seen = {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
