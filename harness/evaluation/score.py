@@ -192,10 +192,15 @@ class Scorer:
         return record | {"reference_sha256": self.dataset.sha256}
 
     def counts(self) -> list[int]:
-        """The main sample count and the size of the held-out part, at which the floor stands (where
-        there is such a part)."""
+        """The main sample count, and the one at which the floor stands."""
+        return list(dict.fromkeys([self.experiment.evaluation.num_samples, self.floor_count]))
+
+    @property
+    def floor_count(self) -> int:
+        """The size of the held-out part, or the main sample count if that is smaller: the floor is
+        then the mean over disjoint parts of it."""
         main, held_out = self.experiment.evaluation.num_samples, len(self.dataset.held_out)
-        return list(dict.fromkeys([main, held_out or main]))
+        return min(main, held_out or main)
 
     def _protocol(self, metric: Metric, extractor: Extractor, count: int) -> str:
         """Register the record that identifies a number; returns its hash."""
@@ -451,7 +456,7 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         add(name, nfe, rows)
     if len(held_out):
         pairs: dict[str, Tensor] = {}
-        rows = scorer.score(held_out.blocks(), [len(held_out)], kept=pairs)
+        rows = scorer.score(held_out.blocks(), [scorer.floor_count], kept=pairs)
         kept |= {f"floor_{name}": tensor for name, tensor in pairs.items()}
         add("floor", None, [{"sample_seed": None} | row for row in rows])
     file = experiment.reference_score_path(teacher).with_suffix(".kept.safetensors")
