@@ -10,6 +10,7 @@ from pathlib import Path
 from harness.artifacts import machine_slot
 from harness.errors import UserError, did_you_mean
 from harness.failures import recorded
+from harness.machine import is_first, launched, relaunch
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 
@@ -55,19 +56,22 @@ def _teacher(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("teacher", args.name, experiment.teachers)
+    relaunch(experiment.processes(getattr(experiment.teachers[args.name], "batch", 1)), args.argv)
     with recorded(experiment.teacher_dir(args.name), "training"), machine_slot():
         make_teacher(experiment, args.name)
 
 
 def _pairs(args) -> None:
     from harness.pairs import make_pairs
+    from harness.processes import processes
 
     _threads(args)
     experiment = _experiment(args)
     _check_known("pair set", args.name, experiment.pair_sets)
+    relaunch(experiment.processes(), args.argv)
     with (
         recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"),
-        machine_slot(exclusive=experiment.seconds_budget) as alone,
+        processes().leading(machine_slot(exclusive=experiment.seconds_budget)) as alone,
     ):
         make_pairs(experiment, args.name, alone)
 
@@ -78,6 +82,7 @@ def _train(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("student", args.student, experiment.students)
+    relaunch(experiment.processes(experiment.method_config(args.student).batch), args.argv)
     with recorded(experiment.run_dir(args.student, args.seed), "training"):
         train_student(experiment, args.student, args.seed)
 
@@ -88,6 +93,7 @@ def _score(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("student", args.student, experiment.students)
+    relaunch(experiment.processes(), args.argv)
     with recorded(experiment.run_dir(args.student, args.seed), "scoring"), machine_slot():
         score_run(experiment, args.student, args.seed)
 
@@ -98,6 +104,7 @@ def _score_references(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("teacher", args.name, experiment.teachers)
+    relaunch(experiment.processes(), args.argv)
     with recorded(experiment.teacher_dir(args.name), "scoring"), machine_slot():
         score_references(experiment, args.name)
 
@@ -136,7 +143,8 @@ def _verify_teacher(args) -> None:
     if reference_scores(experiment, args.name) is None:
         check_made(experiment, args.name, args.configfile)
         _score_references(args)
-    print(*teacher_lines(experiment, args.name), sep="\n")
+    if is_first():
+        print(*teacher_lines(experiment, args.name), sep="\n")
 
 
 def _report(args) -> None:
@@ -248,12 +256,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if not sys.stderr.isatty():  # a log begins with the command that repeats it
-        print("$ python -m harness", *(argv or sys.argv[1:]), file=sys.stderr, flush=True)
+    args.argv = argv or sys.argv[1:]
+    # A log begins with the command that repeats it.
+    if not sys.stderr.isatty() and not launched():
+        print("$ python -m harness", *args.argv, file=sys.stderr, flush=True)
     try:
         args.function(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = "" if is_first() else f"process {os.environ['RANK']}: "
+        print(f"{who}error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

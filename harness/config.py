@@ -91,7 +91,21 @@ class ImportedTeacher(TeacherSection):
     )
 
 
-class TrainedTeacher(TeacherSection):
+class Switches(Section):
+    """How a training loop goes about its arithmetic; results differ by rounding."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = Field(False, description="memory format of the networks' weights")
+    compile: bool = Field(False, description="denoisers, by torch.compile with static shapes")
+    micro_batch: Positive | None = Field(None, description="images at a time, at most")
+
+
+# Keys of a teacher that came later: left out of its spec where they keep their defaults, so that
+# finished teachers outlive them.
+LATER = {*Switches.model_fields, "augment"}
+
+
+class TrainedTeacher(TeacherSection, Switches):
     """A teacher trained in the workflow: a denoiser with EDM's loss."""
 
     network: dict[str, Any]
@@ -106,6 +120,7 @@ class TrainedTeacher(TeacherSection):
     p_std: float = Field(1.2, gt=0)
     sigma_data: float = Field(0.5, gt=0)
     label_dropout: float = Field(0.0, ge=0, lt=1)
+    augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations")
     seed: int = Field(0, ge=0)
 
 
@@ -243,17 +258,13 @@ class StudentSection(Section):
     budget: list[Limit] | None = Field(None, min_length=1, description="in place of all students'")
 
 
-class TrainingSection(Section):
+class TrainingSection(Switches):
     """What all students share. `settings` overrides method defaults; a student's own win."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     budget: list[Limit] = Field(min_length=1)
     settings: dict[str, Any] = {}
     snapshots: dict[Literal["images", "flops"], Grid] = {}
-    micro_batch: Positive | None = Field(None, description="images at a time, at most")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    channels_last: bool = Field(False, description="memory format of the networks' weights")
-    compile: bool = Field(False, description="denoisers, by torch.compile with static shapes")
     max_nonfinite: int = Field(20, ge=0)
     tick_images: Positive = 1024
     checkpoint_seconds: float = Field(15.0, ge=0)
@@ -316,6 +327,9 @@ class ClaimSection(Section):
 class ExperimentModel(Section):
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    processes: Literal["auto"] | Positive = Field(
+        "auto", description="that share a job, one on each GPU; auto: all GPUs there are, or 1"
+    )
     data: DataSection
     features: dict[str, AnyFeatures]
     teachers: dict[str, AnyTeacher] = Field(min_length=1)
@@ -335,7 +349,7 @@ class Experiment:
         self.teachers, self.students = model.teachers, model.students
         self.training, self.evaluation = model.training, model.evaluation
         self.paper, self.claims = model.paper, model.claims
-        self.device_setting = model.device
+        self.device_setting, self.process_setting = model.device, model.processes
         self.root = results / model.name
 
     @property
@@ -354,6 +368,20 @@ class Experiment:
         if not available:
             raise UserError(f"device: {self.device_setting} is not there; use cpu or auto")
         return self.device_setting
+
+    def processes(self, batch: int | None = None) -> int:
+        """How many processes share a job: no more than can share its batch equally."""
+        count, device = self.process_setting, self.device
+        if device == "cuda":
+            import torch
+
+            gpus = torch.cuda.device_count()
+            if count != "auto" and count > gpus:
+                raise UserError(f"processes: {count} need a GPU each, and here are {gpus}")
+            count = gpus if count == "auto" else count
+        elif count == "auto" or device != "cpu":
+            count = 1
+        return count if batch is None else micro_batch(batch, count)
 
     def teacher_of(self, student: str) -> str:
         return self.students[student].teacher or next(iter(self.teachers))
@@ -441,7 +469,8 @@ class Experiment:
     def teacher_spec(self, name: str) -> dict:
         return {
             "data": self.data_spec(),
-            "teacher": self.teachers[name].model_dump(exclude={"sampler"}),
+            "teacher": self.teachers[name].model_dump(exclude={"sampler", *LATER})
+            | self.teachers[name].model_dump(include=LATER, exclude_defaults=True),
         }
 
     def pairs_spec(self, name: str) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.artifacts import read_json, write_json
 from harness.config import Experiment
+from harness.machine import is_first
 
 FILE = "failure.json"
 
@@ -15,7 +16,8 @@ FILE = "failure.json"
 @contextlib.contextmanager
 def recorded(folder: Path, stage: str) -> Iterator[None]:
     """Write `failure.json` if the block fails; a new attempt removes the old one."""
-    (folder / FILE).unlink(missing_ok=True)
+    if is_first():
+        (folder / FILE).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:

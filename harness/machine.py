@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 
@@ -29,3 +30,24 @@ def job_threads(cores: int | None) -> int:
     eight declared by each, two run.
     """
     return max(1, math.ceil((cores or 1) / usable_cpus()))
+
+
+def is_first() -> bool:
+    """Whether this process leads those that torchrun started, or is alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def relaunch(count: int, arguments: list[str]) -> None:
+    """Become torchrun with `count` processes of `python -m harness <arguments>`, unless this is one
+    of them already, or one is enough."""
+    if count == 1 or launched():
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={count}", "-m", "harness", *arguments]
+    sys.stderr.flush()
+    os.execv(sys.executable, command)

@@ -25,6 +25,7 @@ from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.ledger import measure
 from harness.networks import load_denoiser
+from harness.processes import processes
 from harness.sampling import BLOCK, balanced_labels, heun
 from harness.streams import PAIR_NOISE
 
@@ -44,19 +45,22 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
     teacher = load_denoiser(made_by, sha256, device)
     key = digest([experiment.pairs_spec(name), sha256])
     shape = tuple(read_json(experiment.data_dir() / "data.json")["image_shape"])
-    with run_lock(folder):
-        shards = []
-        for start in range(0, count, SHARD):
-            size = min(SHARD, count - start)
-            record_path = folder / key / f"shard-{start:08d}.json"
-            tensor_path = record_path.with_suffix(".safetensors")
-            if not (record_path.exists() and tensor_path.exists()):
+    group = processes()
+    with group.leading(run_lock(folder)):
+        records = [folder / key / f"shard-{start:08d}.json" for start in range(0, count, SHARD)]
+        # Processes take turns at the shards.
+        for number in range(group.rank, len(records), group.size):
+            start, path = number * SHARD, records[number]
+            size, tensor_path = min(SHARD, count - start), path.with_suffix(".safetensors")
+            if not (path.exists() and tensor_path.exists()):
                 tensors, record = _make_shard(teacher, sampler, shape, start, size, device)
                 record["sha256"] = save_tensors(tensor_path, tensors)
-                write_json(record_path, record)
-            file = f"{key}/{record_path.stem}.safetensors"
-            shards.append(read_json(record_path) | {"file": file})
+                write_json(path, record)
             print(f"pairs {name}: {start + size} of {count}", file=sys.stderr, flush=True)
+        group.wait()
+        if not group.first:
+            return {}
+        shards = [read_json(path) | {"file": f"{key}/{path.stem}.safetensors"} for path in records]
         record = {
             "pairs": count,
             "key": key,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,17 +112,3 @@ def processes() -> Processes:
     else:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     return Processes(torch.distributed.get_rank(), size)
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def relaunch(count: int, arguments: list[str]) -> None:
-    """Become torchrun with `count` processes of `python -m harness <arguments>`; does not
-    return."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={count}", "-m", "harness", *arguments]
-    sys.stderr.flush()
-    os.execv(sys.executable, command)

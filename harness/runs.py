@@ -26,6 +26,7 @@ from harness.data import Dataset
 from harness.denoiser import Denoiser
 from harness.ledger import Cost, Ledger
 from harness.method import Sources, get_method
+from harness.processes import processes
 from harness.trainer import Outcome, TrainingRun, train
 
 
@@ -219,6 +220,7 @@ def describe(experiment: Experiment, student: str, seed: int) -> dict:
         "trained_against": against,
         "pretraining": sorted(pretraining),
         "device": experiment.device,
+        "processes": processes().size,
         "nfe": 1,
     }
 
@@ -232,21 +234,24 @@ def _parameters(network: nn.Module) -> dict:
 def train_student(experiment: Experiment, student: str, seed: int) -> dict:
     """Train one run to its budget and write `student.json`; returns what it says."""
     run_dir = experiment.run_dir(student, seed)
-    with run_lock(run_dir), machine_slot(exclusive=experiment.seconds_budget) as alone:
+    group, slot = processes(), machine_slot(exclusive=experiment.seconds_budget)
+    with group.leading(run_lock(run_dir)), group.leading(slot) as alone:
         inputs = load_inputs(experiment, student)
         key = digest([experiment.run_spec(student, seed), inputs.hashes])
         folder = run_dir / "runs" / key
         contended = folder / "contended"  # stays when an interrupted run goes on alone
-        if not alone or inputs.contended:
+        if group.first and (not alone or inputs.contended):
             folder.mkdir(parents=True, exist_ok=True)
             contended.touch()
         make = partial(assemble, experiment, student, seed, inputs, folder, key)
         try:
             outcome = train(make)
         finally:
-            if folder.exists():
+            if group.first and folder.exists():
                 for name in ("snapshots", "train.csv"):
                     link(run_dir / name, folder / name)
+        if not group.first:
+            return {}
         link(run_dir / "model", folder / "snapshots" / outcome.snapshots[-1]["name"])
         record = {
             "spec": digest([experiment.run_spec(student, seed), experiment.budget_spec(student)]),

@@ -1,7 +1,7 @@
 """Sampling: fixed, padded blocks of indices, noise that depends on (seed, index) alone.
 
 Every block has the same size whatever is asked for, so the same weights give the same bytes for
-image i in any call. Noise and labels are drawn on the host.
+image i in any call, and in any number of processes. Noise and labels are drawn on the host.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.denoiser import Denoiser, one_step
+from harness.processes import processes
 from harness.schedules import heun_sigmas
 from harness.streams import Stream
 
@@ -81,9 +82,16 @@ def noise_and_labels(
     index: Tensor, shape: tuple[int, ...], num_classes: int, seed: int, purpose: str = "evaluation"
 ) -> tuple[Tensor, Tensor | None]:
     """Latents `(B, *shape)` and labels `(B,)` (None without classes) of images `index`."""
-    stream = Stream(seed, purpose)
-    labels = balanced_labels(index, num_classes, stream.child("label")) if num_classes else None
-    return stream.normal(index, shape), labels
+    return Stream(seed, purpose).normal(index, shape), labels_of(index, num_classes, seed, purpose)
+
+
+def labels_of(
+    index: Tensor, num_classes: int, seed: int, purpose: str = "evaluation"
+) -> Tensor | None:
+    """Labels `(B,)` of images `index`; None without classes."""
+    if not num_classes:
+        return None
+    return balanced_labels(index, num_classes, Stream(seed, purpose).child("label"))
 
 
 def step_noise(
@@ -122,10 +130,19 @@ def sample(
     seed: int,
     device: str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images 0 .. count - 1 block by block: float images on the device, labels on the host."""
-    for index, wanted in blocks(count):
-        z, labels = noise_and_labels(index, shape, num_classes, seed)
-        condition = None if labels is None else labels.to(device)
-        noise = step_noise(index, shape, seed, device=device)
-        images = generate(z.to(device), condition, noise)
-        yield images[:wanted], None if labels is None else labels[:wanted]
+    """Images 0 .. count - 1 block by block: float images on the device, labels on the host.
+
+    Processes take turns at the blocks. The first gets all of them in order; the others, who must
+    go through this, too, get none.
+    """
+    group, todo = processes(), list(blocks(count))
+    for start in range(0, len(todo), group.size):
+        turn, own = todo[start : start + group.size], None
+        if group.rank < len(turn):
+            index, _ = turn[group.rank]
+            z, labels = noise_and_labels(index, shape, num_classes, seed)
+            condition = None if labels is None else labels.to(device)
+            noise = step_noise(index, shape, seed, device=device)
+            own = generate(z.to(device), condition, noise)
+        for (index, wanted), images in zip(turn, group.gather(own, len(turn)), strict=False):
+            yield images[:wanted], labels_of(index[:wanted], num_classes, seed)

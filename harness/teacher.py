@@ -9,14 +9,16 @@ from torch import Tensor
 
 from harness import data as datasets
 from harness.artifacts import atomic_folder, digest, run_lock, sha256_file, write_json
-from harness.config import Experiment, ImportedTeacher, TrainedTeacher
+from harness.augment import LABELS, edm_augment
+from harness.config import Experiment, ImportedTeacher, TrainedTeacher, micro_batch
 from harness.data import Dataset
 from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
 from harness.fake_score import denoising_loss
 from harness.method import Context, OptimizerConfig, Phase, Sources
 from harness.networks import FILES, WEIGHTS, build_denoiser, save_denoiser
-from harness.runs import link, seeded, training_record
+from harness.processes import processes
+from harness.runs import link, placement, seeded, training_record
 from harness.schedules import lognormal_sigma
 from harness.trainer import TrainingRun, train
 
@@ -29,10 +31,13 @@ def teacher_phase(section: TrainedTeacher, null_label: int) -> Phase:
         if section.label_dropout and labels is not None:
             drop = context.uniform("label_dropout") < section.label_dropout
             labels = torch.where(drop, null_label, labels)
+        extras = {}
+        if section.augment:
+            clean, extras["augment_labels"] = edm_augment(context, clean, section.augment)
         sigma = lognormal_sigma(context.normal("sigma"), section.p_mean, section.p_std)
         teacher = context.networks["teacher"]
         noised = context.noised(clean, sigma)
-        return denoising_loss(teacher, clean, noised, sigma, labels, section.sigma_data)
+        return denoising_loss(teacher, clean, noised, sigma, labels, section.sigma_data, **extras)
 
     optimizer = OptimizerConfig(
         lr=section.lr,
@@ -115,6 +120,11 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
             network = build_denoiser(
                 section.network, dataset.image_shape, dataset.num_classes, section.sigma_data
             )
+        if section.augment and network.augment_labels != LABELS:
+            raise UserError(
+                f"teachers.{name}.augment: the network takes {network.augment_labels} augmentation "
+                f"labels, not {LABELS}; a SongUNet with augment_dim: {LABELS} does"
+            )
         return TrainingRun(
             name=f"teacher {name}",
             folder=folder / "runs" / key,
@@ -128,8 +138,8 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
                 dataset.image_shape,
                 dataset.num_classes,
                 sigma_init=0.0,
-                pixels=dataset.train.pixels.to(device),
-                labels=dataset.train.labels.to(device),
+                pixels=dataset.train.pixels.to(placement(dataset.train.pixels, device)),
+                labels=dataset.train.labels.to(placement(dataset.train.pixels, device)),
             ),
             batch=section.batch,
             budget=[{"unit": "images", "amount": section.images}],
@@ -137,13 +147,20 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
             ema_half_life=section.ema_half_life,
             ema_ramp_up=section.ema_ramp_up,
             device=device,
+            micro_batch=micro_batch(section.batch, section.micro_batch),
+            precision=section.precision,
+            channels_last=section.channels_last,
+            compile=section.compile,
             checkpoint_seconds=experiment.training.checkpoint_seconds,
             max_nonfinite=experiment.training.max_nonfinite,
             tick_images=max(section.images // 50, 1),
         )
 
-    with run_lock(folder):
+    group = processes()
+    with group.leading(run_lock(folder)):
         outcome = train(make)
+        if not group.first:
+            return {}
         final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
         for file in FILES:
             link(folder / file, final / file)

@@ -42,6 +42,7 @@ from harness.evaluation.metrics import (
 )
 from harness.evaluation.neighbours import nearest
 from harness.networks import denoiser_record, inception, load_denoiser
+from harness.processes import processes
 from harness.sampling import heun_generator, one_step_generator, sample
 from harness.streams import Stream
 
@@ -101,11 +102,12 @@ class Scorer:
     """Scores streams of images against an experiment's reference: the training part."""
 
     def __init__(self, experiment: Experiment):
-        self.experiment = experiment
+        self.experiment, self.first = experiment, processes().first
         self.dataset: Dataset = datasets.load(experiment.data_dir())
         self.extractors: list[Extractor] = [
             load_extractor(experiment, name, self.dataset)
             for name in experiment.evaluation.extractors
+            if self.first  # other processes help to make samples
         ]
         available = [e for e in self.extractors if not e.unavailable]
         self.statistics, self.statistics_sha256 = self._published_statistics()
@@ -248,7 +250,10 @@ class Scorer:
         that the generator was trained on; `pretraining`: what such networks had been trained on.
         The rows of an extractor that is one of them, or shares that with one, are flagged.
         `kept`: gets the images that come nearest to the training images in the first extractor.
+        Other processes than the first make their share of the images, and have no rows.
         """
+        if not self.first:
+            return [row for _ in blocks for row in ()]
         observer = Observer([e for e in self.extractors if not e.unavailable])
         closest = None
         if kept is not None and self.pairs_in:
@@ -361,11 +366,14 @@ def keeping(blocks: Blocks, count: int, kept: dict[str, Tensor]) -> Blocks:
             pixels.append(p)
             labels.append(y)
         yield p, y
-    kept |= {"pixels": torch.cat(pixels)[:count], "labels": torch.cat(labels)[:count]}
+    if pixels:
+        kept |= {"pixels": torch.cat(pixels)[:count], "labels": torch.cat(labels)[:count]}
 
 
 def _finish(path: Path, record: dict, scorer: Scorer, kept: dict[str, Tensor]) -> None:
     """The samples for figures first, the declared file last: it names their hash."""
+    if not scorer.first:
+        return
     file = path.with_suffix(".samples.safetensors")
     record["samples"] = {"file": file.name, "sha256": save_tensors(file, kept)}
     record["samples"] |= scorer.pairs_record()
@@ -459,6 +467,8 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         rows = scorer.score(held_out.blocks(), [scorer.floor_count], kept=pairs)
         kept |= {f"floor_{name}": tensor for name, tensor in pairs.items()}
         add("floor", None, [{"sample_seed": None} | row for row in rows])
+    if not scorer.first:
+        return
     file = experiment.reference_score_path(teacher).with_suffix(".kept.safetensors")
     _finish(
         experiment.reference_score_path(teacher),

@@ -1,0 +1,46 @@
+"""What each of several processes does in tests/test_processes.py; alone it does the same."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from harness.config import load_experiment
+from harness.evaluation.score import one_step_generator, sample
+from harness.plan import stand_in_inputs
+from harness.processes import processes
+from harness.runs import assemble
+from harness.trainer import Trainer
+
+STEPS = 20
+STUDENTS = ("dmd", "sid", "sim", "gdd")
+IMAGES = 600
+
+
+def work(folder: Path) -> dict[str, list[list[float]]]:
+    """Losses of all phases in each of 20 steps of every method, and sampled images in a file."""
+    torch.set_num_threads(1)
+    experiment, losses = load_experiment(Path("tests/data/tiny.yaml")), {}
+    for student in STUDENTS:
+        torch.manual_seed(0)
+        inputs = stand_in_inputs(experiment, student)
+        run = assemble(experiment, student, 0, inputs, folder / student, "test")
+        trainer, losses[student] = Trainer(run), []
+        for _ in range(STEPS):
+            trainer._iteration()
+            row = trainer._row(1.0, run.batch)
+            losses[student].append([v for k, v in row.items() if k.startswith("loss/")])
+        losses[student].append([trainer.ledger.flops, *trainer.ledger.passes["student"]])
+    generate = one_step_generator(inputs.teacher, 2.5)
+    blocks = list(sample(generate, IMAGES, (1, 8, 8), 10, seed=3))
+    if processes().first:
+        torch.save([torch.cat(part) for part in zip(*blocks, strict=True)], folder / "images.pt")
+    return losses
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    found = work(out)
+    if processes().first:
+        (out / "losses.json").write_text(json.dumps(found))
