@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.artifacts import (
     canonical,
+    digest,
     load_tensors,
     read_json,
     save_tensors,
@@ -27,6 +28,8 @@ from harness.config import DataSection
 from harness.errors import UserError
 from harness.streams import Stream
 
+# Bytes of a file of prepared images, at most, and what of them its header may take.
+SHARD, HEADER = 60_000_000, 10_000
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -47,7 +50,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`sha256`: of the file that holds the images; of the record of a set without them."""
+    """`sha256`: of the file that holds the images, or of the list of several files' hashes; of the
+    record of a set without them."""
 
     name: str
     train: Images
@@ -144,15 +148,7 @@ def prepare(section: DataSection, folder: Path) -> dict:
     if not section.has_images:
         return _prepare_without_images(section, folder)
     train, held, class_names = read(section)
-    sha256 = save_tensors(
-        folder / "images.safetensors",
-        {
-            "train_pixels": train.pixels,
-            "train_labels": train.labels,
-            "held_out_pixels": held.pixels,
-            "held_out_labels": held.labels,
-        },
-    )
+    shards, sha256 = _write_shards(folder, train, held)
     record = {
         "name": section.name,
         "sha256": sha256,
@@ -160,9 +156,30 @@ def prepare(section: DataSection, folder: Path) -> dict:
         "train_images": len(train),
         "held_out_images": len(held),
         "image_shape": list(train.pixels.shape[1:]),
+        "shards": shards,
     }
     write_json(folder / "data.json", record)
     return record
+
+
+def _write_shards(folder: Path, train: Images, held: Images) -> tuple[list[dict], str]:
+    """The images in files of at most `SHARD` bytes, which can be carried one by one: their names
+    and hashes, and the hash of the whole. A set that fits into one file is that file."""
+    per_image = train.pixels[0].numel() + train.labels.element_size()
+    size = max(1, (SHARD - HEADER) // per_image)
+    count = -(-(len(train) + len(held)) // size)
+    shards = []
+    for number in range(count):
+        tensors = {}
+        for name, part, before in (("train", train, 0), ("held_out", held, len(train))):
+            rows = slice(max(0, number * size - before), max(0, (number + 1) * size - before))
+            tensors[f"{name}_pixels"], tensors[f"{name}_labels"] = (
+                part.pixels[rows],
+                part.labels[rows],
+            )
+        file = "images.safetensors" if count == 1 else f"images-{number:03d}.safetensors"
+        shards.append({"file": file, "sha256": save_tensors(folder / file, tensors)})
+    return shards, shards[0]["sha256"] if count == 1 else digest(shards)
 
 
 def _prepare_without_images(section: DataSection, folder: Path) -> dict:
@@ -186,11 +203,20 @@ def load(folder: Path, images: bool = True) -> Dataset:
         shape, names = record["image_shape"], tuple(record["class_names"])
         none = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
         return Dataset(record["name"], none, none, names, record["sha256"])
-    tensors = load_tensors(folder / "images.safetensors", record["sha256"])
-    return Dataset(
-        record["name"],
-        Images(tensors["train_pixels"], tensors["train_labels"]),
-        Images(tensors["held_out_pixels"], tensors["held_out_labels"]),
-        tuple(record["class_names"]),
-        record["sha256"],
+    train, held = (
+        Images(
+            torch.empty(record[f"{part}_images"], *record["image_shape"], dtype=torch.uint8),
+            torch.empty(record[f"{part}_images"], dtype=torch.int64),
+        )
+        for part in ("train", "held_out")
     )
+    start = {"train": 0, "held_out": 0}
+    one = [{"file": "images.safetensors", "sha256": record["sha256"]}]  # before there were shards
+    for shard in record.get("shards", one):  # in place: a second copy could be too much
+        tensors = load_tensors(folder / shard["file"], shard["sha256"], owner=folder)
+        for name, part in (("train", train), ("held_out", held)):
+            pixels = tensors[f"{name}_pixels"]
+            rows = slice(start[name], start[name] + len(pixels))
+            part.pixels[rows], part.labels[rows] = pixels, tensors[f"{name}_labels"]
+            start[name] = rows.stop
+    return Dataset(record["name"], train, held, tuple(record["class_names"]), record["sha256"])

@@ -35,6 +35,22 @@ SHA256 = "157f4224b56c6fb3c82682e800111ff9cc84d6869f09182992a04475352c82d1"
 HELD_OUT_LABELS = [1, 9, 4, 5, 6, 4, 0, 4, 7, 1, 0, 2]
 
 
+def test_a_large_set_lies_in_shards_that_can_be_carried_one_by_one(tmp_path, monkeypatch):
+    data.prepare(DIGITS, tmp_path / "whole")
+    whole = data.load(tmp_path / "whole")
+    monkeypatch.setattr(data, "SHARD", 40_000)
+    record = data.prepare(DIGITS, tmp_path / "shards")
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) == len(record["shards"]) == 5
+    assert max(file.stat().st_size for file in files) <= 40_000
+    parts = data.load(tmp_path / "shards")
+    for a, b in ((whole.train, parts.train), (whole.held_out, parts.held_out)):
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.labels, b.labels)
+    files[2].write_bytes(files[1].read_bytes())
+    with pytest.raises(UserError, match=r"images-002\.safetensors is damaged or from another run"):
+        data.load(tmp_path / "shards")
+
+
 def test_what_needs_no_images_reads_none(tmp_path):
     data.prepare(DIGITS, tmp_path)
     digits = data.load(tmp_path)
