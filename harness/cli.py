@@ -12,6 +12,7 @@ from harness.errors import UserError, did_you_mean
 from harness.failures import recorded
 from harness.machine import is_first, launched, relaunch
 
+FULL = "No space left on device"  # the system's words, whichever library passes them on
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 
 
@@ -268,4 +269,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if FULL not in str(error):
+            raise
+        print(f"error: {FULL} ({error}); make some and run the same command again", file=sys.stderr)
+        return 2
     return 0

@@ -22,7 +22,8 @@ def recorded(folder: Path, stage: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        write_json(folder / FILE, {"stage": stage, "reason": reason})
+        with contextlib.suppress(OSError):  # the disk may be full
+            write_json(folder / FILE, {"stage": stage, "reason": reason})
         raise
 
 

@@ -1,0 +1,229 @@
+"""The workflow under every kind of ill-treatment, against a quiet run of the same experiment.
+
+    python tests/torture.py [--seed 0] [--kills 20] [--minutes 30]
+
+Two Snakemakes at a time run tests/data/tiny.yaml on a small disk of their own, while jobs (and now
+and then a Snakemake) are killed with SIGKILL at random moments, the disk is filled, and files of
+states and snapshots are cut short between one command and the next. Where a job asks for something
+in its one line of error ("delete … and run the same command again"), that is done, and nothing else.
+At the end the tables must be those of the quiet run in every column but measured time and memory;
+an error that is no such line is a defect. Bounded in time; the same seed ill-treats in the same
+order (moments depend on the machine). The disk is a tmpfs, which takes root; without, it is not
+filled. Exit status 0 if everything holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd
+
+from tests.conftest import Workspace
+
+DISK = 96  # MB; the experiment leaves about a third of it
+MEASURED = ("seconds", "memory")  # what of a column's name says that it depends on the machine
+REMEDY = re.compile(r"delete (\S+?) (?:and run the same command again|to start)")
+DAMAGED = ("state.json", "state-*.safetensors", "snapshot.json", "*.safetensors", "*.json")
+
+
+def jobs(root: Path) -> list[tuple[int, str]]:
+    """Processes of the harness and of Snakemake at work in a folder: number, command."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if Path(os.readlink(entry / "cwd")) == root and " -m " in command:
+                found.append((int(entry.name), command))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+class Torture:
+    def __init__(self, workspace: Workspace, seed: int, kills: int, deadline: float):
+        self.workspace, self.random = workspace, random.Random(seed)
+        self.kills, self.deadline = kills, deadline
+        self.counts: Counter[str] = Counter()
+        self.defects: list[str] = []
+        self.filled = workspace.root / "results" / "filler"
+
+    def start(self) -> subprocess.Popen:
+        command = ["snakemake", "--cores", "2", "all", "--configfile", "configs/tiny.yaml"]
+        self.counts["commands"] += 1
+        return subprocess.Popen(
+            self.workspace.command(*command),
+            cwd=self.workspace.root,
+            env=self.workspace.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def round(self, peaceful: bool) -> bool:
+        """Two commands at once to their ends; True if one of them says that all is there."""
+        processes = [self.start()]
+        if not peaceful:
+            time.sleep(self.random.uniform(0, 3))
+            processes.append(self.start())
+        fill_at = time.monotonic() + self.random.uniform(10, 30)
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > self.deadline:
+                self.defects.append("the time is up")
+                for number, _ in jobs(self.workspace.root):
+                    os.kill(number, signal.SIGKILL)
+                return False
+            time.sleep(self.random.uniform(0.5, 4))
+            if peaceful:
+                continue
+            if self.counts["kills"] < self.kills:
+                self.kill()
+            if self.counts["disks filled"] < 2 and time.monotonic() > fill_at:
+                self.fill()
+                fill_at = time.monotonic() + 60
+        for process in processes:
+            process.stderr.close()
+        while jobs(self.workspace.root):  # orphans of a killed Snakemake finish what they do
+            time.sleep(0.5)
+        return any(process.returncode == 0 for process in processes)
+
+    def kill(self) -> None:
+        running = jobs(self.workspace.root)
+        stages = [job for job in running if " -m harness " in job[1]]
+        snakemakes = [job for job in running if " -m snakemake " in job[1]]
+        victims = snakemakes if self.random.random() < 0.1 else stages
+        if victims:
+            number, _ = self.random.choice(sorted(victims))
+            try:
+                os.kill(number, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+            self.counts["kills"] += 1
+            self.counts["of them Snakemake" if victims is snakemakes else "of them jobs"] += 1
+
+    def fill(self) -> None:
+        """Take all that is left of the disk for some seconds."""
+        if not os.path.ismount(self.filled.parent):
+            return
+        with open(self.filled, "wb") as file:
+            try:
+                while True:
+                    file.write(b"\0" * 65536)
+                    file.flush()
+            except OSError:
+                self.counts["disks filled"] += 1
+        time.sleep(8)
+        self.filled.unlink()
+
+    def damage(self) -> None:
+        """Cut a random file of a run short."""
+        pattern = self.random.choice(DAMAGED)
+        folder = self.workspace.results / "students"
+        files = sorted(p for p in folder.rglob(pattern) if p.is_file() and not p.is_symlink())
+        if files:
+            path = self.random.choice(files)
+            size = path.stat().st_size
+            os.truncate(path, self.random.randrange(size) if size else 0)
+            self.counts["files cut short"] += 1
+
+    def obey(self) -> None:
+        """Do what the jobs that failed ask for, each in its one line of error."""
+        for log in sorted((self.workspace.results / "logs").rglob("*.log")):
+            text = log.read_text(errors="replace")
+            errors = [line for line in text.splitlines() if line.startswith("error: ")]
+            if "Traceback" in text:
+                self.defects.append(f"{log}: {text.strip().splitlines()[-1]}")
+            for line in errors:
+                if "No space left" in line:
+                    self.counts["told that the disk is full"] += 1
+                elif remedy := REMEDY.search(line):
+                    path = self.workspace.root / remedy[1]
+                    if not path.resolve().is_relative_to(self.workspace.results.resolve()):
+                        self.defects.append(f"{log}: {line}")
+                    elif path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
+                    self.counts["remedies followed"] += 1
+                else:
+                    self.defects.append(f"{log}: {line}")
+            log.unlink()
+
+    def run(self) -> None:
+        rounds = 0
+        while time.monotonic() < self.deadline:
+            rounds += 1
+            done = self.counts["kills"] >= self.kills and self.counts["files cut short"] >= 6
+            if self.round(peaceful=done) and done:
+                self.counts["rounds"] = rounds
+                return
+            self.obey()
+            if not done:
+                for _ in range(self.random.randrange(1, 3)):
+                    self.damage()
+        self.defects.append("the time is up")
+
+
+def table(workspace: Workspace, name: str) -> pd.DataFrame:
+    data = pd.read_csv(workspace.results / "tables" / f"{name}.csv")
+    return data[[c for c in data if not any(word in c for word in MEASURED)]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=30)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    started = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="onestep-torture-"))
+    quiet, tortured = (Workspace.create(folder / name) for name in ("quiet", "tortured"))
+    results = tortured.root / "results"
+    results.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(results)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    if not mounted:
+        print("no tmpfs can be mounted here: the disk is not filled")
+    try:
+        done = quiet.snakemake()
+        assert done.returncode == 0, done.stderr
+        torture = Torture(tortured, args.seed, args.kills, started + 60 * args.minutes)
+        torture.run()
+        for name in ("metrics", "comparison"):
+            try:
+                pd.testing.assert_frame_equal(table(quiet, name), table(tortured, name))
+            except (AssertionError, OSError) as error:
+                torture.defects.append(f"{name}.csv: {' '.join(str(error).split())}")
+        left = [p for p in tortured.results.rglob("*.tmp")]
+        torture.counts["temporary files left"] = len(left)
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(results)], check=False)
+    print(f"seed {args.seed}, {(time.monotonic() - started) / 60:.1f} minutes")
+    for what, count in torture.counts.items():
+        print(f"{count:4d} {what}")
+    for defect in torture.defects:
+        print("DEFECT", defect)
+    if not torture.defects:
+        print("the tables are those of the quiet run in every column but measured time and memory")
+        shutil.rmtree(folder, ignore_errors=True)
+    return bool(torture.defects)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
