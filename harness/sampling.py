@@ -108,6 +108,22 @@ def blocks(count: int, block: int = BLOCK) -> Iterator[tuple[Tensor, int]]:
         yield torch.arange(start, start + block), min(block, count - start)
 
 
+def ahead(make: Callable, items: list, device: str) -> Iterator:
+    """`make(item)` for each; beside a GPU one is made in a thread while the one before is used, so
+    that the GPU does not wait for the host. (On CPU that would take another job's core.)"""
+    if device == "cpu" or len(items) < 2:
+        yield from map(make, items)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(make, items[0])
+        for item in items[1:]:
+            made, following = following.result(), pool.submit(make, item)
+            yield made
+        yield following.result()
+
+
 Generator = Callable[[Tensor, Tensor | None, Noise], Tensor]
 
 
@@ -136,11 +152,15 @@ def sample(
     go through this, too, get none.
     """
     group, todo = processes(), list(blocks(count))
+
+    def draw(index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return index, *noise_and_labels(index, shape, num_classes, seed)
+
+    mine = ahead(draw, [index for index, _ in todo[group.rank :: group.size]], device)
     for start in range(0, len(todo), group.size):
         turn, own = todo[start : start + group.size], None
         if group.rank < len(turn):
-            index, _ = turn[group.rank]
-            z, labels = noise_and_labels(index, shape, num_classes, seed)
+            index, z, labels = next(mine)
             condition = None if labels is None else labels.to(device)
             noise = step_noise(index, shape, seed, device=device)
             own = generate(z.to(device), condition, noise)

@@ -10,6 +10,7 @@ from harness.errors import UserError
 from harness.networks import WEIGHTS, build_denoiser, load_denoiser, save_denoiser
 from harness.sampling import (
     BLOCK,
+    ahead,
     heun,
     noise_and_labels,
     one_step_generator,
@@ -170,3 +171,16 @@ def test_foreign_weights_are_refused(tmp_path):
     save_denoiser(tiny_denoiser(1), tmp_path)
     with pytest.raises(UserError, match="from another run"):
         load_denoiser(tmp_path, sha256)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_what_is_made_ahead_comes_in_order_and_one_at_a_time_more(device, count):
+    made = []
+    stream = ahead(lambda item: made.append(item) or -item, list(range(count)), device)
+    for i, value in enumerate(stream):
+        assert value == -i
+        assert len(made) <= i + 2  # the next one at most is there already
+    assert made == list(range(count))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda item: 1 / item, [1, 0, 2], device))
