@@ -125,6 +125,8 @@ STEPS = [
     ("afhqv2-64", "sim"),
     ("imagenet64", "sid"),
     ("imagenet64", "gdd-i"),
+    ("../cifar10-small", "dmd"),
+    ("../cifar10-small-fast", "gdd"),
 ]
 
 
@@ -140,7 +142,7 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     if not name.endswith("-scaled"):  # without the hardware bfloat16 is ten times as slow
         raw["training"]["precision"] = "fp32"
     raw["students"][student]["budget"] = None
-    raw["device"] = "cpu"
+    raw["device"], raw["training"]["compile"] = "cpu", False
     experiment = parse_experiment(raw, name, files=False)
     inputs = stand_in_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
@@ -158,3 +160,17 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     # tests/conftest.py prints them when all is done.
     record_property("GFLOPs per image", f"{trainer.ledger.flops / 2e9:.2f}")
     record_property("MiB kept for backward passes", f"{tally.most / 2**20:.1f}")
+
+
+@pytest.mark.parametrize("name", ["cifar10-small", "cifar10-small-fast", "fashion"])
+def test_experiments_with_a_teacher_of_their_own(name):
+    experiment = load_experiment(ROOT / "configs" / f"{name}.yaml", files=False)
+    assert experiment.name == name
+    assert len(experiment.evaluation.extractors) >= 2
+    # What judges for GDD does not score.
+    assert set(experiment.requirements("gdd").backbones) <= {"tf_efficientnet_lite0"}
+    assert experiment.requirements("gdd").features not in experiment.evaluation.extractors
+    budgets = {str(experiment.budget_spec(student)) for student in experiment.students}
+    assert len(budgets) == 1
+    seeds = {"cifar10-small-fast": [0]}.get(name, [0, 1, 2])
+    assert experiment.training.seeds == seeds
