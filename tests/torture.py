@@ -36,7 +36,7 @@ from tests.conftest import Workspace
 DISK = 96  # MB; the experiment leaves about a third of it
 MEASURED = ("seconds", "memory")  # what of a column's name says that it depends on the machine
 REMEDY = re.compile(r"delete (\S+?) (?:and run the same command again|to start)")
-DAMAGED = ("state.json", "state-*.safetensors", "snapshot.json", "*.safetensors", "*.json")
+KEPT = ("logs", "config", "benchmarks", "tables", "figures")  # nobody reads these back
 
 
 def jobs(root: Path) -> list[tuple[int, str]]:
@@ -116,7 +116,7 @@ class Torture:
             self.counts["of them Snakemake" if victims is snakemakes else "of them jobs"] += 1
 
     def fill(self) -> None:
-        """Take all that is left of the disk for some seconds."""
+        """Take all that is left of the disk until a job says so, or for twenty seconds."""
         if not os.path.ismount(self.filled.parent):
             return
         with open(self.filled, "wb") as file:
@@ -126,14 +126,32 @@ class Torture:
                     file.flush()
             except OSError:
                 self.counts["disks filled"] += 1
-        time.sleep(8)
+        logs = self.workspace.results / "logs"
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not any(
+            "No space left" in log.read_text(errors="replace") for log in logs.rglob("*.log")
+        ):
+            time.sleep(0.5)
         self.filled.unlink()
 
     def damage(self) -> None:
-        """Cut a random file of a run short."""
-        pattern = self.random.choice(DAMAGED)
-        folder = self.workspace.results / "students"
-        files = sorted(p for p in folder.rglob(pattern) if p.is_file() and not p.is_symlink())
+        """Cut a random file short: the state of a run that is not finished, or any that a stage has
+        left for others."""
+        root = self.workspace.results
+        states = [
+            path
+            for folder in root.glob("students/*/seed0")
+            if not (folder / "student.json").exists()
+            for path in folder.rglob("state*")
+        ]
+        anything = [
+            path
+            for path in root.rglob("*")
+            if path.suffix in (".json", ".safetensors")
+            and path.relative_to(root).parts[0] not in KEPT
+        ]
+        files = states if states and self.random.random() < 0.5 else anything
+        files = sorted(p for p in files if p.is_file() and not p.is_symlink())
         if files:
             path = self.random.choice(files)
             size = path.stat().st_size
@@ -167,7 +185,7 @@ class Torture:
         rounds = 0
         while time.monotonic() < self.deadline:
             rounds += 1
-            done = self.counts["kills"] >= self.kills and self.counts["files cut short"] >= 6
+            done = self.counts["kills"] >= self.kills and self.counts["remedies followed"] >= 4
             if self.round(peaceful=done) and done:
                 self.counts["rounds"] = rounds
                 return
