@@ -29,7 +29,7 @@ def seen(**settings) -> tuple[Recorder, Context]:
 def test_a_teacher_learns_what_was_done_to_its_images():
     plain, _ = seen()
     assert plain.extras == {}
-    augmented, context = seen(augment=0.12)
+    augmented, _ = seen(augment=0.12)
     labels = augmented.extras["augment_labels"]
     assert labels.shape == (64, 9)
     untouched = (labels == 0).all(dim=1)
