@@ -1,13 +1,19 @@
 """The agreement with the libraries: on a stub network, and on the finished tiny experiment."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
 
+from harness.config import load_experiment
 from harness.data import Images
 from harness.evaluation import agreement
 from harness.evaluation.agreement import compare, write_images
 from harness.evaluation.extractors import Extractor
+from tests.conftest import DATA
+from tests.test_html import Page, written
 
 
 class Projection(torch.nn.Module):
@@ -28,21 +34,20 @@ def images(n: int, seed: int, channels: int = 1) -> Images:
     return Images(pixels.to(torch.uint8), torch.zeros(n, dtype=torch.int64))
 
 
+def stub(folder: Path, channels: int = 1) -> tuple:
+    """What `compare` takes: an extractor, two sets of images, their folders, an experiment."""
+    sets = [images(120, seed, channels) for seed in (0, 1)]
+    folders = [folder / "generated", folder / "real"]
+    for each, place in zip(sets, folders, strict=True):
+        write_images(each.pixels, place)
+    experiment = SimpleNamespace(evaluation=SimpleNamespace(neighbours=3))
+    return Extractor("stub", "cnn", Projection(), ""), *sets, folders, experiment
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_number_agrees_and_a_wrong_one_does_not(channels, tmp_path, monkeypatch):
-    sets = [images(120, seed, channels) for seed in (0, 1)]
-    folders = [tmp_path / "generated", tmp_path / "real"]
-    for each, folder in zip(sets, folders, strict=True):
-        write_images(each.pixels, folder)
-
-    class Evaluation:
-        neighbours = 3
-
-    class Experiment:
-        evaluation = Evaluation
-
-    extractor = Extractor("stub", "cnn", Projection(), "")
-    rows = compare(extractor, *sets, folders, Experiment)
+    given = stub(tmp_path, channels)
+    rows = compare(*given)
     table = pd.DataFrame(rows)
     assert list(table.quantity[table.library == "torch-fidelity"]) == [
         *("fd", "kd", "precision", "recall", "class-score")
@@ -54,8 +59,32 @@ def test_every_number_agrees_and_a_wrong_one_does_not(channels, tmp_path, monkey
         "values",
         lambda self: dict.fromkeys(("fd", "kd", "precision", "recall", "class-score"), 0.5),
     )
-    wrong = pd.DataFrame(compare(extractor, *sets, folders, Experiment))
+    wrong = pd.DataFrame(compare(*given))
     assert "no" in set(wrong.agrees)
+
+
+def test_the_agreement_is_counted_as_it_is_written_and_what_disagrees_is_named(tmp_path):
+    rows = compare(*stub(tmp_path))
+    experiment = load_experiment(DATA / "tiny.yaml", results=tmp_path)
+    folder = experiment.root / "tables"
+    folder.mkdir(parents=True)
+
+    def text():
+        table = pd.DataFrame(rows, columns=list(agreement.COLUMNS))
+        table.to_csv(folder / "agreement.csv", index=False)
+        return Page(written(experiment)).text
+
+    count = len(rows)
+    assert f"{count} of {count} quantities agree within" in text()
+    assert "Disagreeing" not in text() and "✗ no" not in text()
+    wrong = agreement.verdict(rows[0]["ours"], 2 * rows[0]["ours"])
+    rows[0] |= {"theirs": 2 * rows[0]["ours"]} | wrong
+    rows.append({"extractor": "inception", "tolerance": 1e-4, "agrees": "unavailable (no weights)"})
+    said = text()
+    assert f"{count - 1} of {count} quantities agree within" in said and "✗ no" in said
+    assert "✗ Disagreeing: fd in stub (torch-fidelity)." in said
+    assert "the largest relative difference is 5.0e−01 (fd, torch-fidelity)" in said
+    assert "unavailable (no weights)" in said
 
 
 def test_the_experiments_table(finished):

@@ -135,14 +135,19 @@ def compare(
         ("clean-fid", with_clean_fid(scored, ours, folders)),
     ):
         for quantity, value in theirs.items():
-            difference = abs(ours[quantity] - value) / max(abs(value), 1e-12)
-            if ours[quantity] == value:  # both may be 0
-                difference = 0.0
             row = {"quantity": quantity, "extractor": extractor.name, "ours": ours[quantity]}
-            row |= {"library": library, "theirs": value, "relative_difference": difference}
-            row |= {"tolerance": TOLERANCE, "agrees": "yes" if difference <= TOLERANCE else "no"}
+            row |= {"library": library, "theirs": value} | verdict(ours[quantity], value)
             rows.append(row)
     return rows
+
+
+def verdict(ours: float, theirs: float) -> dict:
+    """The columns of a row that say how far two numbers agree."""
+    difference = abs(ours - theirs) / max(abs(theirs), 1e-12)
+    if ours == theirs:  # both may be 0
+        difference = 0.0
+    agrees = "yes" if difference <= TOLERANCE else "no"
+    return {"relative_difference": difference, "tolerance": TOLERANCE, "agrees": agrees}
 
 
 def _as_ours(images: Tensor, channels: int) -> Tensor:

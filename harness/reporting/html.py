@@ -632,17 +632,20 @@ class Report:
         if table is None:
             return None
         # Anything else than a yes or a no is why there is no number.
-        said = table.agrees.astype(str).str.lower()
-        tried, agreeing = said.isin(["true", "false"]), said == "true"
-        difference = table.relative_difference[tried].astype(float).abs()
-        worst = table.loc[difference.idxmax()] if difference.notna().any() else None
-        signs = said.map({"true": "✓ yes", "false": "✗ no"})
+        tried, disagreeing = table[table.agrees.isin(["yes", "no"])], table[table.agrees == "no"]
+        difference = tried.relative_difference.astype(float).abs()
+        worst = tried.loc[difference.idxmax()] if difference.notna().any() else None
+        signs = table.agrees.map({"yes": "✓ yes", "no": "✗ no"})
         caption = "The same images, scored here and by each library."
         return {
-            "tried": int(tried.sum()),
-            "agreeing": int(agreeing.sum()),
+            "tried": len(tried),
+            "agreeing": len(tried) - len(disagreeing),
             "worst": worst,
             "largest": number(difference.max(), form=".1e").text,
+            "disagreeing": [
+                f"{row.quantity} in {row.extractor} ({row.library})"
+                for row in disagreeing.itertuples()
+            ],
             "table": csv_table(
                 "agreement-table", caption, table.assign(agrees=signs.fillna(table.agrees))
             ),
