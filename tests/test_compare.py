@@ -103,6 +103,35 @@ def test_two_protocols_are_never_in_one_column(tmp_path, capsys):
     assert len(table) == 4 and table[["one", "two"]].notna().sum(axis=1).eq(1).all()
 
 
+@pytest.mark.parametrize("rows", [slice(4, None), slice(1, None)])
+def test_a_folder_that_mixes_protocols_in_a_column_is_refused(tmp_path, capsys, rows):
+    """Whether within a student, whose seeds would be averaged, or between a student and others."""
+    a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two")
+    path = a / "tables" / "metrics.csv"
+    table = pd.read_csv(path)
+    table.loc[table.index[rows], "protocol"] = "f" * 16
+    table.to_csv(path, index=False)
+    assert compare(capsys, a, b) == (
+        2,
+        "",
+        f"error: {path}: column fd_n400_cnn would mix 2 protocols; delete the older files under "
+        "scores/ and run the workflow again",
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"text"', "\xff"])
+def test_a_damaged_manifest_costs_no_more_than_itself(tmp_path, capsys, text):
+    a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two")
+    path = a / "manifest.json"
+    path.write_text(text, encoding="latin-1")
+    code, out, line = compare(capsys, a, b)
+    assert (code, out) == (2, "") and line.startswith(f"error: {path} is damaged (")
+    assert line.endswith(
+        "; delete this one file: `python -m harness report --configfile …` makes it again from the "
+        "scores"
+    )
+
+
 def test_one_experiment_on_two_machines_is_told_apart_by_folder(tmp_path, capsys):
     a, b = write(tmp_path / "a"), write(tmp_path / "b")
     _, text, _ = compare(capsys, a, b)

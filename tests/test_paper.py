@@ -432,6 +432,7 @@ def test_paper_tables_take_what_there_is(cifar, tmp_path, monkeypatch, capsys):
     cifar["paper"]["setting"] = "toy"
     write_json(results / "tiny" / "manifest.json", {"config": cifar})
     write_json(results / "digits" / "manifest.json", {"config": {"name": "digits"}})
+    write_json(results / "damaged" / "manifest.json", [])
     table = scores(("sim", 0, "fid-edm", 2.0))
     monkeypatch.setattr(paper, "collect", lambda experiment, partial: (table, {}))
     paper.write_paper_tables(results, configs)
@@ -439,6 +440,7 @@ def test_paper_tables_take_what_there_is(cifar, tmp_path, monkeypatch, capsys):
     assert "from 1 experiment\n" in output.out and "SIM: 1.96" not in output.out
     assert "SIM, abstract: CIFAR-10 uncond: SIM: 2.06" in output.out
     assert output.err.startswith("left out: ") and "not valid YAML" in output.err
+    assert f"left out: {results}/damaged/manifest.json is damaged" in output.err
     row = pd.read_csv(results / "paper-tables" / "sim-abstract.csv").set_index("conditioning")
     assert row.difference["cond"] == pytest.approx(0.04) and row.setting_match["cond"] == "toy"
 

@@ -189,14 +189,17 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
         "" if pd.isna(n) else column_name(m, n, e)
         for m, n, e in zip(table.metric, table.num_samples, table.extractor, strict=True)
     ]
-    _one_protocol_per_column(table)
+    one_protocol_per_column(table, experiment.root / "scores")
     return table, protocols
 
 
-def _one_protocol_per_column(table: pd.DataFrame) -> None:
+def one_protocol_per_column(table: pd.DataFrame, where: Path) -> None:
+    """Refuse a table (with `column`) that `where` gave if numbers of two protocols would be
+    averaged or stand in one column."""
     for column, group in table[table.column != ""].groupby("column"):
-        if group.protocol.nunique() > 1:
+        count = group.protocol.nunique(dropna=False)
+        if count > 1:
             raise UserError(
-                f"column {column} would mix {group.protocol.nunique()} protocols; delete the older "
-                "files under scores/ and run the workflow again"
+                f"{where}: column {column} would mix {count} protocols; delete the older files "
+                "under scores/ and run the workflow again"
             )

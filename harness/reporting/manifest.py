@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from harness.artifacts import read_json, sha256_file
 from harness.config import Experiment
+from harness.errors import UserError
 from harness.machine import usable_cpus
 
 PACKAGES = (
@@ -45,6 +48,22 @@ def _processor() -> str:
             )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of some results, from here or elsewhere. Of a damaged one the results beside it
+    are no less worth: the way out names the file alone."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        why = "" if isinstance(value, dict) else "it holds no keys"
+    except (OSError, ValueError) as error:  # JSON's and UTF-8's own errors are ValueErrors
+        why = str(error)
+    if why:
+        raise UserError(
+            f"{path} is damaged ({why}); delete this one file: `python -m harness report "
+            "--configfile …` makes it again from the scores"
+        )
+    return value
 
 
 def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) -> dict:

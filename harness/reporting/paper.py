@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.artifacts import read_json, write_text
+from harness.artifacts import write_text
 from harness.config import Experiment, load_experiment, parse_experiment
 from harness.errors import UserError
 from harness.method import get_method
 from harness.reporting.collect import collect, column_name
+from harness.reporting.manifest import read_manifest
 from harness.reporting.published import (
     PAPERS,
     STATISTIC,
@@ -197,8 +198,8 @@ def find_experiments(results: Path, configs: Path) -> list[Experiment]:
     and checkpoints need not be there, since runs may have been made elsewhere, or not yet."""
 
     def of_manifest(path: Path) -> Experiment | None:
-        config = read_json(path)["config"]
-        if not config.get("paper"):
+        config = read_manifest(path).get("config")
+        if not isinstance(config, dict) or not config.get("paper"):
             return None
         return parse_experiment(config, str(path), results, files=False)
 

@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.artifacts import read_json, write_text
+from harness.artifacts import write_text
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS
-from harness.reporting.collect import column_name, flat, is_unavailable, read_metrics
+from harness.reporting.collect import (
+    column_name,
+    flat,
+    is_unavailable,
+    one_protocol_per_column,
+    read_metrics,
+)
+from harness.reporting.manifest import read_manifest
 from harness.reporting.tables import cell
 
 COSTS = {"images": 1, "flops": 1e12, "seconds": 1}
@@ -49,13 +56,14 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"{folder} {what}; name the folder of an experiment, as results/digits")
     table = read_metrics(path)
     final = _final(table)
+    one_protocol_per_column(final, path)
     manifest = folder / "manifest.json"
     return Results(
         folder,
         str(table.experiment.iloc[0]),
         final,
         _numbers(final),
-        read_json(manifest) if manifest.exists() else {},
+        read_manifest(manifest) if manifest.exists() else {},
     )
 
 
@@ -70,7 +78,9 @@ def _final(table: pd.DataFrame) -> pd.DataFrame:
             final.metric, final.num_samples, final.extractor, known, strict=True
         )
     ]
-    return final.assign(column=columns, status=final.status.fillna("ok").astype(str))
+    protocol = final.protocol.fillna("unknown")
+    status = final.status.fillna("ok").astype(str)
+    return final.assign(column=columns, protocol=protocol, status=status)
 
 
 def _numbers(final: pd.DataFrame) -> pd.DataFrame:
@@ -87,7 +97,7 @@ def _numbers(final: pd.DataFrame) -> pd.DataFrame:
                 "value": values.mean() if len(values) else None,
                 "std": values.std(ddof=1) if len(values) > 1 else None,
                 "seeds": mine.seed.nunique() or None,
-                "protocol": mine.protocol.dropna().iloc[0] if mine.protocol.notna().any() else "",
+                "protocol": mine.protocol.iloc[0],  # of a column there is one
                 "status": bad.status.iloc[0] if len(bad) else "ok",
             }
         )
@@ -126,13 +136,8 @@ def difference(a: tuple[str, Results, str], b: tuple[str, Results, str]) -> str:
 
 def _protocols(results: list[Results], column: str) -> list[str | None]:
     """Each experiment's protocol in a column; None where it does not have it."""
-    hashes = []
-    for r in results:
-        mine = r.numbers[(r.numbers.column == column) & (r.numbers.protocol != "")].protocol
-        if mine.nunique() > 1:
-            raise UserError(f"{r.folder}: column {column} mixes {mine.nunique()} protocols")
-        hashes.append(mine.iloc[0] if len(mine) else None)
-    return hashes
+    mine = [r.numbers[r.numbers.column == column].protocol for r in results]
+    return [hashes.iloc[0] if len(hashes) else None for hashes in mine]
 
 
 def _table(rows: dict[str, list[str]], heads: list[str]) -> str:
