@@ -28,7 +28,7 @@ from harness.config import Experiment
 from harness.data import Images
 from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
-from harness.evaluation.metrics import METRICS, SIGMA, SPLITS, Reference, Views
+from harness.evaluation.metrics import FRECHET, METRICS, SIGMA, SPLITS, Reference, Views
 from harness.streams import Stream
 
 TOLERANCE = 1e-4
@@ -114,7 +114,6 @@ class Scored:
         }
 
 
-FRECHET = tuple(name for name in METRICS if name == "fd" or name.startswith("fid-"))
 # Class scores -> the number of torch-fidelity's splits.
 SPLITS_OF = {"inception-score": SPLITS, "class-score": 1}
 

@@ -635,3 +635,14 @@ def aesthetic_v2(views: Views) -> Estimate:
 def aesthetic(views: Views) -> Estimate:
     """Mean of the head's rating of each image."""
     return _mean(views.aesthetic)
+
+
+# One for each kind of extractor.
+FRECHET = tuple(name for name, metric in METRICS.items() if metric.function is frechet)
+
+
+def main_metric(chosen: str, kind: str) -> Metric:
+    """What students are ranked and drawn by in the features of a kind of extractor: the metric that
+    an experiment has chosen, and where it is not defined there the Fréchet distance, which has
+    another name in each Inception."""
+    return next(METRICS[name] for name in (chosen, *FRECHET) if kind in METRICS[name].extractors)

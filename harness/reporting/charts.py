@@ -16,7 +16,6 @@ from matplotlib.ticker import MaxNLocator
 
 from harness.config import Experiment
 from harness.reporting import figures
-from harness.reporting.collect import column_name
 
 # What matplotlib draws in -> the page's variable, which differs between light and dark.
 PAGE_COLOURS = {colour.lower(): f"var(--series-{i})" for i, colour in enumerate(figures.COLOURS)}
@@ -116,7 +115,7 @@ def final(
             markersize=5,
             elinewidth=1.2,
         )
-    column = column_name(metric, experiment.evaluation.num_samples, extractor)
+    column = figures.drawn_column(experiment, metric, extractor)
     if figures.on_log_scale(metric) and (rows.value.astype(float) > 0).all():
         panel.set_xscale("log")
     for name in experiment.scale_rows:

@@ -9,7 +9,7 @@ import pandas as pd
 from harness.artifacts import write_text
 from harness.config import Experiment
 from harness.evaluation.metrics import METRICS
-from harness.reporting.collect import column_name
+from harness.reporting.collect import column_name, main_metric_in
 from harness.reporting.statistics import LEVEL, TRAINING_SEEDS, decide, measured, number
 
 COLUMNS = (
@@ -27,11 +27,13 @@ def claims_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """
     evaluation, final, rows = experiment.evaluation, table[table.final], []
     for claim in experiment.claims:
-        metric = METRICS[claim.metric or evaluation.main_metric]
-        count = metric.count(evaluation.num_samples)
         for extractor in evaluation.extractors:
+            metric = main_metric_in(experiment, extractor)
+            if claim.metric is not None:
+                metric = METRICS[claim.metric]
             if experiment.features[extractor].kind not in metric.extractors:
                 continue
+            count = metric.count(evaluation.num_samples)
             column = column_name(metric.name, count, extractor)
             numbers = measured(final, column)
             found = decide(numbers, claim.better, claim.worse, metric.higher_is_better)

@@ -12,6 +12,7 @@ from harness import SCORES_FORMAT, failures
 from harness.artifacts import digest, read_json
 from harness.config import Experiment
 from harness.errors import UserError
+from harness.evaluation.metrics import Metric, main_metric
 
 SCHEMA = 2
 COLUMNS = (
@@ -24,6 +25,17 @@ COLUMNS = (
 def column_name(metric: str, num_samples: int, extractor: str) -> str:
     """`fd_n2000_digits-cnn`: what a column of a comparison is called."""
     return f"{metric}_n{num_samples}_{extractor}"
+
+
+def main_metric_in(experiment: Experiment, extractor: str) -> Metric:
+    """The metric that students are ranked and drawn by in an extractor's features."""
+    return main_metric(experiment.evaluation.main_metric, experiment.features[extractor].kind)
+
+
+def main_column(experiment: Experiment, extractor: str) -> str:
+    """Its column, at the most samples that it takes."""
+    metric = main_metric_in(experiment, extractor)
+    return column_name(metric.name, metric.count(experiment.evaluation.num_samples), extractor)
 
 
 def _check_schema(path: Path, found: object, known: int, remedy: str) -> None:

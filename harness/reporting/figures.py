@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.artifacts import load_tensors, read_json
 from harness.config import Experiment
-from harness.evaluation.metrics import METRICS
-from harness.reporting.collect import column_name, is_unavailable
+from harness.evaluation.metrics import FRECHET, METRICS
+from harness.reporting.collect import column_name, is_unavailable, main_metric_in
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers and dashes carry it in grey too.
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#000000", "#8C8C00")
@@ -112,7 +112,13 @@ def direction(metric: str) -> str:
 
 
 def on_log_scale(metric: str) -> bool:
-    return metric in ("fd", "fid-edm")
+    return metric in FRECHET
+
+
+def drawn_column(experiment: Experiment, metric: str, extractor: str) -> str:
+    """Where a metric stands that is drawn: at the most samples that it takes."""
+    count = METRICS[metric].count(experiment.evaluation.num_samples)
+    return column_name(metric, count, extractor)
 
 
 def quality_lines(
@@ -148,7 +154,7 @@ def quality_panel(
     extractor: str,
     inside: bool = False,
 ) -> None:
-    column = column_name(metric, experiment.evaluation.num_samples, extractor)
+    column = drawn_column(experiment, metric, extractor)
     styles, log = students_style(experiment), on_log_scale(metric)
     for name, line in quality_lines(experiment, table, axis, column).items():
         style = styles[name]
@@ -188,7 +194,7 @@ def quality(
     )
     for panel, (metric, extractor) in zip(panels[0], metrics, strict=bool(metrics)):
         quality_panel(panel, experiment, table, axis, metric, extractor)
-        column = column_name(metric, experiment.evaluation.num_samples, extractor)
+        column = drawn_column(experiment, metric, extractor)
         panel.set_title(f"{METRICS[metric].label} ({direction(metric)})\n{column}", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:
@@ -431,14 +437,13 @@ def training_health(experiment: Experiment, table: pd.DataFrame) -> plt.Figure:
 
 
 def quality_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (metric, extractor) pairs that are drawn: the main metric and accuracy, where scored."""
+    """The (metric, extractor) pairs that are drawn where they are scored: each extractor's main
+    metric, and accuracy."""
     available = set(zip(table.metric, table.extractor, strict=True))
-    wanted = [
-        (metric, extractor)
-        for metric in (experiment.evaluation.main_metric, "accuracy")
-        for extractor in experiment.evaluation.extractors
-    ]
-    return [pair for pair in wanted if pair in available]
+    extractors = experiment.evaluation.extractors
+    wanted = [(main_metric_in(experiment, name).name, name) for name in extractors]
+    wanted += [("accuracy", name) for name in extractors]
+    return [pair for pair in dict.fromkeys(wanted) if pair in available]
 
 
 def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:

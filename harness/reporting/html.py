@@ -23,7 +23,13 @@ from harness.config import Experiment, Limit
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS
 from harness.reporting import charts, figures
-from harness.reporting.collect import column_name, flat, is_unavailable
+from harness.reporting.collect import (
+    column_name,
+    flat,
+    is_unavailable,
+    main_column,
+    main_metric_in,
+)
 from harness.reporting.tables import Comparison, cell
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -159,7 +165,8 @@ class Report:
         self.final = table[table.final]
         self.values = comparison.values
         evaluation = experiment.evaluation
-        self.main, self.samples_count = evaluation.main_metric, evaluation.num_samples
+        self.samples_count = evaluation.num_samples
+        self.main = {name: main_column(experiment, name) for name in evaluation.extractors}
         self.styles = figures.students_style(experiment)
         self.stated = {
             key: (rows.stderr.astype(float).mean(), " ".join(rows.flag.dropna().unique()))
@@ -185,15 +192,6 @@ class Report:
             if name.startswith(f"{column}_"):
                 return Column(name[len(column) + 1 :].replace("_", " "), column, name)
         return Column(name.replace("_", " "), title=name)
-
-    def main_column(self, extractor: str) -> str:
-        """The main metric in an extractor's features, or what stands for it there: Inception has
-        a Fréchet distance of its own name."""
-        named = [
-            column_name(metric, METRICS[metric].count(self.samples_count), extractor)
-            for metric in (self.main, "fid-edm", "fd")
-        ]
-        return next((column for column in named if column in self.identity.index), named[0])
 
     def value(self, row: pd.Series, column: str, sampling: bool = True) -> Cell:
         """A metric's cell: mean ± std over training seeds, small its sampling error, flags."""
@@ -246,29 +244,28 @@ class Report:
     def finding(self) -> Markup | None:
         """Who leads in each feature space, and how far that can be trusted."""
         students = self.values[self.values.student.isin(list(self.experiment.students))]
-        leaders = []
-        for extractor in self.experiment.evaluation.extractors:
-            column = self.main_column(extractor)
+        leaders: dict[str, list[Markup]] = {}
+        for extractor, column in self.main.items():
             if column not in students or students[column].isna().all():
                 continue
-            key = students[column].astype(float)
-            best = students.loc[
-                key.idxmax() if METRICS[self.main].higher_is_better else key.idxmin()
-            ]
+            metric, key = main_metric_in(self.experiment, extractor), students[column].astype(float)
+            best = students.loc[key.idxmax() if metric.higher_is_better else key.idxmin()]
             text = Markup("<strong>{}</strong> in {} ({})")
             value = cell(best[column], best.get(f"{column}_std"))
-            leaders.append(text.format(best.student, extractor, minus(value)))
+            of = f"{'Highest' if metric.higher_is_better else 'Lowest'} {metric.label}"
+            leaders.setdefault(of, []).append(text.format(best.student, extractor, minus(value)))
         if not leaders:
             return None
-        word = "Highest" if METRICS[self.main].higher_is_better else "Lowest"
         trust = (
             " No ranks are given: they need at least three training seeds, and intervals of the "
             "differences that exclude zero."
         )
         if self.ranks:
             trust = " Whether a lead is more than noise is what the rank says."
-        who = Markup(" and ").join(leaders)
-        return Markup("{} {}: {}.{}").format(word, METRICS[self.main].label, who, trust)
+        who = [
+            Markup("{}: {}.").format(of, Markup(" and ").join(them)) for of, them in leaders.items()
+        ]
+        return Markup(" ").join(who) + trust
 
     @property
     def ranks(self) -> list[str]:
@@ -310,16 +307,16 @@ class Report:
         return Cell(row.student, row.student, small=small, kind="failed" if failed else "")
 
     def summary(self) -> Table:
-        evaluation = self.experiment.evaluation
-        first = evaluation.extractors[0]
-        main = [self.main_column(e) for e in evaluation.extractors]
+        seen = set(self.table.extractor)  # by those that were to be had
+        first = next((name for name in self.main if name in seen), next(iter(self.main)))
+        main = list(self.main.values())
         # The floor stands at the held-out size only, so one column is of that size.
         wanted = main + [
             column_name(metric, METRICS[metric].count(self.samples_count), first)
             for metric in ("recall", "accuracy")
         ]
-        floor = self.final[(self.final.student == "floor") & (self.final.metric == self.main)]
-        wanted += list(floor[floor.extractor == first].column)
+        floor = self.final[(self.final.student == "floor") & (self.final.extractor == first)]
+        wanted += list(floor[floor.metric == main_metric_in(self.experiment, first).name].column)
         wanted = [c for c in dict.fromkeys(wanted) if c in self.comparison.columns]
         contended = set(self.final[self.final.flag.fillna("").str.contains("contended")].student)
         ranks = self.ranks
@@ -383,8 +380,7 @@ class Report:
     def finals(self) -> list[dict]:
         """One chart per extractor: each training seed's final value."""
         drawn = []
-        for extractor in self.experiment.evaluation.extractors:
-            column = self.main_column(extractor)
+        for extractor, column in self.main.items():
             rows = per_training_seed(self.final[(self.final.column == column)])
             if not rows.student.isin(list(self.experiment.students)).any():
                 continue
@@ -423,7 +419,7 @@ class Report:
         ]
 
     def _curve(self, axis: str, metric: str, extractor: str) -> dict:
-        column = column_name(metric, self.samples_count, extractor)
+        column = figures.drawn_column(self.experiment, metric, extractor)
         lines = figures.quality_lines(self.experiment, self.table, axis, column)
         scale = self.table[
             (self.table.column == column) & self.table.student.isin(self.experiment.scale_rows)
@@ -603,8 +599,9 @@ class Report:
         table = self.tables["pairwise"]
         if table is None:
             return None
-        main = [self.main_column(e) for e in self.experiment.evaluation.extractors]
-        shown = [c for c in main if (table.column == c).any()] or list(table.column.unique()[:1])
+        shown = [c for c in self.main.values() if (table.column == c).any()] or list(
+            table.column.unique()[:1]
+        )
         return {
             "matrices": [self._matrix(table[table.column == column], column) for column in shown],
             "all": csv_table("pairwise-table", "All pairs: a minus b, with its interval.", table),

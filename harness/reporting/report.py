@@ -8,14 +8,13 @@ from harness.artifacts import sha256_file, write_json, write_text
 from harness.config import Experiment
 from harness.evaluation.metrics import METRICS
 from harness.reporting.claims import write_claims
-from harness.reporting.collect import COLUMNS, collect, is_unavailable
+from harness.reporting.collect import COLUMNS, collect, is_unavailable, main_column, main_metric_in
 from harness.reporting.manifest import manifest
-from harness.reporting.statistics import pairwise, write_pairwise
+from harness.reporting.statistics import write_pairwise
 from harness.reporting.tables import (
     Comparison,
     compare,
     formatted,
-    main_columns,
     to_latex,
     to_markdown,
 )
@@ -32,9 +31,6 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     table, protocols = collect(experiment, partial)
     tables = root / "tables"
     comparison = compare(experiment, table)
-    columns = main_columns(
-        comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
-    )
     failing = (table.status != "ok") & ~is_unavailable(table.status)
     complete = not failing.any()
     title = f"One-step students on {experiment.name}"
@@ -44,14 +40,14 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     write_text(tables / "metrics.csv", table[list(COLUMNS)].to_csv(index=False))
     write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))
     # To be read, and with rows that fit: report.html and comparison.csv have all columns.
-    to_read = [c for c in columns if not METRICS[c.split("_n")[0]].final_only]
+    metric_of = comparison.identity.metric
+    to_read = [c for c in comparison.main if not METRICS[metric_of[c]].final_only]
     write_text(tables / "comparison.md", to_markdown(comparison, title, to_read))
     write_text(tables / "comparison.tex", to_latex(comparison, title, to_read))
     write_text(tables / "headline.md", headline(experiment, comparison))
     outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     outputs += [tables / "metrics.csv"]
-    pairs = pairwise(experiment, table, columns)
-    outputs += write_pairwise(pairs, tables, experiment.name)
+    outputs += write_pairwise(comparison.pairs, tables, experiment.name)
     if experiment.claims:
         outputs += write_claims(experiment, table, tables)
     if experiment.paper:
@@ -70,16 +66,15 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
 
 
 def headline(experiment: Experiment, comparison: Comparison) -> str:
-    """The few columns that README shows: quality in the first extractor, and what it cost."""
-    extractor = experiment.evaluation.extractors[0]
-    names = (experiment.evaluation.main_metric, "recall", "accuracy")
-    wanted = [
-        c for c in comparison.columns if c.endswith(f"_{extractor}") and c.split("_n")[0] in names
-    ]
-    columns = main_columns(
-        comparison, experiment.evaluation.main_metric, experiment.evaluation.num_samples
-    )
-    text = formatted(comparison, [c for c in columns if c in wanted], ranked=False)
+    """The few columns that README shows: quality in the first extractor that was to be had, and
+    what it cost."""
+    extractors, there = experiment.evaluation.extractors, comparison.values.notna().any()
+    seen = [name for name in extractors if there.get(main_column(experiment, name))]
+    extractor = (seen or extractors)[0]
+    names = (main_metric_in(experiment, extractor).name, "recall", "accuracy")
+    identity = comparison.identity.loc[comparison.main]
+    shown = identity[(identity.extractor == extractor) & identity.metric.isin(names)]
+    text = formatted(comparison, list(shown.index), ranked=False)
     text = text.drop(columns=["parameters", "frozen"])
     return text.to_markdown(index=False, disable_numparse=True) + "\n"
 
@@ -90,8 +85,7 @@ def print_summary(experiment: Experiment) -> None:
         return
     table, _ = collect(experiment, partial=True)
     comparison = compare(experiment, table)
-    main, count = experiment.evaluation.main_metric, experiment.evaluation.num_samples
-    columns = [c for c in main_columns(comparison, main, count) if not c.startswith("recall_")]
+    columns = [c for c in comparison.main if comparison.identity.metric[c] != "recall"]
     text = formatted(comparison, columns).drop(columns="status", errors="ignore")
     text = text.set_index("student").T
     seeds, noise = experiment.training.seeds, experiment.evaluation.sampling_seeds

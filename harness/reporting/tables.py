@@ -13,7 +13,7 @@ import pandas as pd
 from harness.artifacts import read_json
 from harness.config import Experiment, Limit
 from harness.evaluation.metrics import METRICS
-from harness.reporting.collect import is_unavailable
+from harness.reporting.collect import is_unavailable, main_column, main_metric_in
 from harness.reporting.statistics import TRAINING_SEEDS, pairwise, ranks
 
 
@@ -21,12 +21,18 @@ from harness.reporting.statistics import TRAINING_SEEDS, pairwise, ranks
 class Comparison:
     """`values`: numbers, one row per student: metric columns, `<column>_std` (over training seeds)
     and `<column>_sampling_std` (over sampling seeds, of one training seed: the root of the mean
-    variance). `columns`: the metric columns in order. `ranked`: those of the main metric at the
-    main sample count, which have `<column>_rank`, too, and `<column>_best_of_<k>`, the best of the
-    k sampling seeds, averaged over training seeds. `notes`: lines that belong under the table."""
+    variance). `columns`: the metric columns in order; `identity`: what they are of, one row each:
+    metric, num_samples, extractor. `main`: those at the main sample count (or the most that a
+    metric takes of it), and the main metrics at the held-out size; `pairs`: `pairwise` of these.
+    `ranked`: those of each extractor's main metric, which have `<column>_rank`, too, and
+    `<column>_best_of_<k>`, the best of the k sampling seeds, averaged over training seeds.
+    `notes`: lines that belong under the table."""
 
     values: pd.DataFrame
     columns: list[str]
+    identity: pd.DataFrame
+    main: list[str]
+    pairs: pd.DataFrame
     heading: dict[str, str]
     ranked: list[str] = field(default_factory=list)
     best_of: int = 1
@@ -61,16 +67,15 @@ def _facts(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
 
 
 def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
-    final = table[table.final]
-    evaluation = experiment.evaluation
-    main, columns, ranked = evaluation.num_samples, [], []
-    for column, group in final[final.column != ""].groupby("column", sort=False):
-        metric, count = METRICS[group.metric.iloc[0]], group.num_samples.iloc[0]
-        columns.append((count != main, column))
-        if metric.name == evaluation.main_metric and count == metric.count(main):
-            ranked.append(column)
-    columns = [column for _, column in sorted(columns, key=lambda pair: pair[0])]
-    metric_of = final.drop_duplicates("column").set_index("column").metric
+    final, evaluation = table[table.final], experiment.evaluation
+    identity = final[final.column != ""].drop_duplicates("column").set_index("column")
+    identity = identity[["metric", "num_samples", "extractor"]]
+    columns = list(identity[identity.num_samples == evaluation.num_samples].index)
+    columns += [column for column in identity.index if column not in columns]
+    main = [column for column in columns if _is_main(experiment, identity.loc[column])]
+    of_main_metric = {main_column(experiment, name) for name in evaluation.extractors}
+    ranked = [column for column in identity.index if column in of_main_metric]
+    pairs = pairwise(experiment, table, main)
     best_of, rows = len(evaluation.sampling_seeds), []
     for name in [*experiment.scale_rows, *experiment.students]:
         mine = final[final.student == name]
@@ -85,7 +90,7 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
             row[f"{column}_std"] = values.std(ddof=1) if len(values) > 1 else None
             row[f"{column}_sampling_std"] = by_seed.var(ddof=1).mean() ** 0.5
             if column in ranked and best_of > 1 and name != "floor":
-                higher = METRICS[metric_of[column]].higher_is_better
+                higher = METRICS[identity.metric[column]].higher_is_better
                 best = by_seed.max() if higher else by_seed.min()
                 row[f"{column}_best_of_{best_of}"] = best.mean()
             missing = mine[(mine.column == column) & is_unavailable(mine.status)]
@@ -93,16 +98,23 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
                 row[f"{column}_status"] = missing.status.iloc[0]
         rows.append(row)
     for column in ranked:
-        told = ranks(pairwise(experiment, table, [column]), column, list(experiment.students))
+        told = ranks(pairs, column, list(experiment.students))
         for row in rows:
             row[f"{column}_rank"] = told.get(row["student"])
     heading = {
-        column: f"{column} {'↑' if METRICS[metric_of[column]].higher_is_better else '↓'}"
+        column: f"{column} {'↑' if METRICS[identity.metric[column]].higher_is_better else '↓'}"
         for column in columns
     }
-    comparison = Comparison(pd.DataFrame(rows), columns, heading, ranked, best_of)
-    comparison.notes = _notes(experiment, table)
-    return comparison
+    notes = _notes(experiment, table)
+    values = pd.DataFrame(rows)
+    return Comparison(values, columns, identity, main, pairs, heading, ranked, best_of, notes)
+
+
+def _is_main(experiment: Experiment, column: pd.Series) -> bool:
+    metric = METRICS[column.metric]
+    return metric == main_metric_in(
+        experiment, column.extractor
+    ) or column.num_samples == metric.count(experiment.evaluation.num_samples)
 
 
 def _budget(limits: list[Limit]) -> str:
@@ -216,17 +228,6 @@ def formatted(
             line["status"] = row.status
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def main_columns(comparison: Comparison, main_metric: str, num_samples: int) -> list[str]:
-    """Columns at the main sample count (or the most that a metric takes of it), and the main metric
-    at the held-out size."""
-
-    def main(column: str) -> bool:
-        metric = METRICS[column.split("_n")[0]]
-        return metric.name == main_metric or f"_n{metric.count(num_samples)}_" in column
-
-    return [column for column in comparison.columns if main(column)]
 
 
 def to_markdown(comparison: Comparison, title: str, columns: list[str]) -> str:

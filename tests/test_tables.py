@@ -1,0 +1,159 @@
+"""What tables, charts and the page make of scores, on tables of scores as `collect` gives them."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from harness.config import parse_experiment
+from harness.evaluation.metrics import METRICS
+from harness.reporting import figures
+from harness.reporting.claims import claims_table
+from harness.reporting.collect import COLUMNS, column_name
+from harness.reporting.html import Report, write_html
+from harness.reporting.manifest import manifest
+from harness.reporting.report import headline
+from harness.reporting.tables import compare
+from tests.test_html import Page
+
+
+def scored(experiment, numbers: dict[tuple, dict], flags: dict | None = None) -> pd.DataFrame:
+    """`numbers`: (metric, extractor) -> row -> one number per training seed, or why there is none.
+    `flags`: (row, extractor) -> flag. The last snapshots alone, at the main sample count; the floor
+    at 359."""
+    rows = []
+    for (metric, extractor), values in numbers.items():
+        for student, found in values.items():
+            text, real = isinstance(found, str), student in experiment.scale_rows
+            floor = student == "floor"
+            n = METRICS[metric].count(359 if floor else experiment.evaluation.num_samples)
+            for seed, value in enumerate([math.nan] if text else found):
+                left = [value + 1e-6 * math.sin(g + len(student)) for g in range(10)]
+                for r in [None] if floor else experiment.evaluation.sampling_seeds:
+                    row = dict.fromkeys([*COLUMNS, "grid"]) | {
+                        "student": student, "method": None if real else "sid",
+                        "seed": None if real else seed, "snapshot": "x", "nfe": 1,
+                        "images": None if real else 160, "flops": None if real else 1e12,
+                        "seconds": 1.0, "sample_seed": r, "metric": metric, "extractor": extractor,
+                        "num_samples": n, "reference": "digits", "value": value, "stderr": 0.1,
+                        "protocol": column_name(metric, n, extractor),
+                        "flag": (flags or {}).get((student, extractor), ""),
+                        "status": found if text else "ok", "final": True, "grid": "images flops",
+                        "leave_out": [] if text else left,
+                        "column": column_name(metric, n, extractor),
+                    }  # fmt: skip
+                    rows.append(row)
+    table = pd.DataFrame(rows)
+    whole = ("seed", "nfe", "images", "sample_seed", "num_samples")
+    return table.astype(dict.fromkeys(whole, "Int64"))
+
+
+def page(experiment, table) -> Page:
+    experiment.root.joinpath("tables").mkdir(parents=True, exist_ok=True)
+    made = manifest(experiment, {}, [])
+    return Page(write_html(experiment, table, compare(experiment, table), made))
+
+
+@pytest.fixture
+def make(tiny, tmp_path, monkeypatch):
+    """A function that makes an experiment of three students and three training seeds, of which no
+    images are kept."""
+    monkeypatch.setattr(figures, "scored_samples", lambda experiment, table: {})
+
+    def make(*extractors, samples=400, **evaluation):
+        tiny["students"] = {name: {"method": "sid"} for name in ("s1", "s2", "s3")}
+        tiny["training"]["seeds"] = [0, 1, 2]
+        tiny["features"]["inception"] = {"type": "inception"}
+        tiny["features"]["clean"] = {"type": "inception", "resize": "clean"}
+        tiny["evaluation"] |= {"extractors": list(extractors), "num_samples": samples, **evaluation}
+        tiny["claims"] = [
+            {"claim": "c", "source": "s", "reported": "r", "better": "s1", "worse": "s2"}
+        ]
+        return parse_experiment(tiny, "x", tmp_path)
+
+    return make
+
+
+APART = {"s1": [1.0, 1.1, 1.2], "s2": [2.0, 2.1, 2.2], "s3": [3.0, 3.1, 3.2]}
+BACK = {"s1": [3.0, 3.1, 3.2], "s2": [2.0, 2.1, 2.2], "s3": [1.0, 1.1, 1.2]}
+
+
+def test_every_extractor_has_a_main_metric(make):
+    """The experiment's where it is defined, else a Fréchet distance: ranked, tried by the claims and
+    drawn, in each."""
+    experiment = make("inception", "tiny-cnn", "clean", main_metric="fid-edm")
+    teacher = {"teacher": [0.5], "floor": [0.7]}
+    table = scored(
+        experiment,
+        {
+            ("fid-edm", "inception"): teacher | APART,
+            ("recall", "inception"): teacher | APART,
+            ("fd", "tiny-cnn"): teacher | BACK,
+            ("fid-clean", "clean"): teacher | APART,
+        },
+    )
+    main = ["fid-edm_n400_inception", "fd_n400_tiny-cnn", "fid-clean_n400_clean"]
+    comparison = compare(experiment, table)
+    assert comparison.ranked == main
+    floors = [column.replace("_n400_", "_n359_") for column in main]
+    assert set(comparison.main) == {*main, *floors, "recall_n400_inception"}
+    values = comparison.values.set_index("student")
+    for column, best in zip(main, ("s1", "s3", "s1"), strict=True):
+        assert values[f"{column}_rank"][best] == "1" and values[f"{column}_rank"]["s2"] == "2"
+        assert values[f"{column}_best_of_2"][best] == pytest.approx(1.1)
+    claims = claims_table(experiment, table)
+    assert list(claims.column) == main
+    assert list(claims.verdict) == ["supported", "contradicted", "supported"]
+    assert figures.quality_metrics(experiment, table) == [
+        *(("fid-edm", "inception"), ("fd", "tiny-cnn"), ("fid-clean", "clean"))
+    ]
+    said = page(experiment, table)
+    assert (
+        "Lowest FID, EDM's protocol: s1 in inception (1.10 ± 0.10). Lowest Fréchet distance: s3 in "
+        "tiny-cnn (1.10 ± 0.10). Lowest FID, clean-fid: s1 in clean (1.10 ± 0.10)." in said.text
+    )
+    labels = [a["aria-label"] for a in said.all("svg") if "aria-label" in a]
+    for column in main:
+        assert sum(f"({column}):" in label for label in labels) == 1
+    assert sum("against images that received" in label for label in labels) == 3
+
+
+def test_where_the_first_extractor_is_unavailable_the_other_is_ranked_and_drawn(make):
+    experiment = make("inception", "tiny-cnn", main_metric="fid-edm")
+    nothing = dict.fromkeys(("teacher", *APART), "unavailable (no weights)")
+    numbers = {("fid-edm", "inception"): nothing, ("recall", "inception"): nothing}
+    numbers |= {("fd", "tiny-cnn"): APART, ("recall", "tiny-cnn"): APART}
+    table = scored(experiment, numbers)
+    values = compare(experiment, table).values.set_index("student")
+    assert list(values["fd_n400_tiny-cnn_rank"].dropna()) == ["1", "2", "3"]
+    assert set(values["fid-edm_n400_inception_rank"].dropna()) == {"not ranked"}
+    assert headline(experiment, compare(experiment, table)).startswith(
+        "| student   | fd_n400_tiny-cnn ↓   | recall_n400_tiny-cnn ↑   |"
+    )
+    report = Report(experiment, table, compare(experiment, table), manifest(experiment, {}, []))
+    assert [c.title for c in report.summary().columns if c.title.endswith("tiny-cnn")] == [
+        *("fd_n400_tiny-cnn", "recall_n400_tiny-cnn")
+    ]
+    assert [chart["title"] for chart in report.finals()] == ["tiny-cnn"]
+    assert report.curves()[0]["charts"][0]["note"] == "tiny-cnn, lower is better"
+    assert "Lowest Fréchet distance: s1 in tiny-cnn" in page(experiment, table).text.replace(
+        "\n", " "
+    )
+
+
+def test_a_main_metric_of_all_pairs_is_drawn_at_its_own_count(make):
+    experiment = make("tiny-cnn", "tiny-clip", samples=50_000, main_metric="kd")
+    table = scored(experiment, {("kd", "tiny-cnn"): {"teacher": [0.5]} | APART})
+    column = "kd_n10000_tiny-cnn"
+    assert compare(experiment, table).ranked == [column]
+    figure = figures.quality(experiment, table, "images", [("kd", "tiny-cnn")])
+    panel = figure.axes[0]
+    assert len(panel.lines) == 3 + 1 and column in panel.get_title()
+    said = page(experiment, table)
+    curve = next(
+        a["aria-label"] for a in said.all("svg") if "at the end" in a.get("aria-label", "")
+    )
+    assert "s1 1.1, s2 2.1, s3 3.1" in curve
+    assert f"{column} (lower is better)" in said.text
