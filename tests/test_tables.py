@@ -15,7 +15,7 @@ from harness.reporting.collect import COLUMNS, column_name
 from harness.reporting.html import Report, write_html
 from harness.reporting.manifest import manifest
 from harness.reporting.report import headline
-from harness.reporting.tables import compare
+from harness.reporting.tables import compare, to_latex, to_markdown
 from tests.test_html import Page
 
 
@@ -157,3 +157,43 @@ def test_a_main_metric_of_all_pairs_is_drawn_at_its_own_count(make):
     )
     assert "s1 1.1, s2 2.1, s3 3.1" in curve
     assert f"{column} (lower is better)" in said.text
+
+
+def test_flags_stand_at_the_numbers_and_the_notes_name_the_networks(make):
+    experiment = make("tiny-cnn", "tiny-clip")
+    flags = {
+        ("s1", "tiny-cnn"): "trained-on-extractor",
+        ("s2", "tiny-cnn"): "trained-on-extractor contended",
+        ("s2", "tiny-clip"): "shares-pretraining contended",
+    }
+    numbers = {("fd", "tiny-cnn"): APART, ("fd", "tiny-clip"): {"teacher": [0.5]} | APART}
+    table = scored(experiment, numbers, flags)
+    comparison = compare(experiment, table)
+    values = comparison.values.set_index("student")
+    cnn, clip = "fd_n400_tiny-cnn", "fd_n400_tiny-clip"
+    assert values[f"{cnn}_flag"]["s1"] == values[f"{cnn}_flag"]["s2"] == "trained-on-extractor"
+    assert pd.isna(values[f"{cnn}_flag"]["s3"]) and pd.isna(values[f"{clip}_flag"]["s1"])
+    assert values.seconds_flag["s2"] == "contended"
+    notes = [
+        "† trained-on-extractor (s1, s2 in tiny-cnn): trained against the network of that column.",
+        "‡ shares-pretraining (s2 in tiny-clip): trained against a network that had seen the same "
+        "images as that column's (a lead in it may vanish in other features).",
+        "§ contended (s2): timed beside other work: its seconds are not to be compared.",
+    ]
+    assert comparison.notes[-3:] == notes
+    text = to_markdown(comparison, "t", [cnn, clip])
+    row = next(line for line in text.splitlines() if line.startswith("| s2"))
+    assert "2.10 ± 0.10†" in row and "2.10 ± 0.10‡" in row
+    tex = to_latex(comparison, "t", [cnn, clip])
+    assert r"2.10 $\pm$ 0.10$\dagger$" in tex and r"0.10$\ddagger$" in tex and r"\S{}" in tex
+    assert tex.isascii() and "(s2 in tiny-clip)" in tex
+    said = page(experiment, table).text
+    assert "2.10 ± 0.10†" in said and "2.10 ± 0.10‡" in said and "_flag" not in said
+    assert all(note in said for note in notes)
+
+
+def test_without_flags_there_are_no_columns_for_them(make):
+    experiment = make("tiny-cnn", "tiny-clip")
+    comparison = compare(experiment, scored(experiment, {("fd", "tiny-cnn"): APART}))
+    assert not [column for column in comparison.values if column.endswith("_flag")]
+    assert "†" not in to_latex(comparison, "t", comparison.main)

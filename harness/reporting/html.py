@@ -30,7 +30,7 @@ from harness.reporting.collect import (
     main_column,
     main_metric_in,
 )
-from harness.reporting.tables import Comparison, cell
+from harness.reporting.tables import FLAGS, Comparison, cell, marked
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 # Tables that other stages write, and the columns without which their sections cannot be shown.
@@ -42,12 +42,6 @@ TABLES = {
 }
 FACTS = ("student", "method", "seeds", "nfe", "parameters", "frozen", "data_free", "status")
 UNITS = ("images", "flops", "seconds")
-FLAGS = {
-    "trained-on-extractor": ("†", "trained against the network of this column"),
-    "shares-pretraining": ("‡", "trained against a network pretrained on the same images"),
-    "contended": ("§", "timed beside other work"),
-}
-COLUMN_FLAGS = {flag: sign for flag, sign in FLAGS.items() if flag != "contended"}
 MISSING = "–"
 
 
@@ -168,10 +162,8 @@ class Report:
         self.samples_count = evaluation.num_samples
         self.main = {name: main_column(experiment, name) for name in evaluation.extractors}
         self.styles = figures.students_style(experiment)
-        self.stated = {
-            key: (rows.stderr.astype(float).mean(), " ".join(rows.flag.dropna().unique()))
-            for key, rows in self.final.groupby(["student", "column"])
-        }
+        stderr = self.final.stderr.astype(float)
+        self.stated = stderr.groupby([self.final.student, self.final.column]).mean()
         self.identity = self.final.drop_duplicates("column").set_index("column")
         self.tables = {name: read_table(experiment.root / "tables", name) for name in TABLES}
         self.scored = figures.scored_samples(experiment, self.table)
@@ -199,18 +191,17 @@ class Report:
         if isinstance(status, str):
             return Cell(status, kind="absent")
         shown = number(row[column], row.get(f"{column}_std"))
-        stderr, flags = self.stated.get((row.student, column), (None, ""))
         spread = row.get(f"{column}_sampling_std")
-        spread = spread if known(spread) else stderr
+        spread = spread if known(spread) else self.stated.get((row.student, column))
         if sampling and known(spread) and shown.key is not None:
             shown.small = "± " + minus(format(spread, ".1g" if spread < 1 else ".3g"))
-        shown.text += "".join(sign for flag, (sign, _) in COLUMN_FLAGS.items() if flag in flags)
+        shown.text = marked(shown.text, row.get(f"{column}_flag"))
         return shown
 
     @property
     def flags(self) -> list[tuple[str, str]]:
         flags = " ".join(self.final.flag.dropna().unique())
-        return [sign for flag, sign in FLAGS.items() if flag in flags]
+        return [told for flag, told in FLAGS.items() if flag in flags]
 
     @property
     def failures(self) -> list[tuple[str, str]]:
@@ -318,7 +309,6 @@ class Report:
         floor = self.final[(self.final.student == "floor") & (self.final.extractor == first)]
         wanted += list(floor[floor.metric == main_metric_in(self.experiment, first).name].column)
         wanted = [c for c in dict.fromkeys(wanted) if c in self.comparison.columns]
-        contended = set(self.final[self.final.flag.fillna("").str.contains("contended")].student)
         ranks = self.ranks
         columns = [Column("rank")] if "rank" in ranks else []
         for c in wanted:
@@ -337,8 +327,7 @@ class Report:
                 cells += [self.value(row, c, sampling=c in main)]
                 cells += [ranking(row[f"{c}_rank"])] if f"{c}_rank" in ranks else []
             seconds = count(row.get("seconds"))
-            if row.student in contended:
-                seconds.text += FLAGS["contended"][0]
+            seconds.text = marked(seconds.text, row.get("seconds_flag"))
             flops = row.get("flops")
             tera = flops / 1e12 if known(flops) else None
             return [*cells, count(row.get("nfe")), count(row.get("images")), number(tera), seconds]
@@ -359,8 +348,15 @@ class Report:
     def everything(self) -> Table:
         """All columns of comparison.csv, those of other versions included."""
         metrics = self.comparison.columns
-        tails = ("_std", "_status", "_sampling_std")
-        told = {*FACTS, *UNITS, "rank", *metrics, *(c + tail for c in metrics for tail in tails)}
+        tails = ("_std", "_status", "_sampling_std", "_flag")
+        told = {
+            *FACTS,
+            *UNITS,
+            "seconds_flag",
+            "rank",
+            *metrics,
+            *(c + tail for c in metrics for tail in tails),
+        }
         extra = [c for c in self.values.columns if c not in told and self.values[c].notna().any()]
         columns = [self.column(c) for c in metrics] + [self.other_column(c) for c in extra]
         columns += [Column("parameters"), Column("frozen", "%"), Column("seeds")]

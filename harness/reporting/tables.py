@@ -16,17 +16,29 @@ from harness.evaluation.metrics import METRICS
 from harness.reporting.collect import is_unavailable, main_column, main_metric_in
 from harness.reporting.statistics import TRAINING_SEEDS, pairwise, ranks
 
+# What a row of scores may be flagged with: the mark at its numbers, and what that means.
+FLAGS = {
+    "trained-on-extractor": ("†", "trained against the network of that column"),
+    "shares-pretraining": (
+        "‡",
+        "trained against a network that had seen the same images as that column's (a lead in it "
+        "may vanish in other features)",
+    ),
+    "contended": ("§", "timed beside other work: its seconds are not to be compared"),
+}
+
 
 @dataclass
 class Comparison:
     """`values`: numbers, one row per student: metric columns, `<column>_std` (over training seeds)
     and `<column>_sampling_std` (over sampling seeds, of one training seed: the root of the mean
-    variance). `columns`: the metric columns in order; `identity`: what they are of, one row each:
-    metric, num_samples, extractor. `main`: those at the main sample count (or the most that a
-    metric takes of it), and the main metrics at the held-out size; `pairs`: `pairwise` of these.
-    `ranked`: those of each extractor's main metric, which have `<column>_rank`, too, and
-    `<column>_best_of_<k>`, the best of the k sampling seeds, averaged over training seeds.
-    `notes`: lines that belong under the table."""
+    variance); `<column>_flag`, and `seconds_flag`, where some row has one of FLAGS. `columns`: the
+    metric columns in order; `identity`: what they are of, one row each: metric, num_samples,
+    extractor. `main`: those at the main sample count (or the most that a metric takes of it), and
+    the main metrics at the held-out size; `pairs`: `pairwise` of these. `ranked`: those of each
+    extractor's main metric, which have `<column>_rank`, too, and `<column>_best_of_<k>`, the best
+    of the k sampling seeds, averaged over training seeds. `notes`: lines that belong under the
+    table."""
 
     values: pd.DataFrame
     columns: list[str]
@@ -60,10 +72,25 @@ def _facts(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
         record = read_json(made)
         facts |= {"parameters": record["parameters"], "frozen": 0.0, "data_free": "no"}
         facts |= {u: record.get("ledger", {}).get(u) for u in ("images", "flops", "seconds")}
+    if flag := _flags(rows, "contended"):
+        facts["seconds_flag"] = flag
     bad = rows[(rows.status != "ok") & ~is_unavailable(rows.status)]
     share = f"{len(bad)} of {len(seeds)} " if len(seeds) > 1 else ""
     facts["status"] = "ok" if bad.empty else share + bad.status.iloc[0]
     return facts
+
+
+def _flags(rows: pd.DataFrame, *names: str) -> str:
+    """Those of the flags that some of the rows have."""
+    there = set(" ".join(rows.flag.dropna()).split())
+    return " ".join(name for name in names if name in there)
+
+
+def marked(text: str, flags: object) -> str:
+    """A number's text with the marks of its `<column>_flag`."""
+    if text == "–" or not isinstance(flags, str):
+        return text
+    return text + "".join(FLAGS[flag][0] for flag in flags.split())
 
 
 def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
@@ -93,6 +120,8 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
                 higher = METRICS[identity.metric[column]].higher_is_better
                 best = by_seed.max() if higher else by_seed.min()
                 row[f"{column}_best_of_{best_of}"] = best.mean()
+            if flag := _flags(numbers, "trained-on-extractor", "shares-pretraining"):
+                row[f"{column}_flag"] = flag
             missing = mine[(mine.column == column) & is_unavailable(mine.status)]
             if len(missing):
                 row[f"{column}_status"] = missing.status.iloc[0]
@@ -165,18 +194,14 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
         record = read_json(path) if (path := folder / "features.json").exists() else {}
         if "unavailable" in record:
             notes.append(f"{name} is unavailable: {record['why']}; then delete {folder}.")
-    for flag, text in (
-        ("trained-on-extractor", "were trained against the network of that column"),
-        (
-            "shares-pretraining",
-            "were trained against a network that had seen the same images as that column's (a "
-            "lead in it may vanish in other features)",
-        ),
-        ("contended", "were timed beside other work: do not compare their seconds"),
-    ):
+    for flag, (mark, text) in FLAGS.items():
         flagged = table[table.flag.fillna("").str.contains(flag)]
-        if len(flagged):
-            notes.append(f"Flag {flag}: {', '.join(flagged.student.unique())} {text}.")
+        who = [
+            ", ".join(rows.student.unique()) + (f" in {extractor}" if flag != "contended" else "")
+            for extractor, rows in flagged.groupby("extractor", sort=False)
+        ]
+        if who:
+            notes.append(f"{mark} {flag} ({'; '.join(dict.fromkeys(who))}): {text}.")
     return notes
 
 
@@ -205,7 +230,9 @@ def formatted(
         line = {"student": row.student}
         for c in columns:
             status = row.get(f"{c}_status")
-            value = status if isinstance(status, str) else cell(row[c], row[f"{c}_std"])
+            value = status
+            if not isinstance(status, str):
+                value = marked(cell(row[c], row[f"{c}_std"]), row.get(f"{c}_flag"))
             line[comparison.heading[c]] = value
             if not ranked or c not in comparison.ranked:
                 continue
@@ -222,7 +249,7 @@ def formatted(
             "data-free": row.get("data_free") if isinstance(row.get("data_free"), str) else "–",
             "images": number("images"),
             "TFLOPs": number("flops", 1e12, "{:.3g}"),
-            "seconds": number("seconds"),
+            "seconds": marked(number("seconds"), row.get("seconds_flag")),
         }
         if (comparison.values.status != "ok").any():
             line["status"] = row.status
@@ -239,12 +266,21 @@ def to_markdown(comparison: Comparison, title: str, columns: list[str]) -> str:
 
 def to_latex(comparison: Comparison, title: str, columns: list[str]) -> str:
     text = formatted(comparison, columns)
+    signs = tuple(mark for mark, _ in FLAGS.values())
+    title = "\n% ".join([title, *(note for note in comparison.notes if note.startswith(signs))])
     return latex(text, title, "l" + "r" * (text.shape[1] - 1))
+
+
+LATEX = {
+    **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--"},
+    **{"†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}"},
+}
 
 
 def latex(text: pd.DataFrame, title: str, column_format: str) -> str:
     """A booktabs table; needs \\usepackage{booktabs}."""
     body = text.to_latex(index=False, escape=True, column_format=column_format)
-    for old, new in (("±", r"$\pm$"), ("↑", r"$\uparrow$"), ("↓", r"$\downarrow$"), ("–", "--")):
+    body = f"% {title}\n{body}"
+    for old, new in LATEX.items():
         body = body.replace(old, new)
-    return f"% {title}\n{body}"
+    return body
