@@ -776,11 +776,17 @@ def _check_evaluation(
         hint = did_you_mean(evaluation.main_metric, METRICS)
         lines.append(f"evaluation.main_metric: unknown metric {evaluation.main_metric!r}{hint}")
     elif used and not used & set(metric.extractors):
-        known = [name for name, other in METRICS.items() if used & set(other.extractors)]
+        known = [
+            name
+            for name, other in METRICS.items()
+            if used & set(other.extractors) and other.higher_is_better is not None
+        ]
         lines.append(
             f"evaluation.main_metric: {metric.name!r} is not for extractors of type "
             f"{', '.join(sorted(used))}; those have {', '.join(sorted(known))}"
         )
+    elif metric.higher_is_better is None:
+        lines.append(f"evaluation.main_metric: {_no_direction(metric.name)}")
     if evaluation.statistics is not None:
         if used and "inception" not in used:
             lines.append("evaluation.statistics: they are for an extractor of type inception")
@@ -791,6 +797,10 @@ def _check_evaluation(
     elif model.data is not None and not model.data.has_images:
         lines.append("evaluation.statistics: missing; data has no images to compare with")
     return lines
+
+
+def _no_direction(name: str) -> str:
+    return f"{name!r} is a diagnostic: neither more nor less of it is better"
 
 
 def _check_claims(model: ExperimentModel) -> list[str]:
@@ -810,6 +820,8 @@ def _check_claims(model: ExperimentModel) -> list[str]:
         if claim.metric is not None and claim.metric not in METRICS:
             hint = did_you_mean(claim.metric, METRICS)
             lines.append(f"claims.{i}.metric: unknown metric {claim.metric!r}{hint}")
+        elif claim.metric and METRICS[claim.metric].higher_is_better is None:
+            lines.append(f"claims.{i}.metric: {_no_direction(claim.metric)}")
         elif claim.metric and kinds and not kinds & set(METRICS[claim.metric].extractors):
             lines.append(f"claims.{i}.metric: no extractor has {claim.metric!r}")
     return lines

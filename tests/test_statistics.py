@@ -118,7 +118,7 @@ def test_one_training_seed_gives_no_interval_and_two_give_no_rank():
 @pytest.mark.parametrize(
     ("low", "high", "higher", "expected"),
     [(1, 3, True, "a better"), (1, 3, False, "b better"), (-3, -1, True, "b better"),
-     (-3, -1, False, "a better"), (-1, 1, True, "tie"), (0, 2, False, "tie")],
+     (-3, -1, False, "a better"), (-1, 1, True, "tie"), (0, 2, False, "tie"), (1, 3, None, "–")],
 )  # fmt: skip
 def test_verdicts(low, high, higher, expected):
     assert verdict(Interval((low + high) / 2, low, high, 0.1, 0.1, 3), higher) == expected

@@ -197,3 +197,20 @@ def test_without_flags_there_are_no_columns_for_them(make):
     comparison = compare(experiment, scored(experiment, {("fd", "tiny-cnn"): APART}))
     assert not [column for column in comparison.values if column.endswith("_flag")]
     assert "†" not in to_latex(comparison, "t", comparison.main)
+
+
+def test_of_a_diagnostic_nobody_is_better(make):
+    experiment = make("tiny-cnn", "tiny-clip")
+    names = ("memorisation", "diversity")
+    numbers = {("fd", "tiny-cnn"): APART} | {(name, "tiny-cnn"): APART for name in names}
+    table = scored(experiment, numbers)
+    comparison = compare(experiment, table)
+    assert comparison.ranked == ["fd_n400_tiny-cnn"]
+    for name in names:
+        column = f"{name}_n400_tiny-cnn"
+        assert comparison.heading[column] == column
+        pairs = comparison.pairs[comparison.pairs.column == column]
+        assert set(pairs.verdict) == {"–"} and (pairs.high < 0).all()
+    text = page(experiment, table).text
+    assert "Diversity within a class" in text and "Diversity within a class\u00a0" not in text
+    assert "Fréchet distance\u00a0↓" in text

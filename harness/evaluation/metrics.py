@@ -213,15 +213,16 @@ class Views:
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric. `needs`: attributes of `Views` that must be there. `function`: views ->
-    what `Estimate` is made of, the first two at least. `extractors`: the types of those it is
-    defined on. `limit`: the most samples that it takes. `final_only`: whether it is left out of
+    """A registered metric. `higher_is_better`: None for a diagnostic, of which neither is: nothing
+    is ranked or claimed by it. `needs`: attributes of `Views` that must be there. `function`:
+    views -> what `Estimate` is made of, the first two at least. `extractors`: the types of those it
+    is defined on. `limit`: the most samples that it takes. `final_only`: whether it is left out of
     snapshots before the last. `samples_per_dim`: the fewest samples per feature that it takes.
     `settings`: what of its definition a reader must know (part of the protocol)."""
 
     name: str
     label: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     needs: tuple[str, ...]
     function: Callable[[Views], tuple]
     settings: dict
@@ -229,6 +230,11 @@ class Metric:
     limit: int | None = None
     final_only: bool = False
     samples_per_dim: int = 0
+
+    @property
+    def arrow(self) -> str:
+        """What stands in the heading of its columns."""
+        return {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
 
     def estimate(self, views: Views) -> Estimate:
         return Estimate(*self.function(views))
@@ -248,7 +254,7 @@ METRICS: dict[str, Metric] = {}
 def register(
     name: str,
     label: str,
-    higher_is_better: bool,
+    higher_is_better: bool | None,
     needs: tuple[str, ...] = (),
     extractors: tuple[str, ...] = ALL,
     limit: int | None = None,
@@ -489,7 +495,7 @@ def _median(values: Tensor) -> tuple[float, float]:
 @register(
     "memorisation",
     "Distance from the training images",
-    True,
+    None,
     ("reference_features", "held_out_features"),
     limit=PAIRWISE_LIMIT,
     final_only=True,
@@ -506,7 +512,7 @@ def memorisation(views: Views) -> Estimate:
 @register(
     "diversity",
     "Diversity within a class",
-    True,
+    None,
     ("labels",),
     limit=PAIRWISE_LIMIT,
     final_only=True,

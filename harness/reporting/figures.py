@@ -108,7 +108,8 @@ def _scale_lines(
 
 
 def direction(metric: str) -> str:
-    return "higher is better" if METRICS[metric].higher_is_better else "lower is better"
+    told = {True: "higher is better", False: "lower is better", None: "neither end is better"}
+    return told[METRICS[metric].higher_is_better]
 
 
 def on_log_scale(metric: str) -> bool:

@@ -174,9 +174,10 @@ class Report:
         """The heading of a metric column."""
         row = self.identity.loc[name]
         metric = METRICS[row.metric]
-        arrow = "↑" if metric.higher_is_better else "↓"
         more = f", n {row.num_samples:,}" if row.num_samples != self.samples_count else ""
-        return Column(f"{metric.label}\u00a0{arrow}", f"{row.extractor}{more}", name)
+        return Column(
+            metric.label + metric.arrow.replace(" ", "\u00a0"), f"{row.extractor}{more}", name
+        )
 
     def other_column(self, name: str) -> Column:
         """A column of comparison.csv that is about a metric column, or quite unknown."""

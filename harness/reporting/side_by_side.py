@@ -237,8 +237,7 @@ def side_by_side(results: list[Results]) -> tuple[str, pd.DataFrame]:
             ]
         metric = column.split("_n")[0]
         if counts[column] == most[metric]:
-            higher = METRICS[metric].higher_is_better if metric in METRICS else None
-            arrow = {True: " ↑", False: " ↓", None: ""}[higher]
+            arrow = METRICS[metric].arrow if metric in METRICS else ""
             sections.append(f"## {column}{arrow}\n\n{_table(cells, titles)}")
     failed = [
         f"{head}: {row.student}: {row.status}"

@@ -150,8 +150,11 @@ def measured(final: pd.DataFrame, column: str) -> dict[str, Measured]:
     return found
 
 
-def verdict(found: Interval, higher_is_better: bool) -> str:
-    """Who is better: "a better", "b better", "tie" (the interval contains 0) or "not ranked"."""
+def verdict(found: Interval, higher_is_better: bool | None) -> str:
+    """Who is better: "a better", "b better", "tie" (the interval contains 0) or "not ranked"; "–"
+    of a diagnostic, where nobody is."""
+    if higher_is_better is None:
+        return "–"
     if found.training_seeds < TRAINING_SEEDS or math.isnan(found.low):
         return "not ranked"
     if found.low <= 0 <= found.high:
@@ -159,7 +162,7 @@ def verdict(found: Interval, higher_is_better: bool) -> str:
     return "a better" if (found.difference > 0) == higher_is_better else "b better"
 
 
-def decide(numbers: dict[str, Measured], a: str, b: str, higher_is_better: bool) -> dict:
+def decide(numbers: dict[str, Measured], a: str, b: str, higher_is_better: bool | None) -> dict:
     """The fields of `Interval` and the verdict on a pair of `measured` students, by the training
     seeds that both have. One that is not there (a failed run, an unavailable column) or had other
     noise is not ranked."""
@@ -216,7 +219,8 @@ def write_pairwise(pairs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
         f"Difference: a - b, mean over training and sampling seeds. Interval: {LEVEL:.0%}, for "
         "each pair by itself; sampling error (delete-d jackknife on the same noise in both) and "
         "training error (spread of the difference over training seeds) are both in it. A tie: the "
-        f"interval contains 0. Not ranked: fewer than {TRAINING_SEEDS} training seeds or no number."
+        f"interval contains 0. Not ranked: fewer than {TRAINING_SEEDS} training seeds or no "
+        "number. –: a diagnostic, of which neither end is better."
     )
     files = {
         folder / "pairwise.csv": pairs.to_csv(index=False),

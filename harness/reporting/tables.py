@@ -130,10 +130,7 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
         told = ranks(pairs, column, list(experiment.students))
         for row in rows:
             row[f"{column}_rank"] = told.get(row["student"])
-    heading = {
-        column: f"{column} {'↑' if METRICS[identity.metric[column]].higher_is_better else '↓'}"
-        for column in columns
-    }
+    heading = {column: f"{column}{METRICS[identity.metric[column]].arrow}" for column in columns}
     notes = _notes(experiment, table)
     values = pd.DataFrame(rows)
     return Comparison(values, columns, identity, main, pairs, heading, ranked, best_of, notes)
