@@ -35,10 +35,12 @@ def _threads(args) -> None:
 
 def _data(args) -> None:
     from harness.data import prepare
+    from harness.evaluation.metrics import fewest
 
     experiment = _experiment(args)
     with recorded(experiment.data_dir(), "data"):
-        prepare(experiment.data, experiment.data_dir())
+        sizes = fewest(experiment.evaluation.neighbours)
+        prepare(experiment.data, experiment.data_dir(), sizes)
 
 
 def _features(args) -> None:

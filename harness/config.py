@@ -744,9 +744,15 @@ def _check_file(
 def _check_evaluation(
     evaluation: EvaluationSection, model: ExperimentModel, files: bool
 ) -> list[str]:
-    from harness.evaluation.metrics import METRICS
+    from harness.evaluation.metrics import METRICS, fewest
 
     lines, used = [], set()
+    least = fewest(evaluation.neighbours)[1]
+    if evaluation.num_samples < least:
+        lines.append(
+            f"evaluation.num_samples: {evaluation.num_samples} are too few; with neighbours "
+            f"{evaluation.neighbours} the metrics need {least} or more"
+        )
     seeds = evaluation.sampling_seeds
     if len(set(seeds)) < len(seeds):
         lines.append("evaluation.sampling_seeds: a seed stands twice")

@@ -143,11 +143,27 @@ def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()
 
 
-def prepare(section: DataSection, folder: Path) -> dict:
-    """Read a data set from its source, split it and write it to `folder`; returns `data.json`."""
+def check_sizes(dataset: Dataset, fewest: tuple[int, int]) -> None:
+    """Refuse a set that metrics could not be computed on. `fewest`: images of the training part,
+    and of the held-out part; where nothing is held out, or there are no images, nothing fails."""
+    for part, images, least in zip(
+        ("training", "held-out"), (dataset.train, dataset.held_out), fewest, strict=True
+    ):
+        if 0 < len(images) < least:
+            more = "" if part == "training" else ", or none (data.held_out: 0)"
+            raise UserError(
+                f"data: {dataset.name} has {len(images)} {part} images, and the metrics need "
+                f"{least} or more{more}"
+            )
+
+
+def prepare(section: DataSection, folder: Path, fewest: tuple[int, int] = (1, 1)) -> dict:
+    """Read a data set from its source, split it and write it to `folder`; returns `data.json`.
+    `fewest`: of `check_sizes`."""
     if not section.has_images:
         return _prepare_without_images(section, folder)
     train, held, class_names = read(section)
+    check_sizes(Dataset(section.name, train, held, class_names, ""), fewest)
     shards, sha256 = _write_shards(folder, train, held)
     record = {
         "name": section.name,

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from harness import data, runs
+from harness.cli import main
 from harness.config import DataSection
 from harness.errors import UserError
 from harness.evaluation.aesthetic import KNOWN, UNSEEN
@@ -128,6 +130,30 @@ def test_nothing_need_be_held_out(tmp_path):
     digits = data.load(tmp_path)
     assert (len(digits.train), len(digits.held_out)) == (1797, 0)
     assert digits.held_out.pixels.shape[1:] == (1, 8, 8)
+
+
+def test_parts_too_small_for_the_metrics_are_told_before_anything_is_written(tmp_path):
+    few = DIGITS.model_copy(update={"held_out": 0.004})  # one of each class: 10
+    with pytest.raises(UserError) as caught:
+        data.prepare(few, tmp_path, (6, 11))
+    assert str(caught.value) == (
+        "data: digits has 10 held-out images, and the metrics need 11 or more, or none "
+        "(data.held_out: 0)"
+    )
+    with pytest.raises(UserError, match=r"^data: digits has 1787 training images, and .* 2000 or"):
+        data.prepare(few, tmp_path, (2000, 10))
+    assert not list(tmp_path.iterdir())
+    assert data.prepare(few, tmp_path, (6, 10))["held_out_images"] == 10
+
+
+def test_the_data_stage_knows_what_the_metrics_need(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny["data"]["held_out"] = 0.004
+    tiny["evaluation"]["neighbours"] = 12
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny))
+    assert main(["data", "--configfile", "x.yaml"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: data: digits has 10 held-out images, and the metrics need 13")
 
 
 @pytest.mark.parametrize("degrade", [*KNOWN.values(), *UNSEEN.values()])

@@ -17,7 +17,9 @@ from harness.cli import main
 from harness.config import parse_experiment
 from harness.errors import UserError
 from harness.evaluation import score
+from harness.evaluation.agreement import write_images
 from harness.evaluation.extractors import Extractor, Observer
+from harness.evaluation.folder import score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.metrics import METRICS, Reference, Views
 from harness.evaluation.score import Scorer
@@ -195,6 +197,15 @@ def test_a_large_reference_is_summed_and_a_draw_of_it_kept(available, monkeypatc
         assert "reference_draw" not in scorer.protocols[rows[key]["protocol"]]
     limited = scorer.protocols[rows["kd", "inception", 100]["protocol"]]
     assert limited["reference_draw"] == "100 images, always the same"
+
+
+def test_a_folder_of_too_few_images_is_told(available, tmp_path):
+    experiment = available()
+    write_images(images(9, 1, 8), tmp_path / "few")
+    entries = [[f"{i:06d}.png", 0] for i in range(9)]
+    (tmp_path / "few" / "dataset.json").write_text(json.dumps({"labels": entries}))
+    with pytest.raises(UserError, match=r"few: 9 images; the metrics need 10 or more$"):
+        score_folder(experiment, tmp_path / "few")
 
 
 def test_published_statistics_are_the_reference_of_an_fid_alone(available, tmp_path):

@@ -16,7 +16,7 @@ from harness.evaluation.frechet import (
     frechet_of_few,
     gaussian_statistics,
 )
-from harness.evaluation.metrics import METRICS, Reference, Views, jackknife, register
+from harness.evaluation.metrics import METRICS, Reference, Views, fewest, jackknife, register
 from harness.evaluation.score import CLOSEST, Closest
 
 
@@ -199,6 +199,44 @@ def test_memorisation_tells_copies_from_new_images():
     assert new[0] == pytest.approx(1, abs=0.1) and 0 < new[1] < 0.05
     assert compute("memorisation", Views(held_out, reference))[0] == pytest.approx(1, rel=1e-6)
     assert compute("memorisation", Views(train[:200], reference))[0] == 0
+
+
+def test_without_a_unit_memorisation_is_no_number():
+    """Held-out images of which half duplicate training images; the figure's distances stay."""
+    train = features(60)
+    held_out = torch.cat([train[:30], features(20, seed=1)])
+    reference = Reference(train, held_out=held_out, index=torch.arange(60))
+    assert reference.typical_nearest is None
+    value, error = compute("memorisation", Views(features(40, seed=2), reference))
+    assert math.isnan(value) and math.isnan(error)
+    closest = Closest(
+        reference, Images(torch.zeros(60, 1, 1, 1, dtype=torch.uint8), torch.zeros(60))
+    )
+    x = features(40, seed=2)
+    closest.add(torch.zeros(40, 1, 1, 1, dtype=torch.uint8), x)
+    nearest = torch.cdist(x, train).amin(dim=1).sort().values[:CLOSEST]
+    torch.testing.assert_close(closest.tensors()["closest_distance"], nearest, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("neighbours", [3, 20])
+def test_every_metric_is_a_number_on_the_fewest_samples(neighbours):
+    train, samples = fewest(neighbours)
+    reference = Reference(features(train), held_out=features(samples, seed=1))
+    x, each = features(samples, seed=2), torch.linspace(0.1, 0.9, samples)
+    ratings = (
+        "text_similarity",
+        "prefixed_similarity",
+        "aesthetic",
+        "aesthetic_v1",
+        "aesthetic_v2",
+    )
+    views = Views(
+        x, reference, torch.arange(samples) % 2, x.softmax(dim=1), neighbours=neighbours,
+        **dict.fromkeys(ratings, each),
+    )  # fmt: skip
+    for name, metric in METRICS.items():
+        if samples >= metric.samples_per_dim * x.shape[1]:
+            assert math.isfinite(compute(name, views)[0]), name
 
 
 def test_the_pairs_of_the_figure_are_the_nearest_of_all():

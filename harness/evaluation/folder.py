@@ -8,6 +8,7 @@ from harness.config import Experiment
 from harness.data import Images
 from harness.edm_data import read_images
 from harness.errors import UserError
+from harness.evaluation.metrics import fewest
 from harness.evaluation.score import Scorer
 
 
@@ -21,6 +22,9 @@ def score_folder(experiment: Experiment, path: Path) -> list[dict]:
     if tuple(pixels.shape[1:]) != d.image_shape:
         mine, theirs = ("x".join(map(str, shape)) for shape in (pixels.shape[1:], d.image_shape))
         raise UserError(f"{path}: its images are {mine}, those of data {d.name} {theirs}")
+    least = fewest(experiment.evaluation.neighbours)[1]
+    if len(pixels) < least:
+        raise UserError(f"{path}: {len(pixels)} images; the metrics need {least} or more")
     counts = [n for n in scorer.counts() if n <= len(pixels)] or [len(pixels)]
     return scorer.score(Images(pixels, labels).blocks(), counts)
 

@@ -36,6 +36,7 @@ from harness.evaluation.neighbours import (
 from harness.streams import Stream
 
 GROUPS = 10
+SPLITS = 10  # of the Inception Score
 # A metric of all pairs takes that many samples at most, of the generated ones and of the reference:
 # its memory grows with the square, 800 MB of float64 here.
 PAIRWISE_LIMIT = 10_000
@@ -49,6 +50,12 @@ NO_FID = (*TRAINED, "open-clip", "dinov2", "efficientnet-lite")
 ALL = (*NO_FID, *INCEPTION)
 
 WIDE = 5  # neighbours of density and coverage, as their authors have it
+
+
+def fewest(neighbours: int) -> tuple[int, int]:
+    """How many images of the reference and how many samples every metric can be computed on:
+    each needs as many neighbours, and each of ten groups (or splits) a sample."""
+    return max(neighbours, WIDE) + 1, max(neighbours + 1, GROUPS, SPLITS)
 
 
 class Reference:
@@ -115,9 +122,12 @@ class Reference:
         return nearest(self.held_out, self.features)[0]
 
     @cached_property
-    def typical_nearest(self) -> float:
-        """The median of these: the unit in which nearness to the training images is told."""
-        return self.held_out_nearest.double().quantile(0.5).item()
+    def typical_nearest(self) -> float | None:
+        """The median of these: the unit in which nearness to the training images is told. None
+        where there is none: nothing is held out, or half of it are copies of training images."""
+        if self.held_out is None:
+            return None
+        return self.held_out_nearest.double().quantile(0.5).item() or None
 
     def radii(self, k: int) -> Tensor:
         if k not in self._radii:
@@ -503,9 +513,12 @@ def _median(values: Tensor) -> tuple[float, float]:
 )
 def memorisation(views: Views) -> Estimate:
     """About 1 for new images of the same kind, as the held-out ones are; 0 for copies of training
-    images. Bad images are far from all others, so above 1 it is no praise."""
-    value, error = _median(nearest(views.features, views.reference.features)[0])
+    images. Bad images are far from all others, so above 1 it is no praise. NaN where half of the
+    held-out images are copies of training images themselves."""
     typical = views.reference.typical_nearest
+    if typical is None:
+        return Estimate(math.nan)
+    value, error = _median(nearest(views.features, views.reference.features)[0])
     return Estimate(value / typical, error / typical)
 
 
@@ -539,9 +552,6 @@ def _score(probabilities: Tensor) -> float:
     p = probabilities.double()
     entropy = torch.special.entr(p).sum(dim=1).mean()
     return (torch.special.entr(p.mean(dim=0)).sum() - entropy).exp().item()
-
-
-SPLITS = 10
 
 
 @register(

@@ -39,6 +39,7 @@ from harness.evaluation.metrics import (
     Metric,
     Reference,
     Views,
+    fewest,
 )
 from harness.evaluation.neighbours import nearest
 from harness.networks import denoiser_record, inception, load_denoiser
@@ -88,8 +89,8 @@ class Closest:
 
     def tensors(self) -> dict[str, Tensor]:
         """`closest` images, nearest first, the `closest_training` images, and their distances:
-        where images are held out, over the median of theirs."""
-        unit = 1.0 if self.reference.held_out is None else self.reference.typical_nearest
+        over the median of the held-out images', where there is one."""
+        unit = self.reference.typical_nearest or 1.0
         index = self.reference.index[self.neighbour]
         return {
             "closest": self.pixels,
@@ -104,6 +105,7 @@ class Scorer:
     def __init__(self, experiment: Experiment):
         self.experiment, self.first = experiment, processes().first
         self.dataset: Dataset = datasets.load(experiment.data_dir())
+        datasets.check_sizes(self.dataset, fewest(experiment.evaluation.neighbours))
         self.extractors: list[Extractor] = [
             load_extractor(experiment, name, self.dataset)
             for name in experiment.evaluation.extractors
@@ -177,7 +179,7 @@ class Scorer:
         return {
             "pairs_in": self.pairs_in,
             "pairs_among": len(reference.features),
-            "pairs_unit": "features" if reference.held_out is None else "held-out median",
+            "pairs_unit": "held-out median" if reference.typical_nearest else "features",
         }
 
     def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
