@@ -132,6 +132,31 @@ def test_a_damaged_manifest_costs_no_more_than_itself(tmp_path, capsys, text):
     )
 
 
+@pytest.mark.parametrize(
+    ("column", "text", "kind"),
+    [("value", "about 2", "number"), ("value", "inf", "number"), ("stderr", "x", "number"),
+     ("images", "many", "number"), ("flops", "x", "number"), ("seconds", "x", "number"),
+     ("num_samples", "400 or so", "whole number"), ("seed", "1.5", "whole number"),
+     ("sample_seed", "x", "whole number"), ("nfe", "one", "whole number")],
+)  # fmt: skip
+def test_text_in_the_place_of_a_number_is_told_with_its_row(tmp_path, capsys, column, text, kind):
+    a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two")
+    path = a / "tables" / "metrics.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.loc[3, column] = text
+    table.to_csv(path, index=False)
+    code, out, line = compare(capsys, a, b)
+    assert (code, out) == (2, "")
+    assert line.startswith(f"error: {path}: {column} in row 4 is {text!r}")
+    assert f", no {kind}; run the workflow again" in line
+
+
+def test_names_may_look_like_numbers(tmp_path, capsys):
+    a, b = (write(tmp_path / n, n, {"7": [1.0, 2.0]}, extractor="3") for n in ("one", "two"))
+    code, text, _ = compare(capsys, a, b)
+    assert code == 0 and "## fd_n400_3 ↓" in text and "| 7  | 1.50 ± 0.71 |" in text
+
+
 def test_one_experiment_on_two_machines_is_told_apart_by_folder(tmp_path, capsys):
     a, b = write(tmp_path / "a"), write(tmp_path / "b")
     _, text, _ = compare(capsys, a, b)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from harness import SCORES_FORMAT, failures
@@ -20,6 +21,11 @@ COLUMNS = (
     *("images", "flops", "seconds", "sample_seed", "metric", "extractor", "num_samples"),
     *("reference", "value", "stderr", "protocol", "flag", "status"),
 )
+
+
+WHOLE = ("seed", "nfe", "sample_seed", "num_samples")
+NUMBERS = (*WHOLE, "ema", "images", "flops", "seconds", "value", "stderr")
+TEXTS = ("experiment", "student", "metric", "extractor", "protocol", "flag", "status")
 
 
 def column_name(metric: str, num_samples: int, extractor: str) -> str:
@@ -50,7 +56,7 @@ def _check_schema(path: Path, found: object, known: int, remedy: str) -> None:
 def read_metrics(path: Path) -> pd.DataFrame:
     """A metrics.csv, of this experiment or another; one of another schema is a `UserError`."""
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the workflow") from None
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
@@ -63,6 +69,19 @@ def read_metrics(path: Path) -> pd.DataFrame:
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}; {remedy}")
+    for column in NUMBERS:
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        wrong = table[column].notna() & ~np.isfinite(numbers.astype(float))
+        if column in WHOLE:
+            wrong |= numbers.notna() & (numbers % 1 != 0)
+        if wrong.any():
+            row, kind = (
+                int(wrong.to_numpy().argmax()),
+                "whole number" if column in WHOLE else "number",
+            )
+            found = str(table[column].iloc[row])
+            raise UserError(f"{path}: {column} in row {row + 1} is {found!r}, no {kind}; {remedy}")
+        table[column] = numbers
     return table
 
 

@@ -93,6 +93,8 @@ def _numbers(final: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "column": column,
+                "metric": mine.metric.iloc[0],
+                "num_samples": mine.num_samples.iloc[0],
                 "student": student,
                 "value": values.mean() if len(values) else None,
                 "std": values.std(ddof=1) if len(values) > 1 else None,
@@ -101,7 +103,7 @@ def _numbers(final: pd.DataFrame) -> pd.DataFrame:
                 "status": bad.status.iloc[0] if len(bad) else "ok",
             }
         )
-    names = [*KEYS, "value", "std", "seeds", "protocol", "status"]
+    names = [*KEYS, "metric", "num_samples", "value", "std", "seeds", "protocol", "status"]
     return pd.DataFrame(rows, columns=names)
 
 
@@ -197,11 +199,8 @@ def side_by_side(results: list[Results]) -> tuple[str, pd.DataFrame]:
     column, protocol and student, three columns per experiment."""
     heads, rows, sections = labels(results), [], []
     columns = list(dict.fromkeys(c for r in results for c in r.numbers.column))
-    counts = {c: int(c.split("_n")[1].split("_")[0]) for c in columns}
-    most: dict[str, int] = {}
-    for c in columns:
-        metric = c.split("_n")[0]
-        most[metric] = max(most.get(metric, 0), counts[c])
+    known = pd.concat([r.numbers for r in results]).drop_duplicates("column").set_index("column")
+    most = known.groupby("metric").num_samples.max()
     notes: dict[str, list[str]] = {}
     for column in columns:
         hashes = _protocols(results, column)
@@ -235,8 +234,8 @@ def side_by_side(results: list[Results]) -> tuple[str, pd.DataFrame]:
             rows += [
                 {"column": column, "protocol": h, "student": name} | v for h, v in tidy.items()
             ]
-        metric = column.split("_n")[0]
-        if counts[column] == most[metric]:
+        metric, count = known.metric[column], known.num_samples[column]
+        if count == most[metric]:
             arrow = METRICS[metric].arrow if metric in METRICS else ""
             sections.append(f"## {column}{arrow}\n\n{_table(cells, titles)}")
     failed = [
