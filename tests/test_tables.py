@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 
+from harness.artifacts import write_json
 from harness.config import parse_experiment
 from harness.evaluation.metrics import METRICS
 from harness.reporting import figures
@@ -187,9 +188,11 @@ def test_flags_stand_at_the_numbers_and_the_notes_name_the_networks(make):
     tex = to_latex(comparison, "t", [cnn, clip])
     assert r"2.10 $\pm$ 0.10$\dagger$" in tex and r"0.10$\ddagger$" in tex and r"\S{}" in tex
     assert tex.isascii() and "(s2 in tiny-clip)" in tex
-    said = page(experiment, table).text
-    assert "2.10 ± 0.10†" in said and "2.10 ± 0.10‡" in said and "_flag" not in said
-    assert all(note in said for note in notes)
+    said = page(experiment, table)
+    assert "2.10 ± 0.10†" in said.text and "2.10 ± 0.10‡" in said.text
+    assert all(note in said.text for note in notes)
+    attributes = [str(value) for _, given, _ in said.elements for value in given.values()]
+    assert not [value for value in attributes if value.endswith("_flag")]
 
 
 def test_without_flags_there_are_no_columns_for_them(make):
@@ -214,3 +217,21 @@ def test_of_a_diagnostic_nobody_is_better(make):
     text = page(experiment, table).text
     assert "Diversity within a class" in text and "Diversity within a class\u00a0" not in text
     assert "Fréchet distance\u00a0↓" in text
+
+
+def test_a_critic_that_learned_from_the_scoring_networks_images_is_told(make):
+    experiment = make("tiny-cnn", "tiny-clip")
+    record = {"parameters": 1, "frozen_fraction": 0, "data_free": False, "changed_settings": {}}
+    record |= {"ledger": {"images": 1, "flops": 1, "seconds": 1}, "paper": "p", "deviations": []}
+    for name, against in (
+        ("s1", ["tiny-critic", "lpips-vgg"]),
+        ("s2", []),
+        ("s3", ["tiny-critic"]),
+    ):
+        path = experiment.run_dir(name, 0) / "student.json"
+        write_json(path, record | {"nonfinite": {}, "trained_against": against})
+    notes = compare(experiment, scored(experiment, {("fd", "tiny-cnn"): APART})).notes
+    assert [note for note in notes if "labelled" in note] == [
+        "tiny-critic, which s1, s3 were trained against, has learned from the same labelled images "
+        "as the networks that score (tiny-cnn, tiny-clip)."
+    ]

@@ -232,7 +232,11 @@ def test_dinov2_reads_metas_file_for_another_size(experiment, monkeypatch, tmp_p
     made = experiment("dinov2", section | {"sha256": sha256_file(path)})
     extractor = load_extractor(made, "dinov2", Scorer(made).dataset)
     features = extractor.see(images(), torch.zeros(3, dtype=torch.int64))["features"]
-    assert features.shape == (3, 32) and extractor.pretraining == "lvd-142m"
+    assert features.shape == (3, 32)
+    held = Scorer(made).dataset.held_out
+    blocks = iter([(held.pixels[:10], held.labels[:10])])
+    rows = Scorer(made).score(blocks, [10], pretraining=["imagenet-1k"])
+    assert {row["flag"] for row in rows} == {"shares-pretraining"}
     own = extractor.network
     tokens = own.network.forward_features(own.inputs(images()))
     torch.testing.assert_close(features, tokens[:, 0])

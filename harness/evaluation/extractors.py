@@ -22,8 +22,8 @@ class Extractor:
 
     `kind`: what metrics call its section. `unavailable`: why it cannot be had (then it sees
     nothing, and `sha256` is that of the weights that it should have); `missing`: the same of parts
-    of what it sees. `pretraining`: the images that a network from elsewhere was trained on, which a
-    student's discriminator may know, too; `same_as`: what the record of a student calls it.
+    of what it sees. `pretraining`: the sets of images that a network from elsewhere was trained on,
+    which a student's discriminator may know, too; `same_as`: what the record of a student calls it.
     `details`: what else of it belongs to the protocol.
     """
 
@@ -35,7 +35,7 @@ class Extractor:
     head_sha256: str | None = None
     resize: str = "none"
     unavailable: str | None = None
-    pretraining: str | None = None
+    pretraining: tuple[str, ...] = ()
     same_as: str | None = None
     missing: dict[str, str] = field(default_factory=dict)
     details: dict = field(default_factory=dict)

@@ -278,7 +278,7 @@ class Scorer:
             flag = ""
             if {extractor.name, extractor.same_as} & set(against):
                 flag = "trained-on-extractor"
-            elif extractor.pretraining in pretraining:
+            elif set(extractor.pretraining) & set(pretraining):
                 flag = "shares-pretraining"
             if views is not None:
                 self._warn_of_few(extractor.name, views.features.shape[1], counts)

@@ -125,7 +125,7 @@ class Inception:
         return {
             "sha256": inception.SHA256,
             "resize": inception.RESIZES[section.resize],
-            "pretraining": inception.PRETRAINING,
+            "pretraining": (inception.PRETRAINING,),
         }
 
     @staticmethod
@@ -200,7 +200,7 @@ class Clip:
         return {
             "sha256": cls.source(section)[1],
             "resize": "before the network, bicubic with antialiasing, 8 bits",
-            "pretraining": f"clip-{section.pretrained}",
+            "pretraining": (f"clip-{section.pretrained}",),
             "details": {
                 "model": section.model,
                 "pretrained": section.pretrained,
@@ -242,7 +242,9 @@ class Dino:
         return {
             "sha256": section.sha256,
             "resize": f"to {cls.SIZE} x {cls.SIZE}, bicubic with antialiasing, 8 bits",
-            "pretraining": "lvd-142m",
+            # Its curated part holds the training images of ImageNet-1k (Oquab et al. 2023, section
+            # 3), as `backbones.pretraining_set` calls them.
+            "pretraining": ("lvd-142m", "imagenet-1k"),
             "details": {"model": section.model},
         }
 
@@ -289,7 +291,7 @@ class Lite:
         return {
             "sha256": None,
             "resize": "before the network, bicubic with antialiasing, 8 bits",
-            "pretraining": pretraining_set(cls.backbone(section)),
+            "pretraining": (pretraining_set(cls.backbone(section)),),
             "details": {"model": cls.backbone(section)},
             "same_as": f"timm/{cls.backbone(section)}",  # what a student's record calls it
         }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from harness.artifacts import read_json
-from harness.config import Experiment, Limit
+from harness.config import Experiment, FeatureSection, Limit
 from harness.evaluation.metrics import METRICS
 from harness.reporting.collect import is_unavailable, main_column, main_metric_in
 from harness.reporting.statistics import TRAINING_SEEDS, pairwise, ranks
@@ -138,9 +138,8 @@ def compare(experiment: Experiment, table: pd.DataFrame) -> Comparison:
 
 def _is_main(experiment: Experiment, column: pd.Series) -> bool:
     metric = METRICS[column.metric]
-    return metric == main_metric_in(
-        experiment, column.extractor
-    ) or column.num_samples == metric.count(experiment.evaluation.num_samples)
+    most = metric.count(experiment.evaluation.num_samples)
+    return column.num_samples == most or metric == main_metric_in(experiment, column.extractor)
 
 
 def _budget(limits: list[Limit]) -> str:
@@ -172,11 +171,14 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
             f"`best of {len(noise)}`: the best sampling seed, which papers publish; the more "
             "seeds, the better it looks. For comparison with such numbers alone."
         )
+    critics: dict[str, list[str]] = {}
     for name, section in experiment.students.items():
         path = experiment.run_dir(name, seeds[0]) / "student.json"
         if not path.exists():
             continue
         record = read_json(path)
+        for network in record["trained_against"]:
+            critics.setdefault(network, []).append(name)
         changed = ", ".join(f"{k} {v}" for k, v in record["changed_settings"].items())
         deviations = "; ".join(record["deviations"])
         frozen = f"; {record['frozen_fraction']:.0%} frozen" if record["frozen_fraction"] else ""
@@ -186,6 +188,16 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
             f"Settings other than the method's defaults: {changed or 'none'}."
             + (f" {lost} non-finite steps skipped (seed {seeds[0]})." if lost else "")
         )
+    # Networks of one experiment share their images and labels; from elsewhere, flags tell.
+    learned = [n for n, item in experiment.features.items() if isinstance(item, FeatureSection)]
+    scoring = [name for name in experiment.evaluation.extractors if name in learned]
+    for critic, students in critics.items():
+        others = [name for name in scoring if name != critic]
+        if critic in learned and others:
+            notes.append(
+                f"{critic}, which {', '.join(students)} were trained against, has learned from the "
+                f"same labelled images as the networks that score ({', '.join(others)})."
+            )
     for name in experiment.evaluation.extractors:
         folder = experiment.features_dir(name)
         record = read_json(path) if (path := folder / "features.json").exists() else {}
