@@ -422,7 +422,8 @@ class Report:
             (self.table.column == column) & self.table.student.isin(self.experiment.scale_rows)
         ]
         ends = [f"{name} {line['mean'].iloc[-1]:.3g}" for name, line in lines.items()]
-        ends += [f"{row.student} {row.value:.3g}" for row in scale.itertuples()]
+        means = scale.value.astype(float).groupby(scale.student, sort=False).mean()
+        ends += [f"{name} {value:.3g}" for name, value in means.items()]
         text = (
             f"{METRICS[metric].label} in {extractor} ({figures.direction(metric)}) against "
             f"{figures.AXES[axis]}; at the end: {', '.join(ends)}"
