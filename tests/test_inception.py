@@ -299,11 +299,18 @@ def test_statistics_are_read_with_their_mistakes_told(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, None, r"mu \(3,\) and sigma \(2, 2\)"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, 2048, "of 3 features; the extractor has 2048"),
         ({"mu": np.zeros(3), "sigma": bad}, None, "finite"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, None, "negative eigenvalues"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 2], [2, 1]])}, None, "negative eigenvalues"),
         ({"mu": np.array([{}]), "sigma": np.eye(1)}, None, "is no .npz file of numbers"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             load_statistics(write(**arrays), dim)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    # Fewer samples than features, dead features, and single precision are no mistakes.
+    few = np.cov(np.random.default_rng(0).standard_normal((9, 40)), rowvar=False)
+    few[3] = few[:, 3] = 0
+    for sigma in (few.astype(np.float32), np.zeros((40, 40))):
+        load_statistics(write(mu=np.zeros(40), sigma=sigma))
     path.write_bytes(b"text")
     with pytest.raises(UserError, match=r"is no \.npz file"):
         load_statistics(path)

@@ -85,7 +85,7 @@ def test_clip_is_scored_with_its_captions(experiment, clip_weights):
     protocol = scorer.protocols[rows["clip-score-100-plain"]["protocol"]]
     assert protocol["extractor_sha256"] == {"weights": sha256_file(clip_weights)}
     assert protocol["model"] == "ViT-B-32-quickgelu" and protocol["pretrained"] == "openai"
-    assert protocol["truncated_captions"] == "0 of 10"
+    assert protocol["truncated_captions"] == protocol["truncated_after_prefix"] == "0 of 10"
     assert protocol["settings"] == {"scale": "100 max(cos, 0)", "prefix": "none"}
     assert {row["flag"] for row in rows.values()} == {"shares-pretraining"}
 
@@ -108,9 +108,10 @@ def test_clip_is_scored_with_its_captions(experiment, clip_weights):
 def test_captions_too_long_are_counted(clip_weights):
     import open_clip
 
-    captions = ["short", "word " * 75, "word " * 76]
+    captions = ["short", "word " * 72, "word " * 75, "word " * 76]
     tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
-    assert towers.ClipTower(tiny_clip(), captions, tokenizer, {}).truncated == 1
+    tower = towers.ClipTower(tiny_clip(), captions, tokenizer, {})
+    assert tower.truncated() == 1 and tower.truncated(towers.PREFIX) == 2  # of three words
 
 
 def test_images_are_resized_and_normalised_as_open_clip_does(clip_weights):

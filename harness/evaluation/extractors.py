@@ -11,9 +11,10 @@ from harness.artifacts import load_tensors, read_json
 from harness.config import Experiment, PretrainedFeatures
 from harness.data import Dataset, to_model_space
 from harness.errors import UserError
+from harness.evaluation.frechet import BLOCK
 from harness.evaluation.metrics import TRAINED, Reference, Views
 from harness.feature_networks import load_feature_network
-from harness.networks.towers import TOWERS, full_precision
+from harness.networks.towers import PREFIX, TOWERS, full_precision
 
 
 @dataclass
@@ -108,8 +109,10 @@ def _load_fetched(
         network = source.load(section, source.fetch(section), dataset.class_names, heads)
         network = network.to(experiment.device)
         if getattr(network, "captions", None):
-            truncated = f"{network.truncated} of {len(network.captions)}"
-            facts["details"] |= {"truncated_captions": truncated}
+            facts["details"] |= {
+                name: f"{network.truncated(prefix)} of {len(network.captions)}"
+                for name, prefix in (("truncated_captions", ""), ("truncated_after_prefix", PREFIX))
+            }
     published = facts.pop("sha256")
     sha256 = record.get("sha256") or published or "unknown"
     return Extractor(
@@ -121,6 +124,17 @@ def _load_fetched(
         missing=missing,
         **facts,
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts `(n, ...)` as one tensor; empties the list, each part as soon as it is copied."""
+    whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
 
 
 class Observer:
@@ -140,9 +154,12 @@ class Observer:
         return seen
 
     def views(self, name: str, reference: Reference, neighbours: int) -> Views:
-        parts = self._seen[name]
-        joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        bad = (~joined["features"].isfinite().all(dim=1)).sum().item()
+        """Once for each extractor: its parts go as they are joined, so that no features are held
+        twice."""
+        parts = self._seen.pop(name)
+        joined = {key: _joined([part.pop(key) for part in parts]) for key in list(parts[0])}
+        blocks = joined["features"].split(BLOCK)  # a look at all at once would take as much again
+        bad = sum((~block.isfinite().all(dim=1)).sum().item() for block in blocks)
         if bad:
             raise UserError(
                 f"{name}: the features of {bad} of {len(joined['features'])} images are no finite "

@@ -176,11 +176,10 @@ class ClipTower(Tower):
             seen[name] = (features * self.texts(prefix)[labels]).sum(dim=1)
         return seen
 
-    @property
-    def truncated(self) -> int:
-        """How many captions are longer than what the network reads of them."""
+    def truncated(self, prefix: str = "") -> int:
+        """How many captions are longer, after the prefix, than what the network reads of them."""
         room = self.tokenizer.context_length - 2  # marks of the beginning and the end
-        return sum(len(self.tokenizer.encode(caption)) > room for caption in self.captions)
+        return sum(len(self.tokenizer.encode(prefix + c)) > room for c in self.captions)
 
 
 class Clip:
