@@ -46,7 +46,10 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     write_text(tables / "comparison.tex", to_latex(comparison, title, to_read))
     write_text(tables / "headline.md", headline(experiment, comparison))
     outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
-    outputs += [tables / "metrics.csv"]
+    outputs += [tables / "metrics.csv", tables / "headline.md"]
+    # Written by a stage of its own, where there are real images; the page shows it.
+    agreement = [tables / f"agreement.{kind}" for kind in ("csv", "md")]
+    outputs += [path for path in agreement if path.exists()]
     outputs += write_pairwise(comparison.pairs, tables, experiment.name)
     if experiment.claims:
         outputs += write_claims(experiment, table, tables)
