@@ -6,4 +6,4 @@ __version__ = "0.1.0"
 # runs are made again instead of being compared with new ones.
 RESULTS_FORMAT = 2
 # The same of scores, and the form of their files: these are made again, and nothing is trained.
-SCORES_FORMAT = 3
+SCORES_FORMAT = 4

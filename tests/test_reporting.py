@@ -64,7 +64,7 @@ def test_a_score_file_or_csv_of_an_older_schema_is_one_clear_line(workspace):
     path = experiment.score_path("sid", 0)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
     expected = (
-        r"seed0.json was written by an older version of the harness \(schema 1, here 3\); run"
+        r"seed0.json was written by an older version of the harness \(schema 1, here 4\); run"
     )
     with pytest.raises(UserError, match=expected):
         collect(experiment)

@@ -20,10 +20,12 @@ from harness.reporting.tables import compare, to_latex, to_markdown
 from tests.test_html import Page
 
 
-def scored(experiment, numbers: dict[tuple, dict], flags: dict | None = None) -> pd.DataFrame:
+def scored(
+    experiment, numbers: dict[tuple, dict], flags: dict | None = None, features: int = 64
+) -> pd.DataFrame:
     """`numbers`: (metric, extractor) -> row -> one number per training seed, or why there is none.
     `flags`: (row, extractor) -> flag. The last snapshots alone, at the main sample count; the floor
-    at 359."""
+    at 359. `features`: how many an extractor gives."""
     rows = []
     for (metric, extractor), values in numbers.items():
         for student, found in values.items():
@@ -42,7 +44,7 @@ def scored(experiment, numbers: dict[tuple, dict], flags: dict | None = None) ->
                         "protocol": column_name(metric, n, extractor),
                         "flag": (flags or {}).get((student, extractor), ""),
                         "status": found if text else "ok", "final": True, "grid": "images flops",
-                        "leave_out": [] if text else left,
+                        "leave_out": [] if text else left, "features": features,
                         "column": column_name(metric, n, extractor),
                     }  # fmt: skip
                     rows.append(row)
@@ -237,3 +239,21 @@ def test_a_critic_that_learned_from_the_scoring_networks_images_is_told(make):
         "tiny-critic, which s1, s3 were trained against, has learned from the same labelled images "
         "as the networks that score (tiny-cnn, tiny-clip)."
     ]
+
+
+@pytest.mark.parametrize(
+    ("floor", "told"), [(True, "compare with the floor, n 359"), (False, "there is no floor")]
+)
+def test_a_distance_of_fewer_samples_than_features_is_told_under_the_table(make, floor, told):
+    experiment = make("tiny-cnn", "tiny-clip")
+    rows = APART | ({"floor": [0.1]} if floor else {})
+    numbers = {("fd", "tiny-cnn"): rows, ("recall", "tiny-cnn"): rows}
+    few, many = (scored(experiment, numbers, features=d) for d in (2048, 64))
+    note = (
+        "fd_n400_tiny-cnn: 400 samples are no more than the 2,048 features of tiny-cnn; their "
+        f"Fréchet distance is mostly bias; {told}."
+    )
+    notes = compare(experiment, few).notes
+    assert note in notes and sum("mostly bias" in n for n in notes) == 1 + floor
+    assert note in page(experiment, few).text
+    assert not [n for n in compare(experiment, many).notes if "mostly bias" in n]

@@ -252,7 +252,8 @@ def test_efficientnet_lite_scores_and_is_known_from_a_discriminator(experiment):
     dataset = Scorer.__init__.__globals__["datasets"].load(made.data_dir())
     extractor = load_extractor(made, "lite", dataset)
     scorer.experiment, scorer.dataset, scorer.extractors = made, dataset, [extractor]
-    scorer.statistics, scorer.protocols, scorer._warned = None, {}, set()
+    scorer.statistics, scorer.protocols, scorer.dimensions = None, {}, {}
+    scorer.first = True
     scorer._reference = {"lite": Reference(None)}
     part = slice(0, 20)
     blocks = [(dataset.held_out.pixels[part], dataset.held_out.labels[part])]

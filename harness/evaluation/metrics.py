@@ -58,6 +58,16 @@ def fewest(neighbours: int) -> tuple[int, int]:
     return max(neighbours, WIDE) + 1, max(neighbours + 1, GROUPS, SPLITS)
 
 
+def few_samples(extractor: str, dim: int, count: int, floor: int | None) -> str:
+    """What is to be said where there are no more samples than features: their covariance is
+    singular. `floor`: the number of real images that the floor is of, if there is one."""
+    return (
+        f"{count:,} samples are no more than the {dim:,} features of {extractor}; their Fréchet "
+        "distance is mostly bias; "
+        + (f"compare with the floor, n {floor:,}" if floor else "there is no floor")
+    )
+
+
 class Reference:
     """What samples are compared with, and what every comparison needs again.
 

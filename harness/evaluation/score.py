@@ -39,6 +39,7 @@ from harness.evaluation.metrics import (
     Metric,
     Reference,
     Views,
+    few_samples,
     fewest,
 )
 from harness.evaluation.neighbours import nearest
@@ -117,7 +118,7 @@ class Scorer:
         # The features in which the figure of nearest neighbours looks, if it can.
         self.pairs_in = available[0].name if available and len(self.dataset.train) else None
         self.protocols: dict[str, dict] = {}
-        self._warned: set[tuple[str, int]] = set()
+        self.dimensions: dict[str, int] = {}  # how many features each extractor gives
 
     def _published_statistics(self) -> tuple[tuple[Tensor, Tensor] | None, str | None]:
         """The mean and covariance that an FID compares with, where the experiment names a file of
@@ -280,8 +281,12 @@ class Scorer:
                 flag = "trained-on-extractor"
             elif set(extractor.pretraining) & set(pretraining):
                 flag = "shares-pretraining"
-            if views is not None:
-                self._warn_of_few(extractor.name, views.features.shape[1], counts)
+            if views is not None and extractor.name not in self.dimensions:
+                dim = self.dimensions[extractor.name] = views.features.shape[1]
+                floor = self.floor_count if len(self.dataset.held_out) else None
+                for count in (count for count in counts if count <= dim):
+                    told = few_samples(extractor.name, dim, count, floor)
+                    print(f"warning: {told}", file=sys.stderr)
             for metric, count in self._measurements(extractor, views, counts, final):
                 value = stderr = None
                 left: tuple[float, ...] = ()
@@ -304,21 +309,6 @@ class Scorer:
                     row["status"] = f"unavailable ({lacking})"
                 rows.append(row)
         return rows
-
-    def _warn_of_few(self, name: str, dim: int, counts: list[int]) -> None:
-        """Once for each extractor and count: the covariance of few samples is singular, and their
-        Fréchet distance mostly bias."""
-        floor = len(self.dataset.held_out)
-        for count in counts:
-            if count > dim or (name, count) in self._warned:
-                continue
-            self._warned.add((name, count))
-            print(
-                f"warning: {count} samples are no more than the {dim} features of {name}; their "
-                "Fréchet distance is mostly bias; "
-                + (f"compare with the floor, n {floor}" if floor else "there is no floor"),
-                file=sys.stderr,
-            )
 
     def _measurements(
         self, extractor: Extractor, views: Views | None, counts: list[int], final: bool
@@ -379,7 +369,8 @@ def _finish(path: Path, record: dict, scorer: Scorer, kept: dict[str, Tensor]) -
     file = path.with_suffix(".samples.safetensors")
     record["samples"] = {"file": file.name, "sha256": save_tensors(file, kept)}
     record["samples"] |= scorer.pairs_record()
-    write_json(path, {"schema": SCORES_FORMAT, **record, "protocols": scorer.protocols})
+    record |= {"protocols": scorer.protocols, "dimensions": scorer.dimensions}
+    write_json(path, {"schema": SCORES_FORMAT, **record})
 
 
 def score_run(experiment: Experiment, student: str, seed: int) -> None:

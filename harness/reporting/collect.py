@@ -153,14 +153,15 @@ def _rows(
                     "flag": " ".join(filter(None, flags)),
                     "final": entry["final"],
                     "grid": " ".join(entry["grid"]),
+                    "features": record["dimensions"].get(row["extractor"]),
                 }
             )
     return rows
 
 
 def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame, dict[str, dict]]:
-    """The tidy table (with columns more than metrics.csv: `final`, `grid`, `leave_out`, `column`)
-    and the protocols.
+    """The tidy table (with columns more than metrics.csv: `final`, `grid`, `leave_out`, `column`;
+    `features`: how many the extractor gives) and the protocols.
 
     A run without valid scores is an error, or with `partial` a row `failed (reason)`.
     """
@@ -213,8 +214,17 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
             {"student": student, "method": experiment.students[student].method, "seed": seed},
             functools.partial(failures.reason, experiment, student, seed),
         )
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out"])
-    for column in ("seed", "nfe", "ema", "images", "flops", "sample_seed", "num_samples"):
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out", "features"])
+    for column in (
+        "seed",
+        "nfe",
+        "ema",
+        "images",
+        "flops",
+        "sample_seed",
+        "num_samples",
+        "features",
+    ):
         table[column] = table[column].astype("Int64")
     table["column"] = [
         "" if pd.isna(n) else column_name(m, n, e)

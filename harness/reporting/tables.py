@@ -12,7 +12,7 @@ import pandas as pd
 
 from harness.artifacts import read_json
 from harness.config import Experiment, FeatureSection, Limit
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.metrics import FRECHET, METRICS, few_samples
 from harness.reporting.collect import is_unavailable, main_column, main_metric_in
 from harness.reporting.statistics import TRAINING_SEEDS, pairwise, ranks
 
@@ -203,6 +203,12 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
         record = read_json(path) if (path := folder / "features.json").exists() else {}
         if "unavailable" in record:
             notes.append(f"{name} is unavailable: {record['why']}; then delete {folder}.")
+    distances = table[table.final & table.metric.isin(FRECHET)].drop_duplicates("column")
+    floor = table[table.student == "floor"].num_samples
+    for row in distances[distances.num_samples <= distances.features].itertuples():
+        compared = int(floor.max()) if len(floor) else None
+        told = few_samples(row.extractor, row.features, row.num_samples, compared)
+        notes.append(f"{row.column}: {told}.")
     for flag, (mark, text) in FLAGS.items():
         flagged = table[table.flag.fillna("").str.contains(flag)]
         who = [
