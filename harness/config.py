@@ -275,8 +275,8 @@ class EvaluationSection(Section):
     sampling_seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0, 1, 2], min_length=1, description="each a range of noise of its own"
     )
-    snapshot_seeds: Positive = Field(
-        1, description="how many of them score a snapshot before the last, which gets all"
+    snapshot_seeds: Positive | None = Field(
+        None, description="how many of them score a snapshot before the last; default: all"
     )
     extractors: list[str] = Field(min_length=1)
     main_metric: str = "fd"
@@ -756,7 +756,7 @@ def _check_evaluation(
     seeds = evaluation.sampling_seeds
     if len(set(seeds)) < len(seeds):
         lines.append("evaluation.sampling_seeds: a seed stands twice")
-    if evaluation.snapshot_seeds > len(seeds):
+    if (evaluation.snapshot_seeds or 0) > len(seeds):
         lines.append(
             f"evaluation.snapshot_seeds: {evaluation.snapshot_seeds}, but there are {len(seeds)} "
             "sampling_seeds"
