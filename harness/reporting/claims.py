@@ -42,6 +42,15 @@ def claims_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def multiplicity(rows: pd.DataFrame) -> str:
+    """How many of the verdicts chance alone would decide."""
+    count = int(rows.low.notna().sum())
+    return (
+        f"Verdicts: {count}, at {LEVEL:.0%} each by itself. Were no two students different, chance "
+        f"alone would decide about {count * (1 - LEVEL):.1f} of them."
+    )
+
+
 def write_claims(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
     """`claims.{csv,md}` in a folder; returns their paths."""
     rows = claims_table(experiment, table)
@@ -53,7 +62,8 @@ def write_claims(experiment: Experiment, table: pd.DataFrame, folder: Path) -> l
         f"Difference: better - worse; the {LEVEL:.0%} interval holds sampling and training error. "
         "Supported or contradicted: it excludes 0, on the claimed side or the other; undecided: it "
         f"does not, or there are fewer than {TRAINING_SEEDS} training seeds. A verdict is about "
-        f"{experiment.name} at its own scale and budget, not about the paper's experiment."
+        f"{experiment.name} at its own scale and budget, not about the paper's experiment.\n\n"
+        f"{multiplicity(rows)}"
     )
     files = {
         folder / "claims.csv": rows.to_csv(index=False),

@@ -23,6 +23,7 @@ from harness.config import Experiment, Limit
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS
 from harness.reporting import charts, figures
+from harness.reporting.claims import multiplicity
 from harness.reporting.collect import (
     column_name,
     flat,
@@ -591,7 +592,11 @@ class Report:
             found = f"{difference} ({bounds})" if bounds else difference or "no number"
             card = cards.setdefault(row.claim, {"row": row, "found": []})
             card["found"].append({"column": row.column, "text": found, "verdict": row.verdict})
-        return {"cards": list(cards.values()), "counts": table.verdict.value_counts().to_dict()}
+        return {
+            "cards": list(cards.values()),
+            "counts": table.verdict.value_counts().to_dict(),
+            "multiplicity": multiplicity(table),
+        }
 
     def pairwise(self) -> dict | None:
         table = self.tables["pairwise"]
