@@ -19,10 +19,14 @@ from tests.test_html import Page, written
 class Projection(torch.nn.Module):
     """A classifier's contract: float images -> few features -> logits."""
 
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)  # tells the device
+
     def features(self, x):
         generator = torch.Generator().manual_seed(1)
         flat = x.flatten(1)
-        return flat @ torch.randn(flat.shape[1], 6, generator=generator)
+        return self.scale * flat @ torch.randn(flat.shape[1], 6, generator=generator)
 
     def logits(self, features):
         return features[:, :4]
