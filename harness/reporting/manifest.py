@@ -77,6 +77,8 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) 
             runs[f"{student}/seed{seed}"] = {
                 k: record[k] for k in ("key", "sha256", "stop", "device")
             }
+    # What the runs had: on a cluster reports are written where there may be no GPU.
+    used = ", ".join(sorted({run["device"] for run in runs.values()}))
     return {
         "schema": 1,
         "experiment": experiment.name,
@@ -88,7 +90,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) 
         "packages": {name: _version(name) for name in PACKAGES},
         "device": {
             "setting": experiment.device_setting,
-            "used": experiment.device,
+            "used": used or experiment.device_setting,
             "processor": _processor(),
             "usable_cpus": usable_cpus(),
         },
