@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from harness import data as datasets
-from harness.config import Experiment, ImportedTeacher
+from harness.artifacts import digest, read_json, sha256_file, write_json
+from harness.config import Experiment, ImportedTeacher, micro_batch, parse_experiment
 from harness.data import Dataset, Images
 from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
@@ -25,7 +26,7 @@ from harness.ledger import measure
 from harness.networks import build_denoiser
 from harness.official_data import OFFICIAL
 from harness.runs import ON_DEVICE, Inputs, assemble
-from harness.trainer import Trainer
+from harness.trainer import Trainer, grid_index
 
 # Iterations over which variants such as lazy R1 are averaged.
 PERIOD = 64
@@ -173,6 +174,7 @@ class Estimate:
     pair_flops: float
     images: float
     memory: float
+    kept: float  # bytes of it that wait for backward passes
 
     @property
     def flops(self) -> float:
@@ -217,8 +219,8 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
     trainable = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
     present = sum(p.numel() for net in everything(trainer) for p in net.parameters())
     parameters = sum(p.numel() for p in main.parameters())
-    half = 0.5 if experiment.training.precision == "bf16" else 1.0
-    memory = 4 * (present + parameters + (COPIES - 1) * trainable) + half * trainer.tally.most
+    kept = (0.5 if experiment.training.precision == "bf16" else 1.0) * trainer.tally.most
+    memory = 4 * (present + parameters + (COPIES - 1) * trainable) + kept
     images = 4 * needs.pairs * math.prod(inputs.dataset.image_shape)
     memory += images if images <= ON_DEVICE else 0
     return Estimate(
@@ -231,7 +233,203 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
         pair_flops,
         _images(experiment.budget_spec(student), flops, pair_flops),
         memory,
+        kept,
     )
+
+
+# -- the work of each job -----------------------------------------------------------------------
+
+# Of the largest fetched network of each kind: operations per image; of any: its weights and room to
+# read them, and what the metrics of one set of samples take on one core with features so long.
+FETCHED_GFLOPS = {"inception": 12, "open-clip": 400, "dinov2": 165, "efficientnet-lite": 1}
+FETCHED_BYTES, FETCHED_SECONDS = 4 << 30, 300.0
+# Real images in data sets that are not made yet: the embedded one, the well-known ones, and what
+# cannot be seen before it is fetched (ImageNet's).
+EMBEDDED_IMAGES, OFFICIAL_IMAGES, UNSEEN_IMAGES = 1_797, 70_000, 1_331_167
+# Snapshots on a grid where a budget in seconds says nothing of their number before it is run.
+OPEN = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does. `own`: bytes that each of its processes keeps; `shared`: bytes that they
+    divide among them (what waits for backward passes). `seconds`: on the host, beside operations;
+    `at_most`: after so many it stops by itself."""
+
+    flops: float = 0.0
+    own: float = 0.0
+    shared: float = 0.0
+    seconds: float = 0.0
+    at_most: float = math.inf
+    snapshots: int = 0
+
+
+def _real_images(experiment: Experiment) -> tuple[int, float]:
+    """How many images the data set holds, and their bytes: as its record says once it is made;
+    before that a guess, rather too large."""
+    data, path = experiment.data, experiment.data_dir() / "data.json"
+    if not data.has_images:
+        return 0, 0.0
+    shape = stand_in_dataset(experiment, images=2).image_shape
+    if path.exists():
+        record = read_json(path)
+        count = record["train_images"] + record["held_out_images"]
+    elif data.source is None:
+        count = EMBEDDED_IMAGES if data.name in datasets.EMBEDDED else OFFICIAL_IMAGES
+    else:
+        count = UNSEEN_IMAGES
+        if (file := Path(data.source).expanduser()).is_file():
+            count = 3 * file.stat().st_size // math.prod(shape)  # PNG saves less than that
+    return count, float(count * math.prod(shape))
+
+
+def _passing(network: nn.Module, *inputs: Tensor) -> tuple[float, float]:
+    """Operations of a forward pass, and bytes that it keeps for a backward pass, of one image."""
+    tally = Tally()
+    with tally.hooks([network]), measure({}) as cost:
+        network(*inputs)
+    return cost.flops, tally.most
+
+
+def _weights(network: nn.Module) -> float:
+    return 4.0 * sum(p.numel() for p in network.parameters())
+
+
+def _trained(
+    experiment: Experiment, network: nn.Module, inputs: tuple, images: int, batch: int
+) -> Work:
+    """A network trained on real images, one pass to and fro each: backward costs twice as much."""
+    flops, kept = _passing(network, *inputs)
+    own = (COPIES + 1) * _weights(network) + _real_images(experiment)[1]
+    return Work(3 * flops * images, own, kept * batch)
+
+
+def _teacher(experiment: Experiment, name: str) -> tuple[nn.Module, tuple]:
+    teacher = stand_in_teacher(experiment, name, stand_in_dataset(experiment, images=2))
+    labels = torch.zeros(1, dtype=torch.long) if teacher.num_classes else None
+    return teacher, (torch.zeros(1, *teacher.image_shape), torch.ones(1), labels)
+
+
+def _feature_network(experiment: Experiment, name: str) -> tuple[nn.Module, tuple]:
+    section, dataset = experiment.features[name], stand_in_dataset(experiment, images=2)
+    shape, classes = dataset.image_shape, dataset.num_classes
+    network = build_feature_network(section.type, shape, classes, section.width)
+    images = torch.zeros(1, *shape)
+    return network, (images, network.captions[:1, 0]) if section.type == "clip" else (images,)
+
+
+def _scored(experiment: Experiment, generator: Work, sets: int) -> Work:
+    """`sets` of samples seen by the networks that score, and measured; `generator` made them."""
+    real, pixels = _real_images(experiment)  # seen by the first job that scores
+    seen = real + sets * experiment.evaluation.num_samples
+    flops, own, seconds = generator.flops, generator.own + pixels, 0.0
+    for name in experiment.evaluation.extractors:
+        kind = experiment.features[name].type
+        if kind in FETCHED_GFLOPS:
+            once, weights, measuring = FETCHED_GFLOPS[kind] * 1e9, FETCHED_BYTES, FETCHED_SECONDS
+        else:
+            network, inputs = _feature_network(experiment, name)
+            once, weights, measuring = *_passing(network, *inputs)[:1], _weights(network), 10.0
+        flops += seen * once
+        own, seconds = own + weights, seconds + sets * measuring
+    return Work(flops, own, seconds=seconds)
+
+
+def _train_work(experiment: Experiment, student: str) -> Work:
+    e = estimate(experiment, student)
+    spent = {"images": e.images, "flops": e.flops, "seconds": math.inf}
+    snapshots = 1 + sum(
+        grid_index(spent[unit], grid.first, grid.per_octave) if spent[unit] < math.inf else OPEN
+        for unit, grid in experiment.training.snapshots.items()
+    )
+    limits = [x.amount for x in experiment.budget(student) if x.unit == "seconds"]
+    flops = e.flops_per_image * e.images
+    own = e.memory - e.kept
+    if experiment.requirements(student).real_images:
+        own += _real_images(experiment)[1]
+    return Work(flops, own, e.kept, 0.0, min(limits, default=math.inf), snapshots)
+
+
+def _teacher_work(experiment: Experiment, name: str) -> Work:
+    section, (teacher, inputs) = experiment.teachers[name], _teacher(experiment, name)
+    if isinstance(section, ImportedTeacher):
+        return Work(own=4 * _weights(teacher))  # read, converted and written
+    size = micro_batch(section.batch, section.micro_batch)
+    return _trained(experiment, teacher, inputs, section.images, size)
+
+
+def _pairs_work(experiment: Experiment, name: str) -> Work:
+    of, pairs, steps = experiment.pair_sets[name]
+    teacher, inputs = _teacher(experiment, of)
+    return Work(_passing(teacher, *inputs)[0] * pairs * (2 * steps - 1), _weights(teacher))
+
+
+def _data_work(experiment: Experiment, _: str) -> Work:
+    count, pixels = _real_images(experiment)
+    return Work(own=3 * pixels, seconds=count / 1000)  # unpacked one by one
+
+
+def _features_work(experiment: Experiment, name: str) -> Work:
+    section = experiment.features[name]
+    if section.type in FETCHED_GFLOPS:
+        return Work(own=FETCHED_BYTES)
+    network, inputs = _feature_network(experiment, name)
+    return _trained(experiment, network, inputs, section.images, section.batch)
+
+
+def _score_work(experiment: Experiment, student: str) -> Work:
+    evaluation = experiment.evaluation
+    # Known where the run was planned: counting it again would take seconds.
+    snapshots = work(experiment, "train", student).snapshots
+    sets = (snapshots - 1) * evaluation.snapshot_seeds + len(evaluation.sampling_seeds)
+    teacher, inputs = _teacher(experiment, experiment.teacher_of(student))
+    once = _passing(teacher, *inputs)[0]  # the student's network is the teacher's
+    made = Work(sets * evaluation.num_samples * once, _weights(teacher))
+    return _scored(experiment, made, sets)
+
+
+def _score_references_work(experiment: Experiment, name: str) -> Work:
+    evaluation, steps = experiment.evaluation, experiment.teachers[name].sampler.steps
+    teacher, inputs = _teacher(experiment, name)
+    images, seeds = evaluation.num_samples, len(evaluation.sampling_seeds)
+    made = Work(seeds * images * 2 * steps * _passing(teacher, *inputs)[0], _weights(teacher))
+    return _scored(experiment, made, 2 * seeds + 1)  # all steps, one, and the floor
+
+
+# Of rules with work that can be counted. The others read, compare and draw.
+COUNTED = {
+    "data": _data_work,
+    "features": _features_work,
+    "teacher": _teacher_work,
+    "pairs": _pairs_work,
+    "train": _train_work,
+    "score": _score_work,
+    "score_references": _score_references_work,
+    "agreement": lambda experiment, _: _scored(experiment, Work(), 3),
+}
+
+
+def work(experiment: Experiment, rule: str, name: str = "") -> Work:
+    """What a job of the workflow does, counted on meta tensors; `name`: its student, teacher,
+    feature network or pair set.
+
+    Kept in a file under a name of what decides it: to count a run takes seconds, and each job of a
+    cluster asks.
+    """
+    import methods
+
+    if rule not in COUNTED:
+        return Work()
+    spec = [experiment.raw, rule, name]
+    if name in experiment.students:
+        file = f"{experiment.students[name].method}.py"
+        spec.append(sha256_file(Path(methods.__path__[0]) / file))
+    path = experiment.root / "config" / "work" / f"{digest(spec)}.json"
+    if not path.exists():
+        mine = parse_experiment(experiment.raw, "", experiment.root.parent, files=False)
+        with torch.device("meta"):
+            write_json(path, asdict(COUNTED[rule](mine, name)))
+    return Work(**read_json(path))
 
 
 def print_plan(experiment: Experiment, tflops: float) -> None:

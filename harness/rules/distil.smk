@@ -24,9 +24,9 @@ rule train:
         f"{E.root}/logs/students/{{student}}/seed{{seed}}.log",
     benchmark:
         f"{E.root}/benchmarks/students/{{student}}/seed{{seed}}.tsv"
-    # A budget in seconds is only fair on a machine of its own.
-    threads: workflow.cores if E.seconds_budget else THREADS
+    threads: ALONE
     resources:
+        **asked("train"),
         gpu=GPU,
     params:
         spec=lambda w: spec([E.run_spec(w.student, int(w.seed)), E.budget_spec(w.student)]),

@@ -18,6 +18,7 @@ rule score:
     priority: 1
     threads: THREADS
     resources:
+        **asked("score"),
         gpu=GPU,
     params:
         spec=spec(E.score_spec()),
@@ -36,6 +37,7 @@ rule score_references:
         f"{E.root}/logs/scores/teachers/{{teacher}}.log",
     threads: THREADS
     resources:
+        **asked("score_references"),
         gpu=GPU,
     params:
         spec=lambda w: spec(E.reference_score_spec(w.teacher)),
@@ -59,6 +61,7 @@ rule agreement:
         f"{E.root}/logs/agreement.log",
     threads: THREADS
     resources:
+        **asked("agreement"),
         gpu=GPU,
     params:
         spec=spec(E.agreement_spec()),

@@ -9,6 +9,8 @@ rule data:
     log:
         f"{E.root}/logs/data.log",
     threads: THREADS
+    resources:
+        **asked("data"),
     params:
         spec=spec(E.data_spec()),
     shell:
@@ -26,6 +28,7 @@ rule features:
         f"{E.root}/benchmarks/features/{{features}}.tsv"
     threads: THREADS
     resources:
+        **asked("features"),
         gpu=GPU,
     params:
         spec=lambda w: spec(E.features_spec(w.features)),
@@ -53,6 +56,7 @@ rule teacher:
     priority: 10
     threads: THREADS
     resources:
+        **asked("teacher"),
         gpu=GPU,
     params:
         spec=lambda w: spec(E.teacher_spec(w.teacher)),
@@ -69,8 +73,9 @@ rule pairs:
         f"{E.root}/logs/pairs/{{pairs}}.log",
     priority: 5
     # Their seconds are charged to the runs that use them.
-    threads: workflow.cores if E.seconds_budget else THREADS
+    threads: ALONE
     resources:
+        **asked("pairs"),
         gpu=GPU,
     params:
         spec=lambda w: spec(E.pairs_spec(w.pairs)),

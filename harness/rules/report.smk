@@ -48,6 +48,8 @@ rule report:
     log:
         f"{E.root}/logs/report.log",
     threads: THREADS
+    resources:
+        **asked("report"),
     params:
         spec=spec(E.report_spec()),
     shell:
