@@ -381,7 +381,8 @@ def _score_work(experiment: Experiment, student: str) -> Work:
     evaluation = experiment.evaluation
     # Known where the run was planned: counting it again would take seconds.
     snapshots = work(experiment, "train", student).snapshots
-    sets = (snapshots - 1) * evaluation.snapshot_seeds + len(evaluation.sampling_seeds)
+    before, last = (len(evaluation.seeds_of_snapshot(final)) for final in (False, True))
+    sets = (snapshots - 1) * before + last
     teacher, inputs = _teacher(experiment, experiment.teacher_of(student))
     once = _passing(teacher, *inputs)[0]  # the student's network is the teacher's
     made = Work(sets * evaluation.num_samples * once, _weights(teacher))

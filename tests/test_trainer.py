@@ -1,6 +1,7 @@
 """The loop and the ledger on a network small enough to count by hand."""
 
 import csv
+import gc
 import json
 
 import pytest
@@ -366,3 +367,22 @@ def test_measure_follows_a_gradient_penalty_and_attention():
         gradient.square().sum().backward()
     assert cost.flops > 0
     assert cost.passes["critic"][0] == 2
+
+
+def test_neither_tensors_nor_the_state_grow_with_the_length_of_a_run(tmp_path):
+    """What is alive, and what a checkpoint holds, after a hundred and after a thousand steps."""
+    seen = {}
+
+    def counting(context: Context) -> Tensor:
+        if context.step in (100, 1000):
+            gc.collect()
+            seen[context.step] = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+        return loss(context)
+
+    phases, sizes = [Phase("generator", "student", counting, ADAM)], []
+    for steps in (1001, 101):
+        folder, budget = tmp_path / str(steps), [{"unit": "images", "amount": 8 * steps}]
+        fit(folder, phases=phases, budget=budget, checkpoint_seconds=1e9)
+        sizes += [file.stat().st_size for file in folder.glob("state-*.safetensors")]
+        assert steps == 101 or seen[100] == seen[1000]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
