@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -200,10 +201,11 @@ def test_a_dry_run_shows_what_is_asked(empty_workspace):
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+@pytest.mark.skipif("TEST_SLURM" not in os.environ, reason="it takes minutes: set TEST_SLURM=1")
 def test_on_slurm(record_property):
     """Submitted, one job cancelled, tried again, and the table of a local run: tests/cluster."""
     pytest.importorskip("snakemake_executor_plugin_slurm")
     with tempfile.TemporaryDirectory(prefix="onestep-slurm-") as folder:
-        outcome = run(Path(folder), digits=False, limit=600)
+        outcome = run(Path(folder), digits=False, limit=1200)
     record_property("Slurm", str(outcome))
     assert not outcome.problems, str(outcome)

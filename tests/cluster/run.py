@@ -314,7 +314,7 @@ def main() -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="onestep-slurm-"))
     folder.mkdir(exist_ok=True)
     try:
-        limit = 7200 if args.digits else 900
+        limit = 7200 if args.digits else 1200
         outcome = run(folder.resolve(), args.digits, limit, args.local)
         print(outcome)
         return len(outcome.problems) > 0
