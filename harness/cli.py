@@ -59,7 +59,7 @@ def _teacher(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("teacher", args.name, experiment.teachers)
-    relaunch(experiment.processes(getattr(experiment.teachers[args.name], "batch", 1)), args.argv)
+    relaunch(experiment.processes(experiment.job_batch("teacher", args.name)), args.argv)
     with recorded(experiment.teacher_dir(args.name), "training"), machine_slot():
         make_teacher(experiment, args.name)
 
@@ -85,7 +85,7 @@ def _train(args) -> None:
     _threads(args)
     experiment = _experiment(args)
     _check_known("student", args.student, experiment.students)
-    relaunch(experiment.processes(experiment.method_config(args.student).batch), args.argv)
+    relaunch(experiment.processes(experiment.job_batch("train", args.student)), args.argv)
     with recorded(experiment.run_dir(args.student, args.seed), "training"):
         train_student(experiment, args.student, args.seed)
 

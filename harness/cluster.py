@@ -82,11 +82,8 @@ def processes(experiment: Experiment, rule: str, name: str) -> int:
     setting = experiment.process_setting
     if setting == "auto" or rule not in SHARED:
         return 1
-    if rule == "teacher":
-        return micro_batch(getattr(experiment.teachers[name], "batch", 1), setting)
-    if rule == "train":
-        return micro_batch(experiment.method_config(name).batch, setting)
-    return setting
+    batch = experiment.job_batch(rule, name)
+    return setting if batch is None else micro_batch(batch, setting)
 
 
 @cache

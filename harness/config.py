@@ -369,6 +369,13 @@ class Experiment:
             raise UserError(f"device: {self.device_setting} is not there; use cpu or auto")
         return self.device_setting
 
+    def job_batch(self, stage: str, name: str) -> int | None:
+        """The batch that the processes of a job of training share; None of other stages."""
+        if stage == "train":
+            return self.method_config(name).batch
+        # To import a teacher takes one process.
+        return getattr(self.teachers[name], "batch", 1) if stage == "teacher" else None
+
     def processes(self, batch: int | None = None) -> int:
         """How many processes share a job: no more than can share its batch equally."""
         count, device = self.process_setting, self.device

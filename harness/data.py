@@ -189,10 +189,7 @@ def _write_shards(folder: Path, train: Images, held: Images) -> tuple[list[dict]
         tensors = {}
         for name, part, before in (("train", train, 0), ("held_out", held, len(train))):
             rows = slice(max(0, number * size - before), max(0, (number + 1) * size - before))
-            tensors[f"{name}_pixels"], tensors[f"{name}_labels"] = (
-                part.pixels[rows],
-                part.labels[rows],
-            )
+            tensors |= {f"{name}_pixels": part.pixels[rows], f"{name}_labels": part.labels[rows]}
         file = "images.safetensors" if count == 1 else f"images-{number:03d}.safetensors"
         shards.append({"file": file, "sha256": save_tensors(folder / file, tensors)})
     return shards, shards[0]["sha256"] if count == 1 else digest(shards)

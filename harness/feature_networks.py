@@ -31,7 +31,7 @@ from harness.data import Dataset
 from harness.errors import UserError
 from harness.method import Context, OptimizerConfig, Phase, Sources
 from harness.networks.classifiers import CLASSIFIERS
-from harness.runs import link, seeded, training_record
+from harness.runs import link, placed, seeded, training_record
 from harness.trainer import TrainingRun, train
 
 
@@ -146,8 +146,7 @@ def train_features(experiment: Experiment, name: str) -> dict:
                 dataset.image_shape,
                 dataset.num_classes,
                 sigma_init=0.0,
-                pixels=dataset.train.pixels.to(device),
-                labels=dataset.train.labels.to(device),
+                **placed(dataset.train, device),
             ),
             batch=section.batch,
             budget=[{"unit": "images", "amount": section.images}],

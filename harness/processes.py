@@ -64,11 +64,12 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def agree(self, value: float, device: str) -> float:
-        """The first process's value, for all."""
+    def agree(self, value: float) -> float:
+        """The first process's value, for all; by way of the hosts, so that no device is waited
+        for."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=device)
+        tensor = torch.tensor(value, dtype=torch.float64)
         torch.distributed.broadcast(tensor, 0)
         return tensor.item()
 

@@ -22,7 +22,7 @@ from harness.artifacts import (
     write_json,
 )
 from harness.config import Experiment, micro_batch
-from harness.data import Dataset
+from harness.data import Dataset, Images
 from harness.denoiser import Denoiser
 from harness.ledger import Cost, Ledger
 from harness.method import Sources, get_method
@@ -129,6 +129,12 @@ def placement(data: Tensor, device: str) -> torch.device:
     return torch.device(device) if data.nbytes <= ON_DEVICE else data.device
 
 
+def placed(images: Images, device: str) -> dict[str, Tensor]:
+    """Pixels and labels where a run keeps them, as `Sources` takes them."""
+    place = placement(images.pixels, device)
+    return {"pixels": images.pixels.to(place), "labels": images.labels.to(place)}
+
+
 def assemble(
     experiment: Experiment, student: str, seed: int, inputs: Inputs, folder: Path, key: str
 ) -> TrainingRun:
@@ -149,11 +155,8 @@ def assemble(
     set_dropout(network, 0.0)  # a generator has none; its teacher was trained with some
     method.prepare_student(network)
     freeze(network, section.freeze)
-    sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init)
-    if needs.real_images:
-        place = placement(dataset.train.pixels, device)
-        sources.pixels = dataset.train.pixels.to(place)
-        sources.labels = dataset.train.labels.to(place)
+    real = placed(dataset.train, device) if needs.real_images else {}
+    sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init, **real)
     if inputs.pairs:
         place = placement(inputs.pairs["x"], device)
         sources.pair_tensors = {k: v.to(place) for k, v in inputs.pairs.items()}

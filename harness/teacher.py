@@ -18,7 +18,7 @@ from harness.fake_score import denoising_loss
 from harness.method import Context, OptimizerConfig, Phase, Sources
 from harness.networks import FILES, WEIGHTS, build_denoiser, save_denoiser
 from harness.processes import processes
-from harness.runs import link, placement, seeded, training_record
+from harness.runs import link, placed, seeded, training_record
 from harness.schedules import lognormal_sigma
 from harness.trainer import TrainingRun, train
 
@@ -138,8 +138,7 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
                 dataset.image_shape,
                 dataset.num_classes,
                 sigma_init=0.0,
-                pixels=dataset.train.pixels.to(placement(dataset.train.pixels, device)),
-                labels=dataset.train.labels.to(placement(dataset.train.pixels, device)),
+                **placed(dataset.train, device),
             ),
             batch=section.batch,
             budget=[{"unit": "images", "amount": section.images}],

@@ -609,7 +609,7 @@ class Trainer:
         """The time since `started`, by the first process's clock where a limit depends on it."""
         self.ledger.seconds = before + time.perf_counter() - started
         if any(limit["unit"] == "seconds" for limit in self.run.budget):
-            self.ledger.seconds = self.processes.agree(self.ledger.seconds, self.run.device)
+            self.ledger.seconds = self.processes.agree(self.ledger.seconds)
 
     # -- telling --------------------------------------------------------------------------------
 

@@ -126,13 +126,14 @@ class Torture:
                     file.flush()
             except OSError:
                 self.counts["disks filled"] += 1
-        logs = self.workspace.results / "logs"
-        until = time.monotonic() + 20
-        while time.monotonic() < until and not any(
-            "No space left" in log.read_text(errors="replace") for log in logs.rglob("*.log")
-        ):
+        told, until = self.told_of_full(), time.monotonic() + 20
+        while time.monotonic() < until and self.told_of_full() == told:
             time.sleep(0.5)
         self.filled.unlink()
+
+    def told_of_full(self) -> int:
+        logs = (self.workspace.results / "logs").rglob("*.log")
+        return sum(log.read_text(errors="replace").count("No space left") for log in logs)
 
     def damage(self) -> None:
         """Cut a random file short: the state of a run that is not finished, or any that a stage has

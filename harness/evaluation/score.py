@@ -141,11 +141,12 @@ class Scorer:
         key |= {"torch": torch.__version__, "device": self.experiment.device}
         path = folder / f"reference-{digest(key)}.safetensors"
         with run_lock(folder):
+            record = path.with_suffix(".json")
             try:
-                tensors = load_tensors(path)
+                tensors = load_tensors(path, read_json(record)["sha256"])
             except UserError:  # not there yet, or damaged
                 tensors = self._see_reference(extractor, moments=published is None)
-                save_tensors(path, tensors)
+                write_json(record, {"sha256": save_tensors(path, tensors)})
         own = (tensors["mean"], tensors["covariance"]) if "mean" in tensors else None
         return Reference(
             tensors["features"], published or own, tensors.get("held_out"), tensors["index"]
@@ -256,7 +257,9 @@ class Scorer:
         Other processes than the first make their share of the images, and have no rows.
         """
         if not self.first:
-            return [row for _ in blocks for row in ()]
+            for _ in blocks:
+                pass
+            return []
         observer = Observer([e for e in self.extractors if not e.unavailable])
         closest = None
         if kept is not None and self.pairs_in:

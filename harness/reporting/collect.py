@@ -75,10 +75,8 @@ def read_metrics(path: Path) -> pd.DataFrame:
         if column in WHOLE:
             wrong |= numbers.notna() & (numbers % 1 != 0)
         if wrong.any():
-            row, kind = (
-                int(wrong.to_numpy().argmax()),
-                "whole number" if column in WHOLE else "number",
-            )
+            row = int(wrong.to_numpy().argmax())
+            kind = "whole number" if column in WHOLE else "number"
             found = str(table[column].iloc[row])
             raise UserError(f"{path}: {column} in row {row + 1} is {found!r}, no {kind}; {remedy}")
         table[column] = numbers
