@@ -42,6 +42,12 @@ def test_losses_do_not_depend_on_the_number_of_processes(both, student):
     assert their_counts == counts  # operations and passes of all processes together
 
 
+def test_what_the_first_process_says_holds_for_all(both):
+    (alone, _), (two, _) = both
+    assert [p.read_text() for p in alone.glob("agreed*")] == ["7.5"]
+    assert [p.read_text() for p in two.glob("agreed*")] == ["7.5", "7.5"]
+
+
 def test_samples_are_the_same_bytes(both):
     (alone, _), (two, _) = both
     a, b = (torch.load(folder / "images.pt", weights_only=True) for folder in (alone, two))
