@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+
+# What is asked of a denoiser beside the image: class labels int64 `(B,)`, or batch-first tensors by
+# name (a text's embeddings and mask), or nothing.
+Condition = Tensor | Mapping[str, Tensor] | None
+
+
+def each_part(function: Callable[..., Tensor], *conditions: Condition) -> Condition:
+    """`function` of conditions of the same kind, part by part."""
+    if isinstance(conditions[0], Mapping):
+        return {name: function(*(c[name] for c in conditions)) for name in conditions[0]}
+    return None if conditions[0] is None else function(*conditions)
 
 
 class Denoiser(nn.Module):
@@ -24,12 +37,40 @@ class Denoiser(nn.Module):
         super().__init__()
         self.codec: nn.Module = nn.Identity()
 
-    def null_condition(self, batch: int) -> Tensor | None:
+    def null_condition(self, batch: int) -> Condition:
         """The condition that means "none given", for `batch` samples."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, sigma: Tensor, condition=None, **extras) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None, **extras) -> Tensor:
         raise NotImplementedError
+
+
+class GuidedDenoiser(Denoiser):
+    """Classifier-free guidance (Ho and Salimans 2022) as a denoiser: `D_∅ + s (D_c - D_∅)`, two
+    evaluations in one batch. `scale` s as diffusers has it: 1 is the plain denoiser."""
+
+    def __init__(self, denoiser: Denoiser, scale: float):
+        super().__init__()
+        self.denoiser, self.scale = denoiser, scale
+        self.sigma_data, self.codec = denoiser.sigma_data, denoiser.codec
+
+    def null_condition(self, batch: int) -> Condition:
+        return self.denoiser.null_condition(batch)
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None, **extras) -> Tensor:
+        none = self.null_condition(len(x))
+        if condition is None or none is None:
+            return self.denoiser(x, sigma, condition, **extras)
+        both = each_part(lambda *parts: torch.cat(parts), none, condition)
+        extras = {name: torch.cat([value, value]) for name, value in extras.items()}
+        out = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **extras)
+        plain, conditional = out.chunk(2)
+        return plain + self.scale * (conditional - plain)
+
+
+def guided(denoiser: Denoiser, scale: float) -> Denoiser:
+    """The denoiser under classifier-free guidance, if there is any."""
+    return denoiser if scale == 1 else GuidedDenoiser(denoiser, scale)
 
 
 class EDMDenoiser(Denoiser):

@@ -1,0 +1,182 @@
+"""Prompts and what a teacher's text encoder makes of them.
+
+A prompt set is a plain text file, one prompt a line; a prompt is known by its number. Embeddings
+are computed once for each text encoder and prompt set and kept on disk in float16, in shards, so
+that a set may be larger than memory and an interrupted stage goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.artifacts import (
+    digest,
+    read_json,
+    save_tensors,
+    sha256_file,
+    verify,
+    write_json,
+)
+from harness.errors import UserError
+
+SHARD = 256  # prompts of one file of embeddings
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`texts` in the file's order; `sha256` of the file."""
+
+    texts: tuple[str, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_prompts(path: Path) -> Prompts:
+    """The prompts of a text file. An empty line is refused; prompts that stand more than once, as
+    in COCO's captions, are counted and told: each line is a prompt of its own."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}") from None
+    texts = tuple(line.strip() for line in lines)
+    if not texts:
+        raise UserError(f"{path} holds no prompts: one a line")
+    if empty := [number for number, text in enumerate(texts, 1) if not text]:
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        raise UserError(f"{path}: line {empty[0]}{more} is empty; a prompt stands on each line")
+    if repeated := len(texts) - len(set(texts)):
+        print(
+            f"warning: {path}: {repeated} of {len(texts)} prompts repeat an earlier one; each "
+            "line counts as a prompt of its own",
+            file=sys.stderr,
+        )
+    return Prompts(texts, sha256_file(path))
+
+
+@dataclass
+class TextEncoder:
+    """A pipeline's text encoder with its tokenizer.
+
+    `limit`: tokens of a prompt at most; longer ones are cut. `masked`: whether the denoiser is
+    told which tokens are padding. `prepare`: what the pipeline does to a text first.
+    """
+
+    tokenizer: Callable
+    network: nn.Module
+    limit: int
+    masked: bool
+    sha256: str
+    prepare: Callable[[str], str] = str
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`embeddings` `(B, L, D)` and, if masked, `mask` int64 `(B, L)`, on the host."""
+        tokens = self.tokenizer(
+            [self.prepare(text) for text in texts],
+            padding="max_length",
+            max_length=self.limit,
+            truncation=True,
+            return_tensors="pt",
+        )
+        device = next(self.network.parameters()).device
+        mask = tokens.attention_mask.to(device) if self.masked else None
+        embeddings = self.network(tokens.input_ids.to(device), attention_mask=mask)[0].cpu()
+        return {"embeddings": embeddings} | ({"mask": tokens.attention_mask} if self.masked else {})
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than it reads."""
+        ids = self.tokenizer([self.prepare(text) for text in texts]).input_ids
+        return sum(len(tokens) > self.limit for tokens in ids)
+
+
+def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> Path:
+    """Leave the embeddings of a prompt set, and of the empty prompt, in a folder under `root`;
+    returns the folder, whose name says the encoder and the prompts."""
+    folder = root / digest([encoder.sha256, encoder.limit, prompts.sha256])
+    shards = []
+    for start in range(0, len(prompts), SHARD):
+        record = folder / f"shard-{start:08d}.json"
+        if not record.exists():
+            parts = _compact(encoder.encode(prompts.texts[start : start + SHARD]))
+            sha256 = save_tensors(record.with_suffix(".safetensors"), parts)
+            write_json(record, {"file": f"{record.stem}.safetensors", "sha256": sha256})
+            done = min(start + SHARD, len(prompts))
+            print(f"prompts: {done} of {len(prompts)}", file=sys.stderr, flush=True)
+        shards.append(read_json(record))
+    truncated = encoder.truncated(prompts.texts)
+    if truncated:
+        print(
+            f"warning: {truncated} of {len(prompts)} prompts are longer than the {encoder.limit} "
+            "tokens that the text encoder reads; what follows is cut off",
+            file=sys.stderr,
+        )
+    write_json(
+        folder / "prompts.json",
+        {
+            "prompts": len(prompts),
+            "prompts_sha256": prompts.sha256,
+            "encoder_sha256": encoder.sha256,
+            "tokens": encoder.limit,
+            "truncated": truncated,
+            "sha256": digest([shard["sha256"] for shard in shards]),
+            "null_sha256": save_tensors(
+                folder / "null.safetensors", _compact(encoder.encode([""]))
+            ),
+            "shards": shards,
+        },
+    )
+    return folder
+
+
+def _compact(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As kept on disk: float16 embeddings, a mask of bytes."""
+    for name, part in parts.items():
+        if not part.isfinite().all():
+            raise UserError(f"the text encoder's {name} hold NaN or infinity; run it in float32")
+    return {
+        name: part.half() if part.is_floating_point() else part.to(torch.uint8)
+        for name, part in parts.items()
+    }
+
+
+class Embeddings:
+    """The embeddings in a folder that `embed_prompts` left, by the prompts' numbers.
+
+    Files are mapped into memory; each is checked against its hash when it is first asked.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.record = folder, read_json(folder / "prompts.json")
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.record["prompts"]
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._open:
+            from safetensors import safe_open
+
+            shard = self.record["shards"][number]
+            verify(self.folder / shard["file"], shard["sha256"], owner=self.folder)
+            file = safe_open(self.folder / shard["file"], framework="pt")
+            self._open[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return self._open[number]
+
+    def __call__(self, numbers: Tensor) -> dict[str, Tensor]:
+        """`embeddings` float16 `(B, L, D)` and, where there is one, `mask` uint8 `(B, L)`, of
+        prompts `numbers` `(B,)`, on the host."""
+        rows = [
+            {name: part[i % SHARD] for name, part in self._shard(i // SHARD).items()}
+            for i in numbers.tolist()
+        ]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,261 @@
+"""Text-to-image pipelines of diffusers as denoisers, against the pipelines themselves."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from harness.denoiser import GuidedDenoiser, guided
+from harness.errors import UserError
+from harness.networks.pipelines import PipelineFolder, schedule_sigmas
+from harness.prompts import Embeddings, embed_prompts, read_prompts
+from tests import pipelines
+
+PROMPTS = ["a red seven", "two dogs on a bench"]
+MAKERS = {
+    "sd-epsilon": pipelines.stable_diffusion,
+    "sd-v": lambda: pipelines.stable_diffusion("v_prediction"),
+    "pixart": pipelines.pixart,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def both(request, tmp_path_factory):
+    """A pipeline, and its folder as the harness reads it."""
+    pipe, folder = MAKERS[request.param](), tmp_path_factory.mktemp("pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe, PipelineFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def known(both):
+    """Denoiser, condition of the prompts."""
+    _, folder = both
+    encoder = folder.text_encoder()
+    return folder.denoiser(encoder.encode([""])), encoder.encode(PROMPTS)
+
+
+def latents(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def run(pipe, scheduler, guidance: float, steps: int = 5) -> list[torch.Tensor]:
+    """Latents after each step of the pipeline."""
+    seen, original = [], pipe.scheduler
+    pipe.scheduler = scheduler
+    options = {}
+    if "PixArt" in type(pipe).__name__:
+        options = {"use_resolution_binning": False, "clean_caption": False}
+        options |= {"callback": lambda step, time, x: seen.append(x.clone())}
+    else:
+        options["callback_on_step_end"] = lambda _, step, time, kept: (
+            seen.append(kept["latents"].clone()) or kept
+        )
+    try:
+        pipe(
+            PROMPTS,
+            latents=latents(),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+            **options,
+        )
+    finally:
+        pipe.scheduler = original
+    return seen
+
+
+@torch.no_grad()
+def euler(denoiser, x, condition, sigmas) -> list[torch.Tensor]:
+    """Our own steps from level to level; `x` has noise of the first."""
+    steps = []
+    for now, then in pairwise(sigmas):
+        x0 = denoiser(x, now.expand(len(x)), condition)
+        x = x0 + then / now * (x - x0)
+        steps.append(x)
+    return steps
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_euler_s_trajectory(both, known, guidance):
+    (pipe, _), (denoiser, condition) = both, known
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    theirs = run(pipe, scheduler, guidance)
+    first = latents() * scheduler.init_noise_sigma
+    if scheduler.config.timestep_spacing == "leading":  # its noise is that of sqrt(1 + sigma²)
+        assert scheduler.init_noise_sigma > scheduler.sigmas[0]
+    ours = euler(guided(denoiser, guidance), first, condition, scheduler.sigmas)
+    assert len(ours) == len(theirs) == 5
+    assert max(map(relative, ours, theirs)) < 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_ddim_s_trajectory(both, known, guidance):
+    """DDIM without noise is Euler's method in x / sqrt(alpha)."""
+    (pipe, _), (denoiser, condition) = both, known
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    theirs = run(pipe, scheduler, guidance)
+    sigmas = denoiser.log_sigmas.exp()[scheduler.timesteps].float()
+    levels = torch.cat([sigmas, torch.zeros(1)])
+    first = latents() * (1 + sigmas[0] ** 2).sqrt()
+    ours = euler(guided(denoiser, guidance), first, condition, levels)
+    scaled = [x / (1 + s**2).sqrt() for x, s in zip(ours, levels[1:], strict=True)]
+    assert max(map(relative, scaled, theirs)) < 1e-4
+
+
+def test_guidance_is_two_evaluations(known):
+    denoiser, condition = known
+    x, sigma = latents() * 3, torch.tensor([3.0, 0.7])
+    with torch.no_grad():
+        plain, conditional = denoiser(x, sigma), denoiser(x, sigma, condition)
+        assert relative(plain, conditional) > 1e-3
+        found = GuidedDenoiser(denoiser, 7.5)(x, sigma, condition)
+    assert relative(found, plain + 7.5 * (conditional - plain)) < 1e-5
+    assert guided(denoiser, 1.0) is denoiser
+
+
+def test_times_are_the_schedule_s(known):
+    denoiser, _ = known
+    sigmas = schedule_sigmas(denoiser.schedule)
+    times = denoiser.time(sigmas.float())
+    assert torch.equal(times, torch.arange(len(sigmas)).float())
+    between = denoiser.time((sigmas[500] * sigmas[501]).sqrt().float().view(1))
+    assert float(between) == pytest.approx(500.5, abs=1e-3)
+    ends = denoiser.time(torch.tensor([1e-9, 1e9]))
+    assert ends.tolist() == [0.0, len(sigmas) - 1.0]
+
+
+def test_text_is_encoded_as_the_pipeline_does(both, known):
+    (pipe, _), (_, condition) = both, known
+    with torch.no_grad():
+        theirs = pipe.encode_prompt(
+            prompt=PROMPTS,
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+    assert torch.equal(condition["embeddings"], theirs[0])
+    if "mask" in condition:
+        assert torch.equal(condition["mask"], theirs[1])
+
+
+def test_pixels_are_the_pipeline_s(both):
+    pipe, folder = both
+    codec, x = folder.codec(), latents().requires_grad_()
+    pixels = codec(x)
+    theirs = pipe.vae.decode(x / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    assert torch.equal(pixels, theirs) and pixels.shape == (2, 3, 16, 16)
+    assert torch.autograd.grad(pixels.sum(), x)[0].abs().sum() > 0
+    assert not any(p.requires_grad for p in codec.parameters())
+
+
+def test_micro_conditions(tmp_path):
+    """PixArt's transformer for 1024 pixels is told their size and shape."""
+    pipe = pipelines.pixart(sample_size=128)
+    pipe.save_pretrained(tmp_path)
+    folder = PipelineFolder(tmp_path)
+    condition = folder.text_encoder().encode(PROMPTS)
+    x = torch.randn(2, 4, 128, 128, generator=torch.Generator().manual_seed(1))
+    size = {"resolution": torch.tensor([[1024.0, 1024.0]] * 2)}
+    size["aspect_ratio"] = torch.tensor([[1.0]] * 2)
+    with torch.no_grad():
+        theirs = pipe.transformer(
+            x,
+            encoder_hidden_states=condition["embeddings"],
+            encoder_attention_mask=condition["mask"],
+            timestep=torch.tensor([400, 400]),
+            added_cond_kwargs=size,
+        ).sample
+        ours = folder.denoiser().run_backbone(x, torch.tensor([400.0, 400.0]), condition)
+    assert torch.equal(ours, theirs[:, :4]) and theirs.shape[1] == 8
+
+
+def test_a_folder_s_mistakes_are_one_line(both, tmp_path):
+    _, good = both
+    with pytest.raises(UserError, match="is no pipeline's folder"):
+        PipelineFolder(tmp_path)
+    folder = tmp_path / "broken"
+    shutil.copytree(good.folder, folder)
+    index = folder / "model_index.json"
+    whole = index.read_text()
+    index.write_text(json.dumps(json.loads(whole) | {"_class_name": "PixArtAlfaPipeline"}))
+    with pytest.raises(UserError, match="did you mean 'PixArtAlphaPipeline'"):
+        PipelineFolder(folder)
+    index.write_text(whole)
+    config = folder / "text_encoder" / "config.json"
+    other = json.loads(config.read_text())
+    key = "hidden_size" if "hidden_size" in other else "d_model"
+    config.write_text(json.dumps(other | {key: 48}))
+    with pytest.raises(UserError, match=r"gives 48 numbers a token, and its \w+ takes 32"):
+        PipelineFolder(folder).denoiser()
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(UserError, match="has no vae"):
+        PipelineFolder(folder)
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_file(tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n a dog \na cat\n")
+    prompts = read_prompts(file)
+    assert prompts.texts == ("a cat", "a dog", "a cat") and len(prompts.sha256) == 64
+    assert "1 of 3 prompts repeat an earlier one" in capsys.readouterr().err
+    file.write_text("a cat\n\n \n")
+    with pytest.raises(UserError, match=r"line 2 \(and 1 more\) is empty"):
+        read_prompts(file)
+    file.write_text("")
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(file)
+    with pytest.raises(UserError, match="does not exist"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_embeddings_are_kept_and_made_once(both, tmp_path, monkeypatch, capsys):
+    _, folder = both
+    monkeypatch.setattr("harness.prompts.SHARD", 4)
+    file, encoder = tmp_path / "prompts.txt", folder.text_encoder()
+    texts = [f"prompt number {i}" for i in range(9)] + ["word " * 200]
+    file.write_text("\n".join(texts))
+    prompts = read_prompts(file)
+    kept = embed_prompts(encoder, prompts, tmp_path / "text")
+    told = capsys.readouterr().err
+    assert f"1 of 10 prompts are longer than the {encoder.limit} tokens" in told
+    embeddings = Embeddings(kept)
+    assert len(embeddings) == 10 and embeddings.record["truncated"] == 1
+    found = embeddings(torch.tensor([9, 0, 5]))
+    expected = encoder.encode([texts[i] for i in (9, 0, 5)])
+    assert found["embeddings"].dtype == torch.float16
+    torch.testing.assert_close(
+        found["embeddings"].float(), expected["embeddings"], rtol=2e-3, atol=2e-3
+    )
+    assert ("mask" in found) == encoder.masked
+    # What is there is not made again.
+    (kept / "prompts.json").unlink()
+    (kept / "shard-00000004.json").unlink()
+    calls = []
+    original = type(encoder).encode
+    monkeypatch.setattr(
+        type(encoder), "encode", lambda self, t: calls.append(len(t)) or original(self, t)
+    )
+    assert embed_prompts(encoder, prompts, tmp_path / "text") == kept
+    assert calls == [4, 1]  # the shard, the empty prompt
+
+
+def test_a_damaged_shard_is_told(both, tmp_path):
+    _, folder = both
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    kept = embed_prompts(folder.text_encoder(), read_prompts(tmp_path / "prompts.txt"), tmp_path)
+    shard = kept / "shard-00000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="is damaged or from another run"):
+        Embeddings(kept)(torch.tensor([0]))
