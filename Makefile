@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 8
+# Processes that share the tests (pytest-xdist).
+WORKERS ?= logical
 
 .PHONY: all claims install test lint format status reference paper-tables clean
 
@@ -13,7 +15,7 @@ claims: install
 	$(BIN)/snakemake --cores $(CORES) all --configfile configs/digits-claims.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -73,9 +73,9 @@ def stand_in(name: str, size: int) -> Extractor:
 
         network = inception.Inception(inception._untrained())
         return Extractor("inception", "inception", network, "")
-    from harness.feature_networks import build_feature_network
+    from harness.networks.classifiers import CLASSIFIERS
 
-    return Extractor("cnn", "cnn", build_feature_network("cnn", (3, size, size), 10, 32), "")
+    return Extractor("cnn", "cnn", CLASSIFIERS["cnn"]((3, size, size), 10, 32), "")
 
 
 def read(folder: Path) -> Images:

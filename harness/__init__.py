@@ -7,3 +7,20 @@ __version__ = "0.1.0"
 RESULTS_FORMAT = 2
 # The same of scores, and the form of their files: these are made again, and nothing is trained.
 SCORES_FORMAT = 4
+
+# Looked up here by users, and by diffusers where it loads a pipeline's parts.
+_HOMES = {
+    "OneStepPipeline": "harness.export",
+    "SongUNet": "harness.networks.edm",
+    "DhariwalUNet": "harness.networks.edm",
+    "ModelMixin": "diffusers",
+}
+
+
+def __getattr__(name: str):
+    """Imported when asked for: their libraries take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

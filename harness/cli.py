@@ -168,6 +168,15 @@ def _compare(args) -> None:
     print_side_by_side(args.folders, args.out)
 
 
+def _export(args) -> None:
+    from harness.export import export_student
+
+    experiment = _experiment(args)
+    _check_known("student", args.student, experiment.students)
+    export_student(experiment, args.student, args.seed, args.folder)
+    print(f"{args.folder}: a diffusers pipeline; README.md is its model card")
+
+
 def _summary(args) -> None:
     from harness.reporting.report import print_summary
 
@@ -235,6 +244,10 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("folder", type=Path)
     verify = stage("verify-teacher", _verify_teacher, "compare a teacher with its published FIDs")
     verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
+    exported = stage("export", _export, "write a student as a diffusers pipeline with a model card")
+    exported.add_argument("student")
+    exported.add_argument("seed", type=int)
+    exported.add_argument("folder", type=Path)
     report = stage("report", _report, "tables, figures, report.html and manifest from the scores")
     report.add_argument("--partial", action="store_true", help="show missing runs as failed")
     stage("summary", _summary, "print the comparison table")

@@ -49,6 +49,11 @@ class DataSection(Section):
     def has_images(self) -> bool:
         return self.source is not None or self.image_shape is None
 
+    @property
+    def captioned(self) -> bool:
+        """Whether what its images are asked for is a caption."""
+        return self.name == "captioned-digits" and self.source is None
+
 
 class Limit(Section):
     unit: Literal["images", "flops", "seconds"]
@@ -73,6 +78,20 @@ class Sampler(Section):
     s_min: float = Field(0.0, ge=0)
     s_max: float | None = Field(None, gt=0)
     s_noise: float = Field(1.0, gt=0)
+    guidance: float = Field(1.0, ge=0, description="classifier-free; 1: none")
+
+    def settings(self) -> dict:
+        """As `harness.sampling.heun` takes them. A key that came later is left out where it keeps
+        its default: finished results outlive it."""
+        later = {"guidance"}
+        return self.model_dump(exclude=later) | self.model_dump(
+            include=later, exclude_defaults=True
+        )
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations for an image; guidance takes two for each."""
+        return (2 * self.steps - 1) * (1 if self.guidance == 1 else 2)
 
 
 class TeacherSection(Section):
@@ -102,7 +121,7 @@ class Switches(Section):
 
 # Keys of a teacher that came later: left out of its spec where they keep their defaults, so that
 # finished teachers outlive them.
-LATER = {*Switches.model_fields, "augment"}
+LATER = {*Switches.model_fields, "augment", "text_encoder"}
 
 
 class TrainedTeacher(TeacherSection, Switches):
@@ -121,6 +140,9 @@ class TrainedTeacher(TeacherSection, Switches):
     sigma_data: float = Field(0.5, gt=0)
     label_dropout: float = Field(0.0, ge=0, lt=1)
     augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations")
+    text_encoder: str | None = Field(
+        None, description="a CLIP of the experiment; it reads captions"
+    )
     seed: int = Field(0, ge=0)
 
 
@@ -450,6 +472,10 @@ class Experiment:
                 sets[name] = (self.teacher_of(student), needs.pairs, needs.pair_steps)
         return sets
 
+    def pair_evaluations(self, student: str) -> int:
+        """Network evaluations of the teacher for each pair that a student needs."""
+        return Sampler(**self.pairs_spec(self.pairs_name(student))["sampler"]).nfe
+
     @property
     def seconds_budget(self) -> bool:
         return any(limit.unit == "seconds" for s in self.students for limit in self.budget(s))
@@ -474,15 +500,21 @@ class Experiment:
         return {"data": self.data_spec(), "features": features}
 
     def teacher_spec(self, name: str) -> dict:
-        return {
+        spec = {
             "data": self.data_spec(),
             "teacher": self.teachers[name].model_dump(exclude={"sampler", *LATER})
             | self.teachers[name].model_dump(include=LATER, exclude_defaults=True),
         }
+        encoder = self.text_encoder_of(name)
+        return spec | ({"text_encoder": self.features_spec(encoder)} if encoder else {})
+
+    def text_encoder_of(self, teacher: str) -> str | None:
+        """The feature network that reads captions for a teacher trained here."""
+        return getattr(self.teachers[teacher], "text_encoder", None)
 
     def pairs_spec(self, name: str) -> dict:
         teacher, pairs, steps = self.pair_sets[name]
-        sampler = self.teachers[teacher].sampler.model_dump() | {"steps": steps}
+        sampler = self.teachers[teacher].sampler.settings() | {"steps": steps}
         # A function of the noise that the student sees, whatever the teacher's rows are made with.
         sampler |= {"s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
         return {"teacher": self.teacher_spec(teacher), "pairs": pairs, "sampler": sampler}
@@ -495,7 +527,7 @@ class Experiment:
         return {
             "student": student,
             "method": section.method,
-            "settings": self.method_config(student).model_dump(),
+            "settings": self.method_config(student).spec(),
             "freeze": section.freeze,
             "seed": seed,
             "teacher": self.teacher_spec(self.teacher_of(student)),
@@ -536,7 +568,7 @@ class Experiment:
 
     def reference_score_spec(self, teacher: str) -> dict:
         """The same for a teacher's rows and the floor."""
-        return self.score_spec() | {"sampler": self.teachers[teacher].sampler.model_dump()}
+        return self.score_spec() | {"sampler": self.teachers[teacher].sampler.settings()}
 
     def agreement_spec(self) -> dict:
         """What decides the comparison with other libraries, the samples apart."""
@@ -788,11 +820,15 @@ def _check_evaluation(
     if metric is None:
         hint = did_you_mean(evaluation.main_metric, METRICS)
         lines.append(f"evaluation.main_metric: unknown metric {evaluation.main_metric!r}{hint}")
+    elif "shown" in metric.needs and not _captioned(model):
+        lines.append(f"evaluation.main_metric: {metric.name!r} needs captions; data has none")
     elif used and not used & set(metric.extractors):
         known = [
             name
             for name, other in METRICS.items()
-            if used & set(other.extractors) and other.higher_is_better is not None
+            if used & set(other.extractors)
+            and other.higher_is_better is not None
+            and ("shown" not in other.needs or _captioned(model))
         ]
         lines.append(
             f"evaluation.main_metric: {metric.name!r} is not for extractors of type "
@@ -810,6 +846,10 @@ def _check_evaluation(
     elif model.data is not None and not model.data.has_images:
         lines.append("evaluation.statistics: missing; data has no images to compare with")
     return lines
+
+
+def _captioned(model: ExperimentModel) -> bool:
+    return model.data is not None and model.data.captioned
 
 
 def _no_direction(name: str) -> str:
@@ -835,6 +875,8 @@ def _check_claims(model: ExperimentModel) -> list[str]:
             lines.append(f"claims.{i}.metric: unknown metric {claim.metric!r}{hint}")
         elif claim.metric and METRICS[claim.metric].higher_is_better is None:
             lines.append(f"claims.{i}.metric: {_no_direction(claim.metric)}")
+        elif claim.metric and "shown" in METRICS[claim.metric].needs and not _captioned(model):
+            lines.append(f"claims.{i}.metric: {claim.metric!r} needs captions; data has none")
         elif claim.metric and kinds and not kinds & set(METRICS[claim.metric].extractors):
             lines.append(f"claims.{i}.metric: no extractor has {claim.metric!r}")
     return lines
@@ -1006,6 +1048,29 @@ def _check_fetched(name: str, section: PretrainedFeatures, files: bool) -> list[
     return lines
 
 
+def _check_text(name: str, teacher: TrainedTeacher, model: ExperimentModel) -> list[str]:
+    """A teacher trained here takes captions exactly where the data have some."""
+    where, kind = f"teachers.{name}", str(teacher.network.get("type"))
+    captioned = _captioned(model)
+    if not captioned and kind == "UNet2DConditionModel":
+        return [f"{where}.network.type: {kind} reads captions; data has none"]
+    if not captioned:
+        given = teacher.text_encoder is not None
+        return [f"{where}.text_encoder: means nothing; data has no captions"] * given
+    lines = []
+    if kind != "UNet2DConditionModel":
+        lines.append(f"{where}.network.type: data has captions; UNet2DConditionModel reads them")
+    encoder = model.features.get(teacher.text_encoder)
+    if teacher.text_encoder is None:
+        lines.append(f"{where}.text_encoder: missing; data has captions, and a clip reads them")
+    elif teacher.text_encoder not in model.features:
+        hint = did_you_mean(teacher.text_encoder, model.features)
+        lines.append(f"{where}.text_encoder: {teacher.text_encoder!r} is not under features{hint}")
+    elif encoder is not None and encoder.type != "clip":
+        lines.append(f"{where}.text_encoder: a feature network of type clip, not {encoder.type}")
+    return lines
+
+
 # What torch.compile builds its kernels with, on a CPU, and the code that starts them, on a GPU.
 COMPILERS = ("g++", "clang++")
 
@@ -1024,6 +1089,8 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
             lines += _check_file(place, teacher.source, sha256, files, folder=True)
             if teacher.network is None:
                 continue
+        else:
+            lines += _check_text(name, teacher, model)
         kind = str(teacher.network.get("type"))
         if kind not in ARCHITECTURES:
             hint = did_you_mean(kind, ARCHITECTURES)

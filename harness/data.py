@@ -24,13 +24,13 @@ from harness.artifacts import (
     save_tensors,
     write_json,
 )
+from harness.captioned_digits import DIGIT_WORDS, Captions, captions, draw
 from harness.config import DataSection
 from harness.errors import UserError
 from harness.streams import Stream
 
 # Bytes of a file of prepared images, at most, and what of them its header may take.
 SHARD, HEADER = 60_000_000, 10_000
-DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,15 @@ class Images:
 @dataclass(frozen=True)
 class Dataset:
     """`sha256`: of the file that holds the images, or of the list of several files' hashes; of the
-    record of a set without them."""
+    record of a set without them. `captions`: of a set with captions, whose `labels` are their
+    numbers."""
 
     name: str
     train: Images
     held_out: Images
     class_names: tuple[str, ...]
     sha256: str
+    captions: Captions | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -66,6 +68,15 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def num_conditions(self) -> int:
+        """How many things a generator can be asked for: captions, or classes."""
+        return len(self.captions.texts) if self.captions else self.num_classes
+
+    def classes(self, labels: Tensor) -> Tensor:
+        """The classes of labels; of captions, those that they name."""
+        return self.captions.attributes[labels, 0] if self.captions else labels
 
 
 def to_model_space(pixels: Tensor) -> Tensor:
@@ -88,7 +99,24 @@ def _digits() -> tuple[Tensor, Tensor, tuple[str, ...]]:
     return pixels.unsqueeze(1), torch.from_numpy(digits.target).long(), DIGIT_WORDS
 
 
-EMBEDDED = {"digits": _digits}
+def _read_digits(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
+    return _split(section, *_digits())
+
+
+def _read_captioned_digits(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
+    """Every handwritten digit is in one part only, whatever it is drawn in."""
+    pixels, labels, names = _digits()
+    parts = stratified_split(labels, section.held_out)
+    train, held = (Images(*draw(pixels[part], labels[part], part)) for part in parts)
+    return train, held, names
+
+
+EMBEDDED = {"digits": _read_digits, "captioned-digits": _read_captioned_digits}
+
+
+def captions_of(section: DataSection) -> Captions | None:
+    """The captions of an embedded set that has some."""
+    return captions() if section.captioned else None
 
 
 def read(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
@@ -97,7 +125,7 @@ def read(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
     A set with an official test set holds that out; of others `held_out` says how much.
     """
     if section.source is None and section.name in EMBEDDED:
-        return _split(section, *EMBEDDED[section.name]())
+        return EMBEDDED[section.name](section)
     from harness.downloads import fetch, is_address
     from harness.official_data import OFFICIAL, read_official, recognises
 
@@ -123,8 +151,6 @@ def _split(
     section: DataSection, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]
 ) -> tuple[Images, Images, tuple[str, ...]]:
     train, held = stratified_split(labels, section.held_out)
-    if not len(train):
-        raise UserError(f"data.held_out: {section.held_out} leaves no image for training")
     # Nothing held out: no second copy of what may be gigabytes.
     kept = pixels[train] if len(held) else pixels
     return Images(kept, labels[train]), Images(pixels[held], labels[held]), class_names
@@ -140,6 +166,8 @@ def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
         chosen.append(order[: round(held_out * len(order))])
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[torch.cat(chosen)] = True
+    if mask.all():
+        raise UserError(f"data.held_out: {held_out} leaves no image for training")
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()
 
 
@@ -174,6 +202,8 @@ def prepare(section: DataSection, folder: Path, fewest: tuple[int, int] = (1, 1)
         "image_shape": list(train.pixels.shape[1:]),
         "shards": shards,
     }
+    if said := captions_of(section):
+        record["captions"] = len(said.texts)
     write_json(folder / "data.json", record)
     return record
 
@@ -215,7 +245,8 @@ def load(folder: Path, images: bool = True) -> Dataset:
     if not record["train_images"] or not images:
         shape, names = record["image_shape"], tuple(record["class_names"])
         none = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-        return Dataset(record["name"], none, none, names, record["sha256"])
+        said = captions() if record.get("captions") else None
+        return Dataset(record["name"], none, none, names, record["sha256"], said)
     train, held = (
         Images(
             torch.empty(record[f"{part}_images"], *record["image_shape"], dtype=torch.uint8),
@@ -232,4 +263,6 @@ def load(folder: Path, images: bool = True) -> Dataset:
             rows = slice(start[name], start[name] + len(pixels))
             part.pixels[rows], part.labels[rows] = pixels, tensors[f"{name}_labels"]
             start[name] = rows.stop
-    return Dataset(record["name"], train, held, tuple(record["class_names"]), record["sha256"])
+    said = captions() if record.get("captions") else None
+    names = tuple(record["class_names"])
+    return Dataset(record["name"], train, held, names, record["sha256"], said)

@@ -32,14 +32,32 @@ class Denoiser(nn.Module):
     """
 
     sigma_data: float = 0.5
+    num_classes: int = 0  # labels that it takes
+    text_width: int = 0  # numbers of a token of the texts that it takes
+    augment_labels: int = 0  # numbers that it takes under the keyword `augment_labels`
 
     def __init__(self) -> None:
         super().__init__()
         self.codec: nn.Module = nn.Identity()
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of what it denoises."""
+        raise NotImplementedError
+
+    @property
+    def precondition(self) -> dict:
+        """What `denoiser.json` holds: the constructor's arguments beside the backbone."""
+        raise NotImplementedError
+
     def null_condition(self, batch: int) -> Condition:
         """The condition that means "none given", for `batch` samples."""
         raise NotImplementedError
+
+    def level(self, sigma: float) -> float:
+        """The noise level nearest to this one at which it can be evaluated by others, too: any, or
+        one of a scheduler's."""
+        return sigma
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None, **extras) -> Tensor:
         raise NotImplementedError
@@ -102,18 +120,7 @@ class EDMDenoiser(Denoiser):
         raise NotImplementedError
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(C, H, W)` of the images it denoises."""
-        raise NotImplementedError
-
-    @property
-    def augment_labels(self) -> int:
-        """How many numbers it takes under the keyword `augment_labels`; 0: it has none."""
-        return 0
-
-    @property
     def precondition(self) -> dict:
-        """What `denoiser.json` holds: the constructor's arguments beside the backbone."""
         return {name: getattr(self, name) for name in ("num_classes", "sigma_data", "epsilon")}
 
     def null_condition(self, batch: int) -> Tensor | None:
@@ -177,6 +184,64 @@ class UNet2DDenoiser(EDMDenoiser):
         return self.backbone(x, c_noise * self.TIME_SCALE, class_labels=condition, **extras).sample
 
 
+class TextDenoiser(EDMDenoiser):
+    """A diffusers `UNet2DConditionModel` as a text-conditional denoiser.
+
+    `condition`: `embeddings` `(B, L, D)` and, where padding is masked, `mask` `(B, L)`. `null`: the
+    same of the empty prompt, batch 1. The noise level is mapped as in `UNet2DDenoiser`.
+    """
+
+    def __init__(self, backbone: nn.Module, *args, null: dict[str, Tensor] | None = None, **kwargs):
+        super().__init__(backbone, *args, **kwargs)
+        self.null = NullText(null or {})
+
+    @staticmethod
+    def backbone_arguments(image_shape: tuple[int, int, int], num_classes: int) -> dict:
+        channels, height, _ = image_shape
+        return {"sample_size": height, "in_channels": channels, "out_channels": channels}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        config = self.backbone.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    @property
+    def text_width(self) -> int:
+        return self.backbone.config.cross_attention_dim
+
+    def null_condition(self, batch: int) -> Condition:
+        return self.null(batch)
+
+    def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
+        return self.backbone(
+            x,
+            c_noise * UNet2DDenoiser.TIME_SCALE,
+            encoder_hidden_states=condition["embeddings"].to(x),
+            encoder_attention_mask=condition.get("mask"),
+            **extras,
+        ).sample
+
+
+class NullText(nn.Module):
+    """What a text encoder makes of the empty prompt: parts `(1, …)`, kept beside the weights and
+    not among them."""
+
+    def __init__(self, parts: dict[str, Tensor]):
+        super().__init__()
+        self.names = tuple(parts)
+        for name, part in parts.items():
+            self.register_buffer(name, part, persistent=False)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names}
+
+    def forward(self, batch: int) -> dict[str, Tensor]:
+        if not self.names:
+            raise ValueError("this denoiser was not told what the empty prompt is")
+        return {name: part.expand(batch, *part.shape[1:]) for name, part in self.parts.items()}
+
+
 class OneHotDenoiser(EDMDenoiser):
     """One of EDM's networks (`harness.networks.edm`), whose labels are one-hot vectors: the missing
     label is the zero vector. `condition` may also hold such vectors, float `(B, num_classes)`."""
@@ -208,7 +273,9 @@ class OneHotDenoiser(EDMDenoiser):
         return self.backbone(x, c_noise, condition, **extras)
 
 
-def one_step(student: Denoiser, z: Tensor, condition, sigma_init: float) -> Tensor:
-    """G(z, c) = D(σ_init z; σ_init, c): the student's image; `z` standard normal `(B, C, H, W)`."""
+def one_step(student: Denoiser, z: Tensor, condition: Condition, sigma_init: float) -> Tensor:
+    """G(z, c) = D(σ_init z; σ_init, c): the student's image; `z` standard normal `(B, C, H, W)`.
+    Of a student that knows a scheduler's noise levels alone, σ_init is the nearest of these."""
+    sigma_init = student.level(sigma_init)
     sigma = torch.full((len(z),), sigma_init, device=z.device)
     return student(sigma_init * z, sigma, condition)

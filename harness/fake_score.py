@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
+import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from harness.augment import LABELS, edm_augment
-from harness.denoiser import Denoiser
+from harness.denoiser import Condition, Denoiser, each_part, guided
 from harness.errors import UserError
-from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase
+from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, ours
 from harness.networks import clone_denoiser, set_dropout
 from harness.schedules import edm_weight, karras_sigma, lognormal_sigma
+
+
+class ScoreConfig(MethodConfig):
+    """Settings of methods that compare two scores: classifier-free guidance of each, for teachers
+    that take texts (or were trained with labels left out)."""
+
+    LATER: ClassVar = frozenset({"teacher_guidance", "fake_guidance", "fake_dropout"})
+    teacher_guidance: float = ours(1.0, "scale of the real score's guidance; 1: none", ge=0)
+    fake_guidance: float = ours(1.0, "scale of the fake score's guidance; 1: none", ge=0)
+    fake_dropout: float = ours(
+        0.0, "conditions left out of the fake score's training, for its guidance", ge=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _guidance_needs_dropout(self):
+        if self.fake_guidance != 1 and not self.fake_dropout:
+            raise ValueError("fake_guidance needs a fake_dropout above 0")
+        return self
 
 
 class FakeScoreMethod(Method):
@@ -38,6 +59,15 @@ class FakeScoreMethod(Method):
     def networks(self) -> dict[str, nn.Module]:
         return {"fake_score": self.fake_score}
 
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        scale = getattr(self.config, "teacher_guidance", 1.0)
+        return {"teacher": guided(self.teacher, scale)}
+
+    def fake(self, context: Context, noised: Tensor, sigma: Tensor, condition) -> Tensor:
+        """What the fake score takes the student's noised images for, with its guidance."""
+        scale = getattr(self.config, "fake_guidance", 1.0)
+        return guided(context.networks["fake_score"], scale)(noised, sigma, condition)
+
 
 class ScoreIdentityMethod(FakeScoreMethod):
     """SiD's frame, which SIM shares: noise levels, optimisers, the fake score's training. A
@@ -56,7 +86,12 @@ class ScoreIdentityMethod(FakeScoreMethod):
         generator = OptimizerConfig(lr=c.lr, betas=c.generator_betas or c.betas, eps=c.eps)
         return [
             denoising_phase(
-                fake, self.teacher.sigma_data, self.fake_sigma, augment=c.augment, summed=True
+                fake,
+                self.teacher.sigma_data,
+                self.fake_sigma,
+                augment=c.augment,
+                summed=True,
+                dropout=c.fake_dropout,
             ),
             Phase("generator", "student", self.generator_loss, generator),
         ]
@@ -69,7 +104,7 @@ class ScoreIdentityMethod(FakeScoreMethod):
         sigma = karras_sigma(self.config.t_max * context.uniform("sigma"))
         noised = context.noised(images.x, sigma)
         x0_teacher = context.networks["teacher"](noised, sigma, images.condition)
-        x0_fake = context.networks["fake_score"](noised, sigma, images.condition)
+        x0_fake = self.fake(context, noised, sigma, images.condition)
         return self.sample_loss(images.x, x0_teacher, x0_fake, sigma).mean()
 
 
@@ -87,6 +122,16 @@ def denoising_loss(
     return (edm_weight(sigma, sigma_data) * squared).mean()
 
 
+def left_out(context: Context, denoiser: Denoiser, condition: Condition, share: float) -> Condition:
+    """Conditions of a batch, a share of them replaced by "none given"."""
+    drop = context.uniform("label_dropout") < share
+
+    def choose(none: Tensor, part: Tensor) -> Tensor:
+        return torch.where(drop.view(-1, *[1] * (part.dim() - 1)), none, part)
+
+    return each_part(choose, denoiser.null_condition(len(context)), condition)
+
+
 def denoising_phase(
     optimizer: OptimizerConfig,
     sigma_data: float,
@@ -94,17 +139,22 @@ def denoising_phase(
     repeat: int = 1,
     augment: float = 0.0,
     summed: bool = False,
+    dropout: float = 0.0,
 ) -> Phase:
     """Teach network `fake_score` to denoise the student's present images; `sigma` draws `(B,)`.
 
     `augment`: the probability of EDM's augmentations of these images (`harness.augment`).
     `summed`: the loss over pixels, as EDM and SiD have it, in place of their mean. Adam's steps
-    differ by nothing but its eps, which counts the more the smaller the gradients are.
+    differ by nothing but its eps, which counts the more the smaller the gradients are. `dropout`:
+    the share of conditions that are left out.
     """
 
     def loss(context: Context) -> Tensor:
         images, extras = context.generated(), {}
         clean, levels = images.x.detach(), sigma(context)
+        condition = images.condition
+        if dropout:
+            condition = left_out(context, context.networks["fake_score"], condition, dropout)
         if augment:
             clean, extras["augment_labels"] = edm_augment(context, clean, augment)
         loss = denoising_loss(
@@ -112,7 +162,7 @@ def denoising_phase(
             clean,
             context.noised(clean, levels),
             levels,
-            images.condition,
+            condition,
             sigma_data,
             **extras,
         )

@@ -27,7 +27,7 @@ from harness.artifacts import (
     write_json,
 )
 from harness.config import Experiment, FeatureSection, PretrainedFeatures
-from harness.data import Dataset
+from harness.data import Dataset, Images
 from harness.errors import UserError
 from harness.method import Context, OptimizerConfig, Phase, Sources
 from harness.networks.classifiers import CLASSIFIERS
@@ -35,14 +35,13 @@ from harness.runs import link, placed, seeded, training_record
 from harness.trainer import TrainingRun, train
 
 
-def build_feature_network(
-    kind: str, image_shape: tuple[int, int, int], num_classes: int, width: int
-) -> nn.Module:
+def build_feature_network(kind: str, dataset: Dataset, width: int) -> nn.Module:
     if kind == "clip":
         from harness.networks.clip import SmallCLIP
 
-        return SmallCLIP(image_shape, num_classes, width)
-    return CLASSIFIERS[kind](image_shape, num_classes, width)
+        captioned = dataset.captions is not None
+        return SmallCLIP(dataset.image_shape, dataset.num_conditions, width, captioned)
+    return CLASSIFIERS[kind](dataset.image_shape, dataset.num_classes, width)
 
 
 def augmented(context: Context, x: Tensor) -> Tensor:
@@ -76,6 +75,12 @@ def contrastive_loss(context: Context) -> Tensor:
     same = (labels[:, None] == labels[None]).float()
     target = same / same.sum(dim=1, keepdim=True)
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def _labelled(dataset: Dataset, kind: str) -> Images:
+    """The training part with what a network is taught: captions or classes, or classes alone."""
+    train = dataset.train
+    return train if kind == "clip" else Images(train.pixels, dataset.classes(train.labels))
 
 
 def make_features(experiment: Experiment, name: str) -> dict:
@@ -124,11 +129,9 @@ def train_features(experiment: Experiment, name: str) -> dict:
 
     def make() -> TrainingRun:
         with seeded(section.seed):
-            network = build_feature_network(
-                section.type, dataset.image_shape, dataset.num_classes, section.width
-            )
+            network = build_feature_network(section.type, dataset, section.width)
         if section.type == "clip":
-            network.set_captions(dataset.class_names)
+            network.set_captions(dataset)
             loss, optimizer = contrastive_loss, OptimizerConfig(lr=section.lr)
         else:
             loss = partial(classification_loss, label_smoothing=section.label_smoothing)
@@ -144,9 +147,9 @@ def train_features(experiment: Experiment, name: str) -> dict:
             phases=[Phase("classify", "features", loss, optimizer)],
             sources=Sources(
                 dataset.image_shape,
-                dataset.num_classes,
+                dataset.num_conditions,
                 sigma_init=0.0,
-                **placed(dataset.train, device),
+                **placed(_labelled(dataset, section.type), device),
             ),
             batch=section.batch,
             budget=[{"unit": "images", "amount": section.images}],
@@ -186,15 +189,13 @@ def train_features(experiment: Experiment, name: str) -> dict:
 
 def _build(record: dict, dataset: Dataset) -> nn.Module:
     section = FeatureSection(**record["architecture"])
-    return build_feature_network(
-        section.type, dataset.image_shape, dataset.num_classes, section.width
-    )
+    return build_feature_network(section.type, dataset, section.width)
 
 
 @torch.no_grad()
 def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float | None:
-    """Accuracy on the held-out part: of the classifier, or of CLIP by the nearest caption. None
-    without such a part."""
+    """Accuracy on the held-out part: of the classifier, or of CLIP by the nearest caption, which
+    must name what the image's own does, in whatever wording. None without such a part."""
     held_out, correct = dataset.held_out, []
     if not len(held_out):
         return None
@@ -204,7 +205,12 @@ def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float | None:
             scores = network.features(x) @ network.class_features().T
         else:
             scores = network(x)
-        correct.append(scores.argmax(dim=1) == labels)
+        found = scores.argmax(dim=1)
+        if dataset.captions and scores.shape[1] == dataset.num_conditions:
+            named = dataset.captions.attributes
+            correct.append((named[found] == named[labels]).all(dim=1))
+        else:
+            correct.append(found == dataset.classes(labels))
     return torch.cat(correct).double().mean().item()
 
 

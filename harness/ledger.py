@@ -115,7 +115,9 @@ def measure(networks: Mapping[str, nn.Module]) -> Iterator[Cost]:
         return forward
 
     cost = Cost()
-    hooks = [net.register_forward_hook(watch(name)) for name, net in networks.items()]
+    # Under guidance the network itself is passed, twice.
+    inner = {name: getattr(net, "denoiser", net) for name, net in networks.items()}
+    hooks = [net.register_forward_hook(watch(name)) for name, net in inner.items()]
     _ACTIVE.append(cost)
     try:
         with FlopCounterMode(display=False) as counter:

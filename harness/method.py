@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from harness.data import to_model_space
-from harness.denoiser import Denoiser, one_step
+from harness.denoiser import Condition, Denoiser, each_part, one_step
 from harness.errors import UserError, did_you_mean
+from harness.prompts import Embeddings
 from harness.streams import PAIR_NOISE, Stream
 
 
@@ -67,6 +68,16 @@ class MethodConfig(BaseModel):
     ema_half_life: int = ours(500_000, "images; 0 evaluates the raw weights", ge=0)
     ema_ramp_up: float = ours(0.05, "half-life is at most this fraction of the images seen", gt=0)
 
+    # Settings that came later: finished runs outlive them where they keep their defaults.
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    def spec(self) -> dict:
+        """What of the settings decides a run's weights."""
+        later = {name for name in self.LATER if name in type(self).model_fields}
+        return self.model_dump(exclude=later) | self.model_dump(
+            include=later, exclude_defaults=True
+        )
+
 
 @dataclass(frozen=True)
 class Requirements:
@@ -86,7 +97,7 @@ class Generated:
 
     x: Tensor
     z: Tensor
-    condition: Tensor | None
+    condition: Condition
 
 
 class Context:
@@ -152,18 +163,19 @@ class Context:
         if key not in self._generated:
             noise = Stream(self._seed, "generated", *key)
             z = noise.normal(self.index, self._sources.shape)
-            condition = self._sources.condition(self.index, noise)
+            numbers = self._index_on("cpu") if self._sources.embeddings else self.index
+            condition = self._sources.condition(numbers, noise, self.index.device)
             with torch.set_grad_enabled(self._with_graph):
                 x = one_step(self.networks["student"], z, condition, self._sources.sigma_init)
             self._generated[key] = Generated(x, z, condition)
         return self._generated[key]
 
-    def real(self, name: str = "real") -> tuple[Tensor, Tensor | None]:
-        """Real training images in the model's space and their labels (None without classes)."""
+    def real(self, name: str = "real") -> tuple[Tensor, Condition]:
+        """Real training images in the model's space and their conditions."""
         index = self._index_on(self._sources.pixels.device)
         return self._sources.real(index, self._stream(name), self.index.device)
 
-    def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Tensor | None]:
+    def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Condition]:
         """The teacher's noise, images and conditions: `z`, `x`, `condition`."""
         index = self._index_on(self._sources.pair_tensors["x"].device)
         return self._sources.pairs(index, self._stream(name), self.index.device)
@@ -182,37 +194,50 @@ class Sources:
     """Where a run's data and conditions come from.
 
     Tensors lie on the run's device or, if they are large, on the host: the chosen images alone are
-    brought to the device, and uint8 ones to the model's space.
+    brought to the device, and uint8 ones to the model's space. A condition is known by its number:
+    a class label, or the number of a prompt with its `embeddings`, and then everything that is
+    chosen from lies on the host, where they are read.
     """
 
     shape: tuple[int, int, int]
-    num_classes: int
+    num_classes: int  # or prompts; 0: nothing is asked for
     sigma_init: float
     pixels: Tensor | None = None  # uint8 (N, C, H, W)
     labels: Tensor | None = None  # int64 (N,)
     pair_tensors: dict[str, Tensor] | None = None  # x and, with classes, condition
+    embeddings: Embeddings | None = None
 
-    def condition(self, index: Tensor, stream: Stream) -> Tensor | None:
+    def _asked(self, numbers: Tensor, device: str | torch.device) -> Condition:
+        condition = self.embeddings(numbers) if self.embeddings else numbers
+        return each_part(lambda part: _moved(part, device), condition)
+
+    def condition(
+        self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
+    ) -> Condition:
+        """`index` lies on the device, or on the host if there are embeddings."""
         if not self.num_classes:
             return None
         # A child, since the stream's own numbers are the noise of the same samples.
-        return stream.child("label").integers(index, self.num_classes)
+        return self._asked(stream.child("label").integers(index, self.num_classes), device)
 
     def real(
         self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Condition]:
+        """`index` lies beside the data."""
         chosen = stream.integers(index, len(self.pixels))
-        labels = _moved(self.labels[chosen], device) if self.num_classes else None
-        return to_model_space(_moved(self.pixels[chosen], device)), labels
+        condition = self._asked(self.labels[chosen], device) if self.num_classes else None
+        return to_model_space(_moved(self.pixels[chosen], device)), condition
 
     def pairs(
         self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`z`, `x`, `condition`; `index` lies beside the data."""
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """`z`, `x`, condition; `index` lies beside the data."""
         tensors = self.pair_tensors
         chosen = stream.integers(index, len(tensors["x"]))
         z = PAIR_NOISE.normal(_moved(chosen, device), self.shape)
-        condition = _moved(tensors["condition"][chosen], device) if self.num_classes else None
+        condition = None
+        if self.num_classes:
+            condition = self._asked(tensors["condition"][chosen], device)
         return z, _moved(tensors["x"][chosen], device), condition
 
 

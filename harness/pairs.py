@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness import data as datasets
 from harness.artifacts import (
     digest,
     load_tensors,
@@ -20,12 +21,13 @@ from harness.artifacts import (
     save_tensors,
     write_json,
 )
-from harness.config import Experiment
-from harness.denoiser import Denoiser
+from harness.config import Experiment, Sampler
+from harness.denoiser import Denoiser, each_part
 from harness.errors import UserError
 from harness.ledger import measure
 from harness.networks import load_denoiser
 from harness.processes import processes
+from harness.prompts import Embeddings, load_embeddings
 from harness.sampling import BLOCK, balanced_labels, heun
 from harness.streams import PAIR_NOISE
 
@@ -37,14 +39,16 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
 
     `alone`: whether its seconds were measured without other work beside it.
     """
-    teacher_name, count, steps = experiment.pair_sets[name]
+    teacher_name, count, _ = experiment.pair_sets[name]
     folder, device = experiment.pairs_dir(name), experiment.device
     sampler = experiment.pairs_spec(name)["sampler"]
     made_by = experiment.teacher_dir(teacher_name)
     sha256 = read_json(made_by / "teacher.json")["sha256"]
     teacher = load_denoiser(made_by, sha256, device)
     key = digest([experiment.pairs_spec(name), sha256])
-    shape = tuple(read_json(experiment.data_dir() / "data.json")["image_shape"])
+    dataset = datasets.load(experiment.data_dir(), images=False)
+    asked = dataset.num_conditions, load_embeddings(made_by)
+    evaluations = Sampler(**sampler).nfe
     group = processes()
     with group.leading(run_lock(folder)):
         records = [folder / key / f"shard-{start:08d}.json" for start in range(0, count, SHARD)]
@@ -53,7 +57,9 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
             start, path = number * SHARD, records[number]
             size, tensor_path = min(SHARD, count - start), path.with_suffix(".safetensors")
             if not (path.exists() and tensor_path.exists()):
-                tensors, record = _make_shard(teacher, sampler, shape, start, size, device)
+                tensors, record = _make_shard(
+                    teacher, sampler, dataset.image_shape, asked, start, size, device
+                )
                 record["sha256"] = save_tensors(tensor_path, tensors)
                 write_json(path, record)
             print(f"pairs {name}: {start + size} of {count}", file=sys.stderr, flush=True)
@@ -65,7 +71,7 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
             "pairs": count,
             "key": key,
             "sampler": sampler,
-            "evaluations": count * (2 * steps - 1),
+            "evaluations": count * evaluations,
             "flops": sum(shard["flops"] for shard in shards),
             "seconds": sum(shard["seconds"] for shard in shards),
             "contended": not alone,
@@ -78,21 +84,30 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
 
 @torch.no_grad()
 def _make_shard(
-    teacher: Denoiser, sampler: dict, shape: tuple, start: int, size: int, device: str
+    teacher: Denoiser,
+    sampler: dict,
+    shape: tuple,
+    asked: tuple[int, Embeddings | None],
+    start: int,
+    size: int,
+    device: str,
 ) -> tuple[dict[str, Tensor], dict]:
-    """Pairs `start` to `start + size - 1`, and what they cost."""
+    """Pairs `start` to `start + size - 1`, and what they cost. `asked`: how many things the teacher
+    can be asked for and, if they are prompts, their embeddings."""
+    classes, embeddings = asked
     parts: dict[str, list[Tensor]] = {"x": [], "condition": []}
     seconds, flops_per_image = 0.0, 0.0
     for first in range(start, start + size, BLOCK):
         index = torch.arange(first, first + BLOCK)
         z, condition = PAIR_NOISE.normal(index, shape), None
-        if classes := teacher.num_classes:
+        if classes:
             labels = balanced_labels(index, classes, PAIR_NOISE.child("label"))
-            condition = labels.to(device)
+            condition = embeddings(labels) if embeddings else labels
+            condition = each_part(lambda part: part.to(device), condition)
         if not flops_per_image:
             with measure({}) as cost:
                 teacher(z.to(device), torch.ones(BLOCK, device=device), condition)
-            flops_per_image = cost.flops / BLOCK * (2 * sampler["steps"] - 1)
+            flops_per_image = cost.flops / BLOCK * Sampler(**sampler).nfe
         started = time.perf_counter()
         x = heun(teacher, z.to(device), condition, **sampler).float().cpu()
         seconds += time.perf_counter() - started

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from harness import data as datasets
 from harness.artifacts import digest, read_json, sha256_file, write_json
-from harness.config import Experiment, ImportedTeacher, micro_batch, parse_experiment
+from harness.config import (
+    Experiment,
+    ImportedTeacher,
+    Sampler,
+    micro_batch,
+    parse_experiment,
+)
 from harness.data import Dataset, Images
 from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
@@ -38,8 +44,8 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images of the experiment's shape and labels, read from no file but an embedded one."""
     data = experiment.data
     if data.name in datasets.EMBEDDED and data.source is None and data.has_images:
-        pixels, _, names = datasets.EMBEDDED[data.name]()
-        shape, classes = tuple(pixels.shape[1:]), len(names)
+        train, _, names = datasets.EMBEDDED[data.name](data)
+        shape, classes = tuple(train.pixels.shape[1:]), len(names)
     elif data.name in OFFICIAL and data.source is None and data.has_images:
         known = OFFICIAL[data.name]
         shape, classes = known.image_shape, len(known.class_names) * data.labels
@@ -48,11 +54,13 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
             raise UserError("data.resolution: missing; it tells what the images will be")
         shape = data.image_shape or (3, data.resolution, data.resolution)
         classes = (data.num_classes or 0) if data.labels else 0
+    captions = datasets.captions_of(data)
+    conditions = len(captions.texts) if captions else classes
     random = Images(
         torch.randint(256, (images, *shape), dtype=torch.uint8),
-        torch.randint(max(classes, 1), (images,)),
+        torch.randint(max(conditions, 1), (images,)),
     )
-    return Dataset(data.name, random, random, tuple(map(str, range(classes))), "")
+    return Dataset(data.name, random, random, tuple(map(str, range(classes))), "", captions)
 
 
 def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> EDMDenoiser:
@@ -60,8 +68,25 @@ def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> EDM
     section = experiment.teachers[name]
     if isinstance(section, ImportedTeacher) and section.network is None:
         raise UserError(f"teachers.{name}.network: missing; it tells what the file will hold")
-    sigma_data = getattr(section, "sigma_data", 0.5)
-    return build_denoiser(section.network, dataset.image_shape, dataset.num_classes, sigma_data)
+    sigma_data, text = getattr(section, "sigma_data", 0.5), stand_in_text(experiment, name)
+    return build_denoiser(
+        section.network,
+        dataset.image_shape,
+        dataset.num_classes,
+        sigma_data,
+        null=text(torch.zeros(1)) if text else None,
+    )
+
+
+def stand_in_text(experiment: Experiment, teacher: str) -> Callable | None:
+    """What a text encoder makes of prompts, by their numbers, if the teacher has one: zeros."""
+    encoder = experiment.text_encoder_of(teacher)
+    if encoder is None:
+        return None
+    from harness.networks.clip import CONTEXT_LENGTH, text_width
+
+    width = text_width(experiment.features[encoder].width)
+    return lambda numbers: {"embeddings": torch.zeros(len(numbers), CONTEXT_LENGTH, width)}
 
 
 def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) -> Inputs:
@@ -72,11 +97,10 @@ def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) ->
     dataset, needs = stand_in_dataset(experiment, images), experiment.requirements(student)
     teacher = stand_in_teacher(experiment, experiment.teacher_of(student), dataset)
     inputs = Inputs(dataset, teacher.to(experiment.device))
+    inputs.embeddings = stand_in_text(experiment, experiment.teacher_of(student))
     if needs.features:
         f = experiment.features[needs.features]
-        inputs.features = build_feature_network(
-            f.type, dataset.image_shape, dataset.num_classes, f.width
-        )
+        inputs.features = build_feature_network(f.type, dataset, f.width)
     if needs.backbones:
         import timm
 
@@ -88,7 +112,7 @@ def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) ->
     if needs.pairs:
         x = datasets.to_model_space(dataset.train.pixels)
         inputs.pairs = {"x": x}
-        if dataset.num_classes:
+        if dataset.num_conditions:
             inputs.pairs["condition"] = dataset.train.labels
     return inputs
 
@@ -208,7 +232,7 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
             with torch.no_grad(), measure({}) as cost:
                 labels = torch.zeros(1, dtype=torch.long) if inputs.teacher.num_classes else None
                 inputs.teacher(torch.zeros(1, *inputs.teacher.image_shape), one, labels)
-            pair_flops = cost.flops * needs.pairs * (2 * needs.pair_steps - 1)
+            pair_flops = cost.flops * needs.pairs * experiment.pair_evaluations(student)
         for _ in range(PERIOD):
             trainer._iteration()
     flops = trainer.ledger.flops / (PERIOD * run.batch)
@@ -312,9 +336,8 @@ def _teacher(experiment: Experiment, name: str) -> tuple[nn.Module, tuple]:
 
 def _feature_network(experiment: Experiment, name: str) -> tuple[nn.Module, tuple]:
     section, dataset = experiment.features[name], stand_in_dataset(experiment, images=2)
-    shape, classes = dataset.image_shape, dataset.num_classes
-    network = build_feature_network(section.type, shape, classes, section.width)
-    images = torch.zeros(1, *shape)
+    network = build_feature_network(section.type, dataset, section.width)
+    images = torch.zeros(1, *dataset.image_shape)
     return network, (images, network.captions[:1, 0]) if section.type == "clip" else (images,)
 
 
@@ -359,9 +382,10 @@ def _teacher_work(experiment: Experiment, name: str) -> Work:
 
 
 def _pairs_work(experiment: Experiment, name: str) -> Work:
-    of, pairs, steps = experiment.pair_sets[name]
+    of, pairs, _ = experiment.pair_sets[name]
     teacher, inputs = _teacher(experiment, of)
-    return Work(_passing(teacher, *inputs)[0] * pairs * (2 * steps - 1), _weights(teacher))
+    evaluations = pairs * Sampler(**experiment.pairs_spec(name)["sampler"]).nfe
+    return Work(_passing(teacher, *inputs)[0] * evaluations, _weights(teacher))
 
 
 def _data_work(experiment: Experiment, _: str) -> Work:
@@ -390,10 +414,10 @@ def _score_work(experiment: Experiment, student: str) -> Work:
 
 
 def _score_references_work(experiment: Experiment, name: str) -> Work:
-    evaluation, steps = experiment.evaluation, experiment.teachers[name].sampler.steps
+    evaluation, nfe = experiment.evaluation, experiment.teachers[name].sampler.nfe
     teacher, inputs = _teacher(experiment, name)
     images, seeds = evaluation.num_samples, len(evaluation.sampling_seeds)
-    made = Work(seeds * images * 2 * steps * _passing(teacher, *inputs)[0], _weights(teacher))
+    made = Work(seeds * images * (nfe + 1) * _passing(teacher, *inputs)[0], _weights(teacher))
     return _scored(experiment, made, 2 * seeds + 1)  # all steps, one, and the floor
 
 

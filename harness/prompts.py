@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.artifacts import (
     digest,
+    load_tensors,
     read_json,
     save_tensors,
     sha256_file,
@@ -149,6 +150,12 @@ def _compact(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def load_embeddings(teacher: Path) -> Embeddings | None:
+    """What a teacher's folder has of prompts: None for one that takes none."""
+    text = read_json(teacher / "teacher.json").get("text")
+    return Embeddings(teacher / text["folder"]) if text else None
+
+
 class Embeddings:
     """The embeddings in a folder that `embed_prompts` left, by the prompts' numbers.
 
@@ -161,6 +168,12 @@ class Embeddings:
 
     def __len__(self) -> int:
         return self.record["prompts"]
+
+    @property
+    def null(self) -> dict[str, Tensor]:
+        """The same of the empty prompt, batch 1."""
+        path = self.folder / "null.safetensors"
+        return load_tensors(path, self.record["null_sha256"], owner=self.folder)
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._open:

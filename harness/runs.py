@@ -27,6 +27,7 @@ from harness.denoiser import Denoiser
 from harness.ledger import Cost, Ledger
 from harness.method import Sources, get_method
 from harness.processes import processes
+from harness.prompts import Embeddings, load_embeddings
 from harness.trainer import Outcome, TrainingRun, train
 
 
@@ -78,6 +79,7 @@ class Inputs:
     backbones: nn.ModuleList | None = None
     lpips: nn.Module | None = None
     pairs: dict[str, Tensor] | None = None
+    embeddings: Embeddings | None = None  # of prompts, if the teacher takes some
     charge: tuple[str, Cost, float] | None = None
     hashes: dict[str, str | dict | None] | None = None
     contended: bool = False  # the pairs' seconds were measured beside other work
@@ -104,7 +106,9 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
         "features": None,
     }
     teacher = load_denoiser(folder, hashes["teacher"], experiment.device)
-    inputs = Inputs(dataset, teacher, hashes=hashes)
+    inputs = Inputs(dataset, teacher, embeddings=load_embeddings(folder), hashes=hashes)
+    if inputs.embeddings:
+        hashes["prompts"] = inputs.embeddings.record["sha256"]
     if needs.features:
         inputs.features, record = load_feature_network(
             experiment.features_dir(needs.features), dataset
@@ -155,10 +159,18 @@ def assemble(
     set_dropout(network, 0.0)  # a generator has none; its teacher was trained with some
     method.prepare_student(network)
     freeze(network, section.freeze)
-    real = placed(dataset.train, device) if needs.real_images else {}
-    sources = Sources(dataset.image_shape, dataset.num_classes, config.sigma_init, **real)
+    # Embeddings are read on the host, so images and pairs are chosen there, too.
+    home = "cpu" if inputs.embeddings else device
+    real = placed(dataset.train, home) if needs.real_images else {}
+    sources = Sources(
+        dataset.image_shape,
+        dataset.num_conditions,
+        config.sigma_init,
+        embeddings=inputs.embeddings,
+        **real,
+    )
     if inputs.pairs:
-        place = placement(inputs.pairs["x"], device)
+        place = placement(inputs.pairs["x"], home)
         sources.pair_tensors = {k: v.to(place) for k, v in inputs.pairs.items()}
     ledger = Ledger()
     if inputs.charge:

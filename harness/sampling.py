@@ -13,8 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from harness.denoiser import Denoiser, one_step
+from harness.denoiser import Condition, Denoiser, each_part, guided, one_step
 from harness.processes import processes
+from harness.prompts import Embeddings
 from harness.schedules import heun_sigmas
 from harness.streams import Stream
 
@@ -39,8 +40,10 @@ def heun(
     s_min: float = 0.0,
     s_max: float | None = None,
     s_noise: float = 1.0,
+    guidance: float = 1.0,
 ) -> Tensor:
-    """EDM's sampler (Karras et al. 2022): Heun's method, `2 steps - 1` evaluations.
+    """EDM's sampler (Karras et al. 2022): Heun's method, `2 steps - 1` evaluations, twice as many
+    with classifier-free `guidance`.
 
     Deterministic (algorithm 1) with `s_churn` 0; else stochastic (algorithm 2), and `noise` gives
     what each step adds at levels from `s_min` to `s_max` (None: no bound).
@@ -53,6 +56,8 @@ def heun(
     sigmas = heun_sigmas(steps, sigma_min, sigma_max, rho).to(latents.device)
     # The levels on the host: their comparisons must not wait for the device.
     levels = heun_sigmas(steps, sigma_min, sigma_max, rho).tolist()
+
+    denoiser = guided(denoiser, guidance)
 
     def slope(x: Tensor, sigma: Tensor) -> Tensor:
         return (x - denoiser(x.float(), sigma.float().expand(len(x)), condition).double()) / sigma
@@ -124,7 +129,7 @@ def ahead(make: Callable, items: list, device: str) -> Iterator:
         yield following.result()
 
 
-Generator = Callable[[Tensor, Tensor | None, Noise], Tensor]
+Generator = Callable[[Tensor, Condition, Noise], Tensor]
 
 
 def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
@@ -145,23 +150,26 @@ def sample(
     num_classes: int,
     seed: int,
     device: str = "cpu",
+    embeddings: Embeddings | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Images 0 .. count - 1 block by block: float images on the device, labels on the host.
 
-    Processes take turns at the blocks. The first gets all of them in order; the others, who must
-    go through this, too, get none.
+    `embeddings`: labels are the numbers of prompts, and these what they ask for. Processes take
+    turns at the blocks. The first gets all of them in order; the others, who must go through this,
+    too, get none.
     """
     group, todo = processes(), list(blocks(count))
 
-    def draw(index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return index, *noise_and_labels(index, shape, num_classes, seed)
+    def draw(index: Tensor) -> tuple[Tensor, Tensor, Condition]:
+        z, labels = noise_and_labels(index, shape, num_classes, seed)
+        return index, z, embeddings(labels) if embeddings else labels
 
     mine = ahead(draw, [index for index, _ in todo[group.rank :: group.size]], device)
     for start in range(0, len(todo), group.size):
         turn, own = todo[start : start + group.size], None
         if group.rank < len(turn):
-            index, z, labels = next(mine)
-            condition = None if labels is None else labels.to(device)
+            index, z, asked = next(mine)
+            condition = each_part(lambda part: part.to(device), asked)
             noise = step_noise(index, shape, seed, device=device)
             own = generate(z.to(device), condition, noise)
         for (index, wanted), images in zip(turn, group.gather(own, len(turn)), strict=False):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from harness import data as datasets
@@ -12,32 +11,35 @@ from harness.artifacts import atomic_folder, digest, run_lock, sha256_file, writ
 from harness.augment import LABELS, edm_augment
 from harness.config import Experiment, ImportedTeacher, TrainedTeacher, micro_batch
 from harness.data import Dataset
-from harness.denoiser import EDMDenoiser
+from harness.denoiser import Denoiser
 from harness.errors import UserError
-from harness.fake_score import denoising_loss
+from harness.fake_score import denoising_loss, left_out
 from harness.method import Context, OptimizerConfig, Phase, Sources
-from harness.networks import FILES, WEIGHTS, build_denoiser, save_denoiser
+from harness.networks import FILES, NULL, WEIGHTS, build_denoiser, save_denoiser
 from harness.processes import processes
+from harness.prompts import Embeddings, Prompts, embed_prompts
 from harness.runs import link, placed, seeded, training_record
 from harness.schedules import lognormal_sigma
 from harness.trainer import TrainingRun, train
 
 
-def teacher_phase(section: TrainedTeacher, null_label: int) -> Phase:
-    """EDM's training (Karras et al. 2022): denoise real images at lognormal noise levels."""
+def teacher_phase(section: TrainedTeacher) -> Phase:
+    """EDM's training (Karras et al. 2022): denoise real images at lognormal noise levels. Labels or
+    captions are left out now and then, so that the network knows both scores of a guided one."""
 
     def loss(context: Context) -> Tensor:
-        clean, labels = context.real()
-        if section.label_dropout and labels is not None:
-            drop = context.uniform("label_dropout") < section.label_dropout
-            labels = torch.where(drop, null_label, labels)
+        clean, condition = context.real()
+        teacher = context.networks["teacher"]
+        if section.label_dropout and condition is not None:
+            condition = left_out(context, teacher, condition, section.label_dropout)
         extras = {}
         if section.augment:
             clean, extras["augment_labels"] = edm_augment(context, clean, section.augment)
         sigma = lognormal_sigma(context.normal("sigma"), section.p_mean, section.p_std)
-        teacher = context.networks["teacher"]
         noised = context.noised(clean, sigma)
-        return denoising_loss(teacher, clean, noised, sigma, labels, section.sigma_data, **extras)
+        return denoising_loss(
+            teacher, clean, noised, sigma, condition, section.sigma_data, **extras
+        )
 
     optimizer = OptimizerConfig(
         lr=section.lr,
@@ -54,7 +56,7 @@ def make_teacher(experiment: Experiment, name: str) -> dict:
     return train_teacher(experiment, name)
 
 
-def _check_network(name: str, denoiser: EDMDenoiser, expected: dict) -> None:
+def _check_network(name: str, denoiser: Denoiser, expected: dict) -> None:
     """A file must hold the network that the experiment says, if it says."""
     found = {"type": type(denoiser.backbone).__name__, **denoiser.backbone.config}
     for key, value in expected.items():
@@ -63,7 +65,7 @@ def _check_network(name: str, denoiser: EDMDenoiser, expected: dict) -> None:
             raise UserError(f"teacher {name}: the file's network has {key} {mine!r}, not {value!r}")
 
 
-def _check_fit(name: str, denoiser: EDMDenoiser, dataset: Dataset) -> None:
+def _check_fit(name: str, denoiser: Denoiser, dataset: Dataset) -> None:
     """A teacher must speak of the experiment's images and labels."""
     teacher = (*denoiser.image_shape, denoiser.num_classes)
     data = (*dataset.image_shape, dataset.num_classes)
@@ -108,17 +110,36 @@ def import_teacher(experiment: Experiment, name: str) -> dict:
     return record
 
 
+def embed_captions(experiment: Experiment, name: str, dataset: Dataset) -> Embeddings:
+    """What a teacher's text encoder, a CLIP of the experiment, makes of the data set's captions."""
+    from harness.networks.clip import text_encoder
+
+    section = experiment.teachers[name]
+    if dataset.captions is None:
+        raise UserError(f"teachers.{name}.text_encoder: data {dataset.name} has no captions")
+    encoder = text_encoder(experiment.features_dir(section.text_encoder), dataset)
+    texts = dataset.captions.texts
+    prompts = Prompts(texts, digest(texts))
+    return Embeddings(embed_prompts(encoder, prompts, experiment.teacher_dir(name) / "text"))
+
+
 def train_teacher(experiment: Experiment, name: str) -> dict:
     """Train teacher `name` and write `teachers/<name>/`; returns what `teacher.json` says."""
     section, folder = experiment.teachers[name], experiment.teacher_dir(name)
     dataset = datasets.load(experiment.data_dir())
-    key = digest([experiment.teacher_spec(name), dataset.sha256])
+    text = embed_captions(experiment, name, dataset) if section.text_encoder else None
+    inputs = [dataset.sha256, text.record["sha256"]] if text else [dataset.sha256]
+    key = digest([experiment.teacher_spec(name), *inputs])
     device = experiment.device
 
     def make() -> TrainingRun:
         with seeded(section.seed):
             network = build_denoiser(
-                section.network, dataset.image_shape, dataset.num_classes, section.sigma_data
+                section.network,
+                dataset.image_shape,
+                dataset.num_classes,
+                section.sigma_data,
+                null=text.null if text else None,
             )
         if section.augment and network.augment_labels != LABELS:
             raise UserError(
@@ -133,12 +154,13 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
             networks={"teacher": network},
             frozen={},
             main="teacher",
-            phases=[teacher_phase(section, dataset.num_classes)],
+            phases=[teacher_phase(section)],
             sources=Sources(
                 dataset.image_shape,
-                dataset.num_classes,
+                dataset.num_conditions,
                 sigma_init=0.0,
-                **placed(dataset.train, device),
+                embeddings=text,
+                **placed(dataset.train, "cpu" if text else device),
             ),
             batch=section.batch,
             budget=[{"unit": "images", "amount": section.images}],
@@ -161,11 +183,14 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
         if not group.first:
             return {}
         final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
-        for file in FILES:
+        for file in (*FILES, *[NULL] * (text is not None)):
             link(folder / file, final / file)
         link(folder / "train.csv", folder / "runs" / key / "train.csv")
         record = {"teacher": name, "device": device, "spec": digest(experiment.teacher_spec(name))}
         record |= training_record(outcome, key)
+        if text:
+            place = text.folder.relative_to(folder)
+            record["text"] = {"folder": str(place), "sha256": text.record["sha256"]}
         record["parameters"] = sum(p.numel() for p in make().networks["teacher"].parameters())
         write_json(folder / "teacher.json", record)
     return record

@@ -26,11 +26,10 @@ from torch import Tensor, nn, no_grad
 from torch.nn.functional import mse_loss
 
 from harness.denoiser import Denoiser, one_step
-from harness.fake_score import FakeScoreMethod, denoising_phase
+from harness.fake_score import FakeScoreMethod, ScoreConfig, denoising_phase
 from harness.method import (
     Context,
     Method,
-    MethodConfig,
     OptimizerConfig,
     Phase,
     Requirements,
@@ -73,7 +72,7 @@ class DMD(FakeScoreMethod):
         "fake score first, on the generator's batch; EMA",
     )
 
-    class Config(MethodConfig):
+    class Config(ScoreConfig):
         batch: int = paper(392, "7 GPUs, batch 392, and as many pairs", gt=0)
         sigma_init: float = paper(80.0, "generator = teacher at the last time step", gt=0)
         lr: float = paper(5e-5, "CIFAR-10", gt=0)
@@ -114,7 +113,7 @@ class DMD(FakeScoreMethod):
         return super().networks() if self.config.distribution_matching else {}
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        teacher = {"teacher": self.teacher} if self.config.distribution_matching else {}
+        teacher = super().frozen_networks() if self.config.distribution_matching else {}
         return teacher | ({"lpips": self.lpips} if self.lpips else {})
 
     @classmethod
@@ -145,7 +144,12 @@ class DMD(FakeScoreMethod):
         generator = Phase("generator", "student", self.generator_loss, self._optimizer(c.lr))
         if not c.distribution_matching:
             return [generator]
-        fake = denoising_phase(self._optimizer(c.fake_lr), self.teacher.sigma_data, self.fake_sigma)
+        fake = denoising_phase(
+            self._optimizer(c.fake_lr),
+            self.teacher.sigma_data,
+            self.fake_sigma,
+            dropout=c.fake_dropout,
+        )
         return [fake, generator]
 
     def _bin(self, u: Tensor, low: float, high: float) -> Tensor:
@@ -174,10 +178,8 @@ class DMD(FakeScoreMethod):
         sigma = self._bin(context.uniform("sigma"), c.t_min, c.t_max)
         noised = context.noised(images.x.detach(), sigma)
         with no_grad():
-            teacher, fake = (
-                context.networks[name](noised, sigma, images.condition)
-                for name in ("teacher", "fake_score")
-            )
+            teacher = context.networks["teacher"](noised, sigma, images.condition)
+            fake = self.fake(context, noised, sigma, images.condition)
             if c.weighting == "eq8":
                 gradient = dmd_gradient(images.x, teacher, fake)
             else:

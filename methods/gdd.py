@@ -22,6 +22,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
 
+from harness.denoiser import Condition, EDMDenoiser
 from harness.method import (
     Context,
     Method,
@@ -32,7 +33,11 @@ from harness.method import (
     code,
     ours,
 )
-from harness.networks.projected import ProjectedDiscriminator, ProjectedFeatures
+from harness.networks.projected import (
+    ProjectedDiscriminator,
+    ProjectedFeatures,
+    condition_embedding,
+)
 
 
 def generator_loss(logits: list[Tensor]) -> Tensor:
@@ -55,18 +60,20 @@ def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> 
 
 class FeatureDiscriminator(nn.Module):
     """One head per map of a frozen feature network; a logit per position, conditioned on the class
-    by projection (Miyato and Koyama 2018)."""
+    or the text by projection (Miyato and Koyama 2018)."""
 
-    def __init__(self, features: nn.Module, num_classes: int, width: int):
+    def __init__(self, features: nn.Module, num_classes: int, width: int, text_width: int = 0):
         super().__init__()
         channels = features.map_channels
         self.hidden = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1) for c in channels)
-        self.embed = nn.ModuleList(nn.Embedding(max(num_classes, 1), width) for _ in channels)
+        self.embed = nn.ModuleList(
+            condition_embedding(max(num_classes, 1), width, text_width) for _ in channels
+        )
         self.output = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in channels)
         for table in self.embed:
             nn.init.normal_(table.weight, std=width**-0.5)
 
-    def forward(self, maps: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+    def forward(self, maps: list[Tensor], condition: Condition) -> list[Tensor]:
         """Logits `(B, H_i, W_i)` per head."""
         logits = []
         for x, hidden, embed, output in zip(
@@ -74,8 +81,8 @@ class FeatureDiscriminator(nn.Module):
         ):
             h = leaky_relu(hidden(x), 0.2)
             score = output(h).squeeze(1)
-            if labels is not None:
-                score = score + (h * embed(labels)[:, :, None, None]).sum(dim=1)
+            if condition is not None:
+                score = score + (h * embed(condition)[:, :, None, None]).sum(dim=1)
             logits.append(score)
         return logits
 
@@ -113,13 +120,13 @@ class GDD(Method):
 
     def __init__(self, config: Config, teacher, features: nn.Module | None = None):
         super().__init__(config, teacher)
-        classes, width = teacher.num_classes, config.width
+        asked, width = (teacher.num_classes, config.width, teacher.text_width), config.width
         if config.features:
             self.features = features
-            self.discriminator = FeatureDiscriminator(features, classes, width)
+            self.discriminator = FeatureDiscriminator(features, *asked)
         else:
             self.features = ProjectedFeatures(features, width, config.resolution)
-            self.discriminator = ProjectedDiscriminator(self.features, classes, width)
+            self.discriminator = ProjectedDiscriminator(self.features, *asked)
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
@@ -134,7 +141,8 @@ class GDD(Method):
         return ("discriminator heads with GroupNorm and learned class embeddings",)
 
     def prepare_student(self, student) -> None:
-        student.epsilon = self.config.epsilon
+        if isinstance(student, EDMDenoiser):
+            student.epsilon = self.config.epsilon
 
     def networks(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator}
@@ -166,9 +174,9 @@ class GDD(Method):
     def _regularised(self, step: int) -> bool:
         return self.config.r1_gamma > 0 and step > 0 and step % self.config.r1_every == 0
 
-    def _judge(self, context: Context, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def _judge(self, context: Context, x: Tensor, condition: Condition) -> list[Tensor]:
         pixels = self.teacher.codec(x)
-        return context.networks["discriminator"](context.networks["features"](pixels), labels)
+        return context.networks["discriminator"](context.networks["features"](pixels), condition)
 
     def generator_loss(self, context: Context) -> Tensor:
         images = context.generated("generator")
@@ -177,12 +185,12 @@ class GDD(Method):
     def discriminator_loss(self, context: Context) -> Tensor:
         c = self.config
         fake = context.generated("discriminator")
-        real, labels = context.real()
+        real, condition = context.real()
         regularised = self._regularised(context.step)
         if regularised:
             # A view: the operation counter cannot follow autograd.grad to a leaf.
             real = real.requires_grad_().view_as(real)
-        real_logits = self._judge(context, real, labels)
+        real_logits = self._judge(context, real, condition)
         fake_logits = self._judge(context, fake.x.detach(), fake.condition)
         loss = discriminator_loss(real_logits, fake_logits)
         context.log("real_logit", sum(head.mean() for head in real_logits) / len(real_logits))

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from harness.fake_score import ScoreIdentityMethod
-from harness.method import MethodConfig, code
+from harness.fake_score import ScoreConfig, ScoreIdentityMethod
+from harness.method import code
 
 
 def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float) -> Tensor:
@@ -41,7 +41,7 @@ class SiD(ScoreIdentityMethod):
         "non-finite steps are skipped",
     )
 
-    class Config(MethodConfig):
+    class Config(ScoreConfig):
         batch: int = code(256, "CIFAR-10", gt=0)
         sigma_init: float = code(2.5, "initial noise level", gt=0)
         lr: float = code(1e-5, "CIFAR-10", gt=0)

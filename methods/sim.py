@@ -18,8 +18,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from harness.fake_score import ScoreIdentityMethod
-from harness.method import MethodConfig, code, ours
+from harness.fake_score import ScoreConfig, ScoreIdentityMethod
+from harness.method import code, ours
 
 
 def sim_loss(
@@ -48,7 +48,7 @@ class SIM(ScoreIdentityMethod):
         "fake score and generator share a batch of images",
     )
 
-    class Config(MethodConfig):
+    class Config(ScoreConfig):
         batch: int = ours(256, "as SiD; not published", gt=0)
         sigma_init: float = code(2.5, "text-to-image inference code", gt=0)
         lr: float = ours(1e-5, "as SiD; not published", gt=0)

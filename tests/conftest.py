@@ -6,8 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,26 +97,44 @@ BREAK = """
 """
 
 
-def run_broken(root: Path) -> Workspace:
-    workspace = Workspace.create(root)
+def pytest_collection_modifyitems(items):
+    """Workers share the tests by module; those that need the finished workflow, which takes
+    minutes, belong to one of them, and come first."""
+
+    def group(item) -> str:
+        return "workflow" if "broken" in item.fixturenames else item.path.stem
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "workflow")
+
+
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory) -> Workspace:
+    """The tiny experiment, run from nothing by the workflow with one method that fails."""
+    workspace = Workspace.create(tmp_path_factory.mktemp("broken") / "project")
     path = workspace.root / "methods" / "sim.py"
     path.write_text(path.read_text() + BREAK)
     workspace.last_run = workspace.snakemake(BREAK="1")
     return workspace
 
 
-def run_finished(broken: Future, root: Path) -> Workspace:
-    workspace = broken.result().clone(root)
-    workspace.last_run = workspace.snakemake()
+@pytest.fixture(scope="session")
+def finished(broken, tmp_path_factory) -> Workspace:
+    """The same, finished by the next command, when nothing fails any more. Not to be changed."""
+    workspace = broken.clone(tmp_path_factory.mktemp("finished") / "project")
+    done = workspace.last_run = workspace.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
     return workspace
 
 
-def run_example(finished: Future, root: Path) -> Workspace:
+@pytest.fixture(scope="session")
+def example(finished, tmp_path_factory) -> Workspace:
     """README's Diff-Instruct beside the finished students. In the middle Snakemake itself is
     killed: its children go on, its lock stays."""
     from tests.test_workflow import kill_when, state_step
 
-    workspace = finished.result().clone(root)
+    workspace = finished.clone(tmp_path_factory.mktemp("example") / "project")
     shutil.copy(DATA / "example" / "diff_instruct.py", workspace.root / "methods")
     config = workspace.config()
     config["students"]["diff-instruct"] = {"method": "diff_instruct", "settings": {"lr": 1e-4}}
@@ -136,42 +152,6 @@ def run_example(finished: Future, root: Path) -> Workspace:
     workspace.killed_with = process.wait()
     workspace.last_run = workspace.snakemake()
     return workspace
-
-
-def pytest_collection_modifyitems(config, items):
-    """The workflow's runs take minutes: they go on beside the tests that need none of them, which
-    come first."""
-    items.sort(key=lambda item: [name in item.fixturenames for name in ("broken", "example")])
-    if items and "broken" in items[-1].fixturenames and not config.option.collectonly:
-        folder = Path(tempfile.mkdtemp(prefix="onestep-tests-"))
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        pool = ThreadPoolExecutor(1)
-        broken = pool.submit(run_broken, folder / "broken")
-        finished = pool.submit(run_finished, broken, folder / "finished")
-        config.workflow = [broken, finished]
-        if "example" in items[-1].fixturenames:
-            config.workflow.append(pool.submit(run_example, finished, folder / "example"))
-
-
-@pytest.fixture(scope="session")
-def broken(pytestconfig) -> Workspace:
-    """The tiny experiment, run from nothing by the workflow with one method that fails."""
-    return pytestconfig.workflow[0].result()
-
-
-@pytest.fixture(scope="session")
-def finished(broken, pytestconfig) -> Workspace:
-    """The same, finished by the next command, when nothing fails any more. Not to be changed."""
-    workspace = pytestconfig.workflow[1].result()
-    done = workspace.last_run
-    assert done.returncode == 0, done.stdout + done.stderr
-    return workspace
-
-
-@pytest.fixture(scope="session")
-def example(finished, pytestconfig) -> Workspace:
-    """The finished project with one method file and one student more."""
-    return pytestconfig.workflow[2].result()
 
 
 @pytest.fixture
@@ -199,4 +179,4 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("measured")
     for report in measured:
         said = ", ".join(f"{value} {name}" for name, value in report.user_properties)
-        terminalreporter.line(f"{report.nodeid.split('::')[-1]}: {said}")
+        terminalreporter.line(f"{report.location[2]}: {said}")

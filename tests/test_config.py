@@ -107,6 +107,8 @@ def test_the_shipped_experiments_are_valid(name):
          "features.inception: input should be a valid dictionary or instance of FeatureSection, not 3"),
         ("features.tiny-critic", {"type": "inception"},
          "students.gdd.settings: feature network 'tiny-critic' gives no feature maps"),
+        ("evaluation.main_metric", "attribute-accuracy", "evaluation.main_metric: 'attribute-accuracy' needs captions; data has none"),
+        ("claims", [{**CLAIM, "metric": "ink-accuracy"}], "claims.0.metric: 'ink-accuracy' needs captions; data has none"),
         ("evaluation.main_metric", "fid-edm",
          "evaluation.main_metric: 'fid-edm' is not for extractors of type clip, cnn; those have accuracy, aesthetic, class-score, clip-score, cmmd, coverage, density, fd, fd-inf, kd, precision, recall"),
         ("evaluation.statistics", "non.npz", "evaluation.statistics: non.npz does not exist"),

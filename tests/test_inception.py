@@ -23,8 +23,8 @@ from harness.evaluation.folder import score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.metrics import METRICS, Reference, Views
 from harness.evaluation.score import Scorer
-from harness.feature_networks import build_feature_network
 from harness.networks import inception
+from harness.networks.classifiers import CLASSIFIERS
 from harness.reporting.collect import collect
 
 NOWHERE = "http://127.0.0.1:9/weights-inception.pth"
@@ -125,7 +125,7 @@ def scored(tiny, tmp_path, monkeypatch):
             assert main([*stage, "--configfile", "x.yaml"]) == 0
         section, folder = experiment.features["tiny-cnn"], experiment.features_dir("tiny-cnn")
         torch.manual_seed(0)
-        cnn = build_feature_network("cnn", (1, 8, 8), 10, section.width)
+        cnn = CLASSIFIERS["cnn"]((1, 8, 8), 10, section.width)
         sha256 = save_tensors(folder / "features.safetensors", cnn.state_dict())
         record = {"architecture": section.model_dump(), "sha256": sha256}
         write_json(folder / "features.json", record)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.artifacts import load_tensors, read_json
+from harness.captioned_digits import Captions
 from harness.config import Experiment, PretrainedFeatures
 from harness.data import Dataset, to_model_space
 from harness.errors import UserError
@@ -138,10 +139,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class Observer:
-    """Collects what every extractor sees while images stream by; pixels are not kept."""
+    """Collects what every extractor sees while images stream by; pixels are not kept.
 
-    def __init__(self, extractors: list[Extractor]):
-        self.extractors = extractors
+    `captions`: what labels are the numbers of; a program then looks for what they name."""
+
+    def __init__(self, extractors: list[Extractor], captions: Captions | None = None):
+        self.extractors, self.captions = extractors, captions
+        self._shown: list[Tensor] = []
         self._seen: dict[str, list[dict[str, Tensor]]] = {e.name: [] for e in extractors}
         self._labels: list[Tensor] = []
 
@@ -151,6 +155,8 @@ class Observer:
         for name, parts in seen.items():
             self._seen[name].append(parts)
         self._labels.append(labels)
+        if self.captions:
+            self._shown.append(self.captions.shown(pixels, labels))
         return seen
 
     def views(self, name: str, reference: Reference, neighbours: int) -> Views:
@@ -165,6 +171,8 @@ class Observer:
                 f"{name}: the features of {bad} of {len(joined['features'])} images are no finite "
                 "numbers; are its weights damaged?"
             )
-        return Views(
-            **joined, labels=torch.cat(self._labels), reference=reference, neighbours=neighbours
-        )
+        labels = torch.cat(self._labels)
+        if self.captions:
+            joined["classes"] = self.captions.attributes[labels, 0]
+            joined["shown"] = torch.cat(self._shown)
+        return Views(**joined, labels=labels, reference=reference, neighbours=neighbours)

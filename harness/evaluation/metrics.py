@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from harness.captioned_digits import CHECKED
 from harness.evaluation.frechet import (
     BLOCK,
     Moments,
@@ -157,14 +158,17 @@ class Estimate(NamedTuple):
 
 @dataclass
 class Views:
-    """What one extractor saw. `features`: `(N, D)`; `labels`: the classes asked for;
-    `probabilities`: `(N, classes)`; `text_similarity`: cosine with the caption asked for, `(N,)`;
-    `prefixed_similarity`: the same with Hessel's prefix; `aesthetic` (of a head trained here),
-    `aesthetic_v1`, `aesthetic_v2` (LAION's): `(N,)`."""
+    """What one extractor saw. `features`: `(N, D)`; `labels`: the classes or captions asked for;
+    `classes`: those that the captions name; `shown`: bool `(N, 3)`, whether ink, ground and side
+    are as the captions say; `probabilities`: `(N, classes)`; `text_similarity`: cosine with the
+    caption asked for, `(N,)`; `prefixed_similarity`: the same with Hessel's prefix; `aesthetic` (of
+    a head trained here), `aesthetic_v1`, `aesthetic_v2` (LAION's): `(N,)`."""
 
     features: Tensor
     reference: Reference
     labels: Tensor | None = None
+    classes: Tensor | None = None
+    shown: Tensor | None = None
     probabilities: Tensor | None = None
     text_similarity: Tensor | None = None
     prefixed_similarity: Tensor | None = None
@@ -534,12 +538,12 @@ def memorisation(views: Views) -> Estimate:
 
 @register(
     "diversity",
-    "Diversity within a class",
+    "Diversity within a class or caption",
     None,
     ("labels",),
     limit=PAIRWISE_LIMIT,
     final_only=True,
-    distance="mean Euclidean distance of two samples of a class, mean over classes",
+    distance="mean Euclidean distance of two samples of a class or caption, mean over these",
 )
 def diversity(views: Views) -> Estimate:
     """The floor's is that of real images. Its error is Hoeffding's for a mean over pairs."""
@@ -611,7 +615,36 @@ def class_score(views: Views) -> Estimate:
 def accuracy(views: Views) -> Estimate:
     """Share of samples that the classifier takes for the class asked for, in percent. Inception's
     classes are not those of the data set."""
-    return _mean(100.0 * (views.probabilities.argmax(dim=1) == views.labels))
+    return _mean(100.0 * _class_is_right(views))
+
+
+def _class_is_right(views: Views) -> Tensor:
+    asked = views.labels if views.classes is None else views.classes
+    return views.probabilities.argmax(dim=1) == asked
+
+
+@register(
+    "attribute-accuracy",
+    "Attribute accuracy (%)",
+    True,
+    ("probabilities", "shown"),
+    extractors=CLASSIFIERS,
+    attributes="the class by the classifier; ink, ground and side as a program measures them",
+)
+def attribute_accuracy(views: Views) -> Estimate:
+    """Share of samples that show everything that their caption names, in percent."""
+    return _mean(100.0 * (_class_is_right(views) & views.shown.all(dim=1)))
+
+
+for _column, _name in enumerate(CHECKED):
+    register(
+        f"{_name}-accuracy",
+        f"{_name.capitalize()} accuracy (%)",
+        True,
+        ("shown",),
+        extractors=CLASSIFIERS,
+        final_only=True,
+    )(lambda views, column=_column: _mean(100.0 * views.shown[:, column]))
 
 
 @register("clip-score", "CLIP score", True, ("text_similarity",), extractors=("clip",), scale=100)

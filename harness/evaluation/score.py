@@ -45,6 +45,7 @@ from harness.evaluation.metrics import (
 from harness.evaluation.neighbours import nearest
 from harness.networks import denoiser_record, inception, load_denoiser
 from harness.processes import processes
+from harness.prompts import Embeddings, load_embeddings
 from harness.sampling import heun_generator, one_step_generator, sample
 from harness.streams import Stream
 
@@ -260,7 +261,8 @@ class Scorer:
             for _ in blocks:
                 pass
             return []
-        observer = Observer([e for e in self.extractors if not e.unavailable])
+        available = [e for e in self.extractors if not e.unavailable]
+        observer = Observer(available, self.dataset.captions)
         closest = None
         if kept is not None and self.pairs_in:
             closest = Closest(self._reference[self.pairs_in], self.dataset.train)
@@ -340,11 +342,13 @@ class Scorer:
             (METRICS[name], n) for name, n in wanted if n >= METRICS[name].samples_per_dim * dim
         ]
 
-    def generated(self, generate: Callable, device: str, seed: int) -> Blocks:
+    def generated(
+        self, generate: Callable, device: str, seed: int, embeddings: Embeddings | None = None
+    ) -> Blocks:
         """Quantised samples of a generator for one sampling seed, on the host, as the protocol
-        says."""
+        says. `embeddings`: of its teacher's prompts, if it has some."""
         d, count = self.dataset, max(self.counts())
-        stream = sample(generate, count, d.image_shape, d.num_classes, seed, device)
+        stream = sample(generate, count, d.image_shape, d.num_conditions, seed, device, embeddings)
         for images, labels in stream:
             if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
                 raise UserError(f"{bad} of {len(images)} generated images hold NaN or infinity")
@@ -382,13 +386,14 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
     run = read_json(run_dir / "student.json")
     scorer = Scorer(experiment)
     device, entries, kept = experiment.device, [], {}
+    embeddings = load_embeddings(experiment.teacher_dir(run["teacher"]))
     for snapshot in run["snapshots"]:
         folder = run_dir / "snapshots" / snapshot["name"]
         denoiser = load_denoiser(folder, snapshot["sha256"], device, owner=run_dir)
         generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
         final, rows = snapshot is run["snapshots"][-1], []
         for sampling_seed in experiment.evaluation.seeds_of_snapshot(final):
-            blocks = scorer.generated(generate, device, sampling_seed)
+            blocks = scorer.generated(generate, device, sampling_seed, embeddings)
             if shown := final and not kept:
                 blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
             scored = scorer.score(
@@ -425,12 +430,13 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     """Score a teacher with its sampler and with one step, and the floor: real held-out images, if
     any are held out."""
     folder = experiment.teacher_dir(teacher)
-    sampler = experiment.teachers[teacher].sampler.model_dump()
+    sampler = experiment.teachers[teacher].sampler
     scorer, device, kept = Scorer(experiment), experiment.device, {}
     record = read_json(folder / "teacher.json")
     denoiser = load_denoiser(folder, record["sha256"], device)
-    many = heun_generator(denoiser, sampler)
-    one = one_step_generator(denoiser, sampler["sigma_max"])
+    embeddings = load_embeddings(folder)
+    many = heun_generator(denoiser, sampler.settings())
+    one = one_step_generator(denoiser, sampler.sigma_max)
     whole: dict[str, Tensor] = {}  # of the first sampling seed's, for other libraries
     held_out = scorer.dataset.held_out
     common = {"snapshot": "", "final": True, "grid": [], "sha256": record["sha256"]}
@@ -446,12 +452,12 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         print(f"{teacher}: scored {name}", file=sys.stderr, flush=True)
 
     for name, nfe, generate in (
-        ("teacher", 2 * sampler["steps"] - 1, many),
+        ("teacher", sampler.nfe, many),
         ("teacher-1step", 1, one),
     ):
         rows = []
         for seed in experiment.evaluation.sampling_seeds:
-            blocks = scorer.generated(generate, device, seed)
+            blocks = scorer.generated(generate, device, seed, embeddings)
             if shown := not kept:
                 blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
                 blocks = keeping(blocks, min(experiment.evaluation.num_samples, KEPT), whole)

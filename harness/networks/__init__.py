@@ -1,34 +1,64 @@
 """Backbones by name, and denoisers as folders.
 
 A folder holds what diffusers' `save_pretrained` writes (`config.json`,
-`diffusion_pytorch_model.safetensors`) and `denoiser.json`: the preconditioning around it.
+`diffusion_pytorch_model.safetensors`) and `denoiser.json`: the preconditioning around it. Of a
+denoiser that takes texts, `null.safetensors` is what the empty prompt is to it.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from harness.artifacts import load_tensors, read_json, sha256_file, write_json
-from harness.denoiser import EDMDenoiser, OneHotDenoiser, UNet2DDenoiser
+from harness.artifacts import load_tensors, read_json, save_tensors, sha256_file, write_json
+from harness.denoiser import (
+    Denoiser,
+    EDMDenoiser,
+    OneHotDenoiser,
+    TextDenoiser,
+    UNet2DDenoiser,
+)
 from harness.errors import UserError, did_you_mean
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NULL = "null.safetensors"
 FILES = ("config.json", "denoiser.json", WEIGHTS)
 
 
-def _unet2d():
+@contextlib.contextmanager
+def _without_scipy() -> Iterator[None]:
+    """Importing a model imports schedulers, and those scipy.stats where there is one: a fifth of a
+    stage's start, for samplers that nothing here uses."""
     from unittest import mock
 
     from diffusers.utils import import_utils
 
-    # Importing a model imports schedulers, and those scipy.stats where there is one: a fifth of a
-    # stage's start, for a sampler that nothing here uses.
     with mock.patch.object(import_utils, "_scipy_available", False, create=True):
+        yield
+
+
+def _unet2d():
+    with _without_scipy():
         from diffusers.models.unets.unet_2d import UNet2DModel
 
     return UNet2DModel, UNet2DDenoiser
+
+
+def _unet2d_condition():
+    with _without_scipy():
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel, TextDenoiser
+
+
+def _pixart():
+    with _without_scipy():
+        from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel, None  # none is trained here
 
 
 def _song():
@@ -44,13 +74,19 @@ def _dhariwal():
 
 
 # Backbone class name (as in config.json) -> (backbone class, its denoiser), imported when used.
-ARCHITECTURES = {"UNet2DModel": _unet2d, "SongUNet": _song, "DhariwalUNet": _dhariwal}
+ARCHITECTURES = {
+    "UNet2DModel": _unet2d,
+    "SongUNet": _song,
+    "DhariwalUNet": _dhariwal,
+    "UNet2DConditionModel": _unet2d_condition,
+}
+IMPORTED = ARCHITECTURES | {"PixArtTransformer2DModel": _pixart}
 
 
 def _architecture(name: str):
-    if name not in ARCHITECTURES:
-        raise UserError(f"unknown network {name!r}{did_you_mean(name, ARCHITECTURES)}")
-    return ARCHITECTURES[name]()
+    if name not in IMPORTED:
+        raise UserError(f"unknown network {name!r}{did_you_mean(name, IMPORTED)}")
+    return IMPORTED[name]()
 
 
 def build_denoiser(
@@ -59,27 +95,38 @@ def build_denoiser(
     num_classes: int,
     sigma_data: float = 0.5,
     epsilon: float = 0.0,
+    null: dict[str, Tensor] | None = None,
 ) -> EDMDenoiser:
-    """A fresh denoiser: `network` names the backbone under `type` and holds its arguments."""
+    """A fresh denoiser: `network` names the backbone under `type` and holds its arguments. `null`:
+    the empty prompt's embeddings, for one that takes texts instead of labels."""
     settings = dict(network)
     backbone_class, denoiser_class = _architecture(settings.pop("type"))
-    given = denoiser_class.backbone_arguments(image_shape, num_classes)
+    given, options = denoiser_class.backbone_arguments(image_shape, num_classes), {}
+    if denoiser_class is TextDenoiser:
+        if null is None:
+            raise UserError(f"network of type {network['type']}: takes texts; name a text_encoder")
+        given["cross_attention_dim"] = null["embeddings"].shape[-1]
+        num_classes, options = 0, {"null": null}
     try:
-        return denoiser_class(backbone_class(**given, **settings), num_classes, sigma_data, epsilon)
+        backbone = backbone_class(**given, **settings)
+        return denoiser_class(backbone, num_classes, sigma_data, epsilon, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"network of type {network['type']}: {error}") from None
 
 
-def save_denoiser(denoiser: EDMDenoiser, folder: Path, extra: dict | None = None) -> str:
+def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -> str:
     """Write a denoiser folder; returns the sha256 of its weights. `extra` joins denoiser.json."""
+    folder, record = Path(folder), denoiser.precondition | (extra or {})
     denoiser.backbone.save_pretrained(folder, safe_serialization=True)
-    write_json(Path(folder) / "denoiser.json", denoiser.precondition | (extra or {}))
-    return sha256_file(Path(folder) / WEIGHTS)
+    if hasattr(denoiser, "null"):
+        record["null_sha256"] = save_tensors(folder / NULL, denoiser.null.parts)
+    write_json(folder / "denoiser.json", record)
+    return sha256_file(folder / WEIGHTS)
 
 
 def load_denoiser(
     folder: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
-) -> EDMDenoiser:
+) -> Denoiser:
     """The denoiser in a teacher or student folder, in evaluation mode.
 
     Weights come from safetensors alone. A missing part, a damaged file, weights that do not fit
@@ -99,19 +146,28 @@ def load_denoiser(
         raise UserError(
             f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {reason}"
         ) from None
-    precondition = {name: record[name] for name in ("num_classes", "sigma_data", "epsilon")}
-    denoiser = denoiser_class(backbone, **precondition)
+    options = {}
+    if "null_sha256" in record:
+        options["null"] = load_tensors(folder / NULL, record["null_sha256"], owner=owner)
+    if record.get("preconditioning") == "vp":
+        from harness.networks.pipelines import VP_DENOISERS
+
+        denoiser_class = VP_DENOISERS[config["_class_name"]]
+        names = ("schedule", "prediction", "sigma_data")
+    else:
+        names = ("num_classes", "sigma_data", "epsilon")
+    denoiser = denoiser_class(backbone, **{name: record[name] for name in names}, **options)
     return denoiser.eval().to(device)
 
 
-def clone_denoiser(denoiser: EDMDenoiser) -> EDMDenoiser:
+def clone_denoiser(denoiser: Denoiser) -> Denoiser:
     """An independent, trainable copy: a student or fake score begins as its teacher."""
     import copy
 
     return copy.deepcopy(denoiser).requires_grad_(True)
 
 
-def set_dropout(denoiser: EDMDenoiser, probability: float) -> None:
+def set_dropout(denoiser: Denoiser, probability: float) -> None:
     """Element dropout in training mode, everywhere in the backbone that has some."""
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):

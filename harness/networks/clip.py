@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from harness.data import DIGIT_WORDS
+from harness.captioned_digits import DIGIT_WORDS
+from harness.data import Dataset
 
 CONTEXT_LENGTH = 16  # captions here are short; the usual 77 would only cost time
 # Captions of a class, the first of them the one that images are compared with.
@@ -21,16 +26,27 @@ def tokenize(captions: list[str]) -> Tensor:
     return SimpleTokenizer(context_length=CONTEXT_LENGTH)(captions)
 
 
+def text_width(width: int) -> int:
+    """Numbers of a token in the text tower of a CLIP of this width."""
+    return 2 * width
+
+
 class SmallCLIP(nn.Module):
     """open_clip's `CLIP` on `(B, C, H, W)` images in [-1, 1]; embeddings have length 1.
 
-    `captions`: int64 `(num_classes, templates, 16)`, kept with the weights, so that scoring needs
-    no tokenizer.
+    `captions`: int64 `(conditions, wordings, 16)`, kept with the weights, so that scoring needs
+    no tokenizer: of each class in some wordings, or each caption of a set that has captions.
     """
 
     embed_dim = 64
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int):
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        conditions: int,
+        width: int,
+        captioned: bool = False,
+    ):
         super().__init__()
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -44,16 +60,25 @@ class SmallCLIP(nn.Module):
                 patch_size=2 if self.size <= 16 else 4,
                 image_size=self.size,
             ),
-            CLIPTextCfg(context_length=CONTEXT_LENGTH, width=2 * width, heads=4, layers=2),
+            CLIPTextCfg(context_length=CONTEXT_LENGTH, width=text_width(width), heads=4, layers=2),
         )
         self.register_buffer(
-            "captions", torch.zeros(num_classes, len(TEMPLATES), CONTEXT_LENGTH, dtype=torch.long)
+            "captions",
+            torch.zeros(
+                conditions,
+                1 if captioned else len(TEMPLATES),
+                CONTEXT_LENGTH,
+                dtype=torch.long,
+            ),
         )
 
-    def set_captions(self, class_names: tuple[str, ...]) -> None:
-        templates = DIGIT_TEMPLATES if class_names == DIGIT_WORDS else TEMPLATES
-        captions = [template.format(name) for name in class_names for template in templates]
-        self.captions.copy_(tokenize(captions).view_as(self.captions))
+    def set_captions(self, dataset: Dataset) -> None:
+        names = dataset.class_names
+        templates = DIGIT_TEMPLATES if names == DIGIT_WORDS else TEMPLATES
+        texts = [template.format(name) for name in names for template in templates]
+        if dataset.captions:
+            texts = list(dataset.captions.texts)
+        self.captions.copy_(tokenize(texts).view_as(self.captions))
 
     def features(self, x: Tensor) -> Tensor:
         """Image embeddings `(B, 64)`, normalised."""
@@ -67,10 +92,44 @@ class SmallCLIP(nn.Module):
         """Caption embeddings `(N, 64)`, normalised."""
         return normalize(self.clip.encode_text(tokens), dim=-1)
 
+    def token_features(self, tokens: Tensor) -> Tensor:
+        """What the text tower makes of each token: `(N, 16, width)`."""
+        clip = self.clip
+        x = clip.token_embedding(tokens) + clip.positional_embedding
+        return clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))
+
     def class_features(self) -> Tensor:
-        """Embedding of each class's first caption, `(num_classes, 64)`."""
+        """Embedding of each class's first caption, or of each caption: `(conditions, 64)`."""
         return self.text_features(self.captions[:, 0])
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Scaled similarities `(B, N)`."""
         return self.clip.logit_scale.exp() * self.features(x) @ self.text_features(tokens).T
+
+
+@dataclass(frozen=True)
+class CaptionEncoder:
+    """The text tower of a trained CLIP, as `harness.prompts.TextEncoder` is of a pipeline's."""
+
+    clip: SmallCLIP
+    sha256: str
+    limit: int = CONTEXT_LENGTH
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return {"embeddings": self.clip.token_features(tokenize(list(texts)))}
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        # Two tokens mark the beginning and the end.
+        encode = SimpleTokenizer().encode
+        return sum(len(encode(text)) + 2 > self.limit for text in texts)
+
+
+def text_encoder(folder: Path, dataset: Dataset) -> CaptionEncoder:
+    """That of the CLIP in a folder under features/."""
+    from harness.feature_networks import load_feature_network
+
+    network, record = load_feature_network(folder, dataset)
+    return CaptionEncoder(network, record["sha256"])

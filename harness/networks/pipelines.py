@@ -10,13 +10,14 @@ any σ: between two of the scheduler's times it asks for a time between them.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from harness.artifacts import digest, read_json, sha256_file
-from harness.denoiser import Condition, Denoiser
+from harness.denoiser import Condition, Denoiser, NullText
 from harness.errors import UserError, did_you_mean
 from harness.prompts import TextEncoder
 
@@ -63,20 +64,27 @@ class VPDenoiser(Denoiser):
             raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.sigma_data = sigma_data
-        self.register_buffer("log_sigmas", schedule_sigmas(schedule).log(), persistent=False)
-        for name, part in (null or {}).items():
-            self.register_buffer(f"null_{name}", part, persistent=False)
-        self._null = tuple(null or {})
+        sigmas = schedule_sigmas(schedule)
+        self._levels = sigmas.tolist()  # on the host
+        self.register_buffer("log_sigmas", sigmas.log(), persistent=False)
+        self.null = NullText(null or {})
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """`(C, H, W)` of the latents."""
         size = self.backbone.config.sample_size
         return (self.backbone.config.in_channels, size, size)
 
+    @property
+    def precondition(self) -> dict:
+        names = ("schedule", "prediction", "sigma_data")
+        return {"preconditioning": "vp"} | {name: getattr(self, name) for name in names}
+
     def null_condition(self, batch: int) -> Condition:
-        parts = {name: getattr(self, f"null_{name}") for name in self._null}
-        return {name: part.expand(batch, *part.shape[1:]) for name, part in parts.items()} or None
+        return self.null(batch)
+
+    def level(self, sigma: float) -> float:
+        """That of the whole time nearest in log σ: a stock scheduler can start there."""
+        return min(self._levels, key=lambda level: abs(math.log(level / sigma)))
 
     def time(self, sigma: Tensor) -> Tensor:
         """The time `(B,)` float32 of noise levels `(B,)`, linear in log σ between two whole ones.
@@ -109,6 +117,10 @@ class VPDenoiser(Denoiser):
 class StableDiffusionDenoiser(VPDenoiser):
     """`UNet2DConditionModel` of a `StableDiffusionPipeline`."""
 
+    @property
+    def text_width(self) -> int:
+        return self.backbone.config.cross_attention_dim
+
     def run_backbone(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.backbone(
             x,
@@ -126,6 +138,10 @@ class PixArtDenoiser(VPDenoiser):
     """
 
     PIXELS = 8  # of an image, along each side of a latent's place
+
+    @property
+    def text_width(self) -> int:
+        return self.backbone.config.caption_channels
 
     def run_backbone(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
@@ -154,6 +170,11 @@ class Codec(nn.Module):
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
 
+# A network's class name -> its denoiser.
+VP_DENOISERS = {
+    "UNet2DConditionModel": StableDiffusionDenoiser,
+    "PixArtTransformer2DModel": PixArtDenoiser,
+}
 # Pipeline class -> its denoising network's folder, and our denoiser.
 PIPELINES = {
     "StableDiffusionPipeline": ("unet", StableDiffusionDenoiser),

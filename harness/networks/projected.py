@@ -7,12 +7,13 @@ it leaves a choice, the docstrings say which was made.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.utils.parametrizations import spectral_norm
 
+from harness.denoiser import Condition
 from harness.networks.backbones import STRIDES, Backbone
 
 
@@ -89,6 +90,22 @@ class ProjectedFeatures(nn.Module):
         ]
 
 
+class TextEmbedding(nn.Linear):
+    """A linear map of a text's mean token, padding left out where it is masked."""
+
+    def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
+        tokens = condition["embeddings"].to(self.weight)
+        mask = condition.get("mask", tokens.new_ones(tokens.shape[:2])).to(tokens)
+        mean = (tokens * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return super().forward(mean)
+
+
+def condition_embedding(num_classes: int, size: int, text_width: int = 0) -> nn.Module:
+    """A learned vector `(B, size)` of what an image was asked to be: of labels int64 `(B,)`, or of
+    texts with `text_width` numbers a token."""
+    return TextEmbedding(text_width, size) if text_width else nn.Embedding(num_classes, size)
+
+
 class ProjectedHead(nn.Module):
     """One discriminator: a map `(B, C, H, W)` and labels -> logits `(B, H', W')`.
 
@@ -100,7 +117,14 @@ class ProjectedHead(nn.Module):
     depends on its own image alone; widths that double as the size halves.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int], num_classes: int, embedding: int):
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        num_classes: int,
+        embedding: int,
+        text_width: int = 0,
+    ):
         super().__init__()
         inputs = [channels, *widths[:-1]]
         self.blocks = nn.Sequential(
@@ -113,16 +137,17 @@ class ProjectedHead(nn.Module):
                 for a, b in zip(inputs, widths, strict=True)
             )
         )
-        self.embed = nn.Embedding(num_classes, embedding) if num_classes else None
-        outputs = 1 + (embedding if num_classes else 0)
+        asked = num_classes or text_width
+        self.embed = condition_embedding(num_classes, embedding, text_width) if asked else None
+        outputs = 1 + (embedding if asked else 0)
         self.output = spectral_norm(nn.Conv2d(widths[-1], outputs, 4, padding=1))
 
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
         h = self.output(self.blocks(x))
         logits = h[:, 0]
-        if self.embed is None or labels is None:
+        if self.embed is None or condition is None:
             return logits
-        embedding = self.embed(labels)
+        embedding = self.embed(condition)
         product = (h[:, 1:] * embedding[:, :, None, None]).sum(dim=1)
         return logits + product / embedding.shape[1] ** 0.5
 
@@ -130,15 +155,17 @@ class ProjectedHead(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """A head for each map of `ProjectedFeatures`, all with logits at one low resolution."""
 
-    def __init__(self, features: ProjectedFeatures, num_classes: int, cout: int = 64):
+    def __init__(
+        self, features: ProjectedFeatures, num_classes: int, cout: int = 64, text_width: int = 0
+    ):
         super().__init__()
         scales = len(STRIDES)
         widths = [cout * 2**i for i in range(scales)]
         self.heads = nn.ModuleList(
-            ProjectedHead(channels, widths[i % scales :], num_classes, cout)
+            ProjectedHead(channels, widths[i % scales :], num_classes, cout, text_width)
             for i, channels in enumerate(features.map_channels)
         )
 
-    def forward(self, maps: list[Tensor], labels: Tensor | None) -> list[Tensor]:
-        """Logits `(B, H', W')` per head; `labels` int64 `(B,)`."""
-        return [head(x, labels) for head, x in zip(self.heads, maps, strict=True)]
+    def forward(self, maps: list[Tensor], condition: Condition) -> list[Tensor]:
+        """Logits `(B, H', W')` per head."""
+        return [head(x, condition) for head, x in zip(self.heads, maps, strict=True)]

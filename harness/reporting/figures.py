@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.artifacts import load_tensors, read_json
 from harness.config import Experiment
+from harness.data import captions_of
 from harness.evaluation.metrics import FRECHET, METRICS
 from harness.reporting.collect import column_name, is_unavailable, main_metric_in
 
@@ -29,6 +31,7 @@ AXES = {
     "flops": "training compute, teacher pairs included (TFLOPs)",
 }
 HEALTH = {"loss/": "loss", "grad_norm/": "gradient norm", "nonfinite/": "non-finite steps"}
+PROMPTS = 12  # columns of a grid of prompts
 THOUSANDS = FuncFormatter(lambda value, _: f"{value / 1000:.3g}k")
 
 plt.rcParams.update(
@@ -209,9 +212,14 @@ def present(table: pd.DataFrame) -> set[tuple[str, int]]:
     return set(zip(ok.student, ok.seed.astype(int), strict=True))
 
 
-def _columns(labels: np.ndarray, limit: int = 20) -> np.ndarray:
-    """Which samples a grid shows: as many of each class, of the first classes if there are many."""
-    classes = np.unique(labels)[:limit]
+def _columns(labels: np.ndarray, texts: tuple[str, ...] = (), limit: int = 20) -> np.ndarray:
+    """Which samples a grid shows: as many of each class, of the first classes if there are many; of
+    prompts one each, from the first to the last."""
+    classes = np.unique(labels)
+    if texts:
+        spread = np.linspace(0, len(classes) - 1, min(len(classes), PROMPTS)).round().astype(int)
+        return np.array([np.flatnonzero(labels == c)[0] for c in classes[spread]])
+    classes = classes[:limit]
     each = limit // len(classes)
     return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])
 
@@ -242,15 +250,25 @@ def scored_samples(experiment: Experiment, table: pd.DataFrame) -> dict[str, Sco
     return found
 
 
-def samples(scored: dict[str, Scored]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Images `(N, C, H, W)` uint8 by row, and the labels asked for, `(N,)`. Image i of all comes
-    from one noise and one label."""
-    images, labels = {}, np.zeros(0, int)
+def samples(
+    scored: dict[str, Scored], texts: tuple[str, ...] = ()
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Images `(N, C, H, W)` uint8 by row, and what was asked for: N classes or, of `texts`, prompts
+    (nothing without either). Image i of all comes from one noise and one of these."""
+    images, asked = {}, []
     for name, kept in scored.items():
-        labels = kept.tensors["labels"]
-        chosen = _columns(labels)
-        images[name], labels = kept.tensors["pixels"][chosen], labels[chosen]
-    return images, labels
+        chosen = _columns(kept.tensors["labels"], texts)
+        images[name], labels = kept.tensors["pixels"][chosen], kept.tensors["labels"][chosen]
+        asked = [texts[i] if texts else str(i) for i in labels]
+        if len(np.unique(kept.tensors["labels"])) < 2:
+            asked = []
+    return images, asked
+
+
+def prompts(experiment: Experiment) -> tuple[str, ...]:
+    """What the numbers that samples are labelled with ask for, where these are captions."""
+    said = captions_of(experiment.data)
+    return said.texts if said else ()
 
 
 @dataclass
@@ -311,26 +329,28 @@ def _empty(text: str) -> plt.Figure:
     return figure
 
 
-def sample_grid(scored: dict[str, Scored]) -> plt.Figure:
-    """Rows: the teacher and each student (first seed). One column: one noise and one label."""
-    images, labels = samples(scored)
+def sample_grid(scored: dict[str, Scored], texts: tuple[str, ...] = ()) -> plt.Figure:
+    """Rows: the teacher and each student (first seed). One column: one noise and one label or, of
+    `texts`, prompt."""
+    images, asked = samples(scored, texts)
     names, rows = list(images), list(images.values())
     if not rows:
         return _empty("no samples")
     (height, width), columns, gap = rows[0].shape[2:], max(map(len, rows)), 1
+    cell, head = (0.8, 2.6) if texts else (0.5, 0.7)
     figure, axes = plt.subplots(
-        figsize=(0.5 * columns + 1.2, 0.52 * len(rows) + 0.7), layout="constrained"
+        figsize=(cell * columns + 1.2, (cell + 0.02) * len(rows) + head), layout="constrained"
     )
     _picture(axes, _canvas(rows, gap))
     axes.set_yticks([(i + 0.5) * (height + gap) - gap for i in range(len(rows))], names)
-    classes = len(np.unique(labels)) > 1
-    axes.set_xticks(
-        [(i + 0.5) * (width + gap) - gap for i in range(columns)] if classes else [],
-        [str(label) for label in labels] if classes else [],
-    )
+    axes.set_xticks([(i + 0.5) * (width + gap) - gap for i in range(len(asked))], asked)
     axes.xaxis.tick_top()
+    if texts:
+        for label, text in zip(axes.get_xticklabels(), asked, strict=True):
+            label.set(text=textwrap.fill(text, 26), rotation=60, ha="left", rotation_mode="anchor")
+    what = "prompt" if texts else "class"
     same = "the noise is the same down each column"
-    axes.set_xlabel(f"class asked for (top); {same}" if classes else same, labelpad=8)
+    axes.set_xlabel(f"{what} asked for (top); {same}" if asked else same, labelpad=8)
     return figure
 
 
@@ -454,7 +474,7 @@ def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path
     figures = {
         "quality_vs_images": quality(experiment, table, "images", metrics),
         "quality_vs_compute": quality(experiment, table, "flops", metrics),
-        "samples": sample_grid(scored),
+        "samples": sample_grid(scored, prompts(experiment)),
         "nearest_neighbours": nearest_neighbours(scored),
         "training_health": training_health(experiment, table),
     }

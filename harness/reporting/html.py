@@ -461,11 +461,12 @@ class Report:
     # -- samples -------------------------------------------------------------------------------
 
     def samples(self) -> dict | None:
-        images, labels = figures.samples(self.scored)
+        texts = figures.prompts(self.experiment)
+        images, asked_for = figures.samples(self.scored, texts)
         if not images:
             return None
-        classes = [str(label) for label in labels] if len(np.unique(labels)) > 1 else []
-        asked = f" of the classes {' '.join(classes)}" if classes else ""
+        what = "prompts" if texts else "classes"
+        asked = f" of the {what} {(', ' if texts else ' ').join(asked_for)}" if asked_for else ""
         first = next(iter(images.values()))
         rows = [
             {
@@ -477,8 +478,9 @@ class Report:
         ]
         return {
             "rows": rows,
-            "classes": classes,
-            "count": len(labels),
+            "asked": asked_for,
+            "what": "prompt" if texts else "class",
+            "count": len(first),
             "pixelated": first.shape[-1] <= 32,
             "seed": self.experiment.training.seeds[0],
         }

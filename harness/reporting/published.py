@@ -194,7 +194,7 @@ def is_number_of(experiment: Experiment, teacher: str, entry: dict) -> bool:
     elif base(entry["method"]) != "edm" or not same_network(experiment, teacher, entry):
         return False
     stochastic = "SDE" in entry["method"] or (entry["paper"], entry["dataset"]) in STOCHASTIC
-    nfe = 2 * sampler.steps - 1
+    nfe = sampler.nfe
     told = [entry["nfe"]]
     if told == [None]:  # then it is one of those that others give for teachers on this data
         told = [e["nfe"] for e in published() if is_teacher(e) and e["dataset"] == entry["dataset"]]

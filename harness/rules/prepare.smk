@@ -37,10 +37,13 @@ rule features:
 
 
 def teacher_inputs(w):
-    """An imported teacher follows its local file; the weights of a folder, since they are hashed."""
+    """An imported teacher follows its local file; the weights of a folder, since they are hashed.
+    One that is trained here on captions follows what reads them."""
     source = Path(getattr(E.teachers[w.teacher], "source", ""))
     weights = source / "diffusion_pytorch_model.safetensors"
-    return [str(path) for path in (source, weights) if path.is_file()]
+    files = [str(path) for path in (source, weights) if path.is_file()]
+    encoder = E.text_encoder_of(w.teacher)
+    return files + ([f"{E.root}/features/{encoder}/features.json"] if encoder else [])
 
 
 rule teacher:

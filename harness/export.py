@@ -1,0 +1,202 @@
+"""Students as diffusers pipelines with a model card: nothing of a run is needed to use them.
+
+A student of a pipeline's teacher (Stable Diffusion, PixArt) becomes a stock pipeline with a
+scheduler of one step: `DiffusionPipeline.from_pretrained(folder)` loads it, and no code of this
+project. Others become a `OneStepPipeline`, which knows EDM's preconditioning.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from harness import data as datasets
+from harness.artifacts import atomic_folder, read_json
+from harness.config import Experiment
+from harness.denoiser import EDMDenoiser, one_step
+from harness.networks import ARCHITECTURES, denoiser_record, load_denoiser
+from harness.networks.pipelines import VPDenoiser
+
+
+def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> EulerDiscreteScheduler:
+    """A stock scheduler whose only step goes from the level of `sigma_init` to the clean image.
+
+    Its schedule ends at that level, so that the first of one step, "trailing", is there.
+    """
+    schedule = EulerDiscreteScheduler(**student.schedule)
+    sigma = torch.tensor([student.level(sigma_init)])
+    time = int(student.time(sigma))
+    return EulerDiscreteScheduler(
+        num_train_timesteps=time + 1,
+        trained_betas=schedule.betas[: time + 1].tolist(),
+        prediction_type=student.prediction,
+        timestep_spacing="trailing",
+    )
+
+
+class OneStepOutput(BaseOutput):
+    """`images`: PIL images, or with `output_type="pt"` floats `(B, C, H, W)` in [0, 1]."""
+
+    images: list | Tensor
+
+
+class OneStepPipeline(DiffusionPipeline):
+    """A one-step student with EDM's preconditioning: `pipe(class_labels=[3, 7]).images`.
+
+    `network`: the backbone; the rest is its preconditioning (`harness.denoiser.EDMDenoiser`) and
+    the noise level at which the student is evaluated.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        sigma_init: float,
+        sigma_data: float = 0.5,
+        epsilon: float = 0.0,
+        num_classes: int = 0,
+    ):
+        super().__init__()
+        self.register_modules(network=network)
+        self.register_to_config(
+            sigma_init=sigma_init, sigma_data=sigma_data, epsilon=epsilon, num_classes=num_classes
+        )
+
+    @property
+    def denoiser(self) -> EDMDenoiser:
+        config = self.config
+        _, denoiser_class = ARCHITECTURES[type(self.network).__name__]()
+        settings = (config.num_classes, config.sigma_data, config.epsilon)
+        return denoiser_class(self.network, *settings).eval()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int] | Tensor | None = None,
+        num_images: int = 1,
+        latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+    ) -> OneStepOutput:
+        """One image for each of `class_labels` (of a student with classes; drawn if there are
+        none given), or `num_images`. `latents`: standard normal `(B, C, H, W)`."""
+        denoiser, classes = self.denoiser, self.config.num_classes
+        if class_labels is None and classes:
+            count = num_images if latents is None else len(latents)
+            class_labels = torch.randint(classes, (count,), generator=generator)
+        if class_labels is not None:
+            class_labels = torch.as_tensor(class_labels)
+            if not classes:
+                raise ValueError("this student has no classes")
+            if class_labels.min() < 0 or class_labels.max() >= classes:
+                raise ValueError(f"class_labels run from 0 to {classes - 1}")
+            num_images = len(class_labels)
+        if latents is None:
+            latents = torch.randn(num_images, *denoiser.image_shape, generator=generator)
+        condition = None if class_labels is None else class_labels.to(self.network.device)
+        x = one_step(denoiser, latents.to(self.network.device), condition, self.config.sigma_init)
+        images = (x / 2 + 0.5).clip(0, 1).cpu()
+        if output_type == "pt":
+            return OneStepOutput(images=images)
+        return OneStepOutput(images=_pil(images))
+
+
+def _pil(images: Tensor) -> list:
+    """Quantised as everything that is scored here: `x * 127.5 + 128`, clipped."""
+    from PIL import Image
+
+    pixels = (images * 255 + 0.5).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(p.squeeze(2) if p.shape[2] == 1 else p) for p in pixels]
+
+
+def export_student(experiment: Experiment, student: str, seed: int, folder: Path) -> None:
+    """Write a finished student and its model card to `folder`, whole or not at all."""
+    run_dir = experiment.run_dir(student, seed)
+    record = read_json(run_dir / "student.json")
+    denoiser = load_denoiser(run_dir / "model", record["sha256"], owner=run_dir)
+    sigma_init = denoiser_record(run_dir / "model")["sigma_init"]
+    pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
+    with atomic_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        (temporary / "README.md").write_text(model_card(experiment, student, seed, record))
+
+
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [one-step-diffusion, {method}]
+{licence}---
+
+# {student}: a one-step student of {teacher}
+
+Made by `{method}` ({paper}) in the experiment `{experiment}`, training seed {seed}. One network
+evaluation per image.
+
+```python
+from harness import OneStepPipeline
+
+images = OneStepPipeline.from_pretrained("{folder}")({call}).images
+```
+
+| | |
+|---|---|
+| teacher | {teacher}, weights sha256 {teacher_sha256} |
+| data | {data} |
+| budget spent | {images:,} images, {tflops:.3g} TFLOPs |
+| parameters | {parameters:,} |
+| weights | sha256 {sha256} |
+
+## Scores
+
+{scores}
+
+Deviations from the paper: {deviations}.
+"""
+
+
+def model_card(experiment: Experiment, student: str, seed: int, record: dict) -> str:
+    """README.md of an exported student: where it comes from, what it cost, how it scores."""
+    teacher = experiment.teacher_of(student)
+    source = getattr(experiment.teachers[teacher], "source", None)
+    dataset = datasets.load(experiment.data_dir(), images=False)
+    licence = "" if source is None else f"base_model: {Path(source).name}\n"
+    return CARD.format(
+        student=student,
+        method=record["method"],
+        paper=record["paper"],
+        experiment=experiment.name,
+        seed=seed,
+        teacher=teacher if source is None else f"{teacher} ({Path(source).name})",
+        teacher_sha256=record["inputs"]["teacher"],
+        data=experiment.data.name,
+        images=record["ledger"]["images"],
+        tflops=record["ledger"]["flops"] / 1e12,
+        parameters=record["parameters"],
+        sha256=record["sha256"],
+        licence=licence,
+        folder=f"{experiment.name}-{student}",
+        call="class_labels=[0, 1]" if dataset.num_classes else "num_images=4",
+        scores=_scores(experiment, student, seed),
+        deviations="; ".join(record["deviations"]) or "none",
+    )
+
+
+def _scores(experiment: Experiment, student: str, seed: int) -> str:
+    """The last snapshot's scores as a table: mean over sampling seeds."""
+    path = experiment.score_path(student, seed)
+    if not path.exists():
+        return "Not scored."
+    entry = next(e for e in read_json(path)["entries"] if e["final"])
+    values: dict[tuple[str, int, str], list[float]] = {}
+    for row in entry["rows"]:
+        if row["value"] is not None:
+            key = (row["metric"], row["num_samples"], row["extractor"])
+            values.setdefault(key, []).append(row["value"])
+    lines = ["| metric | samples | extractor | value |", "|---|---|---|---|"]
+    for (metric, count, extractor), found in values.items():
+        lines.append(f"| {metric} | {count:,} | {extractor} | {sum(found) / len(found):.4g} |")
+    return "\n".join(lines)

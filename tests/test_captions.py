@@ -1,0 +1,215 @@
+"""Captioned digits, and teachers and students that read captions."""
+
+import pytest
+import torch
+
+from harness import captioned_digits, data
+from harness.captioned_digits import ATTRIBUTES, COPIES, Captions, captions, draw, seen
+from harness.config import DataSection, Sampler, parse_experiment
+from harness.denoiser import TextDenoiser
+from harness.errors import UserError
+from harness.evaluation.metrics import METRICS, Reference, Views
+from harness.fake_score import left_out
+from harness.method import Context, Sources
+from harness.networks import build_denoiser, load_denoiser, save_denoiser
+from harness.networks.clip import CaptionEncoder, SmallCLIP
+from harness.sampling import heun, sample
+
+NETWORK = {
+    "type": "UNet2DConditionModel",
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+}
+
+
+def embeddings(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of prompt n: tokens that say n."""
+    return {"embeddings": (numbers.view(-1, 1, 1) + torch.arange(12.0).view(1, 3, 4)).half()}
+
+
+@pytest.fixture
+def denoiser() -> TextDenoiser:
+    torch.manual_seed(0)
+    return build_denoiser(NETWORK, (3, 16, 16), 10, null=embeddings(torch.tensor([-5])))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return data.read(DataSection(name="captioned-digits"))
+
+
+def test_every_image_shows_what_its_caption_names(parts):
+    train, held, names = parts
+    said = captions()
+    assert len(train) == 1438 * COPIES and len(held) == 359 * COPIES and names[7] == "seven"
+    assert len(said.texts) == len(set(said.texts)) == 10 * 4 * 2 * 2 * 3
+    for part in (train, held):
+        assert said.shown(part.pixels, part.labels).all()
+        assert said.attributes[part.labels, 0].bincount().min() > 200
+    text, row = said.texts[train.labels[0]], said.attributes[train.labels[0]]
+    for values, i in zip(ATTRIBUTES.values(), row, strict=True):
+        assert values[i] in text
+
+
+def test_what_a_program_sees_is_not_what_was_asked(parts):
+    """Other captions are wrong, each in what it names otherwise."""
+    train, _, _ = parts
+    said, index = captions(), torch.arange(0, 2000)
+    pixels, labels = train.pixels[index], train.labels[index]
+    other = labels.roll(7)
+    same = said.attributes[labels, 1:] == said.attributes[other, 1:]
+    assert torch.equal(said.shown(pixels, other), same) and not same.all()
+    assert torch.equal(seen(255 - pixels)[:, 1], 1 - seen(pixels)[:, 1])  # the ground's negative
+
+
+def test_a_digit_s_drawings_depend_on_its_number_alone():
+    digits, labels, _ = data._digits()
+    both, numbers = draw(digits[:6], labels[:6], torch.arange(6))
+    one, number = draw(digits[4:5], labels[4:5], torch.tensor([4]))
+    assert torch.equal(one, both[4 * COPIES : 5 * COPIES])
+    assert torch.equal(number, numbers[4 * COPIES : 5 * COPIES])
+
+
+def test_captions_are_read_back(tmp_path):
+    data.prepare(DataSection(name="captioned-digits"), tmp_path)
+    for images in (True, False):
+        dataset = data.load(tmp_path, images)
+        assert dataset.num_conditions == 480 and dataset.num_classes == 10
+        assert dataset.captions.texts == captions().texts
+    labels = torch.tensor([0, 479])
+    assert dataset.classes(labels).tolist() == [0, 9]
+    plain = data.Dataset("x", None, None, ("a", "b"), "")
+    assert plain.num_conditions == 2 and torch.equal(plain.classes(labels), labels)
+
+
+def test_attribute_accuracy_asks_for_everything():
+    said = Captions(("a", "b"), torch.tensor([[3, 0, 0, 0], [4, 1, 1, 1]]))
+    shown = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
+    classes = said.attributes[torch.tensor([0, 0, 1, 1]), 0]
+    probabilities = torch.nn.functional.one_hot(torch.tensor([3, 3, 3, 4]), 10).float()
+    views = Views(
+        torch.zeros(4, 2),
+        Reference(torch.zeros(4, 2)),
+        labels=torch.tensor([0, 0, 1, 1]),
+        classes=classes,
+        shown=shown,
+        probabilities=probabilities,
+    )
+    found = {name: METRICS[name].estimate(views).value for name in METRICS if "accuracy" in name}
+    assert found == {
+        "accuracy": 75.0,
+        "attribute-accuracy": 25.0,
+        "ink-accuracy": 75.0,
+        "ground-accuracy": 100.0,
+        "side-accuracy": 75.0,
+    }
+
+
+def test_a_text_denoiser_s_folder_is_whole(denoiser, tmp_path):
+    sha256 = save_denoiser(denoiser.eval(), tmp_path)
+    again = load_denoiser(tmp_path, sha256)
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 20.0])
+    asked = embeddings(torch.tensor([3, 7]))
+    with torch.no_grad():
+        for condition in (None, asked):
+            assert torch.equal(denoiser(x, sigma, condition), again(x, sigma, condition))
+        assert not torch.equal(again(x, sigma), again(x, sigma, asked))
+    assert again.text_width == 4 and again.num_classes == 0
+    (tmp_path / "null.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="damaged"):
+        load_denoiser(tmp_path, sha256)
+
+
+def test_prompts_reach_the_network_by_number(denoiser):
+    """In training and in sampling: the embeddings of the numbers that are drawn."""
+    pixels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
+    sources = Sources((3, 16, 16), 6, 2.5, pixels, torch.arange(6), embeddings=embeddings)
+    sources.pair_tensors = {"x": torch.zeros(6, 3, 16, 16), "condition": torch.arange(6)}
+    context = Context({"student": denoiser}, sources, 0, 0, range(8))
+    for _, condition in (context.real(), context.pairs()[1:]):
+        numbers = condition["embeddings"][:, 0, 0]
+        assert condition["embeddings"].shape == (8, 3, 4) and set(numbers.tolist()) <= set(range(6))
+    assert context.generated().condition["embeddings"].shape == (8, 3, 4)
+    given = []
+
+    def generate(z, condition, noise):
+        given.append(condition["embeddings"][:, 0, 0].long())
+        return z
+
+    labels = torch.cat(
+        [y for _, y in sample(generate, 300, (3, 2, 2), 6, 0, embeddings=embeddings)]
+    )
+    assert torch.equal(torch.cat(given)[:300], labels)
+
+
+def test_a_share_of_conditions_is_left_out(denoiser):
+    context = Context({}, Sources((3, 16, 16), 6, 2.5), 0, 0, range(4000))
+    asked = embeddings(torch.zeros(4000))
+    found = left_out(context, denoiser, asked, 0.1)["embeddings"][:, 0, 0]
+    assert set(found.tolist()) == {0.0, -5.0}
+    assert float((found == -5).float().mean()) == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_guided_sampler_counts_and_uses_both_scores(denoiser):
+    calls = []
+    hook = denoiser.register_forward_hook(lambda _, args, out: calls.append(len(out)))
+    z, asked = torch.randn(2, 3, 16, 16), embeddings(torch.tensor([1, 2]))
+    with torch.no_grad():
+        guided = heun(denoiser.eval(), z, asked, steps=3, guidance=2.0)
+        images = sum(calls)
+        plain = heun(denoiser, z, asked, steps=3)
+    hook.remove()
+    sampler = Sampler(steps=3, guidance=2.0)
+    assert images == 2 * sampler.nfe == 20 and Sampler(steps=3).nfe == 5
+    assert not torch.allclose(guided, plain)
+    assert "guidance" not in Sampler().settings() and sampler.settings()["guidance"] == 2.0
+
+
+def test_a_clip_reads_captions(tmp_path):
+    torch.manual_seed(0)
+    clip = SmallCLIP((3, 16, 16), 480, 8, captioned=True).eval()
+    dataset = data.Dataset("captioned-digits", None, None, (), "", captions())
+    clip.set_captions(dataset)
+    assert clip.captions.shape == (480, 1, 16) and len(clip.captions.unique(dim=0)) == 480
+    encoder, texts = CaptionEncoder(clip, ""), list(captions().texts)
+    assert encoder.truncated(texts) == 0 and encoder.truncated(["one two three " * 9]) == 1
+    tokens = encoder.encode(texts[:5])["embeddings"]
+    assert tokens.shape == (5, 16, 16)
+    # The last token of a text is what open_clip makes its embedding of.
+    ends = clip.captions[:5, 0].argmax(dim=1)
+    pooled = tokens[torch.arange(5), ends] @ clip.clip.text_projection
+    assert torch.allclose(pooled, clip.clip.encode_text(clip.captions[:5, 0]), atol=1e-5)
+
+
+def test_mistakes_about_captions(tiny):
+    def mistakes(**changes):
+        teacher = tiny["teachers"]["edm"] | changes.pop("teacher", {})
+        with pytest.raises(UserError) as caught:
+            parse_experiment(tiny | {"teachers": {"edm": teacher}} | changes, "t.yaml")
+        return str(caught.value)
+
+    captioned = {"name": "captioned-digits"}
+    text = {"network": NETWORK}
+    assert "data has captions; UNet2DConditionModel reads them" in mistakes(data=captioned)
+    assert "teachers.edm.text_encoder: missing" in mistakes(data=captioned, teacher=text)
+    found = mistakes(data=captioned, teacher=text | {"text_encoder": "tiny-clp"})
+    assert "'tiny-clp' is not under features; did you mean 'tiny-clip'?" in found
+    found = mistakes(data=captioned, teacher=text | {"text_encoder": "tiny-cnn"})
+    assert "a feature network of type clip, not cnn" in found
+    assert "UNet2DConditionModel reads captions; data has none" in mistakes(teacher=text)
+    assert "means nothing; data has no captions" in mistakes(teacher={"text_encoder": "tiny-clip"})
+
+
+def test_colours_are_told_apart_at_half_strength():
+    """As a generator's images are: paler than the data's."""
+    digits, labels, _ = data._digits()
+    pixels, numbers = draw(digits[:200], labels[:200], torch.arange(200))
+    ground = torch.tensor(list(captioned_digits.GROUNDS.values()))[
+        captions().attributes[numbers, 2]
+    ].view(-1, 3, 1, 1)
+    pale = (ground + 0.5 * (pixels.float() - ground)).round().to(torch.uint8)
+    assert captions().shown(pale, numbers).float().mean() > 0.99

@@ -1,0 +1,89 @@
+"""Exported students: diffusers pipelines that give the images that the harness gives."""
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+
+import harness
+from harness.artifacts import read_json
+from harness.denoiser import one_step
+from harness.export import OneStepPipeline, one_step_scheduler
+from harness.networks import build_denoiser, load_denoiser
+from harness.networks.pipelines import PipelineFolder
+from harness.sampling import noise_and_labels
+from tests import pipelines
+
+
+def test_an_exported_student_gives_the_harness_s_images(finished, tmp_path):
+    folder = tmp_path / "sid"
+    arguments = ["export", "sid", "0", str(folder), "--configfile", "configs/tiny.yaml"]
+    done = finished.run("harness", *arguments)
+    assert done.returncode == 0, done.stderr
+    pipe = harness.OneStepPipeline.from_pretrained(folder)
+    assert isinstance(pipe, OneStepPipeline)
+    z, labels = noise_and_labels(torch.arange(6), (1, 8, 8), 10, seed=0)
+    found = pipe(class_labels=labels, latents=z, output_type="pt").images
+    run = finished.results / "students" / "sid" / "seed0"
+    student = load_denoiser(run / "model", read_json(run / "student.json")["sha256"])
+    with torch.no_grad():
+        expected = one_step(student, z, labels, 2.5)
+    assert torch.equal(found, (expected / 2 + 0.5).clip(0, 1))
+    pictures = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
+    assert [p.size for p in pictures] == [(8, 8)] * 2 and pictures[0].mode == "L"
+    with pytest.raises(ValueError, match="class_labels run from 0 to 9"):
+        pipe(class_labels=[10])
+
+
+def test_a_model_card_says_where_a_student_comes_from(finished, tmp_path):
+    folder = tmp_path / "dmd"
+    arguments = ["export", "dmd", "0", str(folder), "--configfile", "configs/tiny.yaml"]
+    assert finished.run("harness", *arguments).returncode == 0
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "diffusers" and "dmd" in head["tags"]
+    record = read_json(finished.results / "students" / "dmd" / "seed0" / "student.json")
+    for said in (record["sha256"], record["inputs"]["teacher"], "arXiv 2311.18828", "| fd |"):
+        assert said in card
+    assert not any(path.suffix in (".bin", ".pkl", ".py") for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
+def test_edm_s_networks_are_exported_too(kind, tmp_path):
+    torch.manual_seed(0)
+    network = {"type": kind, "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1}
+    denoiser = build_denoiser(network | {"attn_resolutions": [8]}, (3, 16, 16), 10)
+    pipe = OneStepPipeline(denoiser.eval().backbone, 2.5, **denoiser.precondition)
+    pipe.save_pretrained(tmp_path)
+    again = OneStepPipeline.from_pretrained(tmp_path)
+    z, labels = torch.randn(2, 3, 16, 16), torch.tensor([1, 9])
+    images = [p(class_labels=labels, latents=z, output_type="pt").images for p in (pipe, again)]
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("sigma_init", [2.5, 14.0])
+@pytest.mark.parametrize("make", [pipelines.stable_diffusion, pipelines.pixart])
+def test_a_stock_pipeline_takes_the_harness_s_step(make, sigma_init, tmp_path):
+    """One step without guidance, loaded by diffusers alone."""
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "teacher")
+    folder = PipelineFolder(tmp_path / "teacher")
+    student, encoder = folder.denoiser(), folder.text_encoder()
+    pipe.scheduler = one_step_scheduler(student, sigma_init)
+    pipe.save_pretrained(tmp_path / "student")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    stock.set_progress_bar_config(disable=True)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {} if "Stable" in type(stock).__name__ else {"use_resolution_binning": False}
+    found = stock(
+        "a red seven",
+        latents=z.clone(),
+        num_inference_steps=1,
+        guidance_scale=0,
+        output_type="latent",
+        **options,
+    ).images
+    with torch.no_grad():
+        expected = one_step(student, z, encoder.encode(["a red seven"]), sigma_init)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert student.level(sigma_init) == pytest.approx(sigma_init, rel=0.02)
