@@ -44,7 +44,8 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images of the experiment's shape and labels, read from no file but an embedded one."""
     data = experiment.data
     if data.name in datasets.EMBEDDED and data.source is None and data.has_images:
-        train, _, names = datasets.EMBEDDED[data.name](data)
+        with torch.device("cpu"):  # whatever the costs are counted on
+            train, _, names = datasets.EMBEDDED[data.name](data)
         shape, classes = tuple(train.pixels.shape[1:]), len(names)
     elif data.name in OFFICIAL and data.source is None and data.has_images:
         known = OFFICIAL[data.name]

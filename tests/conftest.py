@@ -97,6 +97,7 @@ BREAK = """
 """
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Workers share the tests by module; those that need the finished workflow, which takes
     minutes, belong to one of them, and come first."""
