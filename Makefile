@@ -15,7 +15,7 @@ claims: install
 	$(BIN)/snakemake --cores $(CORES) all --configfile configs/digits-claims.yaml
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -276,6 +276,7 @@ class OneHotDenoiser(EDMDenoiser):
 def one_step(student: Denoiser, z: Tensor, condition: Condition, sigma_init: float) -> Tensor:
     """G(z, c) = D(σ_init z; σ_init, c): the student's image; `z` standard normal `(B, C, H, W)`.
     Of a student that knows a scheduler's noise levels alone, σ_init is the nearest of these."""
-    sigma_init = student.level(sigma_init)
+    if isinstance(student, Denoiser):
+        sigma_init = student.level(sigma_init)
     sigma = torch.full((len(z),), sigma_init, device=z.device)
     return student(sigma_init * z, sigma, condition)

@@ -54,7 +54,7 @@ class OneStepPipeline(DiffusionPipeline):
     def __init__(
         self,
         network: torch.nn.Module,
-        sigma_init: float,
+        sigma_init: float = 80.0,
         sigma_data: float = 0.5,
         epsilon: float = 0.0,
         num_classes: int = 0,

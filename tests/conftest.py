@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from tests import stages
 
@@ -97,23 +99,33 @@ BREAK = """
 """
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Workers share the tests by module; those that need the finished workflow, which takes
-    minutes, belong to one of them, and come first."""
-
-    def group(item) -> str:
-        return "workflow" if "broken" in item.fixturenames else item.path.stem
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "workflow")
+    """Processes share the tests by file (`--dist loadfile`). The workflow's runs take minutes: one
+    process makes them, and the others begin with the files that need none of them."""
+    waiting = {item.path for item in items if "broken" in item.fixturenames}
+    items.sort(key=lambda item: (item.path.stem != "test_workflow", item.path in waiting))
 
 
-@pytest.fixture(scope="session")
-def broken(tmp_path_factory) -> Workspace:
-    """The tiny experiment, run from nothing by the workflow with one method that fails."""
-    workspace = Workspace.create(tmp_path_factory.mktemp("broken") / "project")
+def run_once(tmp_path_factory, name: str, run) -> Workspace:
+    """A workspace that all processes of the tests share: `run(folder)` makes it, in one of them,
+    and its `last_run` and `killed_with` are kept for the others."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    record = folder.with_suffix(".json")
+    with FileLock(folder.with_suffix(".lock")):
+        if not record.exists():
+            workspace = run(folder)
+            kept = {"last_run": vars(workspace.last_run)}
+            kept["killed_with"] = getattr(workspace, "killed_with", None)
+            record.write_text(json.dumps(kept))
+    kept, workspace = json.loads(record.read_text()), Workspace(folder)
+    workspace.last_run = subprocess.CompletedProcess(**kept["last_run"])
+    workspace.killed_with = kept["killed_with"]
+    return workspace
+
+
+def run_broken(folder: Path) -> Workspace:
+    workspace = Workspace.create(folder)
     path = workspace.root / "methods" / "sim.py"
     path.write_text(path.read_text() + BREAK)
     workspace.last_run = workspace.snakemake(BREAK="1")
@@ -121,10 +133,22 @@ def broken(tmp_path_factory) -> Workspace:
 
 
 @pytest.fixture(scope="session")
+def broken(tmp_path_factory) -> Workspace:
+    """The tiny experiment, run from nothing by the workflow with one method that fails."""
+    return run_once(tmp_path_factory, "broken", run_broken)
+
+
+@pytest.fixture(scope="session")
 def finished(broken, tmp_path_factory) -> Workspace:
     """The same, finished by the next command, when nothing fails any more. Not to be changed."""
-    workspace = broken.clone(tmp_path_factory.mktemp("finished") / "project")
-    done = workspace.last_run = workspace.snakemake()
+
+    def run(folder: Path) -> Workspace:
+        workspace = broken.clone(folder)
+        workspace.last_run = workspace.snakemake()
+        return workspace
+
+    workspace = run_once(tmp_path_factory, "finished", run)
+    done = workspace.last_run
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace
 
@@ -135,24 +159,27 @@ def example(finished, tmp_path_factory) -> Workspace:
     killed: its children go on, its lock stays."""
     from tests.test_workflow import kill_when, state_step
 
-    workspace = finished.clone(tmp_path_factory.mktemp("example") / "project")
-    shutil.copy(DATA / "example" / "diff_instruct.py", workspace.root / "methods")
-    config = workspace.config()
-    config["students"]["diff-instruct"] = {"method": "diff_instruct", "settings": {"lr": 1e-4}}
-    workspace.write_config(config)
-    command = ["snakemake", "--cores", "8", "all", "--configfile", "configs/tiny.yaml"]
-    process = subprocess.Popen(
-        workspace.command(*command),
-        cwd=workspace.root,
-        env=workspace.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    folder = workspace.results / "students" / "diff-instruct" / "seed0"
-    kill_when(lambda: state_step(folder) >= 0, process.pid, lambda: process.poll() is None)
-    workspace.killed_with = process.wait()
-    workspace.last_run = workspace.snakemake()
-    return workspace
+    def run(folder: Path) -> Workspace:
+        workspace = finished.clone(folder)
+        shutil.copy(DATA / "example" / "diff_instruct.py", workspace.root / "methods")
+        config = workspace.config()
+        config["students"]["diff-instruct"] = {"method": "diff_instruct", "settings": {"lr": 1e-4}}
+        workspace.write_config(config)
+        command = ["snakemake", "--cores", "8", "all", "--configfile", "configs/tiny.yaml"]
+        process = subprocess.Popen(
+            workspace.command(*command),
+            cwd=workspace.root,
+            env=workspace.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        student = workspace.results / "students" / "diff-instruct" / "seed0"
+        kill_when(lambda: state_step(student) >= 0, process.pid, lambda: process.poll() is None)
+        workspace.killed_with = process.wait()
+        workspace.last_run = workspace.snakemake()
+        return workspace
+
+    return run_once(tmp_path_factory, "example", run)
 
 
 @pytest.fixture

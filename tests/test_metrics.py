@@ -234,7 +234,7 @@ def test_every_metric_is_a_number_on_the_fewest_samples(neighbours):
     )
     views = Views(
         x, reference, torch.arange(samples) % 2, x.softmax(dim=1), neighbours=neighbours,
-        **dict.fromkeys(ratings, each),
+        shown=torch.ones(samples, 3).bool(), **dict.fromkeys(ratings, each),
     )  # fmt: skip
     for name, metric in METRICS.items():
         if samples >= metric.samples_per_dim * x.shape[1]:

@@ -167,14 +167,14 @@ class Views:
     features: Tensor
     reference: Reference
     labels: Tensor | None = None
-    classes: Tensor | None = None
-    shown: Tensor | None = None
     probabilities: Tensor | None = None
     text_similarity: Tensor | None = None
     prefixed_similarity: Tensor | None = None
     aesthetic: Tensor | None = None
     aesthetic_v1: Tensor | None = None
     aesthetic_v2: Tensor | None = None
+    classes: Tensor | None = None
+    shown: Tensor | None = None
     neighbours: int = 3
     alone: bool = True  # False: one of several subsets, whose spread is the error
     _parts: dict[int, list[Views]] = field(default_factory=dict, init=False, repr=False)
