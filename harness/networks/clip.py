@@ -57,7 +57,7 @@ class SmallCLIP(nn.Module):
                 layers=3,
                 width=2 * width,
                 head_width=16,
-                patch_size=2 if self.size <= 16 else 4,
+                patch_size=2 if self.size < 16 else 4,
                 image_size=self.size,
             ),
             CLIPTextCfg(context_length=CONTEXT_LENGTH, width=text_width(width), heads=4, layers=2),
