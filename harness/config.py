@@ -1071,6 +1071,26 @@ def _check_text(name: str, teacher: TrainedTeacher, model: ExperimentModel) -> l
     return lines
 
 
+def _check_guidance(model: ExperimentModel) -> list[str]:
+    """Guidance asks for a score without condition: a teacher trained here must have learnt one."""
+    blind = {
+        name
+        for name, teacher in _valid(model.teachers)
+        if isinstance(teacher, TrainedTeacher) and not teacher.label_dropout
+    }
+    why = "needs a teacher that knows images without a condition: give it label_dropout"
+    lines = [
+        f"teachers.{name}.sampler.guidance: {why}"
+        for name in sorted(blind)
+        if model.teachers[name].sampler.guidance != 1
+    ]
+    for name, student in _valid(model.students):
+        scale = (model.training.settings | student.settings).get("teacher_guidance", 1)
+        if scale != 1 and (student.teacher or next(iter(model.teachers), None)) in blind:
+            lines.append(f"students.{name}.settings.teacher_guidance: {why}")
+    return lines
+
+
 # What torch.compile builds its kernels with, on a CPU, and the code that starts them, on a GPU.
 COMPILERS = ("g++", "clang++")
 
@@ -1105,7 +1125,7 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
             lines += _check_fetched(name, item, files)
     if model.evaluation:
         lines += _check_evaluation(model.evaluation, model, files)
-    lines += _check_claims(model)
+    lines += _check_claims(model) + _check_guidance(model)
     for name, student in _valid(model.students):
         lines += _check_student(name, student, model)
     if len(set(model.training.seeds)) < len(model.training.seeds):

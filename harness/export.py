@@ -1,8 +1,7 @@
 """Students as diffusers pipelines with a model card: nothing of a run is needed to use them.
 
-A student of a pipeline's teacher (Stable Diffusion, PixArt) becomes a stock pipeline with a
-scheduler of one step: `DiffusionPipeline.from_pretrained(folder)` loads it, and no code of this
-project. Others become a `OneStepPipeline`, which knows EDM's preconditioning.
+A student with EDM's preconditioning becomes a `OneStepPipeline`. `one_step_scheduler` is what a
+stock pipeline (Stable Diffusion, PixArt) needs to give a student's image in its one step.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from harness import data as datasets
 from harness.artifacts import atomic_folder, read_json
 from harness.config import Experiment
 from harness.denoiser import EDMDenoiser, one_step
+from harness.errors import UserError
 from harness.networks import ARCHITECTURES, denoiser_record, load_denoiser
 from harness.networks.pipelines import VPDenoiser
 
@@ -113,10 +113,15 @@ def _pil(images: Tensor) -> list:
 
 
 def export_student(experiment: Experiment, student: str, seed: int, folder: Path) -> None:
-    """Write a finished student and its model card to `folder`, whole or not at all."""
+    """Write a finished student and its model card to `folder`, whole or not at all. What is there
+    already is left alone."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; name a new or an empty folder")
     run_dir = experiment.run_dir(student, seed)
     record = read_json(run_dir / "student.json")
     denoiser = load_denoiser(run_dir / "model", record["sha256"], owner=run_dir)
+    if denoiser.text_width:
+        raise UserError(f"{student} reads captions; its text encoder cannot be exported yet")
     sigma_init = denoiser_record(run_dir / "model")["sigma_init"]
     pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
     with atomic_folder(folder) as temporary:
@@ -129,7 +134,7 @@ CARD = """\
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags: [one-step-diffusion, {method}]
-{licence}---
+{origin}---
 
 # {student}: a one-step student of {teacher}
 
@@ -163,7 +168,7 @@ def model_card(experiment: Experiment, student: str, seed: int, record: dict) ->
     teacher = experiment.teacher_of(student)
     source = getattr(experiment.teachers[teacher], "source", None)
     dataset = datasets.load(experiment.data_dir(), images=False)
-    licence = "" if source is None else f"base_model: {Path(source).name}\n"
+    origin = "" if source is None else f"base_model: {Path(source).name}\n"
     return CARD.format(
         student=student,
         method=record["method"],
@@ -177,26 +182,32 @@ def model_card(experiment: Experiment, student: str, seed: int, record: dict) ->
         tflops=record["ledger"]["flops"] / 1e12,
         parameters=record["parameters"],
         sha256=record["sha256"],
-        licence=licence,
+        origin=origin,
         folder=f"{experiment.name}-{student}",
         call="class_labels=[0, 1]" if dataset.num_classes else "num_images=4",
-        scores=_scores(experiment, student, seed),
+        scores=_scores(experiment, student, seed, record["sha256"]),
         deviations="; ".join(record["deviations"]) or "none",
     )
 
 
-def _scores(experiment: Experiment, student: str, seed: int) -> str:
-    """The last snapshot's scores as a table: mean over sampling seeds."""
+def _scores(experiment: Experiment, student: str, seed: int, sha256: str) -> str:
+    """The scores of these weights as a table: mean over sampling seeds, and the range of these."""
     path = experiment.score_path(student, seed)
-    if not path.exists():
+    record = read_json(path) if path.exists() else {"weights": None}
+    if record["weights"] != sha256:
         return "Not scored."
-    entry = next(e for e in read_json(path)["entries"] if e["final"])
-    values: dict[tuple[str, int, str], list[float]] = {}
+    entry = next(e for e in record["entries"] if e["final"])
+    values: dict[tuple, list[float]] = {}
     for row in entry["rows"]:
         if row["value"] is not None:
-            key = (row["metric"], row["num_samples"], row["extractor"])
+            key = (row["metric"], row["num_samples"], row["extractor"], row["protocol"])
             values.setdefault(key, []).append(row["value"])
-    lines = ["| metric | samples | extractor | value |", "|---|---|---|---|"]
-    for (metric, count, extractor), found in values.items():
-        lines.append(f"| {metric} | {count:,} | {extractor} | {sum(found) / len(found):.4g} |")
+    lines = [
+        "| metric | samples | extractor | protocol | mean | of sampling seeds |",
+        "|" + 6 * "---|",
+    ]
+    for (metric, count, extractor, protocol), found in values.items():
+        spread = f"{min(found):.4g} to {max(found):.4g} ({len(found)})"
+        mean = f"{sum(found) / len(found):.4g}"
+        lines.append(f"| {metric} | {count:,} | {extractor} | {protocol} | {mean} | {spread} |")
     return "\n".join(lines)

@@ -204,6 +204,20 @@ def test_mistakes_about_captions(tiny):
     assert "means nothing; data has no captions" in mistakes(teacher={"text_encoder": "tiny-clip"})
 
 
+def test_guidance_needs_a_teacher_that_knows_no_condition(tiny):
+    tiny["teachers"]["edm"] |= {"label_dropout": 0.0, "sampler": {"steps": 3, "guidance": 2.0}}
+    tiny["students"]["sid"]["settings"] = tiny["students"]["sid"].get("settings", {}) | {
+        "teacher_guidance": 1.5
+    }
+    with pytest.raises(UserError) as caught:
+        parse_experiment(tiny, "t.yaml")
+    told = str(caught.value)
+    assert "2 mistakes" in told and "teachers.edm.sampler.guidance: needs a teacher" in told
+    assert "students.sid.settings.teacher_guidance: needs a teacher" in told
+    tiny["teachers"]["edm"]["label_dropout"] = 0.1
+    parse_experiment(tiny, "t.yaml")
+
+
 def test_colours_are_told_apart_at_half_strength():
     """As a generator's images are: paler than the data's."""
     digits, labels, _ = data._digits()

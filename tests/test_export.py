@@ -45,6 +45,10 @@ def test_a_model_card_says_where_a_student_comes_from(finished, tmp_path):
     record = read_json(finished.results / "students" / "dmd" / "seed0" / "student.json")
     for said in (record["sha256"], record["inputs"]["teacher"], "arXiv 2311.18828", "| fd |"):
         assert said in card
+    # Whatever is in a folder already stays there.
+    again = finished.run("harness", *arguments)
+    assert again.returncode == 2 and "is there already" in again.stderr
+    assert (folder / "README.md").read_text() == card
     assert not any(path.suffix in (".bin", ".pkl", ".py") for path in folder.rglob("*"))
 
 
