@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from harness.artifacts import digest, write_json
+from harness.artifacts import digest, settings_but, write_json
 from harness.downloads import is_address
 from harness.errors import UserError, did_you_mean
 from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
@@ -83,10 +83,7 @@ class Sampler(Section):
     def settings(self) -> dict:
         """As `harness.sampling.heun` takes them. A key that came later is left out where it keeps
         its default: finished results outlive it."""
-        later = {"guidance"}
-        return self.model_dump(exclude=later) | self.model_dump(
-            include=later, exclude_defaults=True
-        )
+        return settings_but(self, {"guidance"})
 
     @property
     def nfe(self) -> int:
@@ -472,9 +469,12 @@ class Experiment:
                 sets[name] = (self.teacher_of(student), needs.pairs, needs.pair_steps)
         return sets
 
-    def pair_evaluations(self, student: str) -> int:
-        """Network evaluations of the teacher for each pair that a student needs."""
-        return Sampler(**self.pairs_spec(self.pairs_name(student))["sampler"]).nfe
+    def pair_sampler(self, name: str) -> Sampler:
+        """What makes a pair set: a function of the noise that the student sees, whatever the
+        teacher's rows are made with."""
+        teacher, _, steps = self.pair_sets[name]
+        deterministic = {"s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
+        return self.teachers[teacher].sampler.model_copy(update={"steps": steps} | deterministic)
 
     @property
     def seconds_budget(self) -> bool:
@@ -502,8 +502,7 @@ class Experiment:
     def teacher_spec(self, name: str) -> dict:
         spec = {
             "data": self.data_spec(),
-            "teacher": self.teachers[name].model_dump(exclude={"sampler", *LATER})
-            | self.teachers[name].model_dump(include=LATER, exclude_defaults=True),
+            "teacher": settings_but(self.teachers[name], LATER, without={"sampler"}),
         }
         encoder = self.text_encoder_of(name)
         return spec | ({"text_encoder": self.features_spec(encoder)} if encoder else {})
@@ -513,10 +512,8 @@ class Experiment:
         return getattr(self.teachers[teacher], "text_encoder", None)
 
     def pairs_spec(self, name: str) -> dict:
-        teacher, pairs, steps = self.pair_sets[name]
-        sampler = self.teachers[teacher].sampler.settings() | {"steps": steps}
-        # A function of the noise that the student sees, whatever the teacher's rows are made with.
-        sampler |= {"s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
+        teacher, pairs, _ = self.pair_sets[name]
+        sampler = self.pair_sampler(name).settings()
         return {"teacher": self.teacher_spec(teacher), "pairs": pairs, "sampler": sampler}
 
     def run_spec(self, student: str, seed: int) -> dict:
@@ -548,10 +545,7 @@ class Experiment:
         return [limit.model_dump() for limit in self.budget(student)]
 
     def evaluation_spec(self) -> dict:
-        # A key that came later is left out where it keeps its default: finished scores outlive it.
-        later = {"statistics", "statistics_sha256"}
-        spec = self.evaluation.model_dump(exclude=later)
-        return spec | self.evaluation.model_dump(include=later, exclude_defaults=True)
+        return settings_but(self.evaluation, {"statistics", "statistics_sha256"})
 
     def score_spec(self) -> dict:
         """What decides how any generator is scored; a new metric rescores and retrains nothing."""

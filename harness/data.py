@@ -9,7 +9,7 @@ their shape and classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from harness.artifacts import (
     save_tensors,
     write_json,
 )
-from harness.captioned_digits import DIGIT_WORDS, Captions, captions, draw
+from harness.captioned_digits import DIGIT_WORDS, SIZE, Captions, captions, draw
 from harness.config import DataSection
 from harness.errors import UserError
 from harness.streams import Stream
@@ -111,7 +111,19 @@ def _read_captioned_digits(section: DataSection) -> tuple[Images, Images, tuple[
     return train, held, names
 
 
-EMBEDDED = {"digits": _read_digits, "captioned-digits": _read_captioned_digits}
+@dataclass(frozen=True)
+class Embedded:
+    """A set that needs no file; `read` gives both parts and the class names."""
+
+    read: Callable[[DataSection], tuple[Images, Images, tuple[str, ...]]]
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...] = DIGIT_WORDS
+
+
+EMBEDDED = {
+    "digits": Embedded(_read_digits, (1, 8, 8)),
+    "captioned-digits": Embedded(_read_captioned_digits, (3, SIZE, SIZE)),
+}
 
 
 def captions_of(section: DataSection) -> Captions | None:
@@ -125,7 +137,7 @@ def read(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
     A set with an official test set holds that out; of others `held_out` says how much.
     """
     if section.source is None and section.name in EMBEDDED:
-        return EMBEDDED[section.name](section)
+        return EMBEDDED[section.name].read(section)
     from harness.downloads import fetch, is_address
     from harness.official_data import OFFICIAL, read_official, recognises
 

@@ -161,7 +161,7 @@ class UNet2DDenoiser(EDMDenoiser):
     def __init__(self, backbone: nn.Module, num_classes: int, *args, **kwargs):
         super().__init__(backbone, num_classes, *args, **kwargs)
         if backbone.config.time_embedding_type != "positional":
-            raise ValueError("UNet2DDenoiser needs time_embedding_type 'positional'")
+            raise ValueError(f"{type(self).__name__} needs time_embedding_type 'positional'")
         if num_classes and backbone.config.num_class_embeds != num_classes + 1:
             raise ValueError(f"num_class_embeds must be num_classes + 1 = {num_classes + 1}")
 
@@ -184,26 +184,16 @@ class UNet2DDenoiser(EDMDenoiser):
         return self.backbone(x, c_noise * self.TIME_SCALE, class_labels=condition, **extras).sample
 
 
-class TextDenoiser(EDMDenoiser):
-    """A diffusers `UNet2DConditionModel` as a text-conditional denoiser.
+class TextDenoiser(UNet2DDenoiser):
+    """A diffusers `UNet2DConditionModel` as a text-conditional denoiser without classes.
 
     `condition`: `embeddings` `(B, L, D)` and, where padding is masked, `mask` `(B, L)`. `null`: the
-    same of the empty prompt, batch 1. The noise level is mapped as in `UNet2DDenoiser`.
+    same of the empty prompt, batch 1.
     """
 
     def __init__(self, backbone: nn.Module, *args, null: dict[str, Tensor] | None = None, **kwargs):
         super().__init__(backbone, *args, **kwargs)
         self.null = NullText(null or {})
-
-    @staticmethod
-    def backbone_arguments(image_shape: tuple[int, int, int], num_classes: int) -> dict:
-        channels, height, _ = image_shape
-        return {"sample_size": height, "in_channels": channels, "out_channels": channels}
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        config = self.backbone.config
-        return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
     def text_width(self) -> int:
@@ -215,7 +205,7 @@ class TextDenoiser(EDMDenoiser):
     def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
         return self.backbone(
             x,
-            c_noise * UNet2DDenoiser.TIME_SCALE,
+            c_noise * self.TIME_SCALE,
             encoder_hidden_states=condition["embeddings"].to(x),
             encoder_attention_mask=condition.get("mask"),
             **extras,
@@ -276,7 +266,6 @@ class OneHotDenoiser(EDMDenoiser):
 def one_step(student: Denoiser, z: Tensor, condition: Condition, sigma_init: float) -> Tensor:
     """G(z, c) = D(σ_init z; σ_init, c): the student's image; `z` standard normal `(B, C, H, W)`.
     Of a student that knows a scheduler's noise levels alone, σ_init is the nearest of these."""
-    if isinstance(student, Denoiser):
-        sigma_init = student.level(sigma_init)
+    sigma_init = student.level(sigma_init)
     sigma = torch.full((len(z),), sigma_init, device=z.device)
     return student(sigma_init * z, sigma, condition)

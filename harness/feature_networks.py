@@ -201,16 +201,15 @@ def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float | None:
         return None
     for pixels, labels in held_out.blocks(1024):
         x = datasets.to_model_space(pixels)
-        if hasattr(network, "class_features"):
-            scores = network.features(x) @ network.class_features().T
-        else:
-            scores = network(x)
-        found = scores.argmax(dim=1)
-        if dataset.captions and scores.shape[1] == dataset.num_conditions:
+        if not hasattr(network, "class_features"):
+            correct.append(network(x).argmax(dim=1) == dataset.classes(labels))
+            continue
+        found = (network.features(x) @ network.class_features().T).argmax(dim=1)
+        if dataset.captions:
             named = dataset.captions.attributes
             correct.append((named[found] == named[labels]).all(dim=1))
         else:
-            correct.append(found == dataset.classes(labels))
+            correct.append(found == labels)
     return torch.cat(correct).double().mean().item()
 
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from harness.artifacts import settings_but
 from harness.data import to_model_space
 from harness.denoiser import Condition, Denoiser, each_part, one_step
 from harness.errors import UserError, did_you_mean
@@ -73,10 +74,7 @@ class MethodConfig(BaseModel):
 
     def spec(self) -> dict:
         """What of the settings decides a run's weights."""
-        later = {name for name in self.LATER if name in type(self).model_fields}
-        return self.model_dump(exclude=later) | self.model_dump(
-            include=later, exclude_defaults=True
-        )
+        return settings_but(self, self.LATER)
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,13 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
     """
     teacher_name, count, _ = experiment.pair_sets[name]
     folder, device = experiment.pairs_dir(name), experiment.device
-    sampler = experiment.pairs_spec(name)["sampler"]
+    sampler = experiment.pair_sampler(name)
     made_by = experiment.teacher_dir(teacher_name)
     sha256 = read_json(made_by / "teacher.json")["sha256"]
     teacher = load_denoiser(made_by, sha256, device)
     key = digest([experiment.pairs_spec(name), sha256])
     dataset = datasets.load(experiment.data_dir(), images=False)
     asked = dataset.num_conditions, load_embeddings(made_by)
-    evaluations = Sampler(**sampler).nfe
     group = processes()
     with group.leading(run_lock(folder)):
         records = [folder / key / f"shard-{start:08d}.json" for start in range(0, count, SHARD)]
@@ -70,8 +69,8 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
         record = {
             "pairs": count,
             "key": key,
-            "sampler": sampler,
-            "evaluations": count * evaluations,
+            "sampler": sampler.settings(),
+            "evaluations": count * sampler.nfe,
             "flops": sum(shard["flops"] for shard in shards),
             "seconds": sum(shard["seconds"] for shard in shards),
             "contended": not alone,
@@ -85,7 +84,7 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
 @torch.no_grad()
 def _make_shard(
     teacher: Denoiser,
-    sampler: dict,
+    sampler: Sampler,
     shape: tuple,
     asked: tuple[int, Embeddings | None],
     start: int,
@@ -107,9 +106,9 @@ def _make_shard(
         if not flops_per_image:
             with measure({}) as cost:
                 teacher(z.to(device), torch.ones(BLOCK, device=device), condition)
-            flops_per_image = cost.flops / BLOCK * Sampler(**sampler).nfe
+            flops_per_image = cost.flops / BLOCK * sampler.nfe
         started = time.perf_counter()
-        x = heun(teacher, z.to(device), condition, **sampler).float().cpu()
+        x = heun(teacher, z.to(device), condition, **sampler.settings()).float().cpu()
         seconds += time.perf_counter() - started
         wanted = min(BLOCK, start + size - first)
         parts["x"].append(x[:wanted])

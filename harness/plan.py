@@ -20,7 +20,6 @@ from harness.artifacts import digest, read_json, sha256_file, write_json
 from harness.config import (
     Experiment,
     ImportedTeacher,
-    Sampler,
     micro_batch,
     parse_experiment,
 )
@@ -44,9 +43,8 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images of the experiment's shape and labels, read from no file but an embedded one."""
     data = experiment.data
     if data.name in datasets.EMBEDDED and data.source is None and data.has_images:
-        with torch.device("cpu"):  # whatever the costs are counted on
-            train, _, names = datasets.EMBEDDED[data.name](data)
-        shape, classes = tuple(train.pixels.shape[1:]), len(names)
+        known = datasets.EMBEDDED[data.name]
+        shape, classes = known.image_shape, len(known.class_names)
     elif data.name in OFFICIAL and data.source is None and data.has_images:
         known = OFFICIAL[data.name]
         shape, classes = known.image_shape, len(known.class_names) * data.labels
@@ -233,7 +231,8 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
             with torch.no_grad(), measure({}) as cost:
                 labels = torch.zeros(1, dtype=torch.long) if inputs.teacher.num_classes else None
                 inputs.teacher(torch.zeros(1, *inputs.teacher.image_shape), one, labels)
-            pair_flops = cost.flops * needs.pairs * experiment.pair_evaluations(student)
+            sampler = experiment.pair_sampler(experiment.pairs_name(student))
+            pair_flops = cost.flops * needs.pairs * sampler.nfe
         for _ in range(PERIOD):
             trainer._iteration()
     flops = trainer.ledger.flops / (PERIOD * run.batch)
@@ -385,7 +384,7 @@ def _teacher_work(experiment: Experiment, name: str) -> Work:
 def _pairs_work(experiment: Experiment, name: str) -> Work:
     of, pairs, _ = experiment.pair_sets[name]
     teacher, inputs = _teacher(experiment, of)
-    evaluations = pairs * Sampler(**experiment.pairs_spec(name)["sampler"]).nfe
+    evaluations = pairs * experiment.pair_sampler(name).nfe
     return Work(_passing(teacher, *inputs)[0] * evaluations, _weights(teacher))
 
 

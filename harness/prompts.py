@@ -31,7 +31,7 @@ SHARD = 256  # prompts of one file of embeddings
 
 @dataclass(frozen=True)
 class Prompts:
-    """`texts` in the file's order; `sha256` of the file."""
+    """`texts` in their order; `sha256` of the file that they come from, or of themselves."""
 
     texts: tuple[str, ...]
     sha256: str
@@ -107,7 +107,7 @@ def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> Path:
     shards = []
     for start in range(0, len(prompts), SHARD):
         record = folder / f"shard-{start:08d}.json"
-        if not record.exists():
+        if not _whole(record):
             parts = _compact(encoder.encode(prompts.texts[start : start + SHARD]))
             sha256 = save_tensors(record.with_suffix(".safetensors"), parts)
             write_json(record, {"file": f"{record.stem}.safetensors", "sha256": sha256})
@@ -139,6 +139,16 @@ def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> Path:
     return folder
 
 
+def _whole(record: Path) -> bool:
+    """Whether a shard is there and is what its record says."""
+    try:
+        known = read_json(record)
+        verify(record.with_name(known["file"]), known["sha256"])
+    except UserError:
+        return False
+    return True
+
+
 def _compact(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """As kept on disk: float16 embeddings, a mask of bytes."""
     for name, part in parts.items():
@@ -153,17 +163,19 @@ def _compact(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_embeddings(teacher: Path) -> Embeddings | None:
     """What a teacher's folder has of prompts: None for one that takes none."""
     text = read_json(teacher / "teacher.json").get("text")
-    return Embeddings(teacher / text["folder"]) if text else None
+    return Embeddings(teacher / text["folder"], teacher / "teacher.json") if text else None
 
 
 class Embeddings:
     """The embeddings in a folder that `embed_prompts` left, by the prompts' numbers.
 
-    Files are mapped into memory; each is checked against its hash when it is first asked.
+    Files are mapped into memory; each is checked against its hash when it is first asked. `owner`:
+    what has to go for damaged ones to be made again.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.record = folder, read_json(folder / "prompts.json")
+    def __init__(self, folder: Path, owner: Path | None = None):
+        self.folder, self.owner = folder, owner or folder
+        self.record = read_json(folder / "prompts.json", self.owner)
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -173,14 +185,14 @@ class Embeddings:
     def null(self) -> dict[str, Tensor]:
         """The same of the empty prompt, batch 1."""
         path = self.folder / "null.safetensors"
-        return load_tensors(path, self.record["null_sha256"], owner=self.folder)
+        return load_tensors(path, self.record["null_sha256"], owner=self.owner)
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._open:
             from safetensors import safe_open
 
             shard = self.record["shards"][number]
-            verify(self.folder / shard["file"], shard["sha256"], owner=self.folder)
+            verify(self.folder / shard["file"], shard["sha256"], owner=self.owner)
             file = safe_open(self.folder / shard["file"], framework="pt")
             self._open[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return self._open[number]

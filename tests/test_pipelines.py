@@ -10,6 +10,7 @@ from diffusers import EulerDiscreteScheduler
 
 from harness.denoiser import GuidedDenoiser, guided
 from harness.errors import UserError
+from harness.networks import load_denoiser, save_denoiser
 from harness.networks.pipelines import PipelineFolder, schedule_sigmas
 from harness.prompts import Embeddings, embed_prompts, read_prompts
 from tests import pipelines
@@ -257,5 +258,19 @@ def test_a_damaged_shard_is_told(both, tmp_path):
     kept = embed_prompts(folder.text_encoder(), read_prompts(tmp_path / "prompts.txt"), tmp_path)
     shard = kept / "shard-00000000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="is damaged or from another run"):
-        Embeddings(kept)(torch.tensor([0]))
+    with pytest.raises(UserError, match=r"is damaged or from another run.*delete teacher\.json"):
+        Embeddings(kept, "teacher.json")(torch.tensor([0]))
+    # The stage that made it makes it again.
+    prompts = read_prompts(tmp_path / "prompts.txt")
+    assert embed_prompts(folder.text_encoder(), prompts, tmp_path) == kept
+    assert len(Embeddings(kept)(torch.tensor([0]))["embeddings"]) == 1
+
+
+def test_a_denoiser_s_folder_is_whole(known, tmp_path):
+    denoiser, condition = known
+    again = load_denoiser(tmp_path, save_denoiser(denoiser, tmp_path))
+    x, sigma = latents() * 3, torch.tensor([3.0, 0.7])
+    with torch.no_grad():
+        for asked in (None, condition):
+            assert torch.equal(denoiser(x, sigma, asked), again(x, sigma, asked))
+    assert type(again) is type(denoiser) and again.precondition == denoiser.precondition

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.artifacts import save_tensors
+from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.ledger import Ledger, measure
 from harness.method import Context, OptimizerConfig, Phase, Sources
@@ -20,7 +21,7 @@ ADAM = OptimizerConfig(lr=1e-2)
 FLOPS_PER_IMAGE = 2 * 2 * 64
 
 
-class Linear(nn.Module):
+class Linear(Denoiser):
     """A "denoiser" of `(B, 1, 1, 8)` with 64 weights."""
 
     def __init__(self):

@@ -101,12 +101,13 @@ def build_denoiser(
     the empty prompt's embeddings, for one that takes texts instead of labels."""
     settings = dict(network)
     backbone_class, denoiser_class = _architecture(settings.pop("type"))
-    given, options = denoiser_class.backbone_arguments(image_shape, num_classes), {}
+    options = {}
     if denoiser_class is TextDenoiser:
         if null is None:
             raise UserError(f"network of type {network['type']}: takes texts; name a text_encoder")
-        given["cross_attention_dim"] = null["embeddings"].shape[-1]
+        settings["cross_attention_dim"] = null["embeddings"].shape[-1]
         num_classes, options = 0, {"null": null}
+    given = denoiser_class.backbone_arguments(image_shape, num_classes)
     try:
         backbone = backbone_class(**given, **settings)
         return denoiser_class(backbone, num_classes, sigma_data, epsilon, **options)

@@ -170,15 +170,15 @@ class Codec(nn.Module):
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
 
-# A network's class name -> its denoiser.
+# A network's class -> its denoiser.
 VP_DENOISERS = {
     "UNet2DConditionModel": StableDiffusionDenoiser,
     "PixArtTransformer2DModel": PixArtDenoiser,
 }
-# Pipeline class -> its denoising network's folder, and our denoiser.
+# Pipeline class -> its denoising network's folder and class.
 PIPELINES = {
-    "StableDiffusionPipeline": ("unet", StableDiffusionDenoiser),
-    "PixArtAlphaPipeline": ("transformer", PixArtDenoiser),
+    "StableDiffusionPipeline": ("unet", "UNet2DConditionModel"),
+    "PixArtAlphaPipeline": ("transformer", "PixArtTransformer2DModel"),
 }
 # What else a pipeline's folder must have.
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
@@ -196,7 +196,7 @@ class PipelineFolder:
         if self.kind not in PIPELINES:
             hint = did_you_mean(self.kind, PIPELINES) or f"; known: {', '.join(PIPELINES)}"
             raise UserError(f"{folder}: unknown pipeline {self.kind!r}{hint}")
-        self.network, self._denoiser = PIPELINES[self.kind]
+        self.network, self._network_class = PIPELINES[self.kind]
         for part in (self.network, *PARTS):
             if not (self.folder / part).is_dir():
                 raise UserError(f"{folder}: this {self.kind} has no {part}; fetch the whole folder")
@@ -211,8 +211,7 @@ class PipelineFolder:
         """`null`: what the text encoder makes of the empty prompt."""
         import diffusers
 
-        name = {"unet": "UNet2DConditionModel", "transformer": "PixArtTransformer2DModel"}
-        backbone = self._load(getattr(diffusers, name[self.network]), self.network)
+        backbone = self._load(getattr(diffusers, self._network_class), self.network)
         scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
         schedule = {key: scheduler[key] for key in SCHEDULE if key in scheduler}
         prediction = scheduler.get("prediction_type", "epsilon")
@@ -222,7 +221,7 @@ class PipelineFolder:
                 f"{', '.join(PREDICTIONS)}"
             )
         self._check_width(backbone)
-        return self._denoiser(backbone, schedule, prediction, null)
+        return VP_DENOISERS[self._network_class](backbone, schedule, prediction, null)
 
     def _check_width(self, backbone: nn.Module) -> None:
         config = read_json(self.folder / "text_encoder" / "config.json")
