@@ -33,7 +33,8 @@ class DataSection(Section):
     """An embedded data set or a well-known one (its name alone), one of image files (`source`), or
     no more than what the images would be (`image_shape`), for an experiment that needs none.
 
-    `source` is a path, relative to the working directory, or an address with its sha256.
+    With `prompts` images are made of texts, and labels of images in `source` are prompts' numbers.
+    Files are paths, relative to the working directory, or addresses with their sha256.
     """
 
     name: str
@@ -44,15 +45,31 @@ class DataSection(Section):
     num_classes: Positive | None = Field(None, description="default: the largest label + 1")
     resolution: Positive | None = Field(None, description="what the images must have")
     image_shape: tuple[Positive, Positive, Positive] | None = Field(None, description="C, H, W")
+    prompts: str | None = Field(None, min_length=1, description="a text file, one prompt a line")
+    prompts_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    evaluation_prompts: str | None = Field(None, min_length=1, description="default: the same")
+    evaluation_prompts_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
 
     @property
     def has_images(self) -> bool:
         return self.source is not None or self.image_shape is None
 
     @property
+    def prompt_files(self) -> dict[str, tuple[str, str | None]]:
+        """Key -> file and sha256 of each prompt set."""
+        keys = ("prompts", "evaluation_prompts")
+        given = {key: (getattr(self, key), getattr(self, f"{key}_sha256")) for key in keys}
+        return {key: file for key, file in given.items() if file[0] is not None}
+
+    @property
     def captioned(self) -> bool:
-        """Whether what its images are asked for is a caption."""
+        """Whether its images have captions that a program can check."""
         return self.name == "captioned-digits" and self.source is None
+
+    @property
+    def texts(self) -> bool:
+        """Whether what its images are asked for is a text."""
+        return self.captioned or self.prompts is not None
 
 
 class Limit(Section):
@@ -97,14 +114,27 @@ class TeacherSection(Section):
     sampler: Sampler = Sampler()
 
 
+# Networks that read texts: of a pipeline where they are imported.
+PIPELINE_NETWORKS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
+
+
 class ImportedTeacher(TeacherSection):
-    """A teacher from elsewhere: a denoiser folder, an official EDM pickle, or an address of one."""
+    """A teacher from elsewhere: a denoiser folder, an official EDM pickle or an address of one, or
+    the folder of a text-to-image pipeline of diffusers."""
 
     source: str
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     network: dict[str, Any] | None = Field(
         None, description="what it must hold; tells `plan` before the file is there"
     )
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether it is a pipeline, by its folder or, where there is none yet, by its network."""
+        folder = Path(self.source).expanduser()
+        if folder.exists():
+            return (folder / "model_index.json").is_file()
+        return (self.network or {}).get("type") in PIPELINE_NETWORKS
 
 
 class Switches(Section):
@@ -305,6 +335,7 @@ class EvaluationSection(Section):
     statistics_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     neighbours: Positive = 3
     grid_samples: Positive = 100
+    block: Positive = Field(256, description="images that are sampled at a time; of pairs, too")
 
     def seeds_of_snapshot(self, final: bool) -> list[int]:
         """The sampling seeds with which a snapshot is scored."""
@@ -490,7 +521,8 @@ class Experiment:
         from harness import RESULTS_FORMAT
 
         spec = {"name": self.data.name, "held_out": self.data.held_out, "format": RESULTS_FORMAT}
-        return spec | self.data.model_dump(exclude_defaults=True, exclude={"source"})
+        files = {"source", "prompts", "evaluation_prompts"}
+        return spec | self.data.model_dump(exclude_defaults=True, exclude=files)
 
     def features_spec(self, name: str) -> dict:
         section = self.features[name]
@@ -545,7 +577,7 @@ class Experiment:
         return [limit.model_dump() for limit in self.budget(student)]
 
     def evaluation_spec(self) -> dict:
-        return settings_but(self.evaluation, {"statistics", "statistics_sha256"})
+        return settings_but(self.evaluation, {"statistics", "statistics_sha256", "block"})
 
     def score_spec(self) -> dict:
         """What decides how any generator is scored; a new metric rescores and retrains nothing."""
@@ -582,14 +614,14 @@ class Experiment:
 
     def data_files(self) -> list[str]:
         """The local files that the data set is made from: for a folder, the list of its labels."""
-        if self.data.source is None or is_address(self.data.source):
-            return []
-        path = Path(self.data.source).expanduser()
-        if path.is_dir():
+        named = [self.data.source, *(file for file, _ in self.data.prompt_files.values())]
+        paths = [Path(f).expanduser() for f in named if f is not None and not is_address(f)]
+        if self.data.source is not None and paths and paths[0].is_dir():
             from harness.edm_data import INDEXES
 
-            path = next((path / name for name in INDEXES if (path / name).is_file()), path)
-        return [str(path)]
+            lists = [paths[0] / name for name in INDEXES]
+            paths[0] = next((path for path in lists if path.is_file()), paths[0])
+        return list(map(str, paths))
 
     def statistics_files(self) -> list[str]:
         """The local file that an FID compares with."""
@@ -830,6 +862,11 @@ def _check_evaluation(
         )
     elif metric.higher_is_better is None:
         lines.append(f"evaluation.main_metric: {_no_direction(metric.name)}")
+    elif "statistics" in metric.needs and evaluation.statistics is None and _only_prompts(model):
+        lines.append(
+            f"evaluation.main_metric: {metric.name!r} compares with real images or statistics; "
+            "there are none"
+        )
     if evaluation.statistics is not None:
         if used and "inception" not in used:
             lines.append("evaluation.statistics: they are for an extractor of type inception")
@@ -837,9 +874,15 @@ def _check_evaluation(
         lines += _check_file("evaluation.statistics", evaluation.statistics, sha256, files)
     elif evaluation.statistics_sha256 is not None:
         lines.append("evaluation.statistics_sha256: means nothing without statistics")
-    elif model.data is not None and not model.data.has_images:
+    elif model.data and not model.data.has_images and not _only_prompts(model):
         lines.append("evaluation.statistics: missing; data has no images to compare with")
     return lines
+
+
+def _only_prompts(model: ExperimentModel) -> bool:
+    """Whether there are prompts, and no real images to compare with."""
+    data = model.data
+    return data is not None and data.prompts is not None and not data.has_images
 
 
 def _captioned(model: ExperimentModel) -> bool:
@@ -911,8 +954,14 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
         )
     elif (features := model.features.get(needs.features)) and features.type in FLAT:
         lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
-    if needs.real_images and model.data is not None and not model.data.has_images:
-        lines.append(f"{where}: method {section.method} needs images; data has none")
+    if needs.real_images and model.data is not None:
+        if not model.data.has_images:
+            lines.append(f"{where}: method {section.method} needs images; data has none")
+        elif model.data.prompts is not None and not model.data.labels:
+            lines.append(
+                f"{where}: method {section.method} needs to know which prompts images show; "
+                "data.labels is false"
+            )
     return lines + _check_batch(where, own.batch, section.budget, model.training)
 
 
@@ -962,11 +1011,15 @@ def _check_shared_settings(model: ExperimentModel) -> list[str]:
 
 
 # The keys of `data` that mean something, by what the data set is.
+FILES = {"source", "sha256", "labels"}
+PROMPTS = {f"{key}{end}" for key in ("prompts", "evaluation_prompts") for end in ("", "_sha256")}
 DATA_KEYS = {
     "an embedded data set": {"name", "held_out"},
-    "a data set with a test set of its own": {"name", "source", "sha256", "labels"},
-    "a source": {"name", "held_out", "source", "sha256", "labels", "num_classes", "resolution"},
+    "a data set with a test set of its own": {"name"} | FILES,
+    "a source": {"name", "held_out", "num_classes", "resolution"} | FILES,
     "a data set without images": {"name", "num_classes", "image_shape"},
+    "prompts and a source": {"name", "held_out", "resolution"} | FILES | PROMPTS,
+    "prompts without images": {"name", "image_shape"} | PROMPTS,
 }
 
 
@@ -978,19 +1031,25 @@ def _check_data(data: DataSection, files: bool) -> list[str]:
     if data.source is not None:
         official = recognises(data.name, Path(data.source).expanduser())
         kind = "a data set with a test set of its own" if official else "a source"
+        if data.prompts is not None and not official:
+            kind = "prompts and a source"
     elif data.name in EMBEDDED:
         kind = "an embedded data set"
     elif data.image_shape is None and data.name in OFFICIAL:
         kind = "a data set with a test set of its own"
     elif (shape := data.image_shape) is not None:
-        kind = "a data set without images"
+        kind = "prompts without images" if data.prompts else "a data set without images"
         if shape[1] != shape[2]:
             lines.append(f"data.image_shape: channels, height, width, not {list(shape)}")
+    elif data.prompts is not None:
+        return ["data.image_shape: missing; it says what is made of the prompts"]
     else:
         hint = did_you_mean(data.name, [*EMBEDDED, *OFFICIAL])
         return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
     for key in sorted(data.model_fields_set - DATA_KEYS[kind]):
         lines.append(f"data.{key}: means nothing for {kind}")
+    for key, (file, sha256) in data.prompt_files.items():
+        lines += _check_file(f"data.{key}", file, (f"data.{key}_sha256", sha256), files)
     if not data.labels and data.num_classes is not None:
         lines.append("data.num_classes: means nothing with labels: false")
     if data.source is not None:
@@ -1014,6 +1073,8 @@ def _check_trained_here(model: ExperimentModel) -> list[str]:
                 lines.append(f"{section}.{name}: needs images to train on; data has none")
             elif section == "features" and not model.data.labels:
                 lines.append(f"{section}.{name}: needs labels to train on; data.labels is false")
+            elif model.data.prompts is not None:
+                lines.append(f"{section}.{name}: cannot be trained on prompts; import one")
     return lines
 
 
@@ -1046,6 +1107,8 @@ def _check_text(name: str, teacher: TrainedTeacher, model: ExperimentModel) -> l
     """A teacher trained here takes captions exactly where the data have some."""
     where, kind = f"teachers.{name}", str(teacher.network.get("type"))
     captioned = _captioned(model)
+    if model.data is not None and model.data.prompts is not None:
+        return []  # told already
     if not captioned and kind == "UNet2DConditionModel":
         return [f"{where}.network.type: {kind} reads captions; data has none"]
     if not captioned:
@@ -1062,6 +1125,27 @@ def _check_text(name: str, teacher: TrainedTeacher, model: ExperimentModel) -> l
         lines.append(f"{where}.text_encoder: {teacher.text_encoder!r} is not under features{hint}")
     elif encoder is not None and encoder.type != "clip":
         lines.append(f"{where}.text_encoder: a feature network of type clip, not {encoder.type}")
+    return lines
+
+
+def _check_imported(name: str, teacher: ImportedTeacher, model: ExperimentModel) -> list[str]:
+    """A teacher from elsewhere reads prompts exactly where the data are some."""
+    from harness.networks import ARCHITECTURES, IMPORTED
+
+    where, lines = f"teachers.{name}", []
+    if teacher.pipeline:
+        if teacher.sha256 is not None:
+            lines.append(f"{where}.sha256: means nothing for a pipeline's folder")
+        if model.data is not None and model.data.prompts is None:
+            lines.append(f"{where}: a text-to-image pipeline; data.prompts: missing")
+    elif model.data is not None and model.data.texts:
+        lines.append(f"{where}: data has texts; a text-to-image pipeline of diffusers reads them")
+    if teacher.network is not None:
+        kind = str(teacher.network.get("type"))
+        known = IMPORTED if teacher.pipeline else ARCHITECTURES
+        if kind not in known:
+            hint = did_you_mean(kind, known)
+            lines.append(f"{where}.network.type: unknown network {kind!r}{hint}")
     return lines
 
 
@@ -1101,10 +1185,9 @@ def _check(model: ExperimentModel, files: bool = True) -> list[str]:
         if isinstance(teacher, ImportedTeacher):
             place, sha256 = f"teachers.{name}.source", (f"teachers.{name}.sha256", teacher.sha256)
             lines += _check_file(place, teacher.source, sha256, files, folder=True)
-            if teacher.network is None:
-                continue
-        else:
-            lines += _check_text(name, teacher, model)
+            lines += _check_imported(name, teacher, model)
+            continue
+        lines += _check_text(name, teacher, model)
         kind = str(teacher.network.get("type"))
         if kind not in ARCHITECTURES:
             hint = did_you_mean(kind, ARCHITECTURES)

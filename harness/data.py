@@ -22,11 +22,15 @@ from harness.artifacts import (
     load_tensors,
     read_json,
     save_tensors,
+    sha256_file,
+    verify,
     write_json,
+    write_text,
 )
 from harness.captioned_digits import DIGIT_WORDS, SIZE, Captions, captions, draw
 from harness.config import DataSection
 from harness.errors import UserError
+from harness.prompts import Prompts, prompts_of, read_prompts
 from harness.streams import Stream
 
 # Bytes of a file of prepared images, at most, and what of them its header may take.
@@ -51,8 +55,9 @@ class Images:
 @dataclass(frozen=True)
 class Dataset:
     """`sha256`: of the file that holds the images, or of the list of several files' hashes; of the
-    record of a set without them. `captions`: of a set with captions, whose `labels` are their
-    numbers."""
+    record of a set without them. `prompts`: texts whose numbers labels are, of a set where texts
+    are asked for; `evaluation_prompts`: those that samples are scored on. `captions`: what a
+    program can check of them."""
 
     name: str
     train: Images
@@ -60,6 +65,8 @@ class Dataset:
     class_names: tuple[str, ...]
     sha256: str
     captions: Captions | None = None
+    prompts: Prompts | None = None
+    evaluation_prompts: Prompts | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,8 +78,13 @@ class Dataset:
 
     @property
     def num_conditions(self) -> int:
-        """How many things a generator can be asked for: captions, or classes."""
-        return len(self.captions.texts) if self.captions else self.num_classes
+        """How many things a generator can be asked for: prompts, or classes."""
+        return len(self.prompts) if self.prompts else self.num_classes
+
+    @property
+    def num_evaluated(self) -> int:
+        """How many of them it is asked for when it is scored."""
+        return len(self.evaluation_prompts) if self.evaluation_prompts else self.num_classes
 
     def classes(self, labels: Tensor) -> Tensor:
         """The classes of labels; of captions, those that they name."""
@@ -126,11 +138,6 @@ EMBEDDED = {
 }
 
 
-def captions_of(section: DataSection) -> Captions | None:
-    """The captions of an embedded set that has some."""
-    return captions() if section.captioned else None
-
-
 def read(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
     """The training part, the held-out part and the class names of a set, embedded or not.
 
@@ -155,8 +162,15 @@ def read(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
         return train, test, OFFICIAL[section.name].class_names if section.labels else ()
     from harness.edm_data import read_images
 
-    images = read_images(path, section.labels, section.num_classes, section.resolution)
-    return _split(section, *images)
+    if section.prompts is None:
+        images = read_images(path, section.labels, section.num_classes, section.resolution)
+        return _split(section, *images)
+    count = len(read_prompts(fetch(section.prompts, section.prompts_sha256)))
+    images = read_images(path, section.labels, count, section.resolution)
+    # Labels are prompts' numbers: there are no classes to hold out a share of each of.
+    pixels, labels, _ = images
+    train, held = stratified_split(torch.zeros_like(labels), section.held_out)
+    return Images(pixels[train], labels[train]), Images(pixels[held], labels[held]), ()
 
 
 def _split(
@@ -202,6 +216,7 @@ def prepare(section: DataSection, folder: Path, fewest: tuple[int, int] = (1, 1)
     `fewest`: of `check_sizes`."""
     if not section.has_images:
         return _prepare_without_images(section, folder)
+    texts = _copy_prompts(section, folder)
     train, held, class_names = read(section)
     check_sizes(Dataset(section.name, train, held, class_names, ""), fewest)
     shards, sha256 = _write_shards(folder, train, held)
@@ -213,11 +228,41 @@ def prepare(section: DataSection, folder: Path, fewest: tuple[int, int] = (1, 1)
         "held_out_images": len(held),
         "image_shape": list(train.pixels.shape[1:]),
         "shards": shards,
+        **texts,
     }
-    if said := captions_of(section):
-        record["captions"] = len(said.texts)
+    if section.captioned:
+        record["captions"] = len(captions().texts)
+    if texts:
+        record["sha256"] = digest([sha256, texts])
     write_json(folder / "data.json", record)
     return record
+
+
+def _copy_prompts(section: DataSection, folder: Path) -> dict:
+    """Keep the prompt files beside the data; what `data.json` says of them."""
+    from harness.downloads import fetch
+
+    records = {}
+    for key, (source, sha256) in section.prompt_files.items():
+        path = fetch(source, sha256)
+        prompts = read_prompts(path)
+        write_text(folder / f"{key}.txt", "\n".join(prompts.texts) + "\n")
+        records[key] = {"prompts": len(prompts), "sha256": sha256_file(folder / f"{key}.txt")}
+    return records
+
+
+def _texts(record: dict, folder: Path) -> dict[str, Captions | Prompts | None]:
+    """What a set of `data.json` is asked for, if that is texts, as `Dataset` has it."""
+    if record.get("captions"):
+        said = captions()
+        prompts = prompts_of(said.texts)
+        return {"captions": said, "prompts": prompts, "evaluation_prompts": prompts}
+    found = {}
+    for key in ("prompts", "evaluation_prompts"):
+        if key in record:
+            verify(folder / f"{key}.txt", record[key]["sha256"], owner=folder)
+            found[key] = read_prompts(folder / f"{key}.txt", told=True)
+    return {"evaluation_prompts": found["prompts"]} | found if found else {}
 
 
 def _write_shards(folder: Path, train: Images, held: Images) -> tuple[list[dict], str]:
@@ -244,6 +289,7 @@ def _prepare_without_images(section: DataSection, folder: Path) -> dict:
         "train_images": 0,
         "held_out_images": 0,
         "image_shape": list(section.image_shape),
+        **_copy_prompts(section, folder),
     }
     record["sha256"] = hashlib.sha256(canonical(record).encode()).hexdigest()
     write_json(folder / "data.json", record)
@@ -257,8 +303,8 @@ def load(folder: Path, images: bool = True) -> Dataset:
     if not record["train_images"] or not images:
         shape, names = record["image_shape"], tuple(record["class_names"])
         none = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-        said = captions() if record.get("captions") else None
-        return Dataset(record["name"], none, none, names, record["sha256"], said)
+        texts = _texts(record, folder)
+        return Dataset(record["name"], none, none, names, record["sha256"], **texts)
     train, held = (
         Images(
             torch.empty(record[f"{part}_images"], *record["image_shape"], dtype=torch.uint8),
@@ -275,6 +321,5 @@ def load(folder: Path, images: bool = True) -> Dataset:
             rows = slice(start[name], start[name] + len(pixels))
             part.pixels[rows], part.labels[rows] = pixels, tensors[f"{name}_labels"]
             start[name] = rows.stop
-    said = captions() if record.get("captions") else None
     names = tuple(record["class_names"])
-    return Dataset(record["name"], train, held, names, record["sha256"], said)
+    return Dataset(record["name"], train, held, names, record["sha256"], **_texts(record, folder))

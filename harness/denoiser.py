@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from harness.schedules import edm_weight, karras_sigma
+
 # What is asked of a denoiser beside the image: class labels int64 `(B,)`, or batch-first tensors by
 # name (a text's embeddings and mask), or nothing.
 Condition = Tensor | Mapping[str, Tensor] | None
@@ -58,6 +60,20 @@ class Denoiser(nn.Module):
         """The noise level nearest to this one at which it can be evaluated by others, too: any, or
         one of a scheduler's."""
         return sigma
+
+    def sigma_at(self, u: Tensor) -> Tensor:
+        """Noise levels at fractions `u` of the time axis that losses draw from: of EDM's, rho 7,
+        whose 0 and 1 are σ = 0.002 and 80, or of a scheduler's."""
+        return karras_sigma(u)
+
+    def within(self, sigma: Tensor) -> Tensor:
+        """These noise levels, or the nearest ones that it knows."""
+        return sigma
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """λ(σ) of the squared error of denoised data in its training: EDM's, or the one that makes
+        it the error of a predicted noise."""
+        return edm_weight(sigma, self.sigma_data)
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None, **extras) -> Tensor:
         raise NotImplementedError

@@ -14,7 +14,7 @@ from harness.denoiser import Condition, Denoiser, each_part, guided
 from harness.errors import UserError
 from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, ours
 from harness.networks import clone_denoiser, set_dropout
-from harness.schedules import edm_weight, karras_sigma, lognormal_sigma
+from harness.schedules import lognormal_sigma
 
 
 class ScoreConfig(MethodConfig):
@@ -87,7 +87,7 @@ class ScoreIdentityMethod(FakeScoreMethod):
         return [
             denoising_phase(
                 fake,
-                self.teacher.sigma_data,
+                self.teacher,
                 self.fake_sigma,
                 augment=c.augment,
                 summed=True,
@@ -97,11 +97,12 @@ class ScoreIdentityMethod(FakeScoreMethod):
         ]
 
     def fake_sigma(self, context: Context) -> Tensor:
-        return lognormal_sigma(context.normal("sigma"), self.config.p_mean, self.config.p_std)
+        sigma = lognormal_sigma(context.normal("sigma"), self.config.p_mean, self.config.p_std)
+        return self.teacher.within(sigma)
 
     def generator_loss(self, context: Context) -> Tensor:
         images = context.generated()
-        sigma = karras_sigma(self.config.t_max * context.uniform("sigma"))
+        sigma = self.teacher.sigma_at(self.config.t_max * context.uniform("sigma"))
         noised = context.noised(images.x, sigma)
         x0_teacher = context.networks["teacher"](noised, sigma, images.condition)
         x0_fake = self.fake(context, noised, sigma, images.condition)
@@ -114,12 +115,13 @@ def denoising_loss(
     noised: Tensor,
     sigma: Tensor,
     condition,
-    sigma_data: float,
+    weight: Tensor,
     **extras: Tensor,
 ) -> Tensor:
-    """EDM's loss λ(σ) mean_CHW (D(noised; σ, c) - clean)², averaged over samples: a scalar."""
+    """EDM's loss λ mean_CHW (D(noised; σ, c) - clean)², averaged over samples: a scalar. `weight`:
+    λ(σ) `(B,)`."""
     squared = (denoiser(noised, sigma, condition, **extras) - clean).square().mean(dim=(1, 2, 3))
-    return (edm_weight(sigma, sigma_data) * squared).mean()
+    return (weight * squared).mean()
 
 
 def left_out(context: Context, denoiser: Denoiser, condition: Condition, share: float) -> Condition:
@@ -134,14 +136,15 @@ def left_out(context: Context, denoiser: Denoiser, condition: Condition, share: 
 
 def denoising_phase(
     optimizer: OptimizerConfig,
-    sigma_data: float,
+    teacher: Denoiser,
     sigma: Callable[[Context], Tensor],
     repeat: int = 1,
     augment: float = 0.0,
     summed: bool = False,
     dropout: float = 0.0,
 ) -> Phase:
-    """Teach network `fake_score` to denoise the student's present images; `sigma` draws `(B,)`.
+    """Teach network `fake_score` to denoise the student's present images, as `teacher` was taught;
+    `sigma` draws `(B,)`.
 
     `augment`: the probability of EDM's augmentations of these images (`harness.augment`).
     `summed`: the loss over pixels, as EDM and SiD have it, in place of their mean. Adam's steps
@@ -163,7 +166,7 @@ def denoising_phase(
             context.noised(clean, levels),
             levels,
             condition,
-            sigma_data,
+            teacher.loss_weight(levels),
             **extras,
         )
         return loss * clean[0].numel() if summed else loss

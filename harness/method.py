@@ -88,6 +88,11 @@ class Requirements:
     lpips: bool = False  # LPIPS-VGG, pretrained
     real_images: bool = False
 
+    @property
+    def pixels(self) -> bool:
+        """Whether a loss looks at pixels: the student's images must be decoded."""
+        return self.lpips or self.real_images
+
 
 @dataclass
 class Generated:
@@ -169,7 +174,7 @@ class Context:
         return self._generated[key]
 
     def real(self, name: str = "real") -> tuple[Tensor, Condition]:
-        """Real training images in the model's space and their conditions."""
+        """Real training images, pixels in [-1, 1], and their conditions."""
         index = self._index_on(self._sources.pixels.device)
         return self._sources.real(index, self._stream(name), self.index.device)
 
@@ -197,7 +202,7 @@ class Sources:
     chosen from lies on the host, where they are read.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # of what the denoiser denoises: images, or latents
     num_classes: int  # or prompts; 0: nothing is asked for
     sigma_init: float
     pixels: Tensor | None = None  # uint8 (N, C, H, W)

@@ -28,10 +28,10 @@ from harness.ledger import measure
 from harness.networks import load_denoiser
 from harness.processes import processes
 from harness.prompts import Embeddings, load_embeddings
-from harness.sampling import BLOCK, balanced_labels, heun
+from harness.sampling import balanced_labels, check_finite, heun
 from harness.streams import PAIR_NOISE
 
-SHARD = 16 * BLOCK
+SHARD = 16  # blocks of images in a file
 
 
 def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
@@ -48,17 +48,17 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
     key = digest([experiment.pairs_spec(name), sha256])
     dataset = datasets.load(experiment.data_dir(), images=False)
     asked = dataset.num_conditions, load_embeddings(made_by)
+    block = experiment.evaluation.block
     group = processes()
     with group.leading(run_lock(folder)):
-        records = [folder / key / f"shard-{start:08d}.json" for start in range(0, count, SHARD)]
+        per_shard = SHARD * block
+        records = [folder / key / f"shard-{start:08d}.json" for start in range(0, count, per_shard)]
         # Processes take turns at the shards.
         for number in range(group.rank, len(records), group.size):
-            start, path = number * SHARD, records[number]
-            size, tensor_path = min(SHARD, count - start), path.with_suffix(".safetensors")
+            start, path = number * per_shard, records[number]
+            size, tensor_path = min(per_shard, count - start), path.with_suffix(".safetensors")
             if not (path.exists() and tensor_path.exists()):
-                tensors, record = _make_shard(
-                    teacher, sampler, dataset.image_shape, asked, start, size, device
-                )
+                tensors, record = _make_shard(teacher, sampler, asked, start, size, device, block)
                 record["sha256"] = save_tensors(tensor_path, tensors)
                 write_json(path, record)
             print(f"pairs {name}: {start + size} of {count}", file=sys.stderr, flush=True)
@@ -85,19 +85,19 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
 def _make_shard(
     teacher: Denoiser,
     sampler: Sampler,
-    shape: tuple,
     asked: tuple[int, Embeddings | None],
     start: int,
     size: int,
     device: str,
+    block: int,
 ) -> tuple[dict[str, Tensor], dict]:
     """Pairs `start` to `start + size - 1`, and what they cost. `asked`: how many things the teacher
     can be asked for and, if they are prompts, their embeddings."""
-    classes, embeddings = asked
+    classes, embeddings, shape = *asked, teacher.image_shape
     parts: dict[str, list[Tensor]] = {"x": [], "condition": []}
     seconds, flops_per_image = 0.0, 0.0
-    for first in range(start, start + size, BLOCK):
-        index = torch.arange(first, first + BLOCK)
+    for first in range(start, start + size, block):
+        index = torch.arange(first, first + block)
         z, condition = PAIR_NOISE.normal(index, shape), None
         if classes:
             labels = balanced_labels(index, classes, PAIR_NOISE.child("label"))
@@ -105,12 +105,13 @@ def _make_shard(
             condition = each_part(lambda part: part.to(device), condition)
         if not flops_per_image:
             with measure({}) as cost:
-                teacher(z.to(device), torch.ones(BLOCK, device=device), condition)
-            flops_per_image = cost.flops / BLOCK * sampler.nfe
+                teacher(z.to(device), torch.ones(block, device=device), condition)
+            flops_per_image = cost.flops / block * sampler.nfe
         started = time.perf_counter()
         x = heun(teacher, z.to(device), condition, **sampler.settings()).float().cpu()
         seconds += time.perf_counter() - started
-        wanted = min(BLOCK, start + size - first)
+        check_finite(x)
+        wanted = min(block, start + size - first)
         parts["x"].append(x[:wanted])
         if classes:
             parts["condition"].append(labels[:wanted])

@@ -30,6 +30,7 @@ from harness.feature_networks import build_feature_network
 from harness.ledger import measure
 from harness.networks import build_denoiser
 from harness.official_data import OFFICIAL
+from harness.prompts import prompts_of
 from harness.runs import ON_DEVICE, Inputs, assemble
 from harness.trainer import Trainer, grid_index
 
@@ -53,13 +54,17 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
             raise UserError("data.resolution: missing; it tells what the images will be")
         shape = data.image_shape or (3, data.resolution, data.resolution)
         classes = (data.num_classes or 0) if data.labels else 0
-    captions = datasets.captions_of(data)
-    conditions = len(captions.texts) if captions else classes
+    captions = datasets.captions() if data.captioned else None
+    texts = prompts_of(captions.texts) if captions else None
+    if data.prompts is not None:
+        texts, classes = prompts_of(("a prompt",) * 256), 0
+    conditions = len(texts) if texts else classes
     random = Images(
         torch.randint(256, (images, *shape), dtype=torch.uint8),
         torch.randint(max(conditions, 1), (images,)),
     )
-    return Dataset(data.name, random, random, tuple(map(str, range(classes))), "", captions)
+    names = tuple(map(str, range(classes)))
+    return Dataset(data.name, random, random, names, "", captions, texts, texts)
 
 
 def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> EDMDenoiser:

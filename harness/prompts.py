@@ -40,9 +40,14 @@ class Prompts:
         return len(self.texts)
 
 
-def read_prompts(path: Path) -> Prompts:
+def prompts_of(texts: tuple[str, ...]) -> Prompts:
+    """Prompts that come from no file."""
+    return Prompts(texts, digest(texts))
+
+
+def read_prompts(path: Path, told: bool = False) -> Prompts:
     """The prompts of a text file. An empty line is refused; prompts that stand more than once, as
-    in COCO's captions, are counted and told: each line is a prompt of its own."""
+    in COCO's captions, are counted and (unless `told`) told: each line is a prompt of its own."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -55,7 +60,7 @@ def read_prompts(path: Path) -> Prompts:
     if empty := [number for number, text in enumerate(texts, 1) if not text]:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise UserError(f"{path}: line {empty[0]}{more} is empty; a prompt stands on each line")
-    if repeated := len(texts) - len(set(texts)):
+    if not told and (repeated := len(texts) - len(set(texts))):
         print(
             f"warning: {path}: {repeated} of {len(texts)} prompts repeat an earlier one; each "
             "line counts as a prompt of its own",
@@ -78,6 +83,10 @@ class TextEncoder:
     masked: bool
     sha256: str
     prepare: Callable[[str], str] = str
+
+    def to(self, device: str) -> TextEncoder:
+        self.network.to(device)
+        return self
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -160,9 +169,13 @@ def _compact(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def load_embeddings(teacher: Path) -> Embeddings | None:
-    """What a teacher's folder has of prompts: None for one that takes none."""
-    text = read_json(teacher / "teacher.json").get("text")
+def load_embeddings(teacher: Path, evaluation: bool = False) -> Embeddings | None:
+    """What a teacher's folder has of the prompts of training, or of those that samples are scored
+    on: None for one that takes none."""
+    record = read_json(teacher / "teacher.json")
+    text = record.get("text")
+    if evaluation:
+        text = record.get("evaluation_text", text)
     return Embeddings(teacher / text["folder"], teacher / "teacher.json") if text else None
 
 

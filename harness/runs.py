@@ -89,7 +89,7 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     """Read a student's data, teacher, feature network and pairs from the experiment's folder."""
     import methods
     from harness.feature_networks import load_feature_network
-    from harness.networks import load_denoiser
+    from harness.networks import load_codec, load_denoiser
     from harness.networks.backbones import load_backbone
     from harness.networks.perceptual import TRUNK_SHA256, load_lpips
     from harness.pairs import load_pairs
@@ -106,6 +106,8 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
         "features": None,
     }
     teacher = load_denoiser(folder, hashes["teacher"], experiment.device)
+    if needs.pixels:
+        teacher.codec = load_codec(folder, experiment.device)
     inputs = Inputs(dataset, teacher, embeddings=load_embeddings(folder), hashes=hashes)
     if inputs.embeddings:
         hashes["prompts"] = inputs.embeddings.record["sha256"]
@@ -163,7 +165,7 @@ def assemble(
     home = "cpu" if inputs.embeddings else device
     real = placed(dataset.train, home) if needs.real_images else {}
     sources = Sources(
-        dataset.image_shape,
+        inputs.teacher.image_shape,
         dataset.num_conditions,
         config.sigma_init,
         embeddings=inputs.embeddings,

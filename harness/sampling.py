@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.denoiser import Condition, Denoiser, each_part, guided, one_step
+from harness.errors import UserError
 from harness.processes import processes
 from harness.prompts import Embeddings
 from harness.schedules import heun_sigmas
 from harness.streams import Stream
 
 BLOCK = 256  # images at a time; at 64 a small network spends a quarter of its time on overhead
+DECODED = 1 << 20  # pixels at a time that a codec makes
 
 
 # Step number -> standard normal noise of the images that are being sampled, `(B, C, H, W)`.
@@ -142,6 +144,26 @@ def heun_generator(denoiser: Denoiser, sampler: dict) -> Generator:
     return lambda z, condition, noise: heun(denoiser, z, condition, noise, **sampler)
 
 
+def check_finite(images: Tensor) -> None:
+    """Refuse generated images or latents that are no numbers."""
+    if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
+        what = "images" if images.shape[1] in (1, 3) else "latents"
+        raise UserError(
+            f"{bad} of {len(images)} generated {what} hold NaN or infinity; in float16 large "
+            "activations overflow: use fp32 or bf16"
+        )
+
+
+@torch.no_grad()
+def decoded(codec: nn.Module, latents: Tensor) -> Tensor:
+    """Pixels of a block of latents, a few at a time: a decoder takes gigabytes for each."""
+    if isinstance(codec, nn.Identity):
+        return latents
+    first = codec(latents[:1].float())
+    size = max(1, DECODED // first[0, 0].numel())
+    return torch.cat([first, *(codec(part.float()) for part in latents[1:].split(size))])
+
+
 @torch.no_grad()
 def sample(
     generate: Generator,
@@ -151,22 +173,25 @@ def sample(
     seed: int,
     device: str = "cpu",
     embeddings: Embeddings | None = None,
+    block: int = BLOCK,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images 0 .. count - 1 block by block: float images on the device, labels on the host.
+    """Images `start` .. count - 1 block by block: float images on the device, labels on the host.
 
-    `embeddings`: labels are the numbers of prompts, and these what they ask for. Processes take
+    `embeddings`: labels are the numbers of prompts, and these what they ask for. `start`: a
+    multiple of `block`. Processes take
     turns at the blocks. The first gets all of them in order; the others, who must go through this,
     too, get none.
     """
-    group, todo = processes(), list(blocks(count))
+    group, todo = processes(), list(blocks(count, block))[start // block :]
 
     def draw(index: Tensor) -> tuple[Tensor, Tensor, Condition]:
         z, labels = noise_and_labels(index, shape, num_classes, seed)
         return index, z, embeddings(labels) if embeddings else labels
 
     mine = ahead(draw, [index for index, _ in todo[group.rank :: group.size]], device)
-    for start in range(0, len(todo), group.size):
-        turn, own = todo[start : start + group.size], None
+    for first in range(0, len(todo), group.size):
+        turn, own = todo[first : first + group.size], None
         if group.rank < len(turn):
             index, z, asked = next(mine)
             condition = each_part(lambda part: part.to(device), asked)

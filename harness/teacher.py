@@ -15,11 +15,11 @@ from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.fake_score import denoising_loss, left_out
 from harness.method import Context, OptimizerConfig, Phase, Sources
-from harness.networks import FILES, NULL, WEIGHTS, build_denoiser, save_denoiser
+from harness.networks import CODEC, FILES, NULL, WEIGHTS, build_denoiser, save_denoiser
 from harness.processes import processes
-from harness.prompts import Embeddings, Prompts, embed_prompts
+from harness.prompts import Embeddings, embed_prompts
 from harness.runs import link, placed, seeded, training_record
-from harness.schedules import lognormal_sigma
+from harness.schedules import edm_weight, lognormal_sigma
 from harness.trainer import TrainingRun, train
 
 
@@ -37,9 +37,8 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
             clean, extras["augment_labels"] = edm_augment(context, clean, section.augment)
         sigma = lognormal_sigma(context.normal("sigma"), section.p_mean, section.p_std)
         noised = context.noised(clean, sigma)
-        return denoising_loss(
-            teacher, clean, noised, sigma, condition, section.sigma_data, **extras
-        )
+        weight = edm_weight(sigma, section.sigma_data)
+        return denoising_loss(teacher, clean, noised, sigma, condition, weight, **extras)
 
     optimizer = OptimizerConfig(
         lr=section.lr,
@@ -75,12 +74,15 @@ def _check_fit(name: str, denoiser: Denoiser, dataset: Dataset) -> None:
 
 
 def import_teacher(experiment: Experiment, name: str) -> dict:
-    """Bring a teacher in: a denoiser folder, an official EDM pickle, or the address of one."""
+    """Bring a teacher in: a denoiser folder, an official EDM pickle, the address of one, or a
+    pipeline's folder."""
     from harness.downloads import fetch
     from harness.networks import load_denoiser
     from harness.networks.import_edm import read_edm_pickle
 
     section, folder = experiment.teachers[name], experiment.teacher_dir(name)
+    if section.pipeline:
+        return import_pipeline(experiment, name)
     if Path(section.source).is_dir():
         origin = Path(section.source) / WEIGHTS
         denoiser = load_denoiser(section.source, section.sha256)
@@ -90,24 +92,71 @@ def import_teacher(experiment: Experiment, name: str) -> dict:
     _check_network(name, denoiser, section.network or {})
     _check_fit(name, denoiser, datasets.load(experiment.data_dir()))
     source = {"source": section.source, "sha256": sha256_file(origin)}
-    key = digest([experiment.teacher_spec(name), source])
-    final = folder / "runs" / key
     with run_lock(folder):
-        with atomic_folder(final) as temporary:
-            sha256 = save_denoiser(denoiser, temporary, {"imported": source})
-        for file in FILES:
-            link(folder / file, final / file)
+        return _bring_in(experiment, name, denoiser, source)
+
+
+def _bring_in(
+    experiment: Experiment, name: str, denoiser: Denoiser, source: dict, codec=None, **text: dict
+) -> dict:
+    """Write an imported teacher's folder: its weights, its codec, if it has one, and its record.
+    `text`: what its prompts became."""
+    folder = experiment.teacher_dir(name)
+    key = digest([experiment.teacher_spec(name), source])
+    final, files = folder / "runs" / key, list(FILES)
+    with atomic_folder(final) as temporary:
         record = {
             "schema": 1,
             "teacher": name,
             "spec": digest(experiment.teacher_spec(name)),
             "key": key,
-            "sha256": sha256,
+            "sha256": save_denoiser(denoiser, temporary, {"imported": source}),
             "imported": source,
-            "parameters": sum(p.numel() for p in denoiser.parameters()),
+            "parameters": sum(p.numel() for p in denoiser.backbone.parameters()),
+            **text,
         }
-        write_json(folder / "teacher.json", record)
+        if text:
+            files.append(NULL)
+        if codec is not None:
+            codec.vae.save_pretrained(temporary / CODEC, safe_serialization=True)
+            record["codec"] = {"sha256": sha256_file(temporary / CODEC / WEIGHTS)}
+            files.append(CODEC)
+    for file in files:
+        link(folder / file, final / file)
+    write_json(folder / "teacher.json", record)
     return record
+
+
+def import_pipeline(experiment: Experiment, name: str) -> dict:
+    """Bring a text-to-image pipeline in: its denoiser, its decoder, and what its text encoder makes
+    of the experiment's prompts, which is not needed again."""
+    from harness.networks.pipelines import PipelineFolder
+
+    section, folder = experiment.teachers[name], experiment.teacher_dir(name)
+    dataset = datasets.load(experiment.data_dir(), images=False)
+    pipeline = PipelineFolder(Path(section.source).expanduser())
+    pipeline.check(name, dataset.image_shape, section.sampler.sigma_max)
+    with run_lock(folder):
+        sets = {"text": dataset.prompts, "evaluation_text": dataset.evaluation_prompts}
+        if sets["text"] is sets["evaluation_text"]:
+            del sets["evaluation_text"]
+        encoder = pipeline.text_encoder().to(experiment.device)
+        made = {
+            key: Embeddings(embed_prompts(encoder, prompts, folder / "text"))
+            for key, prompts in sets.items()
+        }
+        del encoder  # T5's would fill a host beside the other networks
+        denoiser, codec = pipeline.denoiser(made["text"].null), pipeline.codec()
+        _check_network(name, denoiser, section.network or {})
+        source = {"source": section.source, "pipeline": pipeline.kind, "sha256": pipeline.sha256()}
+        text = {key: text_record(embeddings, folder) for key, embeddings in made.items()}
+        return _bring_in(experiment, name, denoiser, source, codec, **text)
+
+
+def text_record(embeddings: Embeddings, folder: Path) -> dict:
+    """What teacher.json says of its prompts' embeddings."""
+    place = embeddings.folder.relative_to(folder)
+    return {"folder": str(place), "sha256": embeddings.record["sha256"]}
 
 
 def embed_captions(experiment: Experiment, name: str, dataset: Dataset) -> Embeddings:
@@ -118,9 +167,8 @@ def embed_captions(experiment: Experiment, name: str, dataset: Dataset) -> Embed
     if dataset.captions is None:
         raise UserError(f"teachers.{name}.text_encoder: data {dataset.name} has no captions")
     encoder = text_encoder(experiment.features_dir(section.text_encoder), dataset)
-    texts = dataset.captions.texts
-    prompts = Prompts(texts, digest(texts))
-    return Embeddings(embed_prompts(encoder, prompts, experiment.teacher_dir(name) / "text"))
+    folder = experiment.teacher_dir(name) / "text"
+    return Embeddings(embed_prompts(encoder, dataset.prompts, folder))
 
 
 def train_teacher(experiment: Experiment, name: str) -> dict:
@@ -189,8 +237,7 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
         record = {"teacher": name, "device": device, "spec": digest(experiment.teacher_spec(name))}
         record |= training_record(outcome, key)
         if text:
-            place = text.folder.relative_to(folder)
-            record["text"] = {"folder": str(place), "sha256": text.record["sha256"]}
+            record["text"] = text_record(text, folder)
         record["parameters"] = sum(p.numel() for p in make().networks["teacher"].parameters())
         write_json(folder / "teacher.json", record)
     return record

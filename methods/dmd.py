@@ -36,7 +36,6 @@ from harness.method import (
     ours,
     paper,
 )
-from harness.schedules import karras_sigma
 
 
 def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class DMD(FakeScoreMethod):
         weight_decay: float = paper(0.01, "training details", ge=0)
         warmup_steps: int = paper(500, "training details", ge=0)
         clip: float = paper(10.0, "training details", gt=0)
-        bins: int = paper(1000, "Karras levels, rho 7", gt=1)
+        bins: int = paper(1000, "Karras levels, rho 7; or a scheduler's times", gt=1)
         t_min: float = paper(0.02, "t ~ U(0.02 T, 0.98 T)", ge=0, le=1)
         t_max: float = paper(0.98, "training details", ge=0, le=1)
         regression: Literal["lpips", "l2", "none"] = paper("lpips", "LPIPS-VGG at 224 px")
@@ -146,7 +145,7 @@ class DMD(FakeScoreMethod):
             return [generator]
         fake = denoising_phase(
             self._optimizer(c.fake_lr),
-            self.teacher.sigma_data,
+            self.teacher,
             self.fake_sigma,
             dropout=c.fake_dropout,
         )
@@ -157,7 +156,8 @@ class DMD(FakeScoreMethod):
         lies between."""
         last = self.config.bins - 1
         first, steps = round(low * last), round(high * last) - round(low * last)
-        return karras_sigma((first + (u * (steps + 1)).floor().clamp_max(steps)) / last)
+        bins = first + (u * (steps + 1)).floor().clamp_max(steps)
+        return self.teacher.sigma_at(bins / last)
 
     def fake_sigma(self, context: Context) -> Tensor:
         """Uniform over all bins; with EDM's weight, which is the paper's SNR + 1/σ_data²."""

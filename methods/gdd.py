@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 from pydantic import field_validator
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 from torch.nn.functional import leaky_relu, softplus
 
 from harness.denoiser import Condition, EDMDenoiser
@@ -174,13 +174,13 @@ class GDD(Method):
     def _regularised(self, step: int) -> bool:
         return self.config.r1_gamma > 0 and step > 0 and step % self.config.r1_every == 0
 
-    def _judge(self, context: Context, x: Tensor, condition: Condition) -> list[Tensor]:
-        pixels = self.teacher.codec(x)
+    def _judge(self, context: Context, pixels: Tensor, condition: Condition) -> list[Tensor]:
         return context.networks["discriminator"](context.networks["features"](pixels), condition)
 
     def generator_loss(self, context: Context) -> Tensor:
         images = context.generated("generator")
-        return generator_loss(self._judge(context, images.x, images.condition))
+        pixels = self.teacher.codec(images.x)
+        return generator_loss(self._judge(context, pixels, images.condition))
 
     def discriminator_loss(self, context: Context) -> Tensor:
         c = self.config
@@ -191,7 +191,9 @@ class GDD(Method):
             # A view: the operation counter cannot follow autograd.grad to a leaf.
             real = real.requires_grad_().view_as(real)
         real_logits = self._judge(context, real, condition)
-        fake_logits = self._judge(context, fake.x.detach(), fake.condition)
+        with no_grad():
+            pixels = self.teacher.codec(fake.x.detach())
+        fake_logits = self._judge(context, pixels, fake.condition)
         loss = discriminator_loss(real_logits, fake_logits)
         context.log("real_logit", sum(head.mean() for head in real_logits) / len(real_logits))
         context.log("fake_logit", sum(head.mean() for head in fake_logits) / len(fake_logits))

@@ -22,7 +22,7 @@ from harness.evaluation.extractors import Extractor, Observer
 from harness.evaluation.folder import score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.metrics import METRICS, Reference, Views
-from harness.evaluation.score import Scorer
+from harness.evaluation.score import Scorer, Source
 from harness.networks import inception
 from harness.networks.classifiers import CLASSIFIERS
 from harness.reporting.collect import collect
@@ -347,7 +347,8 @@ def test_bad_numbers_are_one_line(available, monkeypatch, capsys):
         "is mostly bias; compare with the floor, n 359"
     )
     assert len(set(lines)) == len(lines) == 2
-    broken = scorer.generated(lambda z, *_: z * torch.nan, "cpu", 0)
+    nan = Source(lambda z, *_: z * torch.nan, (1, 8, 8), torch.nn.Identity(), None)
+    broken = scorer.generated(nan, 0)
     with pytest.raises(UserError, match="256 of 256 generated images hold NaN or infinity"):
         next(broken)
     see = Extractor.see

@@ -99,8 +99,8 @@ class Scored:
 
     def _see(self, images: Images, reference: Reference, neighbours: int) -> Views:
         observer = Observer([self.extractor])
-        for block in images.blocks():
-            observer.add(*block)
+        for pixels, _ in images.blocks():
+            observer.add(pixels, None)
         return observer.views(self.extractor.name, reference, neighbours)
 
     def values(self) -> dict[str, float]:

@@ -53,22 +53,25 @@ class Extractor:
         return {"weights": self.sha256} | ({"head": self.head_sha256} if self.head else {})
 
     @torch.no_grad()
-    def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The per-sample parts of `Views` for one block of images, on the host."""
+    def see(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """The per-sample parts of `Views` for one block of images, on the host. `labels` None:
+        nothing is known of what they were to show."""
         if self.kind not in TRAINED:
             return self.network.see(pixels, labels)
         with full_precision():
             seen = self._see(to_model_space(pixels.to(self.device)), labels)
         return {name: part.cpu() for name, part in seen.items()}
 
-    def _see(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _see(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         features = self.network.features(x)
         if not self.is_clip:
             return {"features": features, "probabilities": self.network.logits(features).softmax(1)}
-        if self._class_features is None:
-            self._class_features = self.network.class_features()
-        similarity = (features * self._class_features[labels.to(self.device)]).sum(dim=1)
-        seen = {"features": features, "text_similarity": similarity}
+        seen = {"features": features}
+        if labels is not None:
+            if self._class_features is None:
+                self._class_features = self.network.class_features()
+            said = self._class_features[labels.to(self.device)]
+            seen["text_similarity"] = (features * said).sum(dim=1)
         return seen | ({"aesthetic": self.head(features)} if self.head else {})
 
     @property
@@ -107,13 +110,15 @@ def _load_fetched(
         for version in getattr(section, "aesthetic", ()):
             if f"aesthetic_{version}" not in missing:
                 heads[f"aesthetic_{version}"] = LaionHead.published(version)
-        network = source.load(section, source.fetch(section), dataset.class_names, heads)
+        network = source.load(section, source.fetch(section), dataset, heads)
         network = network.to(experiment.device)
         if getattr(network, "captions", None):
             facts["details"] |= {
                 name: f"{network.truncated(prefix)} of {len(network.captions)}"
                 for name, prefix in (("truncated_captions", ""), ("truncated_after_prefix", PREFIX))
             }
+    if dataset.evaluation_prompts and "caption" in facts.get("details", {}):
+        facts["details"]["caption"] = "the prompt"
     published = facts.pop("sha256")
     sha256 = record.get("sha256") or published or "unknown"
     return Extractor(
@@ -149,15 +154,40 @@ class Observer:
         self._seen: dict[str, list[dict[str, Tensor]]] = {e.name: [] for e in extractors}
         self._labels: list[Tensor] = []
 
-    def add(self, pixels: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    def add(self, pixels: Tensor, labels: Tensor | None) -> dict[str, dict[str, Tensor]]:
         """Returns what each extractor sees of this block."""
         seen = {e.name: e.see(pixels, labels) for e in self.extractors}
+        shown = None
+        if self.captions and labels is not None:
+            shown = self.captions.shown(pixels, labels)
+        self._take(seen, labels, shown)
+        return seen
+
+    def _take(self, seen: dict[str, dict[str, Tensor]], labels, shown) -> None:
         for name, parts in seen.items():
             self._seen[name].append(parts)
-        self._labels.append(labels)
-        if self.captions:
-            self._shown.append(self.captions.shown(pixels, labels))
-        return seen
+        self._labels += [labels] if labels is not None else []
+        self._shown += [shown] if shown is not None else []
+
+    def last(self, blocks: int) -> dict[str, Tensor]:
+        """What was seen of the last so many blocks, as tensors by name."""
+        tensors = {}
+        for name, parts in self._seen.items():
+            for key in parts[0]:
+                tensors[f"seen/{name}/{key}"] = torch.cat([p[key] for p in parts[-blocks:]])
+        for name, parts in (("labels", self._labels), ("shown", self._shown)):
+            if parts:
+                tensors[name] = torch.cat(parts[-blocks:])
+        return tensors
+
+    def again(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `last` gave."""
+        seen = {}
+        for name in self._seen:
+            prefix = f"seen/{name}/"
+            found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            seen[name] = found
+        self._take(seen, tensors.get("labels"), tensors.get("shown"))
 
     def views(self, name: str, reference: Reference, neighbours: int) -> Views:
         """Once for each extractor: its parts go as they are joined, so that no features are held
@@ -171,8 +201,8 @@ class Observer:
                 f"{name}: the features of {bad} of {len(joined['features'])} images are no finite "
                 "numbers; are its weights damaged?"
             )
-        labels = torch.cat(self._labels)
-        if self.captions:
+        labels = torch.cat(self._labels) if self._labels else None
+        if self._shown:
             joined["classes"] = self.captions.attributes[labels, 0]
             joined["shown"] = torch.cat(self._shown)
         return Views(**joined, labels=labels, reference=reference, neighbours=neighbours)

@@ -18,7 +18,7 @@ def score_folder(experiment: Experiment, path: Path) -> list[dict]:
     for, else all of them."""
     scorer = Scorer(experiment)
     d = scorer.dataset
-    pixels, labels, _ = read_images(path, d.num_classes > 0, d.num_classes or None)
+    pixels, labels, _ = read_images(path, d.num_evaluated > 0, d.num_evaluated or None)
     if tuple(pixels.shape[1:]) != d.image_shape:
         mine, theirs = ("x".join(map(str, shape)) for shape in (pixels.shape[1:], d.image_shape))
         raise UserError(f"{path}: its images are {mine}, those of data {d.name} {theirs}")

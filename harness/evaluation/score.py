@@ -7,12 +7,17 @@ protocols themselves stand beside them.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import SCORES_FORMAT
 from harness import data as datasets
@@ -43,15 +48,22 @@ from harness.evaluation.metrics import (
     fewest,
 )
 from harness.evaluation.neighbours import nearest
-from harness.networks import denoiser_record, inception, load_denoiser
+from harness.networks import denoiser_record, inception, load_codec, load_denoiser
 from harness.processes import processes
 from harness.prompts import Embeddings, load_embeddings
-from harness.sampling import heun_generator, one_step_generator, sample
+from harness.sampling import (
+    Generator,
+    check_finite,
+    decoded,
+    heun_generator,
+    one_step_generator,
+    sample,
+)
 from harness.streams import Stream
 
 # Of a teacher's samples, those kept to be scored by other libraries: enough for full-rank
-# covariances of Inception's features.
-KEPT = 5000
+# covariances of Inception's features, and no more bytes than that.
+KEPT, KEPT_BYTES = 5000, 1 << 30
 CLOSEST = 10  # pairs in the figure of nearest neighbours
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 
@@ -72,6 +84,56 @@ def over_subsets(metric: Metric, parts: list[Views]) -> Estimate:
     return Estimate(t.mean().item(), (t.std() / len(t) ** 0.5).item(), tuple(left.tolist()))
 
 
+@dataclass(frozen=True)
+class Source:
+    """What samples come from: `generate` and the shape of its noise; of a generator of latents the
+    codec, of one that reads prompts their embeddings."""
+
+    generate: Generator
+    shape: tuple[int, int, int]
+    codec: nn.Module
+    embeddings: Embeddings | None
+
+    @classmethod
+    def of(cls, teacher: Path, device: str) -> Callable[..., Source]:
+        """(denoiser, generate) -> source, of a teacher and its students."""
+        codec, embeddings = load_codec(teacher, device), load_embeddings(teacher, evaluation=True)
+        return lambda denoiser, generate: cls(generate, denoiser.image_shape, codec, embeddings)
+
+
+class Progress:
+    """What has been seen of one stream of samples, kept on disk now and then, so that a stage that
+    is interrupted goes on from there: streams that take less than `seconds` leave nothing.
+
+    `count`: how many samples are kept. Every part's hash stands in `parts.json`, written last.
+    """
+
+    def __init__(self, folder: Path, seconds: float):
+        self.folder, self.seconds, self.parts = folder, seconds, []
+        self._since, self._blocks = time.monotonic(), 0
+        if processes().first:
+            with contextlib.suppress(UserError):  # nothing is there yet
+                self.parts = read_json(folder / "parts.json")
+        self.count = int(processes().agree(sum(part["count"] for part in self.parts)))
+
+    def again(self) -> Iterator[dict[str, Tensor]]:
+        """What is kept, part by part."""
+        for part in self.parts:
+            yield load_tensors(self.folder / part["file"], part["sha256"], owner=self.folder)
+
+    def keep(self, watch: Watch) -> None:
+        """After each block: write what was seen since the last time, if that is long ago."""
+        self._blocks += 1
+        if time.monotonic() - self._since < self.seconds:
+            return
+        tensors, count = watch.last(self._blocks)
+        file = f"part-{len(self.parts):05d}.safetensors"
+        sha256 = save_tensors(self.folder / file, tensors)
+        self.parts.append({"file": file, "sha256": sha256, "count": count})
+        write_json(self.folder / "parts.json", self.parts)
+        self._since, self._blocks = time.monotonic(), 0
+
+
 class Closest:
     """Of the images that stream by, those that come nearest to a training image."""
 
@@ -89,6 +151,9 @@ class Closest:
         self.pixels, self.distance = pixels[best], distance[best]
         self.neighbour = neighbour[best]
 
+    def state(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("pixels", "distance", "neighbour")}
+
     def tensors(self) -> dict[str, Tensor]:
         """`closest` images, nearest first, the `closest_training` images, and their distances:
         over the median of the held-out images', where there is one."""
@@ -99,6 +164,59 @@ class Closest:
             "closest_training": self.train.pixels[index],
             "closest_distance": self.distance / unit,
         }
+
+
+class Watch:
+    """All that is looked at and kept of one stream of images: what the extractors see, the first
+    `wanted` images themselves, and those that are `closest` to the training images.
+
+    `closest`: that, and the extractor in whose features it looks.
+    """
+
+    def __init__(self, observer: Observer, wanted: int, closest: tuple[Closest, str] | None):
+        self.observer, self.wanted, self.closest = observer, wanted, closest
+        self.counts: list[int] = []  # of images in each block
+        self.pixels: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, pixels: Tensor, labels: Tensor | None) -> None:
+        seen = self.observer.add(pixels, labels)
+        if sum(self.counts) < self.wanted:
+            self.pixels.append(pixels)
+            self.labels += [labels] if labels is not None else []
+        if self.closest:
+            closest, extractor = self.closest
+            closest.add(pixels, seen[extractor]["features"])
+        self.counts.append(len(pixels))
+
+    def last(self, blocks: int) -> tuple[dict[str, Tensor], int]:
+        """What the last so many blocks have added, and of how many images."""
+        tensors, before = self.observer.last(blocks), len(self.counts) - blocks
+        for name, parts in (("pixels", self.pixels), ("pixel_labels", self.labels)):
+            if parts[before:]:
+                tensors[name] = torch.cat(parts[before:])
+        if self.closest:
+            tensors |= {f"closest/{k}": t for k, t in self.closest[0].state().items()}
+        return tensors, sum(self.counts[before:])
+
+    def again(self, tensors: dict[str, Tensor], count: int) -> None:
+        """Take up what `last` gave, as one block."""
+        self.observer.again(tensors)
+        self.counts.append(count)
+        self.pixels += [tensors["pixels"]] if "pixels" in tensors else []
+        self.labels += [tensors["pixel_labels"]] if "pixel_labels" in tensors else []
+        if self.closest:
+            prefix = "closest/"
+            vars(self.closest[0]).update(
+                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            )
+
+    def first(self, count: int) -> dict[str, Tensor]:
+        """The first images and their labels."""
+        if not self.pixels:
+            return {}
+        kept = {"pixels": torch.cat(self.pixels)[:count]}
+        return kept | ({"labels": torch.cat(self.labels)[:count]} if self.labels else {})
 
 
 class Scorer:
@@ -161,7 +279,7 @@ class Scorer:
         everything = torch.arange(len(train))
         drawn = Stream(0, "reference").uniform(everything).argsort()[:PAIRWISE_LIMIT].sort().values
         for index in (everything if moments else drawn).split(256):
-            features = extractor.see(train.pixels[index], train.labels[index])["features"]
+            features = extractor.see(train.pixels[index], None)["features"]
             parts.append(features[torch.isin(index, drawn)])
             if moments and len(drawn) < len(train):
                 sums = sums + Moments.of(features) if sums else Moments.of(features)
@@ -169,7 +287,7 @@ class Scorer:
         if sums:
             tensors |= dict(zip(("mean", "covariance"), sums.statistics(), strict=True))
         if len(held):
-            seen = [extractor.see(*block)["features"] for block in held.blocks()]
+            seen = [extractor.see(pixels, None)["features"] for pixels, _ in held.blocks()]
             tensors["held_out"] = torch.cat(seen)
         return tensors
 
@@ -248,13 +366,16 @@ class Scorer:
         pretraining: Collection[str] = (),
         final: bool = True,
         kept: dict[str, Tensor] | None = None,
+        wanted: int = 0,
+        progress: Progress | None = None,
     ) -> list[dict]:
         """Rows for the images in `blocks` (uint8 pixels, labels), at each of `counts`.
 
         `final`: whether they are a run's last, which get every metric. `against`: feature networks
         that the generator was trained on; `pretraining`: what such networks had been trained on.
         The rows of an extractor that is one of them, or shares that with one, are flagged.
-        `kept`: gets the images that come nearest to the training images in the first extractor.
+        `kept`: gets the first `wanted` images and those that come nearest to the training images
+        in the first extractor. `progress`: where it goes on from.
         Other processes than the first make their share of the images, and have no rows.
         """
         if not self.first:
@@ -265,13 +386,19 @@ class Scorer:
         observer = Observer(available, self.dataset.captions)
         closest = None
         if kept is not None and self.pairs_in:
-            closest = Closest(self._reference[self.pairs_in], self.dataset.train)
+            reference = self._reference[self.pairs_in]
+            closest = Closest(reference, self.dataset.train), self.pairs_in
+        watch = Watch(observer, wanted, closest)
+        if progress:
+            for tensors, part in zip(progress.again(), progress.parts, strict=True):
+                watch.again(tensors, part["count"])
         for pixels, labels in blocks:
-            seen = observer.add(pixels, labels)
-            if closest:
-                closest.add(pixels, seen[self.pairs_in]["features"])
-        if closest:
-            kept |= closest.tensors()
+            watch.add(pixels, labels)
+            if progress:
+                progress.keep(watch)
+        if kept is not None:
+            kept |= watch.first(wanted)
+            kept |= closest[0].tensors() if closest else {}
         rows = []
         for extractor in self.extractors:
             views = None
@@ -342,31 +469,41 @@ class Scorer:
             (METRICS[name], n) for name, n in wanted if n >= METRICS[name].samples_per_dim * dim
         ]
 
-    def generated(
-        self, generate: Callable, device: str, seed: int, embeddings: Embeddings | None = None
-    ) -> Blocks:
-        """Quantised samples of a generator for one sampling seed, on the host, as the protocol
-        says. `embeddings`: of its teacher's prompts, if it has some."""
-        d, count = self.dataset, max(self.counts())
-        stream = sample(generate, count, d.image_shape, d.num_conditions, seed, device, embeddings)
+    def generated(self, source: Source, seed: int, start: int = 0) -> Blocks:
+        """Quantised samples for one sampling seed, from number `start`, on the host, as the
+        protocol says."""
+        count, evaluation = max(self.counts()), self.experiment.evaluation
+        stream = sample(
+            source.generate,
+            count,
+            source.shape,
+            self.dataset.num_evaluated,
+            seed,
+            self.experiment.device,
+            source.embeddings,
+            evaluation.block,
+            start,
+        )
         for images, labels in stream:
-            if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
-                raise UserError(f"{bad} of {len(images)} generated images hold NaN or infinity")
+            check_finite(images)
+            pixels = decoded(source.codec, images)
             if labels is None:  # as `Images` has them
                 labels = torch.zeros(len(images), dtype=torch.int64)
-            yield datasets.to_pixels(images).cpu(), labels
+            yield datasets.to_pixels(pixels).cpu(), labels
 
+    def progress(self, path: Path, *what: object) -> Progress:
+        """Where samples go on from; `what` decides them and what is kept of them. `path`: of the
+        score file."""
+        key = [*what, self.experiment.evaluation.block, self.dataset.sha256]
+        key += [torch.__version__, self.experiment.device]
+        key += [[e.name, e.hashes, e.kind, e.resize, e.details] for e in self.extractors]
+        folder = path.with_suffix(".parts") / digest(key)
+        return Progress(folder, self.experiment.training.checkpoint_seconds)
 
-def keeping(blocks: Blocks, count: int, kept: dict[str, Tensor]) -> Blocks:
-    """Pass blocks on and keep the first `count` images and labels for the figures."""
-    pixels, labels = [], []
-    for p, y in blocks:
-        if sum(map(len, pixels)) < count:
-            pixels.append(p)
-            labels.append(y)
-        yield p, y
-    if pixels:
-        kept |= {"pixels": torch.cat(pixels)[:count], "labels": torch.cat(labels)[:count]}
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels of real images say what samples are asked for."""
+        return self.dataset.prompts is self.dataset.evaluation_prompts
 
 
 def _finish(path: Path, record: dict, scorer: Scorer, kept: dict[str, Tensor]) -> None:
@@ -378,6 +515,7 @@ def _finish(path: Path, record: dict, scorer: Scorer, kept: dict[str, Tensor]) -
     record["samples"] |= scorer.pairs_record()
     record |= {"protocols": scorer.protocols, "dimensions": scorer.dimensions}
     write_json(path, {"schema": SCORES_FORMAT, **record})
+    shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
 
 
 def score_run(experiment: Experiment, student: str, seed: int) -> None:
@@ -386,23 +524,26 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
     run = read_json(run_dir / "student.json")
     scorer = Scorer(experiment)
     device, entries, kept = experiment.device, [], {}
-    embeddings = load_embeddings(experiment.teacher_dir(run["teacher"]))
+    source_of = Source.of(experiment.teacher_dir(run["teacher"]), device)
+    path, shown = experiment.score_path(student, seed), experiment.evaluation.grid_samples
     for snapshot in run["snapshots"]:
         folder = run_dir / "snapshots" / snapshot["name"]
         denoiser = load_denoiser(folder, snapshot["sha256"], device, owner=run_dir)
-        generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
+        sigma_init = denoiser_record(folder)["sigma_init"]
+        source = source_of(denoiser, one_step_generator(denoiser, sigma_init))
         final, rows = snapshot is run["snapshots"][-1], []
         for sampling_seed in experiment.evaluation.seeds_of_snapshot(final):
-            blocks = scorer.generated(generate, device, sampling_seed, embeddings)
-            if shown := final and not kept:
-                blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
+            wanted = shown if final and not kept else 0
+            progress = scorer.progress(path, snapshot["sha256"], sampling_seed, wanted)
             scored = scorer.score(
-                blocks,
+                scorer.generated(source, sampling_seed, progress.count),
                 scorer.counts(),
                 run["trained_against"],
                 run["pretraining"],
                 final=final,
-                kept=kept if shown else None,
+                kept=kept if wanted else None,
+                wanted=wanted,
+                progress=progress,
             )
             rows += [{"sample_seed": sampling_seed} | row for row in scored]
         entries.append(
@@ -423,7 +564,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
     record = {"student": student, "method": run["method"], "seed": seed, "weights": run["sha256"]}
     record["spec"] = digest(experiment.score_spec())
     record |= {"contended": run["contended"], "entries": entries}
-    _finish(experiment.score_path(student, seed), record, scorer, kept)
+    _finish(path, record, scorer, kept)
 
 
 def score_references(experiment: Experiment, teacher: str) -> None:
@@ -434,11 +575,12 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     scorer, device, kept = Scorer(experiment), experiment.device, {}
     record = read_json(folder / "teacher.json")
     denoiser = load_denoiser(folder, record["sha256"], device)
-    embeddings = load_embeddings(folder)
+    source_of, path = Source.of(folder, device), experiment.reference_score_path(teacher)
     many = heun_generator(denoiser, sampler.settings())
     one = one_step_generator(denoiser, sampler.sigma_max)
+    evaluation, held_out = experiment.evaluation, scorer.dataset.held_out
+    others = min(evaluation.num_samples, KEPT, KEPT_BYTES // math.prod(scorer.dataset.image_shape))
     whole: dict[str, Tensor] = {}  # of the first sampling seed's, for other libraries
-    held_out = scorer.dataset.held_out
     common = {"snapshot": "", "final": True, "grid": [], "sha256": record["sha256"]}
     # Nothing is known of how an imported teacher was trained.
     common |= {"ema": getattr(experiment.teachers[teacher], "ema_half_life", None)}
@@ -456,24 +598,33 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         ("teacher-1step", 1, one),
     ):
         rows = []
-        for seed in experiment.evaluation.sampling_seeds:
-            blocks = scorer.generated(generate, device, seed, embeddings)
-            if shown := not kept:
-                blocks = keeping(blocks, experiment.evaluation.grid_samples, kept)
-                blocks = keeping(blocks, min(experiment.evaluation.num_samples, KEPT), whole)
-            scored = scorer.score(blocks, scorer.counts(), kept=kept if shown else None)
+        for seed in evaluation.sampling_seeds:
+            wanted = 0 if kept else max(others, evaluation.grid_samples)
+            settings = sampler.settings() if name == "teacher" else sampler.sigma_max
+            progress = scorer.progress(path, record["sha256"], settings, seed, wanted)
+            scored = scorer.score(
+                scorer.generated(source_of(denoiser, generate), seed, progress.count),
+                scorer.counts(),
+                kept=kept if wanted else None,
+                wanted=wanted,
+                progress=progress,
+            )
+            if wanted and scorer.first:
+                whole = {key: kept[key][:others] for key in ("pixels", "labels")}
+                kept |= {key: kept[key][: evaluation.grid_samples] for key in whole}
             rows += [{"sample_seed": seed} | row for row in scored]
         add(name, nfe, rows)
     if len(held_out):
         pairs: dict[str, Tensor] = {}
-        rows = scorer.score(held_out.blocks(), [scorer.floor_count], kept=pairs)
+        blocks = ((pixels, y if scorer.labelled else None) for pixels, y in held_out.blocks())
+        rows = scorer.score(blocks, [scorer.floor_count], kept=pairs)
         kept |= {f"floor_{name}": tensor for name, tensor in pairs.items()}
         add("floor", None, [{"sample_seed": None} | row for row in rows])
     if not scorer.first:
         return
-    file = experiment.reference_score_path(teacher).with_suffix(".kept.safetensors")
+    file = path.with_suffix(".kept.safetensors")
     _finish(
-        experiment.reference_score_path(teacher),
+        path,
         {
             "kept": {"file": file.name, "sha256": save_tensors(file, whole)},
             "teacher": teacher,

@@ -25,6 +25,7 @@ from harness.errors import UserError, did_you_mean
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NULL = "null.safetensors"
+CODEC = "vae"  # the folder of a teacher's decoder
 FILES = ("config.json", "denoiser.json", WEIGHTS)
 
 
@@ -161,11 +162,31 @@ def load_denoiser(
     return denoiser.eval().to(device)
 
 
+def load_codec(teacher: Path, device: str = "cpu") -> nn.Module:
+    """What makes pixels of a teacher's images, read from its folder: nothing is to be done to those
+    of a teacher without a decoder."""
+    record = read_json(teacher / "teacher.json").get("codec")
+    if record is None:
+        return nn.Identity()
+    from diffusers import AutoencoderKL
+
+    from harness.networks.pipelines import Codec
+
+    vae = AutoencoderKL.from_config(read_json(teacher / CODEC / "config.json"))
+    weights = load_tensors(
+        teacher / CODEC / WEIGHTS, record["sha256"], owner=teacher / "teacher.json"
+    )
+    vae.load_state_dict(weights)
+    return Codec(vae.eval()).to(device)
+
+
 def clone_denoiser(denoiser: Denoiser) -> Denoiser:
-    """An independent, trainable copy: a student or fake score begins as its teacher."""
+    """An independent, trainable copy: a student or fake score begins as its teacher. It has no
+    codec, which is its teacher's."""
     import copy
 
-    return copy.deepcopy(denoiser).requires_grad_(True)
+    clone = copy.deepcopy(denoiser, {id(denoiser.codec): nn.Identity()})
+    return clone.requires_grad_(True)
 
 
 def set_dropout(denoiser: Denoiser, probability: float) -> None:

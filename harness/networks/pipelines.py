@@ -86,6 +86,19 @@ class VPDenoiser(Denoiser):
         """That of the whole time nearest in log σ: a stock scheduler can start there."""
         return min(self._levels, key=lambda level: abs(math.log(level / sigma)))
 
+    def sigma_at(self, u: Tensor) -> Tensor:
+        grid = self.log_sigmas
+        time = u.double() * (len(grid) - 1)
+        low = time.floor().long().clamp(0, len(grid) - 2)
+        return torch.lerp(grid[low], grid[low + 1], time - low).exp().float()
+
+    def within(self, sigma: Tensor) -> Tensor:
+        return sigma.clamp(self._levels[0], self._levels[-1])
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        # The error of a predicted velocity is EDM's with unit variance, (1 + σ²) / σ².
+        return sigma**-2 if self.prediction == "epsilon" else super().loss_weight(sigma)
+
     def time(self, sigma: Tensor) -> Tensor:
         """The time `(B,)` float32 of noise levels `(B,)`, linear in log σ between two whole ones.
 
@@ -207,13 +220,40 @@ class PipelineFolder:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.folder / part}: {' '.join(str(error).split())}") from None
 
+    def check(self, teacher: str, image_shape: tuple[int, ...], sigma_max: float) -> None:
+        """Refuse, before anything is read that takes time, what does not fit the experiment: the
+        size of its images, and noise beyond its schedule."""
+        vae = read_json(self.folder / "vae" / "config.json")
+        network = read_json(self.folder / self.network / "config.json")
+        size = network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        mine = (vae.get("out_channels", 3), size, size)
+        if mine != tuple(image_shape):
+            said = ["x".join(map(str, shape)) for shape in (mine, image_shape)]
+            raise UserError(
+                f"teacher {teacher} makes {said[0]} images, but the data's are {said[1]}"
+            )
+        most = schedule_sigmas(self.schedule)[-1].item()
+        if sigma_max > 1.01 * most:
+            raise UserError(
+                f"teachers.{teacher}.sampler.sigma_max: {sigma_max:g} is beyond the noise that "
+                f"this pipeline knows, {most:.4g}"
+            )
+
+    @property
+    def schedule(self) -> dict:
+        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        return {key: scheduler[key] for key in SCHEDULE if key in scheduler}
+
+    def sha256(self) -> str:
+        """Of all that a teacher is made of."""
+        return self._sha256(self.network, *PARTS)
+
     def denoiser(self, null: dict[str, Tensor] | None = None) -> VPDenoiser:
         """`null`: what the text encoder makes of the empty prompt."""
         import diffusers
 
         backbone = self._load(getattr(diffusers, self._network_class), self.network)
         scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
-        schedule = {key: scheduler[key] for key in SCHEDULE if key in scheduler}
         prediction = scheduler.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise UserError(
@@ -221,7 +261,7 @@ class PipelineFolder:
                 f"{', '.join(PREDICTIONS)}"
             )
         self._check_width(backbone)
-        return VP_DENOISERS[self._network_class](backbone, schedule, prediction, null)
+        return VP_DENOISERS[self._network_class](backbone, self.schedule, prediction, null)
 
     def _check_width(self, backbone: nn.Module) -> None:
         config = read_json(self.folder / "text_encoder" / "config.json")
@@ -259,4 +299,4 @@ class PipelineFolder:
     def _sha256(self, *parts: str) -> str:
         """Of all files of some parts."""
         files = sorted(path for part in parts for path in (self.folder / part).glob("*.*"))
-        return digest([(path.name, sha256_file(path)) for path in files])
+        return digest([(str(path.relative_to(self.folder)), sha256_file(path)) for path in files])

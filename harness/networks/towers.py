@@ -103,7 +103,7 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def see(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         parts = []
         with full_precision():
             for block in pixels.split(BLOCK):
@@ -111,7 +111,7 @@ class Tower(nn.Module):
         seen = {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
         return seen | self.compared(seen["features"], labels)
 
-    def compared(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compared(self, features: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         return {}
 
 
@@ -139,9 +139,9 @@ class Inception:
 class ClipTower(Tower):
     """open_clip's network; embeddings have length 1, `(B, D)`.
 
-    `captions`: one a class. Where there are any it gives their similarity to each image's own, as
-    they are (`text_similarity`) and after Hessel's prefix (`prefixed_similarity`). `heads`: ratings
-    of the embeddings by name.
+    `captions`: one a class, or the prompts. Where there are any it gives their similarity to each
+    image's own, as they are (`text_similarity`) and after Hessel's prefix (`prefixed_similarity`).
+    `heads`: ratings of the embeddings by name.
     """
 
     def __init__(self, network: nn.Module, captions: list[str], tokenizer, heads: dict):
@@ -168,9 +168,9 @@ class ClipTower(Tower):
             self._texts[prefix] = torch.cat(parts)
         return self._texts[prefix]
 
-    def compared(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compared(self, features: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         seen = {name: head(features) for name, head in self.heads.items()}
-        if not self.captions:
+        if not self.captions or labels is None:
             return seen
         for name, prefix in (("text_similarity", ""), ("prefixed_similarity", PREFIX)):
             seen[name] = (features * self.texts(prefix)[labels]).sum(dim=1)
@@ -208,14 +208,17 @@ class Clip:
         }
 
     @classmethod
-    def load(cls, section, path: Path, class_names: tuple[str, ...], heads: dict) -> ClipTower:
+    def load(cls, section, path: Path, dataset, heads: dict) -> ClipTower:
         import open_clip
 
         network = open_clip.create_model(section.model, pretrained=None)
         fill(network, read_weights(path), path, NO_WEIGHTS)
+        names = dataset.class_names
         # Nothing can be said of classes that are numbers.
-        named = not any(name.isdigit() for name in class_names)
-        captions = [section.caption.format(name) for name in class_names] if named else []
+        named = not any(name.isdigit() for name in names)
+        captions = [section.caption.format(name) for name in names] if named else []
+        if dataset.evaluation_prompts:
+            captions = list(dataset.evaluation_prompts.texts)
         return ClipTower(network, captions, open_clip.get_tokenizer(section.model), heads)
 
 

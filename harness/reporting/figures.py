@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.artifacts import load_tensors, read_json
 from harness.config import Experiment
-from harness.data import captions_of
+from harness.data import load
 from harness.evaluation.metrics import FRECHET, METRICS
 from harness.reporting.collect import column_name, is_unavailable, main_metric_in
 
@@ -266,9 +266,10 @@ def samples(
 
 
 def prompts(experiment: Experiment) -> tuple[str, ...]:
-    """What the numbers that samples are labelled with ask for, where these are captions."""
-    said = captions_of(experiment.data)
-    return said.texts if said else ()
+    """What the numbers that samples are labelled with ask for, where these are texts."""
+    if not experiment.data.texts:
+        return ()
+    return load(experiment.data_dir(), images=False).evaluation_prompts.texts
 
 
 @dataclass
