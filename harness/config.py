@@ -143,6 +143,9 @@ class Switches(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = Field(False, description="memory format of the networks' weights")
     compile: bool = Field(False, description="denoisers, by torch.compile with static shapes")
+    gradient_checkpointing: bool = Field(
+        False, description="diffusers' networks compute again what a backward pass needs"
+    )
     micro_batch: Positive | None = Field(None, description="images at a time, at most")
 
 
@@ -223,10 +226,11 @@ class PretrainedFeatures(Section):
 
 
 class InceptionFeatures(PretrainedFeatures):
-    """`resize`: the protocol of its FID: EDM's, or one of clean-fid's."""
+    """`resize`: the protocol of its FID: EDM's, one of clean-fid's, that of text-to-image papers on
+    COCO (256 pixels first), or none at all (patch FID)."""
 
     type: Literal["inception"]
-    resize: Literal["edm", "clean", "legacy-tensorflow"] = "edm"
+    resize: Literal["edm", "clean", "legacy-tensorflow", "coco", "patch"] = "edm"
 
     @property
     def kind(self) -> str:
@@ -238,7 +242,10 @@ class ClipFeatures(PretrainedFeatures):
     others are a file or an address with its sha256. `caption`: what is said of a class."""
 
     type: Literal["open-clip"]
-    model: Literal["ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu"]
+    model: Literal[
+        *("ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu"),
+        *("ViT-H-14", "ViT-g-14", "ViT-bigG-14"),
+    ]
     pretrained: str = "openai"
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the weights")
     caption: str = Field("a photo of a {}", pattern=r"^[^{}]*\{\}[^{}]*$")
@@ -299,10 +306,22 @@ KINDS = {
 }
 
 
+class LoraSection(Section):
+    """Adapters that train in place of a student's and its fake score's weights."""
+
+    rank: Positive
+    alpha: float | None = Field(None, gt=0, description="default: the rank")
+
+    @property
+    def scale(self) -> float:
+        return self.rank if self.alpha is None else self.alpha
+
+
 class StudentSection(Section):
     method: str
     teacher: str | None = None
     freeze: Literal["none", "innate"] = "none"
+    lora: LoraSection | None = None
     settings: dict[str, Any] = {}
     budget: list[Limit] | None = Field(None, min_length=1, description="in place of all students'")
 
@@ -465,6 +484,16 @@ class Experiment:
         common = shared_settings(self.training.settings, get_method(section.method).Config)
         return get_method(section.method).Config(**common | section.settings)
 
+    @property
+    def statistics_extractor(self) -> str | None:
+        """The extractor that `evaluation.statistics` are of: Inception with EDM's resize, which the
+        published ones have, else the first Inception that there is."""
+        if self.evaluation.statistics is None:
+            return None
+        kinds = {name: self.features[name].kind for name in self.evaluation.extractors}
+        found = [name for name, kind in kinds.items() if kind.startswith("inception")]
+        return next((name for name in found if kinds[name] == "inception"), found[0])
+
     def requirements(self, student: str):
         from harness.method import get_method
 
@@ -567,7 +596,11 @@ class Experiment:
             "precision": training.precision,
             # Their results differ by rounding. Left out where they keep their defaults, so that
             # finished runs outlive these keys.
-            **training.model_dump(include={"channels_last", "compile"}, exclude_defaults=True),
+            **training.model_dump(
+                include={"channels_last", "compile", "gradient_checkpointing"},
+                exclude_defaults=True,
+            ),
+            **section.model_dump(include={"lora"}, exclude_none=True),
         }
 
     def budget(self, student: str) -> list[Limit]:
@@ -584,12 +617,13 @@ class Experiment:
         from harness import SCORES_FORMAT
         from harness.evaluation.metrics import METRICS
 
+        kinds = {self.features[name].kind for name in self.evaluation.extractors}
         return {
             "format": SCORES_FORMAT,
             "data": self.data_spec(),
             "evaluation": self.evaluation_spec(),
             "features": {name: self.features_spec(name) for name in self.evaluation.extractors},
-            "metrics": sorted(METRICS),
+            "metrics": sorted(n for n, metric in METRICS.items() if kinds & {*metric.extractors}),
         }
 
     def reference_score_spec(self, teacher: str) -> dict:
@@ -868,7 +902,7 @@ def _check_evaluation(
             "there are none"
         )
     if evaluation.statistics is not None:
-        if used and "inception" not in used:
+        if used and not any(kind.startswith("inception") for kind in used):
             lines.append("evaluation.statistics: they are for an extractor of type inception")
         sha256 = "evaluation.statistics_sha256", evaluation.statistics_sha256
         lines += _check_file("evaluation.statistics", evaluation.statistics, sha256, files)
@@ -926,6 +960,8 @@ def _check_student(name: str, section: StudentSection, model: ExperimentModel) -
     from harness.method import get_method
 
     where, lines = f"students.{name}", []
+    if section.lora is not None and section.freeze != "none":
+        lines.append(f"{where}.lora: adapters leave all weights alone; freeze: means nothing")
     if section.teacher is not None and section.teacher not in model.teachers:
         lines.append(
             f"{where}.teacher: unknown teacher {section.teacher!r}"
@@ -1078,6 +1114,10 @@ def _check_trained_here(model: ExperimentModel) -> list[str]:
     return lines
 
 
+# CLIPs that OpenAI published.
+OPENAI = ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu")
+
+
 def _check_fetched(name: str, section: PretrainedFeatures, files: bool) -> list[str]:
     """A feature network from elsewhere: where its weights are, and what it is called."""
     where, lines, weights = f"features.{name}", [], section.weights
@@ -1089,7 +1129,7 @@ def _check_fetched(name: str, section: PretrainedFeatures, files: bool) -> list[
             sha256 = f"{where}.sha256", section.sha256
             lines += _check_file(f"{where}.weights", weights, sha256, files)
     if isinstance(section, ClipFeatures):
-        if weights is None and section.pretrained != "openai":
+        if weights is None and (section.pretrained != "openai" or section.model not in OPENAI):
             lines.append(
                 f"{where}.weights: missing; only OpenAI's are known, others are a file or an "
                 "address with its sha256"

@@ -24,7 +24,7 @@ from harness.config import (
     parse_experiment,
 )
 from harness.data import Dataset, Images
-from harness.denoiser import EDMDenoiser
+from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.feature_networks import build_feature_network
 from harness.ledger import measure
@@ -36,6 +36,7 @@ from harness.trainer import Trainer, grid_index
 
 # Iterations over which variants such as lazy R1 are averaged.
 PERIOD = 64
+GPUS = (24, 48, 80)  # gigabytes of the usual ones
 # Float32 numbers per trained parameter: weight, gradient, Adam's two moments.
 COPIES = 4
 
@@ -67,9 +68,11 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
     return Dataset(data.name, random, random, names, "", captions, texts, texts)
 
 
-def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> EDMDenoiser:
+def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> Denoiser:
     """The teacher's network with fresh weights."""
     section = experiment.teachers[name]
+    if isinstance(section, ImportedTeacher) and section.pipeline:
+        return _stand_in_pipeline(section)
     if isinstance(section, ImportedTeacher) and section.network is None:
         raise UserError(f"teachers.{name}.network: missing; it tells what the file will hold")
     sigma_data, text = getattr(section, "sigma_data", 0.5), stand_in_text(experiment, name)
@@ -82,8 +85,26 @@ def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> EDM
     )
 
 
+def _stand_in_pipeline(section: ImportedTeacher) -> Denoiser:
+    """A pipeline's denoiser with its codec: as its folder says, or `network` where there is none
+    yet."""
+    from diffusers import AutoencoderKL
+
+    from harness.networks.pipelines import STABLE_DIFFUSION_VAE, Codec, PipelineFolder, fresh
+
+    network, vae = section.network, STABLE_DIFFUSION_VAE
+    if (folder := Path(section.source).expanduser()).exists():
+        pipeline = PipelineFolder(folder)
+        network = {"type": pipeline.network_class} | pipeline.config(pipeline.network)
+        vae = pipeline.config("vae")
+    teacher = fresh(network)
+    teacher.codec = Codec(AutoencoderKL(**vae))
+    return teacher
+
+
 def stand_in_text(experiment: Experiment, teacher: str) -> Callable | None:
-    """What a text encoder makes of prompts, by their numbers, if the teacher has one: zeros."""
+    """What a text encoder makes of prompts, by their numbers, if a teacher trained here has one:
+    zeros."""
     encoder = experiment.text_encoder_of(teacher)
     if encoder is None:
         return None
@@ -102,6 +123,10 @@ def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) ->
     teacher = stand_in_teacher(experiment, experiment.teacher_of(student), dataset)
     inputs = Inputs(dataset, teacher.to(experiment.device))
     inputs.embeddings = stand_in_text(experiment, experiment.teacher_of(student))
+    if dataset.prompts and inputs.embeddings is None:
+        inputs.embeddings = lambda numbers: teacher.null_condition(len(numbers))
+    if not needs.pixels:
+        teacher.codec = nn.Identity()
     if needs.features:
         f = experiment.features[needs.features]
         inputs.features = build_feature_network(f.type, dataset, f.width)
@@ -114,8 +139,7 @@ def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) ->
     if needs.lpips:
         inputs.lpips = PerceptualDistance(build_lpips()).eval().requires_grad_(False)
     if needs.pairs:
-        x = datasets.to_model_space(dataset.train.pixels)
-        inputs.pairs = {"x": x}
+        inputs.pairs = {"x": torch.zeros(images, *teacher.image_shape)}
         if dataset.num_conditions:
             inputs.pairs["condition"] = dataset.train.labels
     return inputs
@@ -203,6 +227,14 @@ class Estimate:
     images: float
     memory: float
     kept: float  # bytes of it that wait for backward passes
+    whole: int  # the batch that micro-batches are parts of
+
+    def fits(self, gibibytes: int) -> int:
+        """The largest micro-batch, up to the present one or the whole batch, in a GPU's memory: 0
+        where nothing fits."""
+        room = gibibytes * 2**30 - (self.memory - self.kept)
+        most = int(room * self.batch / self.kept) if self.kept else self.whole
+        return next((n for n in range(min(most, self.whole), 0, -1) if self.whole % n == 0), 0)
 
     @property
     def flops(self) -> float:
@@ -246,23 +278,26 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
         p.numel() for n, net in trainer.networks.items() if n != "student" for p in net.parameters()
     )
     trainable = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
-    present = sum(p.numel() for net in everything(trainer) for p in net.parameters())
-    parameters = sum(p.numel() for p in main.parameters())
+    # Weights that networks share are there once; those that never change are their own average.
+    there = {id(p): p.numel() for net in everything(trainer) for p in net.parameters()}
+    averaged = sum(p.numel() for p in trainer.trainable["student"])
+    present, parameters = sum(there.values()), sum(p.numel() for p in main.parameters())
     kept = (0.5 if experiment.training.precision == "bf16" else 1.0) * trainer.tally.most
-    memory = 4 * (present + parameters + (COPIES - 1) * trainable) + kept
-    images = 4 * needs.pairs * math.prod(inputs.dataset.image_shape)
+    memory = 4 * (present + averaged + (COPIES - 1) * trainable) + kept
+    images = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
     memory += images if images <= ON_DEVICE else 0
     return Estimate(
         student,
         run.micro_batch,
         parameters,
-        sum(p.numel() for p in trainer.trainable["student"]),
+        averaged,
         beside,
         flops,
         pair_flops,
         _images(experiment.budget_spec(student), flops, pair_flops),
         memory,
         kept,
+        experiment.method_config(student).batch,
     )
 
 
@@ -481,16 +516,19 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
                 f"{e.images:,.0f}" if math.isfinite(e.images) else "–",
                 f"{e.flops / 1e15:.4g}" if math.isfinite(e.flops) else "–",
                 f"{e.memory / 2**30:.3g}",
+                *(e.fits(size) or "–" for size in GPUS),
                 f"{hours:.3g}" if math.isfinite(hours) else "–",
             )
         )
     headers = ("student", "parameters (M)", "trained (M)", "beside (M)", "micro-batch")
-    headers += ("GFLOPs/image", "images", "PFLOPs", "memory (GiB)", "hours")
+    headers += ("GFLOPs/image", "images", "PFLOPs", "memory (GiB)")
+    headers += (*(f"in {size} GB" for size in GPUS), "hours")
     runs = len(experiment.training.seeds)
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
     print(
         f"\nPer run, of {runs} per student; hours at a sustained {tflops:g} TFLOP/s. Memory is an "
         "estimate for one GPU: weights, gradients, Adam and EMA in float32, the tensors that are "
         "kept for backward passes, teacher pairs; not real images (at most "
-        f"{ON_DEVICE / 2**30:g} GiB of them stay there), the allocator's or a kernel's own."
+        f"{ON_DEVICE / 2**30:g} GiB of them stay there), the allocator's or a kernel's own. In 24 "
+        "GB, …: the largest micro-batch that such a GPU has room for by this estimate."
     )

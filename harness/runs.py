@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import data as datasets
+from harness.adapters import add_adapters
 from harness.artifacts import (
     digest,
     machine_slot,
@@ -161,8 +162,13 @@ def assemble(
     set_dropout(network, 0.0)  # a generator has none; its teacher was trained with some
     method.prepare_student(network)
     freeze(network, section.freeze)
+    if section.lora:
+        with seeded(seed):
+            for clone in (network, *beside.values()):
+                if isinstance(clone, Denoiser):
+                    add_adapters(clone, inputs.teacher, section.lora.rank, section.lora.scale)
     # Embeddings are read on the host, so images and pairs are chosen there, too.
-    home = "cpu" if inputs.embeddings else device
+    home = "cpu" if inputs.embeddings and device != "meta" else device
     real = placed(dataset.train, home) if needs.real_images else {}
     sources = Sources(
         inputs.teacher.image_shape,
@@ -201,6 +207,7 @@ def assemble(
         precision=training.precision,
         channels_last=training.channels_last,
         compile=training.compile,
+        gradient_checkpointing=training.gradient_checkpointing,
         tick_images=training.tick_images,
         checkpoint_seconds=training.checkpoint_seconds,
         max_nonfinite=training.max_nonfinite,
@@ -233,6 +240,7 @@ def describe(experiment: Experiment, student: str, seed: int) -> dict:
         "settings": settings,
         "changed_settings": {k: v for k, v in settings.items() if v != defaults[k]},
         "freeze": section.freeze,
+        **section.model_dump(include={"lora"}, exclude_none=True),
         "teacher": experiment.teacher_of(student),
         "trained_against": against,
         "pretraining": sorted(pretraining),
@@ -243,9 +251,11 @@ def describe(experiment: Experiment, student: str, seed: int) -> dict:
 
 
 def _parameters(network: nn.Module) -> dict:
-    total = sum(p.numel() for p in network.parameters())
-    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
-    return {"parameters": total, "frozen_fraction": frozen / total}
+    """Those that the exported network has: adapters will be part of their weights."""
+    parameters = list(network.named_parameters())
+    total = sum(p.numel() for name, p in parameters if ".lora_" not in name)
+    trained = sum(p.numel() for _, p in parameters if p.requires_grad)
+    return {"parameters": total, "frozen_fraction": max(0.0, 1 - trained / total)}
 
 
 def train_student(experiment: Experiment, student: str, seed: int) -> dict:

@@ -135,7 +135,9 @@ def import_pipeline(experiment: Experiment, name: str) -> dict:
     section, folder = experiment.teachers[name], experiment.teacher_dir(name)
     dataset = datasets.load(experiment.data_dir(), images=False)
     pipeline = PipelineFolder(Path(section.source).expanduser())
-    pipeline.check(name, dataset.image_shape, section.sampler.sigma_max)
+    # Real images may be of another size: whatever looks at both brings them to its own.
+    shape = None if experiment.data.has_images else dataset.image_shape
+    pipeline.check(name, shape, section.sampler.sigma_max)
     with run_lock(folder):
         sets = {"text": dataset.prompts, "evaluation_text": dataset.evaluation_prompts}
         if sets["text"] is sets["evaluation_text"]:
@@ -220,6 +222,7 @@ def train_teacher(experiment: Experiment, name: str) -> dict:
             precision=section.precision,
             channels_last=section.channels_last,
             compile=section.compile,
+            gradient_checkpointing=section.gradient_checkpointing,
             checkpoint_seconds=experiment.training.checkpoint_seconds,
             max_nonfinite=experiment.training.max_nonfinite,
             tick_images=max(section.images // 50, 1),

@@ -74,6 +74,7 @@ class TrainingRun:
     precision: str = "fp32"
     channels_last: bool = False
     compile: bool = False
+    gradient_checkpointing: bool = False
     tick_images: int = 1024
     checkpoint_seconds: float = 15.0
     max_nonfinite: int = 20
@@ -125,12 +126,21 @@ class Trainer:
             net.requires_grad_(False)
         for net in self.networks.values():
             net.train()
-        self.ema = copy.deepcopy(self.networks[run.main]).requires_grad_(False).eval()
+        # Weights that never change are their own average, and no part of a saved state.
+        main = self.networks[run.main]
+        held = {id(p): p for p in main.parameters() if not p.requires_grad}
+        self.ema = copy.deepcopy(main, held).requires_grad_(False).eval()
         if run.compile:
             for net in (*self.networks.values(), *self.frozen.values()):
                 if isinstance(net, Denoiser):  # others are differentiated twice, by R1
                     net.compile(dynamic=False)
-        self._averaged = list(self.ema.parameters()), list(self.networks[run.main].parameters())
+        pairs = zip(self.ema.parameters(), main.parameters(), strict=True)
+        self._averaged = tuple(zip(*[pair for pair in pairs if pair[1].requires_grad], strict=True))
+        self._held = {
+            name: {key for key, p in net.named_parameters() if not p.requires_grad}
+            for name, net in self.networks.items()
+        }
+        self._held["ema"] = self._held[run.main]
         self.trainable = {
             name: [p for p in net.parameters() if p.requires_grad]
             for name, net in self.networks.items()
@@ -153,6 +163,10 @@ class Trainer:
 
     def _place(self, net: nn.Module) -> nn.Module:
         """Put a network on the device; convolutions follow the memory format of their weights."""
+        if self.run.gradient_checkpointing:
+            for part in net.modules():
+                if getattr(part, "_supports_gradient_checkpointing", False):
+                    part.enable_gradient_checkpointing()
         if self.run.channels_last:
             return net.to(self.run.device, memory_format=torch.channels_last)
         return net.to(self.run.device)
@@ -182,7 +196,8 @@ class Trainer:
     def _state_tensors(self) -> dict[str, Tensor]:
         tensors = {}
         for name, net in [*self.networks.items(), ("ema", self.ema)]:
-            tensors |= {f"{name}/{k}": v for k, v in net.state_dict().items()}
+            held = self._held[name]
+            tensors |= {f"{name}/{k}": v for k, v in net.state_dict().items() if k not in held}
         for name, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{name}/{i}/{k}": v for k, v in state.items()}
@@ -234,9 +249,9 @@ class Trainer:
         )
         for name, net in [*self.networks.items(), ("ema", self.ema)]:
             prefix = f"{name}/"
-            net.load_state_dict(
-                {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            )
+            found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            own = net.state_dict()
+            net.load_state_dict({key: own[key] for key in self._held[name]} | found)
         for name, optimizer in self.optimizers.items():
             record = optimizer.state_dict()
             record["state"] = {}

@@ -45,7 +45,10 @@ PAIRWISE_LIMIT = 10_000
 # Kinds of extractors, by the `type` of their section.
 CLASSIFIERS = ("cnn", "resnet")
 TRAINED = (*CLASSIFIERS, "clip")
-INCEPTION = ("inception", "inception-clean", "inception-legacy-tensorflow")
+INCEPTION = (
+    *("inception", "inception-clean", "inception-legacy-tensorflow"),
+    *("inception-coco", "inception-patch"),
+)
 CLIPS = ("clip", "open-clip")
 NO_FID = (*TRAINED, "open-clip", "dinov2", "efficientnet-lite")
 ALL = (*NO_FID, *INCEPTION)
@@ -323,8 +326,9 @@ def jackknife(estimates: Sequence[float]) -> float:
 
 
 # In the features of Inception it is an FID (Heusel et al. 2017), and only there: with EDM's
-# protocol (Karras et al. 2022), clean-fid's resize (Parmar et al. 2022), or the resize by which
-# clean-fid repeats the first FIDs, the network's own.
+# protocol (Karras et al. 2022), clean-fid's resize (Parmar et al. 2022), the resize by which
+# clean-fid repeats the first FIDs, the network's own, that of text-to-image papers on COCO (Kang et
+# al. 2023, GigaGAN), or of the middle of large images as they are (Chai et al. 2022).
 @register("fd", "Fréchet distance", False, ("statistics",), NO_FID, covariance="N-1")
 @register(
     "fid-edm", "FID, EDM's protocol", False, ("statistics",), ("inception",), covariance="N-1"
@@ -340,6 +344,10 @@ def jackknife(estimates: Sequence[float]) -> float:
     ("inception-legacy-tensorflow",),
     covariance="N-1",
 )
+@register(
+    "fid-coco", "FID, COCO at 256 px", False, ("statistics",), ("inception-coco",), covariance="N-1"
+)
+@register("fid-patch", "Patch FID", False, ("statistics",), ("inception-patch",), covariance="N-1")
 def frechet(views: Views) -> Estimate:
     """Between Gaussians fitted to generated and reference samples."""
     return views.frechet

@@ -156,7 +156,10 @@ class Closest:
 
     def tensors(self) -> dict[str, Tensor]:
         """`closest` images, nearest first, the `closest_training` images, and their distances:
-        over the median of the held-out images', where there is one."""
+        over the median of the held-out images', where there is one. Nothing if images are of
+        another size than those."""
+        if not len(self.pixels):
+            return {}
         unit = self.reference.typical_nearest or 1.0
         index = self.reference.index[self.neighbour]
         return {
@@ -184,7 +187,7 @@ class Watch:
         if sum(self.counts) < self.wanted:
             self.pixels.append(pixels)
             self.labels += [labels] if labels is not None else []
-        if self.closest:
+        if self.closest and pixels.shape[1:] == self.closest[0].train.pixels.shape[1:]:
             closest, extractor = self.closest
             closest.add(pixels, seen[extractor]["features"])
         self.counts.append(len(pixels))
@@ -251,7 +254,8 @@ class Scorer:
     def _reference_of(self, extractor: Extractor) -> Reference:
         """What an extractor sees of the real images. It is the same for all generators, so the
         first job that scores keeps it beside the extractor, and the others read it."""
-        published = self.statistics if extractor.kind == "inception" else None
+        given = extractor.name == self.experiment.statistics_extractor
+        published = self.statistics if given else None
         if not len(self.dataset.train):
             return Reference(None, published)
         folder = self.experiment.features_dir(extractor.name)
@@ -305,7 +309,8 @@ class Scorer:
 
     def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
         """What of a protocol says what the metric compares with."""
-        if self.statistics and extractor.kind == "inception" and "statistics" in metric.needs:
+        published = extractor.name == self.experiment.statistics_extractor
+        if published and "statistics" in metric.needs:
             return {
                 "reference": f"{self.dataset.name}-statistics",
                 "reference_sha256": self.statistics_sha256,

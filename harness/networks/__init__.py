@@ -117,9 +117,12 @@ def build_denoiser(
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -> str:
-    """Write a denoiser folder; returns the sha256 of its weights. `extra` joins denoiser.json."""
+    """Write a denoiser folder; returns the sha256 of its weights. `extra` joins denoiser.json.
+    Adapters become part of the weights."""
+    from harness.adapters import merged
+
     folder, record = Path(folder), denoiser.precondition | (extra or {})
-    denoiser.backbone.save_pretrained(folder, safe_serialization=True)
+    merged(denoiser.backbone).save_pretrained(folder, safe_serialization=True)
     if hasattr(denoiser, "null"):
         record["null_sha256"] = save_tensors(folder / NULL, denoiser.null.parts)
     write_json(folder / "denoiser.json", record)

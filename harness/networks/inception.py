@@ -28,7 +28,10 @@ RESIZES = {
     "edm": RESIZE,
     "clean": "to 299 x 299 before the network, PIL's bicubic, not quantised (clean-fid)",
     "legacy-tensorflow": f"{RESIZE} (clean-fid's legacy_tensorflow)",
+    "coco": "to 256 x 256 by PIL's Lanczos, 8 bits, then as clean (text-to-image papers, COCO)",
+    "patch": "none: the 299 x 299 pixels in the middle",
 }
+COCO, SIZE = 256, 299
 DIM = 2048
 PRETRAINING = "imagenet-1k"  # as `harness.networks.backbones.pretraining_set` names it
 BLOCK = 64  # images at a time: 1 GB of activations
@@ -57,7 +60,7 @@ class Inception(nn.Module):
         # A GPU would convolve in TensorFloat-32, and features differ from machine to machine.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), self._resizing():
             for block in pixels.split(BLOCK):
-                rgb = block.expand(-1, 3, -1, -1).to(device)
+                rgb = self._prepared(block.expand(-1, 3, -1, -1)).to(device)
                 features, logits = self.network(rgb)
                 blocks.append((features, logits.softmax(dim=1)))
         return tuple(torch.cat(parts).to(pixels.device) for parts in zip(*blocks, strict=True))
@@ -66,14 +69,46 @@ class Inception(nn.Module):
         features, probabilities = self(pixels)
         return {"features": features, "probabilities": probabilities}
 
+    def _prepared(self, rgb: Tensor) -> Tensor:
+        """What the protocol does to images as they are."""
+        if self.resize == "coco":
+            return lanczos(rgb, COCO)
+        if self.resize == "patch":
+            return middle(rgb, SIZE)
+        return rgb
+
     def _resizing(self):
         """Put the protocol's resize in the place of the network's own."""
         from torch_fidelity import feature_extractor_inceptionv3 as library
 
-        if self.resize != "clean":
+        if self.resize not in ("clean", "coco"):
             return contextlib.nullcontext()
         name = "interpolate_bilinear_2d_like_tensorflow1x"
         return mock.patch.object(library, name, lambda images, **_: clean_resize(images))
+
+
+def lanczos(pixels: Tensor, size: int) -> Tensor:
+    """uint8 `(B, 3, H, W)` -> `(B, 3, size, size)` by PIL's Lanczos filter, as text-to-image papers
+    bring samples of 512 pixels to those of COCO's photographs."""
+    import numpy as np
+    from PIL import Image
+
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    images = map(Image.fromarray, pixels.movedim(1, -1).cpu().numpy())
+    resized = [np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)) for image in images]
+    return torch.from_numpy(np.stack(resized)).movedim(-1, 1)
+
+
+def middle(pixels: Tensor, size: int) -> Tensor:
+    """The middle `size` x `size` pixels: the network's own resize then does nothing."""
+    height, width = pixels.shape[2:]
+    if min(height, width) < size:
+        raise UserError(
+            f"resize: patch looks at {size} x {size} pixels, and images are {height} x {width}"
+        )
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[:, :, top : top + size, left : left + size]
 
 
 def clean_resize(images: Tensor) -> Tensor:

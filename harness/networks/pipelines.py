@@ -40,7 +40,8 @@ def schedule_sigmas(schedule: dict) -> Tensor:
     """
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    alphas = EulerDiscreteScheduler(**schedule).alphas_cumprod.double()
+    with torch.device("cpu"):  # also where a plan counts without memory
+        alphas = EulerDiscreteScheduler(**schedule).alphas_cumprod.double()
     return ((1 - alphas) / alphas).sqrt()
 
 
@@ -193,8 +194,33 @@ PIPELINES = {
     "StableDiffusionPipeline": ("unet", "UNet2DConditionModel"),
     "PixArtAlphaPipeline": ("transformer", "PixArtTransformer2DModel"),
 }
+# Network class -> tokens that its pipeline's text encoder gives, and whether they are masked.
+TOKENS = {"UNet2DConditionModel": (77, False), "PixArtTransformer2DModel": (120, True)}
+# The autoencoder of all of them, of images of 8 x 8 pixels for each place of a latent.
+STABLE_DIFFUSION_VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 # What else a pipeline's folder must have.
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
+
+
+def fresh(network: dict) -> VPDenoiser:
+    """A denoiser with new weights and no text as its condition; `network`: `type` and arguments."""
+    import diffusers
+
+    settings = dict(network)
+    kind = settings.pop("type")
+    (tokens, masked), denoiser_class = TOKENS[kind], VP_DENOISERS[kind]
+    denoiser = denoiser_class(getattr(diffusers, kind)(**settings), {})
+    null = {"embeddings": torch.zeros(1, tokens, denoiser.text_width)}
+    if masked:
+        null["mask"] = torch.ones(1, tokens, dtype=torch.uint8)
+    denoiser.null = NullText(null)
+    return denoiser
 
 
 class PipelineFolder:
@@ -209,7 +235,7 @@ class PipelineFolder:
         if self.kind not in PIPELINES:
             hint = did_you_mean(self.kind, PIPELINES) or f"; known: {', '.join(PIPELINES)}"
             raise UserError(f"{folder}: unknown pipeline {self.kind!r}{hint}")
-        self.network, self._network_class = PIPELINES[self.kind]
+        self.network, self.network_class = PIPELINES[self.kind]
         for part in (self.network, *PARTS):
             if not (self.folder / part).is_dir():
                 raise UserError(f"{folder}: this {self.kind} has no {part}; fetch the whole folder")
@@ -220,14 +246,14 @@ class PipelineFolder:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.folder / part}: {' '.join(str(error).split())}") from None
 
-    def check(self, teacher: str, image_shape: tuple[int, ...], sigma_max: float) -> None:
+    def check(self, teacher: str, image_shape: tuple[int, ...] | None, sigma_max: float) -> None:
         """Refuse, before anything is read that takes time, what does not fit the experiment: the
-        size of its images, and noise beyond its schedule."""
+        size of its images (None: any), and noise beyond its schedule."""
         vae = read_json(self.folder / "vae" / "config.json")
         network = read_json(self.folder / self.network / "config.json")
         size = network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
         mine = (vae.get("out_channels", 3), size, size)
-        if mine != tuple(image_shape):
+        if image_shape and mine != tuple(image_shape):
             said = ["x".join(map(str, shape)) for shape in (mine, image_shape)]
             raise UserError(
                 f"teacher {teacher} makes {said[0]} images, but the data's are {said[1]}"
@@ -252,7 +278,7 @@ class PipelineFolder:
         """`null`: what the text encoder makes of the empty prompt."""
         import diffusers
 
-        backbone = self._load(getattr(diffusers, self._network_class), self.network)
+        backbone = self._load(getattr(diffusers, self.network_class), self.network)
         scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
         prediction = scheduler.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
@@ -261,7 +287,7 @@ class PipelineFolder:
                 f"{', '.join(PREDICTIONS)}"
             )
         self._check_width(backbone)
-        return VP_DENOISERS[self._network_class](backbone, self.schedule, prediction, null)
+        return VP_DENOISERS[self.network_class](backbone, self.schedule, prediction, null)
 
     def _check_width(self, backbone: nn.Module) -> None:
         config = read_json(self.folder / "text_encoder" / "config.json")
@@ -290,6 +316,11 @@ class PipelineFolder:
             sha256=self._sha256("text_encoder", "tokenizer"),
             prepare=str if clip else lambda text: text.lower().strip(),
         )
+
+    def config(self, part: str) -> dict:
+        """The configuration of a part, without diffusers' own notes."""
+        known = read_json(self.folder / part / "config.json")
+        return {key: value for key, value in known.items() if not key.startswith("_")}
 
     def codec(self) -> Codec:
         from diffusers import AutoencoderKL

@@ -39,12 +39,18 @@ COLUMNS = (
 # A published table may hold several data sets.
 TABLE_COLUMNS = (*COLUMNS[:2], "dataset", "conditioning", *COLUMNS[2:])
 # The tables that `paper-tables` writes, by the beginning of their names.
-TABLES = {name: ("",) for name in PAPERS} | {"DMD": ("Table 1", "Table 2", "Table 6")}
-FID_SAMPLES = 50_000
+TABLES = {name: ("",) for name in PAPERS} | {
+    "DMD": ("Table 1", "Table 2", "Table 3", "Table 4", "Table 6")
+}
+FID_SAMPLES, COCO_SAMPLES = 50_000, 30_000
 # Why a published metric is shown and not compared, where a column here has a similar name.
 NOT_COMPARED = {
     "CLIP-FID": "not compared: the source names neither CLIP's weights nor a library; Fréchet "
     "distances here are between embeddings of length 1",
+    "CLIP score (OpenCLIP-G)": "not compared: the paper says OpenCLIP-G, its successor's code "
+    "loads ViT-g-14 and puts words before each prompt",
+    "LAION aesthetic score": "not compared: which of LAION's predictors and which prompts it is "
+    "of was not said",
 }
 CAPTION = (
     "Reported: harness/reporting/published.yaml, as each source says it. Reproduced: one FID per "
@@ -103,8 +109,9 @@ def _setting_match(experiment: Experiment, name: str, entry: dict) -> tuple[str,
         notes.append("the published settings are not known")
     elif changed:
         notes.append(f"not as published: {', '.join(changed)}")
-    if experiment.evaluation.num_samples != FID_SAMPLES:
-        notes.append(f"papers use {FID_SAMPLES} samples, and fewer raise an FID")
+    papers = COCO_SAMPLES if entry["dataset"].startswith("COCO-2014-30k") else FID_SAMPLES
+    if experiment.evaluation.num_samples != papers:
+        notes.append(f"papers use {papers} samples, and fewer raise an FID")
     if setting == "exact" and notes:
         setting = "unknown" if changed is None else "changed"
     return setting, notes

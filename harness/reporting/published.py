@@ -23,6 +23,11 @@ DMD = {"regression": "lpips", "distribution_matching": True, "weighting": "eq8"}
 # published method with its variants. The first line that fits counts. `None`: a row that names no
 # variant, by which a table means the paper's own configuration.
 NAMES = (
+    ("dmd", DMD | {"teacher_guidance": 3.0}, "DMD", ("SDv1.5, guidance 3",)),
+    (
+        *("dmd", DMD | {"teacher_guidance": 8.0}, "DMD"),
+        ("guidance 8, LAION-Aesthetic 6+",),
+    ),
     ("dmd", DMD, "DMD", (None, "full", "sample weighting Eq. 8 (ours)")),
     ("dmd", DMD | {"regression": "none"}, "DMD", ("w/o regression loss",)),
     ("dmd", DMD | {"regression": "l2"}, "DMD", ("L2 instead of LPIPS in the regression loss",)),
@@ -166,14 +171,17 @@ def official_network(experiment: Experiment, teacher: str) -> str | None:
 
 
 def network(experiment: Experiment, teacher: str) -> str | None:
-    """A teacher's network in EDM's words: `vp` (DDPM++), `ve` (NCSN++) or `adm`. None if it is
-    another, or if neither the experiment nor an imported file tells."""
+    """A teacher's network in EDM's words: `vp` (DDPM++), `ve` (NCSN++) or `adm`; or `sd` (Stable
+    Diffusion 1), `pixart`. None if it is another, or if neither the experiment nor an imported file
+    tells."""
     made = experiment.teacher_dir(teacher) / "config.json"
     told = experiment.teachers[teacher].network or (read_json(made) if made.exists() else {})
     kind = told.get("type", told.get("_class_name"))
     if kind == "SongUNet":
         return "ve" if told.get("embedding_type") == "fourier" else "vp"
-    return "adm" if kind == "DhariwalUNet" else None
+    if kind == "UNet2DConditionModel":
+        return "sd" if told.get("cross_attention_dim") == 768 else None
+    return {"DhariwalUNet": "adm", "PixArtTransformer2DModel": "pixart"}.get(kind)
 
 
 def same_network(experiment: Experiment, teacher: str, entry: dict) -> bool:
@@ -194,7 +202,7 @@ def is_number_of(experiment: Experiment, teacher: str, entry: dict) -> bool:
     elif base(entry["method"]) != "edm" or not same_network(experiment, teacher, entry):
         return False
     stochastic = "SDE" in entry["method"] or (entry["paper"], entry["dataset"]) in STOCHASTIC
-    nfe = sampler.nfe
+    nfe = 2 * sampler.steps - 1  # guidance is not counted
     told = [entry["nfe"]]
     if told == [None]:  # then it is one of those that others give for teachers on this data
         told = [e["nfe"] for e in published() if is_teacher(e) and e["dataset"] == entry["dataset"]]

@@ -1,0 +1,61 @@
+"""LoRA: a student or fake score that trains a few numbers beside the weights of its teacher.
+
+Hu et al. 2021 (arXiv 2106.09685), by peft: `W + (alpha / rank) B A` in the projections of attention
+and feed-forward layers, B = 0 at first. W itself is the teacher's tensor, held once however many
+networks have it, so that the networks of an experiment fit on one GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from harness.denoiser import Denoiser
+from harness.errors import UserError
+
+# Linear layers of diffusers' transformer blocks.
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+)
+
+
+def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float) -> None:
+    """Turn a clone of the teacher into its weights with adapters, the only ones that train."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    owners = dict(teacher.backbone.named_modules())
+    for name, module in denoiser.backbone.named_modules():
+        for key in module._parameters:
+            module._parameters[key] = owners[name]._parameters[key]
+    denoiser.requires_grad_(False)
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))
+    try:
+        inject_adapter_in_model(settings, denoiser.backbone)
+    except ValueError:
+        raise UserError(
+            f"lora: {type(denoiser.backbone).__name__} of this teacher has no attention layers "
+            f"that it could be added to ({', '.join(TARGETS)})"
+        ) from None
+
+
+def is_adapted(network: nn.Module) -> bool:
+    return any(name.endswith("lora_A") for name, _ in network.named_modules())
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A copy of a network with its adapters as parts of its weights, as it was before it had any;
+    the network itself if it has none."""
+    if not is_adapted(network):
+        return network
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # The weights are the teacher's: they must not be merged into.
+    network = copy.deepcopy(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            owner, _, key = name.rpartition(".")
+            setattr(network.get_submodule(owner), key, module.get_base_layer())
+    return network.requires_grad_(False)

@@ -1,0 +1,119 @@
+"""LoRA: what trains, what is shared, what is written."""
+
+import copy
+
+import pytest
+import torch
+
+from harness.adapters import add_adapters, is_adapted, merged
+from harness.denoiser import Denoiser
+from harness.errors import UserError
+from harness.ledger import Ledger
+from harness.method import Context, OptimizerConfig, Phase, Sources
+from harness.networks import build_denoiser, clone_denoiser, load_denoiser, save_denoiser
+from harness.networks.pipelines import PipelineFolder
+from harness.trainer import TrainingRun, train
+from tests import pipelines
+
+
+@pytest.fixture(scope="module", params=[pipelines.stable_diffusion, pipelines.pixart])
+def teacher(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    request.param().save_pretrained(folder)
+    pipeline = PipelineFolder(folder)
+    return pipeline.denoiser(pipeline.text_encoder().encode([""])).requires_grad_(False)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(5)
+    return 3 * torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3.0, 0.7])
+
+
+def adapted(teacher: Denoiser) -> Denoiser:
+    student = clone_denoiser(teacher)
+    torch.manual_seed(0)
+    add_adapters(student, teacher, rank=2, alpha=4.0)
+    return student
+
+
+def test_it_begins_as_its_teacher_and_shares_its_weights(teacher):
+    student = adapted(teacher)
+    with torch.no_grad():
+        assert torch.equal(student(*inputs()), teacher(*inputs()))
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    mine = {p.data_ptr() for p in teacher.parameters()}
+    rest = [p for p in student.parameters() if not p.requires_grad]
+    assert {p.data_ptr() for p in rest} == mine
+    assert not is_adapted(teacher) and is_adapted(student)
+
+
+def pull(context: Context) -> torch.Tensor:
+    return (context.generated().x - 1).square().mean()
+
+
+def run(teacher: Denoiser, folder, images: int) -> TrainingRun:
+    optimizer = OptimizerConfig(lr=1e-2)
+    return TrainingRun(
+        name="lora",
+        folder=folder,
+        key="k",
+        seed=0,
+        networks={"student": adapted(teacher)},
+        frozen={"teacher": teacher},
+        main="student",
+        phases=[Phase("generator", "student", pull, optimizer)],
+        sources=Sources(teacher.image_shape, 0, 2.5),
+        batch=2,
+        budget=[{"unit": "images", "amount": images}],
+        export=lambda ema, to: {"sha256": save_denoiser(ema, to)},
+        ledger=Ledger(),
+        checkpoint_seconds=0,
+        progress=False,
+    )
+
+
+def test_a_run_leaves_the_teacher_alone_and_writes_whole_weights(teacher, tmp_path):
+    before = copy.deepcopy(teacher.state_dict())
+    made = run(teacher, tmp_path / "run", 8)
+    outcome = train(lambda: made)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    student = made.networks["student"]
+    with torch.no_grad():
+        mine = student.eval()(*inputs())
+    assert (mine - teacher(*inputs())).abs().max() > 1e-3
+    folder = tmp_path / "run" / "snapshots" / outcome.snapshots[-1]["name"]
+    whole = load_denoiser(folder, outcome.snapshots[-1]["sha256"])
+    assert whole.state_dict().keys() == teacher.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(*inputs()), mine, rtol=1e-4, atol=1e-4)
+    # Of two kilobytes that train, no more is kept to resume from.
+    state = sum(p.stat().st_size for p in (tmp_path / "run").glob("state-*.safetensors"))
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert state < 4 * 4.5 * trained + 40_000 < 4 * sum(p.numel() for p in teacher.parameters())
+
+
+def test_it_resumes_exactly(teacher, tmp_path):
+    whole = train(lambda: run(teacher, tmp_path / "whole", 8))
+    train(lambda: run(teacher, tmp_path / "parts", 4))
+    parts = train(lambda: run(teacher, tmp_path / "parts", 8))
+    assert parts.snapshots[-1]["sha256"] == whole.snapshots[-1]["sha256"]
+
+
+def test_merging_leaves_the_adapters_where_they_are(teacher):
+    student = adapted(teacher)
+    for name, parameter in student.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected = student.eval()(*inputs())
+    one = merged(student)
+    assert not is_adapted(one) and is_adapted(student)
+    torch.testing.assert_close(one(*inputs()), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(student(*inputs()), expected)
+
+
+def test_a_network_without_attention_is_told():
+    network = {"type": "SongUNet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1}
+    plain = build_denoiser(network | {"attn_resolutions": []}, (3, 8, 8), 0)
+    with pytest.raises(UserError, match="SongUNet of this teacher has no attention layers"):
+        add_adapters(clone_denoiser(plain), plain, 2, 2.0)
