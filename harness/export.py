@@ -1,7 +1,8 @@
 """Students as diffusers pipelines with a model card: nothing of a run is needed to use them.
 
-A student with EDM's preconditioning becomes a `OneStepPipeline`. `one_step_scheduler` is what a
-stock pipeline (Stable Diffusion, PixArt) needs to give a student's image in its one step.
+A student with EDM's preconditioning becomes a `OneStepPipeline`. One of a text-to-image pipeline
+becomes such a pipeline again, of diffusers' own class: `one_step_scheduler` is what that needs to
+give the student's image in its one step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from harness.config import Experiment
 from harness.denoiser import EDMDenoiser, one_step
 from harness.errors import UserError
 from harness.networks import ARCHITECTURES, denoiser_record, load_denoiser
-from harness.networks.pipelines import VPDenoiser
+from harness.networks.pipelines import PipelineFolder, VPDenoiser
+
+# What a student's pipeline takes over from its teacher's.
+OTHER_PARTS = ("text_encoder", "tokenizer", "vae")
 
 
 def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> EulerDiscreteScheduler:
@@ -120,19 +124,61 @@ def export_student(experiment: Experiment, student: str, seed: int, folder: Path
     run_dir = experiment.run_dir(student, seed)
     record = read_json(run_dir / "student.json")
     denoiser = load_denoiser(run_dir / "model", record["sha256"], owner=run_dir)
-    if denoiser.text_width:
-        raise UserError(f"{student} reads captions; its text encoder cannot be exported yet")
     sigma_init = denoiser_record(run_dir / "model")["sigma_init"]
+    card = model_card(experiment, student, seed, record)
+    if isinstance(denoiser, VPDenoiser):
+        source = _source(experiment, experiment.teacher_of(student))
+        with atomic_folder(folder) as temporary:
+            _write_stock(denoiser, sigma_init, source, temporary)
+            (temporary / "README.md").write_text(card)
+        return
+    if denoiser.text_width:
+        raise UserError(
+            f"{student} reads captions by a network of this experiment, which is no part of a "
+            "pipeline; students of diffusers' own text-to-image pipelines can be exported"
+        )
     pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
     with atomic_folder(folder) as temporary:
         pipeline.save_pretrained(temporary, safe_serialization=True)
-        (temporary / "README.md").write_text(model_card(experiment, student, seed, record))
+        (temporary / "README.md").write_text(card)
+
+
+def _source(experiment: Experiment, teacher: str) -> PipelineFolder:
+    """The pipeline that a teacher came from, whose other parts a student keeps."""
+    folder = Path(experiment.teachers[teacher].source).expanduser()
+    pipeline = PipelineFolder(folder)
+    known = read_json(experiment.teacher_dir(teacher) / "teacher.json")["imported"]["sha256"]
+    if pipeline.sha256() != known:
+        raise UserError(f"{folder} is not the pipeline that teacher {teacher} was imported from")
+    return pipeline
+
+
+def _write_stock(
+    student: VPDenoiser, sigma_init: float, source: PipelineFolder, folder: Path
+) -> None:
+    """The source's folder with the student in the place of its network and a scheduler of one
+    step. Parts that a student has no use for (a safety checker) stay behind."""
+    import json
+    import shutil
+
+    for part in OTHER_PARTS:
+        shutil.copytree(source.folder / part, folder / part)
+    student.backbone.save_pretrained(folder / source.network, safe_serialization=True)
+    one_step_scheduler(student, sigma_init).save_pretrained(folder / "scheduler")
+    index = read_json(source.folder / "model_index.json")
+    kept = {key: value for key, value in index.items() if key.startswith("_")}
+    kept |= {part: index[part] for part in (*OTHER_PARTS, source.network)}
+    kept |= {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    if source.network == "unet":
+        none = {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        kept |= none | {"requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n")
 
 
 CARD = """\
 ---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags: [one-step-diffusion, {method}]
 {origin}---
 
@@ -142,9 +188,7 @@ Made by `{method}` ({paper}) in the experiment `{experiment}`, training seed {se
 evaluation per image.
 
 ```python
-from harness import OneStepPipeline
-
-images = OneStepPipeline.from_pretrained("{folder}")({call}).images
+{usage}
 ```
 
 | | |
@@ -160,7 +204,20 @@ images = OneStepPipeline.from_pretrained("{folder}")({call}).images
 {scores}
 
 Deviations from the paper: {deviations}.
+
+{licence}
 """
+
+USAGE = """\
+from harness import OneStepPipeline
+
+images = OneStepPipeline.from_pretrained("{folder}")({call}).images"""
+
+STOCK_USAGE = """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}")
+image = pipe("a lighthouse at dusk", num_inference_steps=1, guidance_scale=0).images[0]"""
 
 
 def model_card(experiment: Experiment, student: str, seed: int, record: dict) -> str:
@@ -168,7 +225,21 @@ def model_card(experiment: Experiment, student: str, seed: int, record: dict) ->
     teacher = experiment.teacher_of(student)
     source = getattr(experiment.teachers[teacher], "source", None)
     dataset = datasets.load(experiment.data_dir(), images=False)
+    folder, said = f"{experiment.name}-{student}", ""
+    call = "class_labels=[0, 1]" if dataset.num_classes else "num_images=4"
+    usage, task = USAGE.format(folder=folder, call=call), "unconditional-image-generation"
     origin = "" if source is None else f"base_model: {Path(source).name}\n"
+    if dataset.prompts:
+        usage, task = STOCK_USAGE.format(folder=folder), "text-to-image"
+    if source is not None:
+        said = _licence(Path(source).expanduser())
+        origin += f"license: {said}\n" if said else ""
+    licence = (
+        "Weights were trained here from nothing but the data."
+        if source is None
+        else f"These weights began as the teacher's, whose licence ({said or 'see its source'}) "
+        "holds for them."
+    )
     return CARD.format(
         student=student,
         method=record["method"],
@@ -183,11 +254,23 @@ def model_card(experiment: Experiment, student: str, seed: int, record: dict) ->
         parameters=record["parameters"],
         sha256=record["sha256"],
         origin=origin,
-        folder=f"{experiment.name}-{student}",
-        call="class_labels=[0, 1]" if dataset.num_classes else "num_images=4",
+        task=task,
+        usage=usage,
+        licence=licence,
         scores=_scores(experiment, student, seed, record["sha256"]),
         deviations="; ".join(record["deviations"]) or "none",
     )
+
+
+def _licence(source: Path) -> str | None:
+    """What the card in a model's folder says, if there is one."""
+    import re
+
+    card = source / "README.md"
+    if not card.is_file():
+        return None
+    found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else None
 
 
 def _scores(experiment: Experiment, student: str, seed: int, sha256: str) -> str:

@@ -1,13 +1,24 @@
 """A text-to-image pipeline of diffusers as a teacher, through all stages, and back as a pipeline."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from harness import cli
-from harness.artifacts import read_json
+from harness.artifacts import load_tensors, read_json
+from harness.config import load_experiment
+from harness.data import to_pixels
+from harness.denoiser import one_step
+from harness.evaluation import score
+from harness.networks import load_codec, load_denoiser
+from harness.prompts import load_embeddings
+from harness.sampling import noise_and_labels
 from tests import pipelines
 
 COLOURS = ("red", "green", "blue", "yellow")
@@ -27,11 +38,12 @@ students:
   dmd:
     method: dmd
     settings: {regression: l2, pairs: 12, pair_steps: 2, warmup_steps: 0, teacher_guidance: 2.0}
-  sid: {method: sid, settings: {fake_guidance: 1.5, fake_dropout: 0.2}}
+  sid: {method: sid, lora: {rank: 2}, settings: {fake_guidance: 1.5, fake_dropout: 0.2}}
   gdd-i: {method: gdd, freeze: innate, settings: {backbones: [tf_efficientnet_lite0], resolution: 64}}
 training:
   seeds: [0]
   budget: [{unit: images, amount: 8}]
+  gradient_checkpointing: true
   settings: {batch: 4, lr: 1.0e-4, fake_lr: 1.0e-4, sigma_init: 2.5, dropout: 0.0, augment: 0.0}
 evaluation: {num_samples: 12, sampling_seeds: [0], extractors: [lite0, lite1], grid_samples: 6, block: 8}
 """
@@ -46,6 +58,7 @@ def made(tmp_path_factory):
     """A folder where every stage has run."""
     root = tmp_path_factory.mktemp("pictures")
     pipelines.stable_diffusion().save_pretrained(root / "sd")
+    (root / "sd" / "README.md").write_text("---\nlicense: openrail\n---\n")
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (root / "images").mkdir()
     random, labels = np.random.default_rng(0), []
@@ -70,8 +83,152 @@ def made(tmp_path_factory):
     return root
 
 
-def test_a_whole_experiment_on_a_pipeline(made):
-    results = made / "results" / "pictures"
-    print(sorted(p.name for p in results.iterdir()))
-    record = read_json(results / "teachers" / "sd" / "teacher.json")
+def test_a_pipeline_becomes_a_teacher(made):
+    folder = made / "results" / "pictures" / "teachers" / "sd"
+    record = read_json(folder / "teacher.json")
     assert record["imported"]["pipeline"] == "StableDiffusionPipeline"
+    assert "evaluation_text" not in record and record["text"]["folder"].startswith("text/")
+    pipe = StableDiffusionPipeline.from_pretrained(made / "sd", safety_checker=None)
+    codec, embeddings = load_codec(folder), load_embeddings(folder)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        assert torch.equal(codec(latents), theirs)
+        said, _ = pipe.encode_prompt(PROMPTS[3], "cpu", 1, False)
+    found = embeddings(torch.tensor([3]))["embeddings"].float()
+    torch.testing.assert_close(found, said, rtol=2e-3, atol=2e-3)
+
+
+def expected_pixels(made, student: str, count: int) -> torch.Tensor:
+    """The student's images by its weights, the teacher's decoder and the prompts."""
+    results = made / "results" / "pictures"
+    run, teacher = results / "students" / student / "seed0", results / "teachers" / "sd"
+    network = load_denoiser(run / "model", read_json(run / "student.json")["sha256"])
+    z, labels = noise_and_labels(torch.arange(8), (4, 8, 8), len(PROMPTS), seed=0)
+    with torch.no_grad():
+        latents = one_step(network, z, load_embeddings(teacher)(labels), 2.5)
+        return to_pixels(load_codec(teacher)(latents))[:count]
+
+
+@pytest.mark.parametrize("student", ["dmd", "sid", "gdd-i"])
+def test_samples_are_decoded_images_of_the_prompts(made, student):
+    path = made / "results" / "pictures" / "scores" / student / "seed0.json"
+    record = read_json(path)["samples"]
+    kept = load_tensors(path.with_name(record["file"]), record["sha256"])
+    assert kept["pixels"].shape == (6, 3, 16, 16)
+    _, labels = noise_and_labels(torch.arange(6), (4, 8, 8), len(PROMPTS), seed=0)
+    assert torch.equal(kept["labels"], labels)
+    expected = expected_pixels(made, student, 6)
+    assert (kept["pixels"].int() - expected.int()).abs().max() <= 1
+    rows = read_json(path)["entries"][-1]["rows"]
+    assert {row["metric"] for row in rows} >= {"fd", "class-score", "diversity"}
+    assert all(row["value"] is not None for row in rows)
+
+
+def test_the_table_and_the_page_show_prompts(made):
+    results = made / "results" / "pictures"
+    table = (results / "tables" / "comparison.md").read_text()
+    assert all(f"| {name}" in table for name in ("teacher", "floor", "dmd", "sid", "gdd-i"))
+    assert "a red square" in (results / "report.html").read_text()
+    record = read_json(results / "students" / "sid" / "seed0" / "student.json")
+    assert record["lora"]["rank"] == 2 and record["frozen_fraction"] > 0.8
+
+
+@pytest.mark.parametrize("student", ["dmd", "sid"])
+def test_an_exported_student_is_a_stock_pipeline(made, student, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    folder = tmp_path / student
+    stage("export", student, "0", str(folder))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe) is StableDiffusionPipeline
+    pipe.set_progress_bar_config(disable=True)
+    z, labels = noise_and_labels(torch.arange(3), (4, 8, 8), len(PROMPTS), seed=0)
+    texts = [PROMPTS[i] for i in labels]
+    options = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
+    found = pipe(texts, latents=z.clone(), **options).images
+    expected = expected_pixels(made, student, 3)
+    # Embeddings are kept in float16.
+    assert (to_pixels(2 * found - 1).int() - expected.int()).abs().max() <= 1
+    head = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert head["pipeline_tag"] == "text-to-image" and head["license"] == "openrail"
+    assert head["base_model"] == "sd"
+    assert not any(path.suffix in (".bin", ".pkl", ".py", ".ckpt") for path in folder.rglob("*"))
+
+
+def test_export_wants_the_teacher_s_own_pipeline(made, tmp_path, monkeypatch, capsys):
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    pipelines.stable_diffusion(seed=1).save_pretrained("sd")
+    arguments = ["export", "dmd", "0", "out", "--configfile", "pictures.yaml"]
+    assert cli.main(arguments) == 2 and not (tmp_path / "copy" / "out").exists()
+    assert "sd is not the pipeline that teacher sd was imported from" in capsys.readouterr().err
+
+
+def test_scoring_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
+    """Interrupted after its second block: what the first two showed is not looked at again."""
+    shutil.copytree(made, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    raw = yaml.safe_load((made / "pictures.yaml").read_text())
+    raw["training"]["checkpoint_seconds"] = 0
+    raw["evaluation"] |= {"block": 4, "num_samples": 24}
+    (tmp_path / "copy" / "pictures.yaml").write_text(yaml.safe_dump(raw))
+    path = tmp_path / "copy" / "results" / "pictures" / "scores" / "dmd" / "seed0.json"
+    stage("score", "dmd", "0")
+    whole = read_json(path)
+    samples = path.with_name(whole["samples"]["file"]).read_bytes()
+    add, calls = score.Watch.add, []
+
+    def broken(self, pixels, labels):
+        calls.append(len(pixels))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        add(self, pixels, labels)
+
+    monkeypatch.setattr(score.Watch, "add", broken)
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        stage("score", "dmd", "0")
+    parts = path.with_suffix(".parts")
+    assert len(list(parts.glob("*/part-*.safetensors"))) == 3
+    calls.clear()
+    monkeypatch.setattr(score.Watch, "add", lambda *a: calls.append(len(a[1])) or add(*a))
+    stage("score", "dmd", "0")
+    assert calls == [4, 4, 4] and not parts.exists()
+    again = read_json(path)
+    assert again["entries"] == whole["entries"]
+    assert path.with_name(again["samples"]["file"]).read_bytes() == samples
+
+
+def test_mistakes_are_one_line_each(made, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(made)
+
+    def told(change) -> str:
+        raw = yaml.safe_load((made / "pictures.yaml").read_text())
+        change(raw)
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw))
+        assert cli.main(["teacher", "sd", "--configfile", str(tmp_path / "wrong.yaml")]) == 2
+        return capsys.readouterr().err
+
+    def sampler(raw):
+        raw["teachers"]["sd"]["sampler"]["sigma_max"] = 80.0
+
+    def no_prompts(raw):
+        del raw["data"]["prompts"]
+
+    def larger(raw):
+        raw["data"] = {"name": "none", "prompts": "prompts.txt", "image_shape": [3, 64, 64]}
+        raw["students"] = {"sid": raw["students"]["sid"]}
+        raw["name"] = "larger"
+        raw["evaluation"]["main_metric"] = "class-score"
+
+    def unlabelled(raw):
+        raw["data"]["labels"] = False
+
+    assert "sigma_max: 80 is beyond the noise that this pipeline knows, 14.61" in told(sampler)
+    assert "a text-to-image pipeline; data.prompts: missing" in told(no_prompts)
+    assert "gdd needs to know which prompts images show" in told(unlabelled)
+    wrong = told(larger)
+    assert "data.json" in wrong  # not made yet
+    load_experiment(tmp_path / "wrong.yaml")
+    assert cli.main(["data", "--configfile", str(tmp_path / "wrong.yaml")]) == 0
+    assert "teacher sd makes 3x16x16 images, but the data's are 3x64x64" in told(larger)
