@@ -168,6 +168,15 @@ def _compare(args) -> None:
     print_side_by_side(args.folders, args.out)
 
 
+def _prompts(args) -> None:
+    from harness.reporting.prompts import print_prompts
+
+    experiment = _experiment(args)
+    for name in (args.a, args.b):
+        _check_known("student", name, ["teacher", *experiment.students])
+    print_prompts(experiment, args.a, args.b, args.seed)
+
+
 def _export(args) -> None:
     from harness.export import export_student
 
@@ -244,6 +253,10 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("folder", type=Path)
     verify = stage("verify-teacher", _verify_teacher, "compare a teacher with its published FIDs")
     verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
+    prompted = stage("prompts", _prompts, "two students prompt by prompt: where each of them leads")
+    prompted.add_argument("a")
+    prompted.add_argument("b", help="another student, or teacher")
+    prompted.add_argument("--seed", type=int, help="training seed; default: the first")
     exported = stage("export", _export, "write a student as a diffusers pipeline with a model card")
     exported.add_argument("student")
     exported.add_argument("seed", type=int)

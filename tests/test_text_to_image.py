@@ -4,11 +4,15 @@ import json
 import shutil
 
 import numpy as np
+import open_clip
+import pandas as pd
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
 
 from harness import cli
 from harness.artifacts import load_tensors, read_json
@@ -16,10 +20,13 @@ from harness.config import load_experiment
 from harness.data import to_pixels
 from harness.denoiser import one_step
 from harness.evaluation import score
+from harness.evaluation.extractors import load_extractor
 from harness.networks import load_codec, load_denoiser
 from harness.prompts import load_embeddings
+from harness.reporting.prompts import by_prompt, paired
 from harness.sampling import noise_and_labels
 from tests import pipelines
+from tests.test_towers import CLIP, tiny_clip
 
 COLOURS = ("red", "green", "blue", "yellow")
 PROMPTS = [f"a {colour} {thing}" for colour in COLOURS for thing in ("square", "sea", "sky")]
@@ -30,6 +37,7 @@ data: {name: pictures, source: images, prompts: prompts.txt, held_out: 0.25}
 features:
   lite0: {type: efficientnet-lite, model: lite0}
   lite1: {type: efficientnet-lite, model: lite1}
+  vit-b-32-quickgelu-openai: {type: open-clip, model: ViT-B-32-quickgelu, weights: clip.safetensors}
 teachers:
   sd:
     source: sd
@@ -45,7 +53,7 @@ training:
   budget: [{unit: images, amount: 8}]
   gradient_checkpointing: true
   settings: {batch: 4, lr: 1.0e-4, fake_lr: 1.0e-4, sigma_init: 2.5, dropout: 0.0, augment: 0.0}
-evaluation: {num_samples: 12, sampling_seeds: [0], extractors: [lite0, lite1], grid_samples: 6, block: 8}
+evaluation: {num_samples: 12, sampling_seeds: [0], extractors: [lite0, lite1, vit-b-32-quickgelu-openai], grid_samples: 6, block: 8}
 """
 
 
@@ -70,8 +78,12 @@ def made(tmp_path_factory):
     (root / "pictures.yaml").write_text(EXPERIMENT)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        # The published weights are not here: a tiny CLIP in their place.
+        patch.setattr(open_clip, "create_model", tiny_clip)
+        torch.manual_seed(0)
+        save_file(tiny_clip().state_dict(), "clip.safetensors")
         stage("data")
-        for name in ("lite0", "lite1"):
+        for name in ("lite0", "lite1", CLIP):
             stage("features", name)
         stage("teacher", "sd")
         stage("pairs", "sd_n12_steps2")
@@ -80,7 +92,7 @@ def made(tmp_path_factory):
             stage("score", student, "0")
         stage("score-references", "sd")
         stage("report")
-    return root
+        yield root
 
 
 def test_a_pipeline_becomes_a_teacher(made):
@@ -123,6 +135,48 @@ def test_samples_are_decoded_images_of_the_prompts(made, student):
     rows = read_json(path)["entries"][-1]["rows"]
     assert {row["metric"] for row in rows} >= {"fd", "class-score", "diversity"}
     assert all(row["value"] is not None for row in rows)
+
+
+def test_each_image_is_compared_with_its_own_prompt(made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    experiment = load_experiment(made / "pictures.yaml")
+    scorer = score.Scorer(experiment)
+    extractor = load_extractor(experiment, CLIP, scorer.dataset)
+    file = made / "results" / "pictures" / "scores" / "dmd" / "seed0.prompts.csv"
+    each = pd.read_csv(file)
+    assert len(each) == 12 and sorted(each.prompt) == list(range(12))  # every prompt once
+    pixels = expected_pixels(made, "dmd", 8)
+    tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")([PROMPTS[i] for i in each.prompt[:8]])
+    network = extractor.network
+    with torch.no_grad():
+        text = normalize(network.network.encode_text(tokens))
+        image = normalize(network.network.encode_image(network.inputs(pixels)))
+    found = torch.tensor(each[f"{CLIP}/text_similarity"][:8].to_numpy()).float()
+    torch.testing.assert_close(found, (image * text).sum(dim=1), rtol=1e-2, atol=2e-3)
+    rows = read_json(file.with_name("seed0.json"))["entries"][-1]["rows"]
+    value = next(r["value"] for r in rows if r["metric"] == "clip-score-100-plain")
+    mean = 100 * each[f"{CLIP}/text_similarity"].clip(lower=0).mean()
+    assert value == pytest.approx(mean, rel=1e-4)
+    protocols = read_json(file.with_name("seed0.json"))["protocols"].values()
+    assert {p["caption"] for p in protocols if "caption" in p} == {"the prompt"}
+    stage("prompts", "dmd", "sid")
+    told = capsys.readouterr().out
+    assert f"{CLIP}/text_similarity" in told and "prompts on which sid leads most" in told
+
+
+def test_pairs_of_images_give_the_interval():
+    """As the paired t test of scipy has it."""
+    from scipy.stats import ttest_rel
+
+    random = np.random.default_rng(0)
+    keys = {"sample_seed": 0, "image": range(40), "prompt": [i % 10 for i in range(40)]}
+    a, b = (pd.DataFrame(keys | {"x/y": random.normal(m, 1, 40)}) for m in (0.5, 0.0))
+    row = paired(a, b.sample(frac=1, random_state=1)).iloc[0]
+    test = ttest_rel(a["x/y"], b["x/y"]).confidence_interval(0.95)
+    assert (row.low, row.high) == pytest.approx((test.low, test.high))
+    order = by_prompt(a, b, "x/y")
+    assert order.loc[3] == pytest.approx((a["x/y"] - b["x/y"])[3::10].mean())
+    assert order.is_monotonic_decreasing and len(order) == 10
 
 
 def test_the_table_and_the_page_show_prompts(made):

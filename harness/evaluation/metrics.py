@@ -53,6 +53,7 @@ CLIPS = ("clip", "open-clip")
 NO_FID = (*TRAINED, "open-clip", "dinov2", "efficientnet-lite")
 ALL = (*NO_FID, *INCEPTION)
 
+RATINGS = ("aesthetic", "aesthetic_v1", "aesthetic_v2")
 WIDE = 5  # neighbours of density and coverage, as their authors have it
 
 
@@ -218,6 +219,17 @@ class Views:
         reference = self.reference
         radii, wide = reference.radii(self.neighbours), reference.radii(WIDE)
         return neighbourhood(self.features, reference.features, self.neighbours, radii, wide)
+
+    def per_image(self) -> dict[str, Tensor]:
+        """What metrics are means of, `(N,)` each, of images that were asked for by texts."""
+        found = {
+            name: getattr(self, name)
+            for name in ("text_similarity", "prefixed_similarity", *RATINGS)
+            if getattr(self, name) is not None
+        }
+        if self.shown is not None and self.probabilities is not None:
+            found["attributes_right"] = _class_is_right(self) & self.shown.all(dim=1)
+        return found
 
     def disjoint(self, count: int) -> list[Views]:
         """All disjoint subsets of `count` consecutive samples (a remainder is left out), always

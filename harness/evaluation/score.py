@@ -29,6 +29,7 @@ from harness.artifacts import (
     save_tensors,
     sha256_file,
     write_json,
+    write_text,
 )
 from harness.config import Experiment
 from harness.data import Dataset, Images
@@ -373,6 +374,7 @@ class Scorer:
         kept: dict[str, Tensor] | None = None,
         wanted: int = 0,
         progress: Progress | None = None,
+        each: dict[str, Tensor] | None = None,
     ) -> list[dict]:
         """Rows for the images in `blocks` (uint8 pixels, labels), at each of `counts`.
 
@@ -380,7 +382,8 @@ class Scorer:
         that the generator was trained on; `pretraining`: what such networks had been trained on.
         The rows of an extractor that is one of them, or shares that with one, are flagged.
         `kept`: gets the first `wanted` images and those that come nearest to the training images
-        in the first extractor. `progress`: where it goes on from.
+        in the first extractor. `progress`: where it goes on from. `each`: gets what was measured
+        of every single image.
         Other processes than the first make their share of the images, and have no rows.
         """
         if not self.first:
@@ -413,6 +416,9 @@ class Scorer:
                     self._reference[extractor.name],
                     self.experiment.evaluation.neighbours,
                 )
+                if each is not None:
+                    each |= {f"{extractor.name}/{k}": t for k, t in views.per_image().items()}
+                    each["prompt"] = views.labels
             flag = ""
             if {extractor.name, extractor.same_as} & set(against):
                 flag = "trained-on-extractor"
@@ -511,16 +517,44 @@ class Scorer:
         return self.dataset.prompts is self.dataset.evaluation_prompts
 
 
-def _finish(path: Path, record: dict, scorer: Scorer, kept: dict[str, Tensor]) -> None:
-    """The samples for figures first, the declared file last: it names their hash."""
+def _finish(
+    path: Path,
+    record: dict,
+    scorer: Scorer,
+    kept: dict[str, Tensor],
+    each: dict[int, dict[str, Tensor]],
+) -> None:
+    """The samples for figures first, the declared file last: it names their hash. `each`: what was
+    measured of every image of a sampling seed."""
     if not scorer.first:
         return
+    if each:
+        write_each(path.with_suffix(EACH), each)
     file = path.with_suffix(".samples.safetensors")
     record["samples"] = {"file": file.name, "sha256": save_tensors(file, kept)}
     record["samples"] |= scorer.pairs_record()
     record |= {"protocols": scorer.protocols, "dimensions": scorer.dimensions}
     write_json(path, {"schema": SCORES_FORMAT, **record})
     shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
+
+
+EACH = ".prompts.csv"
+
+
+def write_each(path: Path, each: dict[int, dict[str, Tensor]]) -> None:
+    """One row for each image: sampling seed, number, prompt (line of the evaluation's prompts, from
+    0) and what was measured. Image i of a sampling seed has one noise and one prompt, whichever
+    student made it."""
+    import pandas as pd
+
+    tables = []
+    for seed, columns in each.items():
+        table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+        table.insert(0, "prompt", table.pop("prompt"))
+        table.insert(0, "image", range(len(table)))
+        table.insert(0, "sample_seed", seed)
+        tables.append(table)
+    write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6g"))
 
 
 def score_run(experiment: Experiment, student: str, seed: int) -> None:
@@ -531,6 +565,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
     device, entries, kept = experiment.device, [], {}
     source_of = Source.of(experiment.teacher_dir(run["teacher"]), device)
     path, shown = experiment.score_path(student, seed), experiment.evaluation.grid_samples
+    each: dict[int, dict[str, Tensor]] = {}
     for snapshot in run["snapshots"]:
         folder = run_dir / "snapshots" / snapshot["name"]
         denoiser = load_denoiser(folder, snapshot["sha256"], device, owner=run_dir)
@@ -539,6 +574,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
         final, rows = snapshot is run["snapshots"][-1], []
         for sampling_seed in experiment.evaluation.seeds_of_snapshot(final):
             wanted = shown if final and not kept else 0
+            texts = final and scorer.dataset.prompts is not None
             progress = scorer.progress(path, snapshot["sha256"], sampling_seed, wanted)
             scored = scorer.score(
                 scorer.generated(source, sampling_seed, progress.count),
@@ -549,6 +585,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
                 kept=kept if wanted else None,
                 wanted=wanted,
                 progress=progress,
+                each=each.setdefault(sampling_seed, {}) if texts else None,
             )
             rows += [{"sample_seed": sampling_seed} | row for row in scored]
         entries.append(
@@ -569,7 +606,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
     record = {"student": student, "method": run["method"], "seed": seed, "weights": run["sha256"]}
     record["spec"] = digest(experiment.score_spec())
     record |= {"contended": run["contended"], "entries": entries}
-    _finish(path, record, scorer, kept)
+    _finish(path, record, scorer, kept, each)
 
 
 def score_references(experiment: Experiment, teacher: str) -> None:
@@ -591,7 +628,7 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     common |= {"ema": getattr(experiment.teachers[teacher], "ema_half_life", None)}
     common |= {key: record.get("ledger", {}).get(key) for key in ("images", "flops", "seconds")}
     nothing = dict.fromkeys(("ema", "images", "flops", "seconds", "sha256"))
-    entries = []
+    entries, each = [], {}
 
     def add(name: str, nfe: int | None, rows: list[dict]) -> None:
         entry = common | {"student": name, "nfe": nfe, "rows": rows}
@@ -613,6 +650,9 @@ def score_references(experiment: Experiment, teacher: str) -> None:
                 kept=kept if wanted else None,
                 wanted=wanted,
                 progress=progress,
+                each=each.setdefault(seed, {})
+                if name == "teacher" and scorer.dataset.prompts
+                else None,
             )
             if wanted and scorer.first:
                 whole = {key: kept[key][:others] for key in ("pixels", "labels")}
@@ -641,4 +681,5 @@ def score_references(experiment: Experiment, teacher: str) -> None:
         },
         scorer,
         kept,
+        each,
     )
