@@ -21,7 +21,7 @@ class DiffInstruct(FakeScoreMethod):
 
     def phases(self):
         adam = OptimizerConfig(lr=self.config.lr, betas=(0.0, 0.999))
-        fake = denoising_phase(adam, self.teacher.sigma_data, self.sigma)
+        fake = denoising_phase(adam, self.teacher, self.sigma)
         return [fake, Phase("generator", "student", self.loss, adam)]
 
     def sigma(self, context):
