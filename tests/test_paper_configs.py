@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from harness.config import load_experiment, parse_experiment, resolve
 from harness.errors import UserError
 from harness.ledger import measure
+from harness.networks.pipelines import STABLE_DIFFUSION_VAE as VAE
+from harness.networks.pipelines import Codec, fresh
 from harness.plan import Tally, estimate, everything, stand_in_inputs
 from harness.runs import assemble
 from harness.trainer import Trainer
@@ -14,6 +17,7 @@ from tests.conftest import ROOT
 FOLDER = ROOT / "configs" / "paper"
 NAMES = ["cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64"]
 WEIGHTINGS = ["dmd-sigma", "dmd-sigma3"]
+TEXT = {"t2i-sd15-dmd": 859_520_964, "t2i-pixart-sim": 610_856_096}  # parameters of the teachers
 
 
 def load(name):
@@ -22,7 +26,7 @@ def load(name):
 
 def test_every_file_is_an_experiment_of_its_name():
     names = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert names == {*NAMES, *(f"{name}-scaled" for name in NAMES)}
+    assert names == {*NAMES, *(f"{name}-scaled" for name in NAMES), *TEXT}
     for name in names:
         assert load(name).name == name
 
@@ -65,6 +69,8 @@ def test_scaled_asks_who_wins_at_the_same_budget(name):
         ("imagenet64", "sid", {"batch": 8192, "lr": 4e-6, "ema_half_life": 2_000_000}),
         ("imagenet64", "dmd", {"batch": 336, "lr": 2e-6, "pairs": 25_000, "pair_steps": 256}),
         ("imagenet64", "gdd", {"batch": 512, "lr": 8e-6, "ema_half_life": 50_000_000}),
+        ("t2i-sd15-dmd", "dmd", {"batch": 2304, "lr": 1e-5, "pairs": 500_000}),
+        ("t2i-pixart-sim", "sim", {"sigma_init": 2.5, "c": 0.001}),
     ],
 )
 def test_settings_are_the_published_ones(name, student, expected):
@@ -160,6 +166,76 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     # tests/conftest.py prints them when all is done.
     record_property("GFLOPs per image", f"{trainer.ledger.flops / 2e9:.2f}")
     record_property("MiB kept for backward passes", f"{tally.most / 2**20:.1f}")
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_to_image_teachers_are_the_official_networks(name):
+    (section,) = load(name).teachers.values()
+    with torch.device("meta"):
+        teacher = fresh(section.network)
+        assert sum(p.numel() for p in Codec(AutoencoderKL(**VAE)).parameters()) == 83_653_863
+    assert sum(p.numel() for p in teacher.backbone.parameters()) == TEXT[name]
+    assert teacher.image_shape == (4, 64, 64)
+    assert teacher.text_width == {"t2i-sd15-dmd": 768, "t2i-pixart-sim": 4096}[name]
+
+
+def narrow(name: str, student: str, lora: bool, monkeypatch):
+    """A text-to-image experiment with a narrow network and decoder, and images of 16 pixels."""
+    raw = resolve(FOLDER / f"{name}.yaml")
+    (teacher,) = raw["teachers"].values()
+    if "PixArt" in teacher["network"]["type"]:
+        sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+        sizes |= {"cross_attention_dim": 16, "caption_channels": 32}
+    else:
+        sizes = {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 4}
+        sizes |= {"cross_attention_dim": 32, "attention_head_dim": 4, "layers_per_block": 1}
+    teacher["network"] |= sizes | {"sample_size": 8}
+    small = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
+    monkeypatch.setattr("harness.networks.pipelines.STABLE_DIFFUSION_VAE", VAE | small)
+    raw["students"][student]["settings"]["batch"] = 2
+    raw["students"][student] |= {"lora": {"rank": 2}} if lora else {}
+    raw["training"]["budget"] = [{"unit": "images", "amount": 2}]
+    raw["training"] |= {"precision": "fp32", "snapshots": {}}
+    raw["device"] = "cpu"
+    return parse_experiment(raw, name, files=False)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("name", "student"), [("t2i-sd15-dmd", "dmd"), ("t2i-pixart-sim", "sim")])
+def test_a_text_to_image_step_on_a_narrow_copy(name, student, lora, tmp_path, monkeypatch):
+    experiment = narrow(name, student, lora, monkeypatch)
+    inputs = stand_in_inputs(experiment, student, images=4)
+    before = [p.clone() for p in inputs.teacher.parameters()]
+    trainer, tally = Trainer(assemble(experiment, student, 0, inputs, tmp_path, "step")), Tally()
+    with tally.hooks(everything(trainer)):
+        trainer._iteration()
+    assert all(count == 0 for count in trainer.nonfinite.values()) and tally.now == 0
+    after = inputs.teacher.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    trained = trainer.trainable["student"]
+    assert any(p.detach().abs().sum() > 0 for p in trained)
+    # DMD's regression looks at decoded pixels of pairs; nothing of SIM does.
+    assert ("lpips" in trainer.frozen) == (student == "dmd")
+    assert isinstance(inputs.teacher.codec, Codec) == (student == "dmd")
+
+
+def test_computing_again_changes_no_number_and_keeps_less(tmp_path, monkeypatch):
+    """Gradient checkpointing."""
+    weights, kept = [], []
+    for checkpointing in (True, False):
+        experiment = narrow("t2i-pixart-sim", "sim", False, monkeypatch)
+        update = {"gradient_checkpointing": checkpointing}
+        experiment.training = experiment.training.model_copy(update=update)
+        torch.manual_seed(0)
+        inputs = stand_in_inputs(experiment, "sim", images=4)
+        run = assemble(experiment, "sim", 0, inputs, tmp_path / str(checkpointing), "step")
+        trainer, tally = Trainer(run), Tally()
+        with tally.hooks(everything(trainer)):
+            trainer._iteration()
+        weights.append([p.detach() for p in trainer.trainable["student"]])
+        kept.append(tally.most)
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert kept[0] < 0.8 * kept[1]
 
 
 @pytest.mark.parametrize("name", ["cifar10-small", "cifar10-small-fast", "fashion"])
