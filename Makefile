@@ -6,13 +6,16 @@ CORES ?= 8
 # Processes that share the tests (pytest-xdist).
 WORKERS ?= logical
 
-.PHONY: all claims install test lint format status reference paper-tables clean
+.PHONY: all claims t2i install test lint format status reference paper-tables clean
 
 all: install
 	$(BIN)/snakemake --cores $(CORES) all
 
 claims: install
 	$(BIN)/snakemake --cores $(CORES) all --configfile configs/digits-claims.yaml
+
+t2i: install
+	$(BIN)/snakemake --cores $(CORES) all --configfile configs/digits-t2i.yaml
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -68,16 +68,23 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
         write_json(root / "manifest.json", made)
 
 
+# In the headline of experiments with texts, whichever extractor they are of.
+TEXT_SCORES = ("clip-score", "clip-score-100-plain", "aesthetic", "aesthetic-v2")
+
+
 def headline(experiment: Experiment, comparison: Comparison) -> str:
-    """The few columns that README shows: quality in the first extractor that was to be had, and
-    what it cost."""
+    """The few columns that README shows: quality in the first extractor that was to be had, how
+    well images show their texts, and what it cost."""
     extractors, there = experiment.evaluation.extractors, comparison.values.notna().any()
     seen = [name for name in extractors if there.get(main_column(experiment, name))]
     extractor = (seen or extractors)[0]
-    names = (main_metric_in(experiment, extractor).name, "recall", "accuracy")
+    accuracy = "attribute-accuracy" if experiment.data.captioned else "accuracy"
+    names = (main_metric_in(experiment, extractor).name, "recall", accuracy)
     identity = comparison.identity.loc[comparison.main]
-    shown = identity[(identity.extractor == extractor) & identity.metric.isin(names)]
-    text = formatted(comparison, list(shown.index), ranked=False)
+    chosen = (identity.extractor == extractor) & identity.metric.isin(names)
+    if experiment.data.texts:
+        chosen |= identity.metric.isin(TEXT_SCORES)
+    text = formatted(comparison, list(identity[chosen].index), ranked=False)
     text = text.drop(columns=["parameters", "frozen"])
     return text.to_markdown(index=False, disable_numparse=True) + "\n"
 
