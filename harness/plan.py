@@ -310,6 +310,13 @@ FETCHED_BYTES, FETCHED_SECONDS = 4 << 30, 300.0
 # Real images in data sets that are not made yet: the embedded one, the well-known ones, and what
 # cannot be seen before it is fetched (ImageNet's).
 EMBEDDED_IMAGES, OFFICIAL_IMAGES, UNSEEN_IMAGES = 1_797, 70_000, 1_331_167
+# Prompts in a file that is not here; tokens of a prompt and parameters of the text encoders of
+# diffusers' pipelines (CLIP's of ViT-L/14, T5 v1.1 XXL's).
+UNSEEN_PROMPTS = 1_000_000
+TEXT_ENCODERS = {
+    "UNet2DConditionModel": (77, 123_060_480),
+    "PixArtTransformer2DModel": (120, 4_762_310_656),
+}
 # Snapshots on a grid where a budget in seconds says nothing of their number before it is run.
 OPEN = 32
 
@@ -413,10 +420,38 @@ def _train_work(experiment: Experiment, student: str) -> Work:
     return Work(flops, own, e.kept, 0.0, min(limits, default=math.inf), snapshots)
 
 
+def _prompts(experiment: Experiment) -> int:
+    """How many prompts there are to embed; before the data are made as files that lie here say."""
+    made, count = experiment.data_dir() / "data.json", 0
+    record = read_json(made) if made.exists() else {}
+    for key, (file, _) in experiment.data.prompt_files.items():
+        path = Path(file).expanduser()
+        if key in record:
+            count += record[key]["prompts"]
+        elif path.is_file():
+            with open(path, "rb") as lines:
+                count += sum(1 for _ in lines)
+        else:
+            count += UNSEEN_PROMPTS
+    return count
+
+
+def _decoding(teacher: nn.Module, inputs: tuple) -> float:
+    """Operations that make pixels of an image of the teacher, if it needs any."""
+    if isinstance(teacher.codec, nn.Identity):
+        return 0.0
+    return _passing(teacher.codec, inputs[0])[0]
+
+
 def _teacher_work(experiment: Experiment, name: str) -> Work:
     section, (teacher, inputs) = experiment.teachers[name], _teacher(experiment, name)
     if isinstance(section, ImportedTeacher):
-        return Work(own=4 * _weights(teacher))  # read, converted and written
+        own, flops = 4 * _weights(teacher), 0.0  # read, converted and written
+        if section.pipeline:
+            tokens, parameters = TEXT_ENCODERS[type(teacher.backbone).__name__]
+            own = max(own, 4.0 * parameters)  # one after the other
+            flops = 2.0 * tokens * parameters * _prompts(experiment)
+        return Work(flops, own)
     size = micro_batch(section.batch, section.micro_batch)
     return _trained(experiment, teacher, inputs, section.images, size)
 
@@ -449,6 +484,7 @@ def _score_work(experiment: Experiment, student: str) -> Work:
     sets = (snapshots - 1) * before + last
     teacher, inputs = _teacher(experiment, experiment.teacher_of(student))
     once = _passing(teacher, *inputs)[0]  # the student's network is the teacher's
+    once += _decoding(teacher, inputs)
     made = Work(sets * evaluation.num_samples * once, _weights(teacher))
     return _scored(experiment, made, sets)
 
@@ -457,7 +493,8 @@ def _score_references_work(experiment: Experiment, name: str) -> Work:
     evaluation, nfe = experiment.evaluation, experiment.teachers[name].sampler.nfe
     teacher, inputs = _teacher(experiment, name)
     images, seeds = evaluation.num_samples, len(evaluation.sampling_seeds)
-    made = Work(seeds * images * (nfe + 1) * _passing(teacher, *inputs)[0], _weights(teacher))
+    each = (nfe + 1) * _passing(teacher, *inputs)[0] + 2 * _decoding(teacher, inputs)
+    made = Work(seeds * images * each, _weights(teacher))
     return _scored(experiment, made, 2 * seeds + 1)  # all steps, one, and the floor
 
 

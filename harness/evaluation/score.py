@@ -528,7 +528,7 @@ def _finish(
     measured of every image of a sampling seed."""
     if not scorer.first:
         return
-    if each:
+    if any(each.values()):  # else there was no network to see them
         write_each(path.with_suffix(EACH), each)
     file = path.with_suffix(".samples.safetensors")
     record["samples"] = {"file": file.name, "sha256": save_tensors(file, kept)}
