@@ -14,7 +14,7 @@ from torch import nn
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 
-# Linear layers of diffusers' transformer blocks.
+# Projections in diffusers' transformer blocks: linear layers, some of them 1 x 1 convolutions.
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),

@@ -13,6 +13,10 @@ from harness.failures import recorded
 from harness.machine import is_first, launched, relaunch
 
 FULL = "No space left on device"  # the system's words, whichever library passes them on
+SMALLER = (
+    "A smaller training.micro_batch (or gradient_checkpointing, or lora) takes less for training, "
+    "a smaller evaluation.block less for sampling and pairs."
+)
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 
 
@@ -255,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
     prompted = stage("prompts", _prompts, "two students prompt by prompt: where each of them leads")
     prompted.add_argument("a")
-    prompted.add_argument("b", help="another student, or teacher")
+    prompted.add_argument("b", help="another student, or teacher: the first of the experiment")
     prompted.add_argument("--seed", type=int, help="training seed; default: the first")
     exported = stage("export", _export, "write a student as a diffusers pipeline with a model card")
     exported.add_argument("student")
@@ -298,6 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            print(f"error: {' '.join(str(error).split())[:200]}\n{SMALLER}", file=sys.stderr)
+            return 2
         if FULL not in str(error):
             raise
         print(f"error: {FULL} ({error}); make some and run the same command again", file=sys.stderr)

@@ -550,8 +550,13 @@ class Experiment:
         from harness import RESULTS_FORMAT
 
         spec = {"name": self.data.name, "held_out": self.data.held_out, "format": RESULTS_FORMAT}
-        files = {"source", "prompts", "evaluation_prompts"}
-        return spec | self.data.model_dump(exclude_defaults=True, exclude=files)
+        return spec | self.data.model_dump(exclude_defaults=True, exclude={"source", *PROMPTS})
+
+    def prepare_spec(self) -> dict:
+        """What decides the data stage: prompts count there, and elsewhere by what is made of them,
+        so that others to score on retrain nothing."""
+        files = self.data.prompt_files
+        return self.data_spec() | ({"prompts": files} if files else {})
 
     def features_spec(self, name: str) -> dict:
         section = self.features[name]
@@ -623,6 +628,7 @@ class Experiment:
             "data": self.data_spec(),
             "evaluation": self.evaluation_spec(),
             "features": {name: self.features_spec(name) for name in self.evaluation.extractors},
+            **({"prompts": [*self.data.prompt_files.values()][-1:]} if self.data.prompts else {}),
             "metrics": sorted(n for n, metric in METRICS.items() if kinds & {*metric.extractors}),
         }
 
@@ -656,6 +662,18 @@ class Experiment:
             lists = [paths[0] / name for name in INDEXES]
             paths[0] = next((path for path in lists if path.is_file()), paths[0])
         return list(map(str, paths))
+
+    def teacher_files(self, name: str) -> list[str]:
+        """The local files that an imported teacher is made of; the weights of a folder, since they
+        are hashed, and all that is hashed of a pipeline's."""
+        section = self.teachers[name]
+        if not isinstance(section, ImportedTeacher) or is_address(section.source):
+            return []
+        source = Path(section.source).expanduser()
+        if section.pipeline:
+            return [str(path) for path in sorted(source.glob("*/*.*")) if path.is_file()]
+        files = (source, source / "diffusion_pytorch_model.safetensors")
+        return [str(path) for path in files if path.is_file()]
 
     def statistics_files(self) -> list[str]:
         """The local file that an FID compares with."""
@@ -896,11 +914,19 @@ def _check_evaluation(
         )
     elif metric.higher_is_better is None:
         lines.append(f"evaluation.main_metric: {_no_direction(metric.name)}")
-    elif "statistics" in metric.needs and evaluation.statistics is None and _only_prompts(model):
+    elif (
+        {"statistics", "reference_features"} & {*metric.needs}
+        and evaluation.statistics is None
+        and _only_prompts(model)
+    ):
         lines.append(
             f"evaluation.main_metric: {metric.name!r} compares with real images or statistics; "
             "there are none"
         )
+    shape = model.data and model.data.image_shape
+    size = model.data and (shape[1] if shape else model.data.resolution)
+    if "inception-patch" in used and size and size < PATCH:
+        lines.append(f"evaluation.extractors: resize: patch looks at {PATCH} pixels, not {size}")
     if evaluation.statistics is not None:
         if used and not any(kind.startswith("inception") for kind in used):
             lines.append("evaluation.statistics: they are for an extractor of type inception")
@@ -911,6 +937,9 @@ def _check_evaluation(
     elif model.data and not model.data.has_images and not _only_prompts(model):
         lines.append("evaluation.statistics: missing; data has no images to compare with")
     return lines
+
+
+PATCH = 299  # pixels that a patch FID looks at
 
 
 def _only_prompts(model: ExperimentModel) -> bool:

@@ -55,7 +55,8 @@ class Images:
 @dataclass(frozen=True)
 class Dataset:
     """`sha256`: of the file that holds the images, or of the list of several files' hashes; of the
-    record of a set without them. `prompts`: texts whose numbers labels are, of a set where texts
+    record of a set without them; with prompts of these, too, and `images_sha256` is without.
+    `prompts`: texts whose numbers labels are, of a set where texts
     are asked for; `evaluation_prompts`: those that samples are scored on. `captions`: what a
     program can check of them."""
 
@@ -67,6 +68,11 @@ class Dataset:
     captions: Captions | None = None
     prompts: Prompts | None = None
     evaluation_prompts: Prompts | None = None
+    only_images_sha256: str | None = None
+
+    @property
+    def images_sha256(self) -> str:
+        return self.only_images_sha256 or self.sha256
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -166,17 +172,20 @@ def read(section: DataSection) -> tuple[Images, Images, tuple[str, ...]]:
         images = read_images(path, section.labels, section.num_classes, section.resolution)
         return _split(section, *images)
     count = len(read_prompts(fetch(section.prompts, section.prompts_sha256)))
-    images = read_images(path, section.labels, count, section.resolution)
+    pixels, labels, _ = read_images(path, section.labels, count, section.resolution)
     # Labels are prompts' numbers: there are no classes to hold out a share of each of.
-    pixels, labels, _ = images
-    train, held = stratified_split(torch.zeros_like(labels), section.held_out)
-    return Images(pixels[train], labels[train]), Images(pixels[held], labels[held]), ()
+    return _split(section, pixels, labels, (), classes=torch.zeros_like(labels))
 
 
 def _split(
-    section: DataSection, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]
+    section: DataSection,
+    pixels: Tensor,
+    labels: Tensor,
+    class_names: tuple[str, ...],
+    classes: Tensor | None = None,
 ) -> tuple[Images, Images, tuple[str, ...]]:
-    train, held = stratified_split(labels, section.held_out)
+    """`classes`: what a share of each is held out of, if not of the labels."""
+    train, held = stratified_split(labels if classes is None else classes, section.held_out)
     # Nothing held out: no second copy of what may be gigabytes.
     kept = pixels[train] if len(held) else pixels
     return Images(kept, labels[train]), Images(pixels[held], labels[held]), class_names
@@ -233,7 +242,7 @@ def prepare(section: DataSection, folder: Path, fewest: tuple[int, int] = (1, 1)
     if section.captioned:
         record["captions"] = len(captions().texts)
     if texts:
-        record["sha256"] = digest([sha256, texts])
+        record |= {"sha256": digest([sha256, texts]), "images_sha256": sha256}
     write_json(folder / "data.json", record)
     return record
 
@@ -251,7 +260,7 @@ def _copy_prompts(section: DataSection, folder: Path) -> dict:
     return records
 
 
-def _texts(record: dict, folder: Path) -> dict[str, Captions | Prompts | None]:
+def _texts(record: dict, folder: Path) -> dict[str, Captions | Prompts | str]:
     """What a set of `data.json` is asked for, if that is texts, as `Dataset` has it."""
     if record.get("captions"):
         said = captions()
@@ -262,7 +271,10 @@ def _texts(record: dict, folder: Path) -> dict[str, Captions | Prompts | None]:
         if key in record:
             verify(folder / f"{key}.txt", record[key]["sha256"], owner=folder)
             found[key] = read_prompts(folder / f"{key}.txt", told=True)
-    return {"evaluation_prompts": found["prompts"]} | found if found else {}
+    if not found:
+        return {}
+    found.setdefault("evaluation_prompts", found["prompts"])
+    return found | {"only_images_sha256": record["images_sha256"]}
 
 
 def _write_shards(folder: Path, train: Images, held: Images) -> tuple[list[dict], str]:
@@ -289,9 +301,11 @@ def _prepare_without_images(section: DataSection, folder: Path) -> dict:
         "train_images": 0,
         "held_out_images": 0,
         "image_shape": list(section.image_shape),
-        **_copy_prompts(section, folder),
     }
     record["sha256"] = hashlib.sha256(canonical(record).encode()).hexdigest()
+    if texts := _copy_prompts(section, folder):
+        record |= texts | {"images_sha256": record["sha256"]}
+        record["sha256"] = digest([record["sha256"], texts])
     write_json(folder / "data.json", record)
     return record
 

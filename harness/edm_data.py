@@ -58,6 +58,11 @@ class Files:
             raise UserError(f"{self.path}: {name} cannot be read ({error})") from None
 
 
+def has_labels(path: Path) -> bool:
+    """Whether a list of labels lies beside the images."""
+    return any(name in Files(path).sizes for name in INDEXES)
+
+
 def _labels(files: Files, names: list[str], num_classes: int) -> Tensor:
     """The label of each image, int64 `(N,)`, below `num_classes`."""
     index = next((name for name in INDEXES if name in files.sizes), None)

@@ -25,10 +25,10 @@ from harness.config import Experiment, Sampler
 from harness.denoiser import Denoiser, each_part
 from harness.errors import UserError
 from harness.ledger import measure
-from harness.networks import load_denoiser
+from harness.networks import load_denoiser, parts_sha256
 from harness.processes import processes
 from harness.prompts import Embeddings, load_embeddings
-from harness.sampling import balanced_labels, check_finite, heun
+from harness.sampling import BLOCK, balanced_labels, check_finite, heun
 from harness.streams import PAIR_NOISE
 
 SHARD = 16  # blocks of images in a file
@@ -45,10 +45,13 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
     made_by = experiment.teacher_dir(teacher_name)
     sha256 = read_json(made_by / "teacher.json")["sha256"]
     teacher = load_denoiser(made_by, sha256, device)
-    key = digest([experiment.pairs_spec(name), sha256])
     dataset = datasets.load(experiment.data_dir(), images=False)
-    asked = dataset.num_conditions, load_embeddings(made_by)
-    block = experiment.evaluation.block
+    asked, block = (dataset.num_conditions, load_embeddings(made_by)), experiment.evaluation.block
+    # What came later stands there only where it is something else than before.
+    later = {"parts": parts_sha256(made_by), "block": block if block != BLOCK else None}
+    later["prompts"] = asked[1].record["sha256"] if asked[1] else None
+    later = {name: value for name, value in later.items() if value is not None}
+    key = digest([experiment.pairs_spec(name), sha256, *([later] if later else [])])
     group = processes()
     with group.leading(run_lock(folder)):
         per_shard = SHARD * block
@@ -110,7 +113,7 @@ def _make_shard(
         started = time.perf_counter()
         x = heun(teacher, z.to(device), condition, **sampler.settings()).float().cpu()
         seconds += time.perf_counter() - started
-        check_finite(x)
+        check_finite(x, "images or latents")
         wanted = min(block, start + size - first)
         parts["x"].append(x[:wanted])
         if classes:
@@ -130,6 +133,9 @@ def load_pairs(folder: Path) -> tuple[dict, dict[str, Tensor]]:
                 pairs[name] = part.new_empty(record["pairs"], *part.shape[1:])
             pairs[name][start : start + len(part)] = part
         start += len(tensors["x"])
-    if not pairs:
-        raise UserError(f"{folder / 'pairs.json'} names no pairs; delete it and run again")
+    if start != record["pairs"] or not pairs:
+        raise UserError(
+            f"{folder / 'pairs.json'} names {start} of {record['pairs']} pairs; delete it and run "
+            "again"
+        )
     return record, pairs

@@ -227,11 +227,11 @@ class Estimate:
     images: float
     memory: float
     kept: float  # bytes of it that wait for backward passes
+    on_host: float  # bytes of pairs that are too many for the device, or chosen from on the host
     whole: int  # the batch that micro-batches are parts of
 
     def fits(self, gibibytes: int) -> int:
-        """The largest micro-batch, up to the present one or the whole batch, in a GPU's memory: 0
-        where nothing fits."""
+        """The largest micro-batch, up to the whole batch, in a GPU's memory: 0 where none fits."""
         room = gibibytes * 2**30 - (self.memory - self.kept)
         most = int(room * self.batch / self.kept) if self.kept else self.whole
         return next((n for n in range(min(most, self.whole), 0, -1) if self.whole % n == 0), 0)
@@ -284,8 +284,9 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
     present, parameters = sum(there.values()), sum(p.numel() for p in main.parameters())
     kept = (0.5 if experiment.training.precision == "bf16" else 1.0) * trainer.tally.most
     memory = 4 * (present + averaged + (COPIES - 1) * trainable) + kept
-    images = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
-    memory += images if images <= ON_DEVICE else 0
+    pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
+    on_host = pairs if inputs.embeddings or pairs > ON_DEVICE else 0
+    memory += pairs - on_host
     return Estimate(
         student,
         run.micro_batch,
@@ -297,6 +298,7 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
         _images(experiment.budget_spec(student), flops, pair_flops),
         memory,
         kept,
+        on_host,
         experiment.method_config(student).batch,
     )
 
@@ -414,7 +416,7 @@ def _train_work(experiment: Experiment, student: str) -> Work:
     )
     limits = [x.amount for x in experiment.budget(student) if x.unit == "seconds"]
     flops = e.flops_per_image * e.images
-    own = e.memory - e.kept
+    own = e.memory - e.kept + e.on_host
     if experiment.requirements(student).real_images:
         own += _real_images(experiment)[1]
     return Work(flops, own, e.kept, 0.0, min(limits, default=math.inf), snapshots)
@@ -561,11 +563,32 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
     headers += ("GFLOPs/image", "images", "PFLOPs", "memory (GiB)")
     headers += (*(f"in {size} GB" for size in GPUS), "hours")
     runs = len(experiment.training.seeds)
+    told = _embedded(experiment)
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
     print(
         f"\nPer run, of {runs} per student; hours at a sustained {tflops:g} TFLOP/s. Memory is an "
         "estimate for one GPU: weights, gradients, Adam and EMA in float32, the tensors that are "
         "kept for backward passes, teacher pairs; not real images (at most "
         f"{ON_DEVICE / 2**30:g} GiB of them stay there), the allocator's or a kernel's own. In 24 "
-        "GB, …: the largest micro-batch that such a GPU has room for by this estimate."
+        "GB, …: the largest micro-batch that such a GPU has room for to train, by this estimate."
+        + told
     )
+
+
+def _embedded(experiment: Experiment) -> str:
+    """What is to be said of the disk that prompts take."""
+    told = ""
+    for name, section in experiment.teachers.items():
+        if isinstance(section, ImportedTeacher) and section.pipeline:
+            with torch.device("meta"):
+                teacher = _stand_in_pipeline(section)
+            numbers = teacher.null.parts["embeddings"].numel()
+            made = (experiment.data_dir() / "data.json").exists()
+            here = made or all(
+                Path(file).expanduser().is_file()
+                for file, _ in experiment.data.prompt_files.values()
+            )
+            count = _prompts(experiment) if here else 1_000_000
+            size = f"{2 * numbers * count / 1e9:,.1f} GB on disk"
+            told += f" Embeddings of {count:,} prompts by teacher {name} take {size}."
+    return told

@@ -27,6 +27,7 @@ from harness.artifacts import (
 from harness.errors import UserError
 
 SHARD = 256  # prompts of one file of embeddings
+HASHED = 8 << 30  # bytes of all files up to which each is hashed before it is used
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ def read_prompts(path: Path, told: bool = False) -> Prompts:
     """The prompts of a text file. An empty line is refused; prompts that stand more than once, as
     in COCO's captions, are counted and (unless `told`) told: each line is a prompt of its own."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: captions from the web hold what that takes for ends of lines, too.
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text: {error}") from None
     texts = tuple(line.strip() for line in lines)
-    if not texts:
+    if texts == ("",):
         raise UserError(f"{path} holds no prompts: one a line")
     if empty := [number for number, text in enumerate(texts, 1) if not text]:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
@@ -119,11 +121,19 @@ def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> Path:
         if not _whole(record):
             parts = _compact(encoder.encode(prompts.texts[start : start + SHARD]))
             sha256 = save_tensors(record.with_suffix(".safetensors"), parts)
-            write_json(record, {"file": f"{record.stem}.safetensors", "sha256": sha256})
+            write_json(
+                record,
+                {
+                    "file": f"{record.stem}.safetensors",
+                    "sha256": sha256,
+                    "bytes": record.with_suffix(".safetensors").stat().st_size,
+                    "truncated": encoder.truncated(prompts.texts[start : start + SHARD]),
+                },
+            )
             done = min(start + SHARD, len(prompts))
             print(f"prompts: {done} of {len(prompts)}", file=sys.stderr, flush=True)
         shards.append(read_json(record))
-    truncated = encoder.truncated(prompts.texts)
+    truncated = sum(shard["truncated"] for shard in shards)
     if truncated:
         print(
             f"warning: {truncated} of {len(prompts)} prompts are longer than the {encoder.limit} "
@@ -182,13 +192,15 @@ def load_embeddings(teacher: Path, evaluation: bool = False) -> Embeddings | Non
 class Embeddings:
     """The embeddings in a folder that `embed_prompts` left, by the prompts' numbers.
 
-    Files are mapped into memory; each is checked against its hash when it is first asked. `owner`:
-    what has to go for damaged ones to be made again.
+    Files are mapped into memory; each is checked when it is first asked: against its hash or, where
+    that would mean to read hundreds of gigabytes, by its size. `owner`: what has to go for damaged
+    ones to be made again.
     """
 
     def __init__(self, folder: Path, owner: Path | None = None):
         self.folder, self.owner = folder, owner or folder
         self.record = read_json(folder / "prompts.json", self.owner)
+        self._hashed = sum(shard["bytes"] for shard in self.record["shards"]) <= HASHED
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -205,7 +217,9 @@ class Embeddings:
             from safetensors import safe_open
 
             shard = self.record["shards"][number]
-            verify(self.folder / shard["file"], shard["sha256"], owner=self.owner)
+            path = self.folder / shard["file"]
+            if self._hashed or not path.exists() or path.stat().st_size != shard["bytes"]:
+                verify(path, shard["sha256"], owner=self.owner)
             file = safe_open(self.folder / shard["file"], framework="pt")
             self._open[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return self._open[number]

@@ -90,7 +90,7 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     """Read a student's data, teacher, feature network and pairs from the experiment's folder."""
     import methods
     from harness.feature_networks import load_feature_network
-    from harness.networks import load_codec, load_denoiser
+    from harness.networks import load_codec, load_denoiser, parts_sha256
     from harness.networks.backbones import load_backbone
     from harness.networks.perceptual import TRUNK_SHA256, load_lpips
     from harness.pairs import load_pairs
@@ -100,7 +100,7 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     dataset = datasets.load(experiment.data_dir(), images=needs.real_images)
     source = Path(methods.__path__[0]) / f"{experiment.students[student].method}.py"
     hashes: dict[str, str | dict | None] = {
-        "data": dataset.sha256,
+        "data": dataset.images_sha256,
         "teacher": read_json(folder / "teacher.json")["sha256"],
         "method": sha256_file(source),
         "pairs": None,
@@ -112,6 +112,8 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     inputs = Inputs(dataset, teacher, embeddings=load_embeddings(folder), hashes=hashes)
     if inputs.embeddings:
         hashes["prompts"] = inputs.embeddings.record["sha256"]
+    if parts := parts_sha256(folder):
+        hashes["parts"] = parts
     if needs.features:
         inputs.features, record = load_feature_network(
             experiment.features_dir(needs.features), dataset
@@ -180,6 +182,9 @@ def assemble(
     if inputs.pairs:
         place = placement(inputs.pairs["x"], home)
         sources.pair_tensors = {k: v.to(place) for k, v in inputs.pairs.items()}
+    frozen = method.frozen_networks()
+    if needs.pixels and any(True for _ in inputs.teacher.codec.parameters()):
+        frozen["codec"] = inputs.teacher.codec
     ledger = Ledger()
     if inputs.charge:
         ledger.charge(*inputs.charge)
@@ -189,7 +194,7 @@ def assemble(
         key=key,
         seed=seed,
         networks={"student": network, **beside},
-        frozen=method.frozen_networks(),
+        frozen=frozen,
         main="student",
         phases=method.phases(),
         sources=sources,
@@ -228,6 +233,7 @@ def describe(experiment: Experiment, student: str, seed: int) -> dict:
     against += [f"timm/{name}" for name in needs.backbones] + ["lpips-vgg"] * needs.lpips
     pretraining = {pretraining_set(name) for name in needs.backbones}
     pretraining |= {"imagenet-1k"} if needs.lpips else set()
+    adapted = [f"LoRA of rank {section.lora.rank}"] if section.lora else []
     settings, defaults = config.model_dump(), method.Config().model_dump()
     return {
         "experiment": experiment.name,
@@ -236,7 +242,7 @@ def describe(experiment: Experiment, student: str, seed: int) -> dict:
         "method": section.method,
         "paper": method.paper,
         "data_free": method.data_free,
-        "deviations": list(method.deviations_under(config)),
+        "deviations": [*method.deviations_under(config), *adapted],
         "settings": settings,
         "changed_settings": {k: v for k, v in settings.items() if v != defaults[k]},
         "freeze": section.freeze,

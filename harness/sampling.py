@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from harness.data import to_pixels
 from harness.denoiser import Condition, Denoiser, each_part, guided, one_step
 from harness.errors import UserError
 from harness.processes import processes
@@ -81,8 +83,16 @@ def heun(
 def balanced_labels(index: Tensor, num_classes: int, stream: Stream) -> Tensor:
     """Labels `(B,)` of images `index`: every `num_classes` consecutive images are a random order of
     all classes, so that no set of samples differs from another by its share of a class."""
-    order = stream.uniform(index // num_classes, (num_classes,)).argsort(dim=1)
-    return order.gather(1, (index % num_classes).view(-1, 1)).flatten()
+    rounds, row = (index // num_classes).unique(return_inverse=True)
+    orders = torch.stack([_order(stream.name, int(number), num_classes) for number in rounds])
+    return orders.to(index.device)[row, index % num_classes]
+
+
+@lru_cache(maxsize=4)
+def _order(stream: str, number: int, num_classes: int) -> Tensor:
+    """A random order of all classes, or of millions of prompts; it serves all blocks of a round."""
+    uniform = Stream(stream).uniform(torch.tensor([number]), (num_classes,))
+    return uniform[0].argsort(stable=True)
 
 
 def noise_and_labels(
@@ -144,24 +154,34 @@ def heun_generator(denoiser: Denoiser, sampler: dict) -> Generator:
     return lambda z, condition, noise: heun(denoiser, z, condition, noise, **sampler)
 
 
-def check_finite(images: Tensor) -> None:
-    """Refuse generated images or latents that are no numbers."""
+def check_finite(images: Tensor, what: str = "images") -> None:
+    """Refuse generated images, or latents, that are no numbers."""
     if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
-        what = "images" if images.shape[1] in (1, 3) else "latents"
         raise UserError(
-            f"{bad} of {len(images)} generated {what} hold NaN or infinity; in float16 large "
-            "activations overflow: use fp32 or bf16"
+            f"{bad} of {len(images)} generated {what} hold NaN or infinity; were the weights saved "
+            "after float16 had overflowed?"
         )
 
 
-@torch.no_grad()
-def decoded(codec: nn.Module, latents: Tensor) -> Tensor:
-    """Pixels of a block of latents, a few at a time: a decoder takes gigabytes for each."""
-    if isinstance(codec, nn.Identity):
-        return latents
-    first = codec(latents[:1].float())
-    size = max(1, DECODED // first[0, 0].numel())
-    return torch.cat([first, *(codec(part.float()) for part in latents[1:].split(size))])
+def pixels_of(generate: Generator, codec: nn.Module) -> Generator:
+    """z, condition, noise -> uint8 pixels on the host: quantised before anything sees them. A codec
+    makes a few at a time, since it takes gigabytes for each."""
+    plain = isinstance(codec, nn.Identity)
+
+    def make(z: Tensor, condition: Condition, noise: Noise) -> Tensor:
+        made = generate(z, condition, noise)
+        check_finite(made, "images" if plain else "latents")
+        if plain:
+            return to_pixels(made).cpu()
+        parts = [to_pixels(codec(made[:1].float()))]
+        size = max(1, DECODED // parts[0][0, 0].numel())
+        for part in made[1:].float().split(size):
+            decoded = codec(part)
+            check_finite(decoded)
+            parts.append(to_pixels(decoded))
+        return torch.cat(parts).cpu()
+
+    return make
 
 
 @torch.no_grad()
@@ -176,14 +196,14 @@ def sample(
     block: int = BLOCK,
     start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images `start` .. count - 1 block by block: float images on the device, labels on the host.
+    """Images `start` .. count - 1 block by block, as `generate` makes them, and labels on the host.
 
-    `embeddings`: labels are the numbers of prompts, and these what they ask for. `start`: a
-    multiple of `block`. Processes take
+    `embeddings`: labels are the numbers of prompts, and these what they ask for. `start`: where
+    another call's block ended. Processes take
     turns at the blocks. The first gets all of them in order; the others, who must go through this,
     too, get none.
     """
-    group, todo = processes(), list(blocks(count, block))[start // block :]
+    group, todo = processes(), list(blocks(count, block))[-(-start // block) :]
 
     def draw(index: Tensor) -> tuple[Tensor, Tensor, Condition]:
         z, labels = noise_and_labels(index, shape, num_classes, seed)

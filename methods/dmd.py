@@ -160,7 +160,8 @@ class DMD(FakeScoreMethod):
         return self.teacher.sigma_at(bins / last)
 
     def fake_sigma(self, context: Context) -> Tensor:
-        """Uniform over all bins; with EDM's weight, which is the paper's SNR + 1/σ_data²."""
+        """Uniform over all bins; with the teacher's own weight: EDM's is the paper's
+        SNR + 1/σ_data², that of a pipeline which predicts noise the paper's SNR."""
         return self._bin(context.uniform("sigma"), 0.0, 1.0)
 
     def generator_loss(self, context: Context) -> Tensor:

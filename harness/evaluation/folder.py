@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.config import Experiment
 from harness.data import Images
-from harness.edm_data import read_images
+from harness.edm_data import has_labels, read_images
 from harness.errors import UserError
 from harness.evaluation.metrics import fewest
 from harness.evaluation.score import Scorer
@@ -18,15 +18,19 @@ def score_folder(experiment: Experiment, path: Path) -> list[dict]:
     for, else all of them."""
     scorer = Scorer(experiment)
     d = scorer.dataset
-    pixels, labels, _ = read_images(path, d.num_evaluated > 0, d.num_evaluated or None)
-    if tuple(pixels.shape[1:]) != d.image_shape:
+    # Of texts there need not be any, and networks from elsewhere bring images to their own size.
+    texts = d.evaluation_prompts is not None and not d.captions
+    known = d.num_evaluated > 0 and (not texts or has_labels(path))
+    pixels, labels, _ = read_images(path, known, d.num_evaluated or None)
+    if not texts and tuple(pixels.shape[1:]) != d.image_shape:
         mine, theirs = ("x".join(map(str, shape)) for shape in (pixels.shape[1:], d.image_shape))
         raise UserError(f"{path}: its images are {mine}, those of data {d.name} {theirs}")
     least = fewest(experiment.evaluation.neighbours)[1]
     if len(pixels) < least:
         raise UserError(f"{path}: {len(pixels)} images; the metrics need {least} or more")
     counts = [n for n in scorer.counts() if n <= len(pixels)] or [len(pixels)]
-    return scorer.score(Images(pixels, labels).blocks(), counts)
+    blocks = Images(pixels, labels).blocks()
+    return scorer.score(((x, y if known or not texts else None) for x, y in blocks), counts)
 
 
 def print_folder(experiment: Experiment, path: Path) -> None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -49,22 +49,27 @@ from harness.evaluation.metrics import (
     fewest,
 )
 from harness.evaluation.neighbours import nearest
-from harness.networks import denoiser_record, inception, load_codec, load_denoiser
+from harness.networks import (
+    denoiser_record,
+    inception,
+    load_codec,
+    load_denoiser,
+    parts_sha256,
+)
 from harness.processes import processes
 from harness.prompts import Embeddings, load_embeddings
 from harness.sampling import (
     Generator,
-    check_finite,
-    decoded,
     heun_generator,
     one_step_generator,
+    pixels_of,
     sample,
 )
 from harness.streams import Stream
 
 # Of a teacher's samples, those kept to be scored by other libraries: enough for full-rank
 # covariances of Inception's features, and no more bytes than that.
-KEPT, KEPT_BYTES = 5000, 1 << 30
+KEPT, KEPT_BYTES = 5000, 2 << 30
 CLOSEST = 10  # pairs in the figure of nearest neighbours
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 
@@ -94,24 +99,50 @@ class Source:
     shape: tuple[int, int, int]
     codec: nn.Module
     embeddings: Embeddings | None
+    made_of: tuple = ()  # hashes of what decides its images beside the network
 
     @classmethod
     def of(cls, teacher: Path, device: str) -> Callable[..., Source]:
         """(denoiser, generate) -> source, of a teacher and its students."""
         codec, embeddings = load_codec(teacher, device), load_embeddings(teacher, evaluation=True)
-        return lambda denoiser, generate: cls(generate, denoiser.image_shape, codec, embeddings)
+        rest = (
+            codec,
+            embeddings,
+            (parts_sha256(teacher), embeddings and embeddings.record["sha256"]),
+        )
+        return lambda denoiser, generate: cls(generate, denoiser.image_shape, *rest)
+
+    @property
+    def pixels(self) -> int:
+        """Bytes of an image."""
+        if isinstance(self.codec, nn.Identity):
+            return math.prod(self.shape)
+        config = self.codec.vae.config
+        scale = 2 ** (len(config.block_out_channels) - 1)
+        return config.out_channels * self.shape[1] * self.shape[2] * scale**2
+
+
+@dataclass
+class Clock:
+    """`seconds` between two writes of one stage; `last`: when it began, or wrote."""
+
+    seconds: float
+    last: float = field(default_factory=time.monotonic)
+    long: bool = False  # whether it has ever written
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.seconds
 
 
 class Progress:
     """What has been seen of one stream of samples, kept on disk now and then, so that a stage that
-    is interrupted goes on from there: streams that take less than `seconds` leave nothing.
+    is interrupted goes on from there; short stages leave nothing.
 
     `count`: how many samples are kept. Every part's hash stands in `parts.json`, written last.
     """
 
-    def __init__(self, folder: Path, seconds: float):
-        self.folder, self.seconds, self.parts = folder, seconds, []
-        self._since, self._blocks = time.monotonic(), 0
+    def __init__(self, folder: Path, clock: Clock):
+        self.folder, self.clock, self.parts, self._blocks = folder, clock, [], 0
         if processes().first:
             with contextlib.suppress(UserError):  # nothing is there yet
                 self.parts = read_json(folder / "parts.json")
@@ -122,17 +153,18 @@ class Progress:
         for part in self.parts:
             yield load_tensors(self.folder / part["file"], part["sha256"], owner=self.folder)
 
-    def keep(self, watch: Watch) -> None:
-        """After each block: write what was seen since the last time, if that is long ago."""
-        self._blocks += 1
-        if time.monotonic() - self._since < self.seconds:
+    def keep(self, watch: Watch, last: bool = False) -> None:
+        """After each block, and after the `last`: write what was seen since the last time, if that
+        is long ago; of a stage that has become long, the end of each stream, too."""
+        self._blocks += not last
+        if not self._blocks or not (self.clock.due() or (last and self.clock.long)):
             return
         tensors, count = watch.last(self._blocks)
         file = f"part-{len(self.parts):05d}.safetensors"
         sha256 = save_tensors(self.folder / file, tensors)
         self.parts.append({"file": file, "sha256": sha256, "count": count})
         write_json(self.folder / "parts.json", self.parts)
-        self._since, self._blocks = time.monotonic(), 0
+        self.clock.last, self.clock.long, self._blocks = time.monotonic(), True, 0
 
 
 class Closest:
@@ -240,6 +272,7 @@ class Scorer:
         self._reference = {e.name: self._reference_of(e) for e in available}
         # The features in which the figure of nearest neighbours looks, if it can.
         self.pairs_in = available[0].name if available and len(self.dataset.train) else None
+        self.clock = Clock(experiment.training.checkpoint_seconds)
         self.protocols: dict[str, dict] = {}
         self.dimensions: dict[str, int] = {}  # how many features each extractor gives
 
@@ -320,7 +353,7 @@ class Scorer:
         record = {"reference": f"{self.dataset.name}-train{train}"}
         if metric.limit and train > metric.limit:
             record["reference_draw"] = f"{metric.limit} images, always the same"
-        return record | {"reference_sha256": self.dataset.sha256}
+        return record | {"reference_sha256": self.dataset.images_sha256}
 
     def counts(self) -> list[int]:
         """The main sample count, and the one at which the floor stands."""
@@ -340,6 +373,7 @@ class Scorer:
         from harness import __version__
 
         evaluation, settings = self.experiment.evaluation, dict(metric.settings)
+        prompts = self.dataset.evaluation_prompts
         library = f"harness {__version__}"
         if extractor.kind in INCEPTION:
             library += f", torch-fidelity {version('torch-fidelity')}"
@@ -353,6 +387,7 @@ class Scorer:
             "num_samples": count,
             "subsets": "all disjoint ones of this size, averaged",
             **self._reference_record(metric, extractor),
+            **({"prompts_sha256": prompts.sha256} if prompts else {}),
             "quantisation": QUANTISATION,
             "resize": extractor.resize,
             **extractor.details,
@@ -401,9 +436,13 @@ class Scorer:
             for tensors, part in zip(progress.again(), progress.parts, strict=True):
                 watch.again(tensors, part["count"])
         for pixels, labels in blocks:
+            if labels is None and self.labelled:  # as `Images` has them, of a set without classes
+                labels = torch.zeros(len(pixels), dtype=torch.int64)
             watch.add(pixels, labels)
             if progress:
                 progress.keep(watch)
+        if progress:
+            progress.keep(watch, last=True)
         if kept is not None:
             kept |= watch.first(wanted)
             kept |= closest[0].tensors() if closest else {}
@@ -484,8 +523,8 @@ class Scorer:
         """Quantised samples for one sampling seed, from number `start`, on the host, as the
         protocol says."""
         count, evaluation = max(self.counts()), self.experiment.evaluation
-        stream = sample(
-            source.generate,
+        return sample(
+            pixels_of(source.generate, source.codec),
             count,
             source.shape,
             self.dataset.num_evaluated,
@@ -495,26 +534,23 @@ class Scorer:
             evaluation.block,
             start,
         )
-        for images, labels in stream:
-            check_finite(images)
-            pixels = decoded(source.codec, images)
-            if labels is None:  # as `Images` has them
-                labels = torch.zeros(len(images), dtype=torch.int64)
-            yield datasets.to_pixels(pixels).cpu(), labels
 
-    def progress(self, path: Path, *what: object) -> Progress:
-        """Where samples go on from; `what` decides them and what is kept of them. `path`: of the
-        score file."""
-        key = [*what, self.experiment.evaluation.block, self.dataset.sha256]
+    def progress(self, path: Path, source: Source, *what: object) -> Progress:
+        """Where samples go on from; `what` decides them beside the source, and what is kept of
+        them. `path`: of the score file."""
+        key = [*source.made_of, *what, self.experiment.evaluation.block, self.dataset.sha256]
         key += [torch.__version__, self.experiment.device]
         key += [[e.name, e.hashes, e.kind, e.resize, e.details] for e in self.extractors]
         folder = path.with_suffix(".parts") / digest(key)
-        return Progress(folder, self.experiment.training.checkpoint_seconds)
+        return Progress(folder, self.clock)
 
     @property
     def labelled(self) -> bool:
         """Whether the labels of real images say what samples are asked for."""
-        return self.dataset.prompts is self.dataset.evaluation_prompts
+        data = self.dataset
+        if data.prompts is None:
+            return True
+        return self.experiment.data.labels and data.prompts is data.evaluation_prompts
 
 
 def _finish(
@@ -529,7 +565,8 @@ def _finish(
     if not scorer.first:
         return
     if any(each.values()):  # else there was no network to see them
-        write_each(path.with_suffix(EACH), each)
+        file = path.with_suffix(EACH)
+        record["each"] = {"file": file.name, "sha256": write_each(file, each)}
     file = path.with_suffix(".samples.safetensors")
     record["samples"] = {"file": file.name, "sha256": save_tensors(file, kept)}
     record["samples"] |= scorer.pairs_record()
@@ -541,10 +578,10 @@ def _finish(
 EACH = ".prompts.csv"
 
 
-def write_each(path: Path, each: dict[int, dict[str, Tensor]]) -> None:
-    """One row for each image: sampling seed, number, prompt (line of the evaluation's prompts, from
-    0) and what was measured. Image i of a sampling seed has one noise and one prompt, whichever
-    student made it."""
+def write_each(path: Path, each: dict[int, dict[str, Tensor]]) -> str:
+    """One row for each image; returns the file's sha256. Columns: sampling seed, number, prompt
+    (line of the evaluation's prompts, from 0) and what was measured. Image i of a sampling seed has
+    one noise and one prompt, whichever student made it."""
     import pandas as pd
 
     tables = []
@@ -555,6 +592,7 @@ def write_each(path: Path, each: dict[int, dict[str, Tensor]]) -> None:
         table.insert(0, "sample_seed", seed)
         tables.append(table)
     write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6g"))
+    return sha256_file(path)
 
 
 def score_run(experiment: Experiment, student: str, seed: int) -> None:
@@ -575,7 +613,7 @@ def score_run(experiment: Experiment, student: str, seed: int) -> None:
         for sampling_seed in experiment.evaluation.seeds_of_snapshot(final):
             wanted = shown if final and not kept else 0
             texts = final and scorer.dataset.prompts is not None
-            progress = scorer.progress(path, snapshot["sha256"], sampling_seed, wanted)
+            progress = scorer.progress(path, source, snapshot["sha256"], sampling_seed, wanted)
             scored = scorer.score(
                 scorer.generated(source, sampling_seed, progress.count),
                 scorer.counts(),
@@ -621,7 +659,6 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     many = heun_generator(denoiser, sampler.settings())
     one = one_step_generator(denoiser, sampler.sigma_max)
     evaluation, held_out = experiment.evaluation, scorer.dataset.held_out
-    others = min(evaluation.num_samples, KEPT, KEPT_BYTES // math.prod(scorer.dataset.image_shape))
     whole: dict[str, Tensor] = {}  # of the first sampling seed's, for other libraries
     common = {"snapshot": "", "final": True, "grid": [], "sha256": record["sha256"]}
     # Nothing is known of how an imported teacher was trained.
@@ -641,11 +678,13 @@ def score_references(experiment: Experiment, teacher: str) -> None:
     ):
         rows = []
         for seed in evaluation.sampling_seeds:
+            source = source_of(denoiser, generate)
+            others = min(evaluation.num_samples, KEPT, KEPT_BYTES // source.pixels)
             wanted = 0 if kept else max(others, evaluation.grid_samples)
             settings = sampler.settings() if name == "teacher" else sampler.sigma_max
-            progress = scorer.progress(path, record["sha256"], settings, seed, wanted)
+            progress = scorer.progress(path, source, record["sha256"], settings, seed, wanted)
             scored = scorer.score(
-                scorer.generated(source_of(denoiser, generate), seed, progress.count),
+                scorer.generated(source, seed, progress.count),
                 scorer.counts(),
                 kept=kept if wanted else None,
                 wanted=wanted,

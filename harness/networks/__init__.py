@@ -165,6 +165,13 @@ def load_denoiser(
     return denoiser.eval().to(device)
 
 
+def parts_sha256(teacher: Path) -> str | None:
+    """What beside its network's weights decides the images of an imported pipeline: the hash of all
+    its parts; None of other teachers."""
+    record = read_json(teacher / "teacher.json")
+    return record["imported"]["sha256"] if "codec" in record else None
+
+
 def load_codec(teacher: Path, device: str = "cpu") -> nn.Module:
     """What makes pixels of a teacher's images, read from its folder: nothing is to be done to those
     of a teacher without a decoder."""

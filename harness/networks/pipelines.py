@@ -240,9 +240,10 @@ class PipelineFolder:
             if not (self.folder / part).is_dir():
                 raise UserError(f"{folder}: this {self.kind} has no {part}; fetch the whole folder")
 
-    def _load(self, model_class, part: str) -> nn.Module:
+    def _load(self, model_class, part: str, **options) -> nn.Module:
         try:
-            return model_class.from_pretrained(self.folder / part, use_safetensors=True).eval()
+            folder = self.folder / part
+            return model_class.from_pretrained(folder, use_safetensors=True, **options).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.folder / part}: {' '.join(str(error).split())}") from None
 
@@ -303,7 +304,9 @@ class PipelineFolder:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         clip = self.network == "unet"
-        network = self._load(CLIPTextModel if clip else T5EncoderModel, "text_encoder")
+        # transformers would keep a file's float16, in which T5 overflows.
+        network_class = CLIPTextModel if clip else T5EncoderModel
+        network = self._load(network_class, "text_encoder", dtype=torch.float32)
         tokenizer = (CLIPTokenizer if clip else T5Tokenizer).from_pretrained(
             self.folder / "tokenizer"
         )

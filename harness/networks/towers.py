@@ -152,28 +152,29 @@ class ClipTower(Tower):
         super().__init__(network, size, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
         self.captions, self.tokenizer = captions, tokenizer
         self.heads = nn.ModuleDict(heads)
-        self._texts: dict[str, Tensor] = {}
+        self._texts: dict[tuple[str, int], Tensor] = {}
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         return {"features": self.network.encode_image(x, normalize=True)}
 
-    def texts(self, prefix: str) -> Tensor:
-        if prefix not in self._texts:
-            tokens = self.tokenizer([prefix + caption for caption in self.captions])
-            device = self.mean.device
-            parts = [
-                self.network.encode_text(block.to(device), normalize=True).cpu()
-                for block in tokens.split(BLOCK)
-            ]
-            self._texts[prefix] = torch.cat(parts)
-        return self._texts[prefix]
+    def texts(self, prefix: str, labels: Tensor) -> Tensor:
+        """Embeddings of the captions `labels` `(B, D)`, each made once: there may be more captions
+        than are ever asked for."""
+        asked = labels.tolist()
+        new = [i for i in dict.fromkeys(asked) if (prefix, i) not in self._texts]
+        for start in range(0, len(new), BLOCK):
+            block = new[start : start + BLOCK]
+            tokens = self.tokenizer([prefix + self.captions[i] for i in block])
+            made = self.network.encode_text(tokens.to(self.mean.device), normalize=True).cpu()
+            self._texts |= {(prefix, i): text for i, text in zip(block, made, strict=True)}
+        return torch.stack([self._texts[prefix, i] for i in asked])
 
     def compared(self, features: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         seen = {name: head(features) for name, head in self.heads.items()}
         if not self.captions or labels is None:
             return seen
         for name, prefix in (("text_similarity", ""), ("prefixed_similarity", PREFIX)):
-            seen[name] = (features * self.texts(prefix)[labels]).sum(dim=1)
+            seen[name] = (features * self.texts(prefix, labels)).sum(dim=1)
         return seen
 
     def truncated(self, prefix: str = "") -> int:

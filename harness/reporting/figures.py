@@ -267,7 +267,7 @@ def samples(
 
 def prompts(experiment: Experiment) -> tuple[str, ...]:
     """What the numbers that samples are labelled with ask for, where these are texts."""
-    if not experiment.data.texts:
+    if not experiment.data.texts or not (experiment.data_dir() / "data.json").exists():
         return ()
     return load(experiment.data_dir(), images=False).evaluation_prompts.texts
 

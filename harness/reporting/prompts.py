@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pandas as pd
 
 from harness import data as datasets
+from harness.artifacts import read_json, verify
 from harness.config import Experiment
 from harness.errors import UserError
-from harness.evaluation.score import EACH
 from harness.reporting.statistics import LEVEL
 
 KEYS = ["sample_seed", "image", "prompt"]
@@ -23,11 +22,12 @@ def read_each(experiment: Experiment, name: str, seed: int) -> pd.DataFrame:
     path = experiment.score_path(name, seed)
     if name == "teacher":
         path = experiment.reference_score_path(next(iter(experiment.teachers)))
-    file: Path = path.with_suffix(EACH)
-    if not file.exists():
-        if not experiment.data.texts:
-            raise UserError(f"{experiment.name} has no prompts")
-        raise UserError(f"{file} is not there; score {name} first")
+    if not experiment.data.texts:
+        raise UserError(f"{experiment.name} has no prompts")
+    if "each" not in (record := read_json(path)):
+        raise UserError(f"{path} says nothing of single images; score {name} again")
+    file = path.with_name(record["each"]["file"])
+    verify(file, record["each"]["sha256"], owner=path)
     return pd.read_csv(file)
 
 

@@ -117,12 +117,12 @@ def concerning(paper: PaperSection) -> list[int]:
 def _line(experiment: Experiment, student: str, entry: dict) -> tuple | None:
     """The line of NAMES that fits a student, if an entry has its name."""
     section, config = experiment.students[student], experiment.method_config(student)
-    settings = config.model_dump() | {"freeze": section.freeze}
+    settings = config.model_dump() | {"freeze": section.freeze, "lora": section.lora}
     called = base(entry["method"])
     variant = entry["variant"] or UNNAMED.get((called, entry["dataset"]))
     for line in NAMES:
         method, conditions, name, variants = line
-        conditions = {"freeze": "none"} | conditions
+        conditions = {"freeze": "none", "lora": None} | conditions
         if method == section.method and all(settings.get(k) == v for k, v in conditions.items()):
             return line if called == name.lower() and variant in variants else None
     return None

@@ -12,7 +12,7 @@ rule data:
     resources:
         **asked("data"),
     params:
-        spec=spec(E.data_spec()),
+        spec=spec(E.prepare_spec()),
     shell:
         "{HARNESS} data --configfile {CONFIG} > {log} 2>&1"
 
@@ -37,13 +37,11 @@ rule features:
 
 
 def teacher_inputs(w):
-    """An imported teacher follows its local file; the weights of a folder, since they are hashed.
-    One that is trained here on captions follows what reads them."""
-    source = Path(getattr(E.teachers[w.teacher], "source", ""))
-    weights = source / "diffusion_pytorch_model.safetensors"
-    files = [str(path) for path in (source, weights) if path.is_file()]
+    """An imported teacher follows its local files. One that is trained here on captions follows
+    what reads them."""
     encoder = E.text_encoder_of(w.teacher)
-    return files + ([f"{E.root}/features/{encoder}/features.json"] if encoder else [])
+    made = [f"{E.root}/features/{encoder}/features.json"] if encoder else []
+    return E.teacher_files(w.teacher) + made
 
 
 rule teacher:
