@@ -128,6 +128,9 @@ def test_samples_do_not_depend_on_how_many_are_asked_for():
     assert len(many) == 2 * BLOCK + 9
     assert torch.equal(many[:7], images(7))
     assert torch.equal(many[: BLOCK + 1], images(BLOCK + 1))
+    rest = sample(generate, 22, (1, 8, 8), 10, seed=5, block=4, start=12)
+    assert [len(labels) for _, labels in rest] == [4, 4, 2]
+    assert not list(sample(generate, 22, (1, 8, 8), 10, seed=5, block=4, start=22))
 
 
 def test_labels_are_balanced_and_belong_to_their_index():

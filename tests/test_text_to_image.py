@@ -249,8 +249,51 @@ def test_scoring_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
     stage("score", "dmd", "0")
     assert calls == [4, 4, 2] and not parts.exists()
     again = read_json(path)
-    assert again["entries"] == whole["entries"]
+    assert json.dumps(again["entries"]) == json.dumps(whole["entries"])  # there are NaNs
     assert path.with_name(again["samples"]["file"]).read_bytes() == samples
+
+
+def copied(made, folder, monkeypatch, **data) -> None:
+    """Work on in a copy of the folder, with other keys of `data`."""
+    shutil.copytree(made, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    raw = yaml.safe_load((made / "pictures.yaml").read_text())
+    raw["data"] |= data
+    (folder / "pictures.yaml").write_text(yaml.safe_dump(raw))
+
+
+def test_other_prompts_make_other_pairs(made, tmp_path, monkeypatch):
+    copied(made, tmp_path / "copy", monkeypatch)
+    (tmp_path / "copy" / "prompts.txt").write_text("\n".join(["a grey wall", *PROMPTS[1:]]) + "\n")
+    path = tmp_path / "copy" / "results" / "pictures" / "pairs" / "sd_n12_steps2" / "pairs.json"
+    before = read_json(path)
+    stage("pairs", "sd_n12_steps2")
+    assert read_json(path) == before
+    for arguments in (["data"], ["teacher", "sd"], ["pairs", "sd_n12_steps2"]):
+        stage(*arguments)
+    after = read_json(path)
+    assert after["key"] != before["key"] and after["sha256"] != before["sha256"]
+
+
+def test_other_prompts_to_score_on_retrain_nothing(made, tmp_path, monkeypatch):
+    (tmp_path / "others.txt").write_text("\n".join([*PROMPTS[::-1], "a grey wall"]) + "\n")
+    others = str(tmp_path / "others.txt")
+    copied(made, tmp_path / "copy", monkeypatch, evaluation_prompts=others)
+    results = tmp_path / "copy" / "results" / "pictures"
+    before = read_json(results / "students" / "sid" / "seed0" / "student.json")
+    for arguments in (["data"], ["teacher", "sd"], ["train", "sid", "0"], ["score", "sid", "0"]):
+        stage(*arguments)
+    after = read_json(results / "students" / "sid" / "seed0" / "student.json")
+    assert (after["key"], after["sha256"]) == (before["key"], before["sha256"])
+    scores = read_json(results / "scores" / "sid" / "seed0.json")
+    old = read_json(made / "results" / "pictures" / "scores" / "sid" / "seed0.json")
+    assert not set(scores["protocols"]) & set(old["protocols"])  # never in one column
+    # Labels of real images are lines of the training prompts: nothing is said of what they show.
+    stage("score-references", "sd")
+    record = read_json(results / "scores" / "teachers" / "sd.json")["entries"]
+    rows = {entry["student"]: {row["metric"] for row in entry["rows"]} for entry in record}
+    assert "clip-score-100-plain" in rows["teacher"] and "fd" in rows["floor"]
+    assert "clip-score-100-plain" not in rows["floor"]
 
 
 def test_mistakes_are_one_line_each(made, monkeypatch, tmp_path, capsys):

@@ -158,16 +158,15 @@ class ClipTower(Tower):
         return {"features": self.network.encode_image(x, normalize=True)}
 
     def texts(self, prefix: str, labels: Tensor) -> Tensor:
-        """Embeddings of the captions `labels` `(B, D)`, each made once: there may be more captions
-        than are ever asked for."""
-        asked = labels.tolist()
-        new = [i for i in dict.fromkeys(asked) if (prefix, i) not in self._texts]
-        for start in range(0, len(new), BLOCK):
-            block = new[start : start + BLOCK]
-            tokens = self.tokenizer([prefix + self.captions[i] for i in block])
-            made = self.network.encode_text(tokens.to(self.mean.device), normalize=True).cpu()
-            self._texts |= {(prefix, i): text for i, text in zip(block, made, strict=True)}
-        return torch.stack([self._texts[prefix, i] for i in asked])
+        """Embeddings of the captions `labels` `(B, D)`, made when they are first asked for, in
+        blocks that do not depend on who asks: another batch would round otherwise."""
+        for number in (labels // BLOCK).unique().tolist():
+            if (prefix, number) not in self._texts:
+                block = self.captions[number * BLOCK : (number + 1) * BLOCK]
+                tokens = self.tokenizer([prefix + caption for caption in block])
+                made = self.network.encode_text(tokens.to(self.mean.device), normalize=True)
+                self._texts[prefix, number] = made.cpu()
+        return torch.stack([self._texts[prefix, i // BLOCK][i % BLOCK] for i in labels.tolist()])
 
     def compared(self, features: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         seen = {name: head(features) for name, head in self.heads.items()}
