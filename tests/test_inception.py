@@ -394,3 +394,45 @@ def test_a_resize_is_a_column_of_its_own(tiny, available, resize):
     assert not {"fid-edm", "fd"} & mine
     protocol = scorer.protocols[rows[f"fid-{resize}", "resized", 359]["protocol"]]
     assert "clean-fid" in protocol["resize"] and "torch-fidelity" in protocol["library"]
+
+
+# -- text-to-image papers -----------------------------------------------------------------------
+
+
+class Mirror(torch.nn.Module):
+    """In the network's place: shows what reaches its first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(1, 1)
+
+    def forward(self, images):
+        from torch_fidelity import feature_extractor_inceptionv3 as library
+
+        resize = library.interpolate_bilinear_2d_like_tensorflow1x
+        return resize(images.float(), size=(299, 299), align_corners=False), torch.zeros(1, 2)
+
+
+def test_coco_s_protocol_is_lanczos_and_then_clean_fid_s():
+    from cleanfid.resize import build_resizer
+    from PIL import Image
+
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, 512, 512), generator=random, dtype=torch.uint8)
+    seen, _ = inception.Inception(Mirror(), "coco")(pixels)
+    resize = build_resizer("clean")
+    for image, mine in zip(pixels, seen, strict=True):
+        small = Image.fromarray(image.movedim(0, -1).numpy()).resize((256, 256), Image.LANCZOS)
+        theirs = torch.from_numpy(resize(np.asarray(small))).movedim(-1, 0)
+        assert torch.equal(mine, theirs)
+    # COCO's photographs are of that size already.
+    small = pixels[:, :, :256, :256]
+    assert torch.equal(inception.lanczos(small, 256), small)
+
+
+def test_patches_are_the_middle_as_it_is():
+    pixels = torch.arange(400 * 301).view(1, 1, 400, 301).expand(1, 3, -1, -1).to(torch.uint8)
+    seen, _ = inception.Inception(Mirror(), "patch")(pixels)
+    assert torch.equal(seen, pixels[:, :, 50:349, 1:300].float())
+    with pytest.raises(UserError, match="looks at 299 x 299 pixels, and images are 256 x 256"):
+        inception.Inception(Mirror(), "patch")(pixels[:, :, :256, :256])
