@@ -143,10 +143,17 @@ class Progress:
 
     def __init__(self, folder: Path, clock: Clock):
         self.folder, self.clock, self.parts, self._blocks = folder, clock, [], 0
+        self.told = time.monotonic()
         if processes().first:
             with contextlib.suppress(UserError):  # nothing is there yet
                 self.parts = read_json(folder / "parts.json")
         self.count = int(processes().agree(sum(part["count"] for part in self.parts)))
+
+    def tell(self, done: int, of: int) -> None:
+        """Once a minute, how many samples have been seen."""
+        if time.monotonic() - self.told >= 60:
+            self.told = time.monotonic()
+            print(f"  {done} of {of} samples", file=sys.stderr, flush=True)
 
     def again(self) -> Iterator[dict[str, Tensor]]:
         """What is kept, part by part."""
@@ -441,6 +448,7 @@ class Scorer:
             watch.add(pixels, labels)
             if progress:
                 progress.keep(watch)
+                progress.tell(sum(watch.counts), max(counts))
         if progress:
             progress.keep(watch, last=True)
         if kept is not None:
