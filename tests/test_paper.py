@@ -393,7 +393,7 @@ def test_paper_tables_without_any_run(tmp_path, monkeypatch, capsys):
     assert "  DMD, Table 2 (left): CIFAR-10 cond: DMD w/o regression loss: 5.58" in output
     folder = tmp_path / "results" / "paper-tables"
     names = {path.name for path in folder.iterdir()}
-    assert {"dmd-table-1.csv", "dmd-table-2.md", "dmd-table-6.csv", "sid-readme.csv",
+    assert {"dmd-table-1.csv", "dmd-table-2.md", "dmd-table-3.csv", "dmd-table-4.md", "dmd-table-6.csv", "sid-readme.csv",
             "sim-abstract.md", "gdd-abstract.csv"} <= names  # fmt: skip
     half = pd.read_csv(folder / "dmd-table-2.csv")
     assert set(half.table) == {"Table 2 (left)", "Table 2 (right)"}
@@ -416,7 +416,7 @@ def test_paper_tables_know_the_papers_experiments_before_their_files_are_there(
     monkeypatch.setattr(paper, "collect", collected)
     assert main(["paper-tables"]) == 0
     output = capsys.readouterr()
-    assert "left out" not in output.err and "from 10 experiments\n" in output.out
+    assert "left out" not in output.err and "from 12 experiments\n" in output.out
     sid = pd.read_csv("results/paper-tables/sid-readme.csv").set_index(["dataset", "conditioning"])
     row = sid.loc[("CIFAR-10", "uncond")].squeeze()
     assert row.reproduced == "2.00 ± 0.14" and row.setting_match == "exact"
