@@ -23,8 +23,10 @@ TARGETS = (
 
 def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float) -> None:
     """Turn a clone of the teacher into its weights with adapters, the only ones that train."""
-    from peft import LoraConfig, inject_adapter_in_model
-
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("lora: needs the package peft: pip install -e '.[text-to-image]'") from None
     owners = dict(teacher.backbone.named_modules())
     for name, module in denoiser.backbone.named_modules():
         for key in module._parameters:

@@ -46,9 +46,22 @@ def test_sid_loss_and_its_gradients_are_the_authors(alpha):
         assert relative_error(gradient, g[f"grad_{name}_alpha{alpha}"]) < 1e-5
 
 
+class Answers:
+    """A denoiser by a formula, at any noise level."""
+
+    def __init__(self, formula):
+        self.formula = formula
+
+    def level(self, sigma):
+        return sigma
+
+    def __call__(self, x, sigma, condition):
+        return self.formula(x)
+
+
 def test_regression_is_the_mean_square_of_what_a_linear_student_misses():
     """A student that answers 2 z on pairs x = 3 z misses by z."""
-    context = SimpleNamespace(networks={"student": lambda x, sigma, condition: 2 * x / 80.0})
+    context = SimpleNamespace(networks={"student": Answers(lambda x: 2 * x / 80.0)})
     z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     context.pairs = lambda: (z, 3 * z, None)
     method = Regression(Regression.Config(), None)
@@ -195,7 +208,7 @@ def test_dmd_without_distribution_matching_has_the_gradient_of_its_regression_al
     """A student w z on pairs x = 3 z: λ mean (w z - 3 z)², so 2 λ (w - 3) mean z²."""
     w = torch.tensor(2.0, requires_grad=True)
     context = SimpleNamespace(log=lambda *_: None)
-    context.networks = {"student": lambda x, sigma, condition: w * x / 80.0}
+    context.networks = {"student": Answers(lambda x: w * x / 80.0)}
     z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     context.pairs = lambda: (z, 3 * z, None)
     config = DMD.Config(regression="l2", regression_weight=0.25, distribution_matching=False)

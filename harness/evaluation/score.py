@@ -566,13 +566,13 @@ def _finish(
     record: dict,
     scorer: Scorer,
     kept: dict[str, Tensor],
-    each: dict[int, dict[str, Tensor]],
+    each: dict[int, dict[str, Tensor]] | None = None,
 ) -> None:
     """The samples for figures first, the declared file last: it names their hash. `each`: what was
     measured of every image of a sampling seed."""
     if not scorer.first:
         return
-    if any(each.values()):  # else there was no network to see them
+    if any((each or {}).values()):  # else there was no network to see them
         file = path.with_suffix(EACH)
         record["each"] = {"file": file.name, "sha256": write_each(file, each)}
     file = path.with_suffix(".samples.safetensors")
