@@ -36,7 +36,6 @@ device: cpu
 data: {name: pictures, source: images, prompts: prompts.txt, held_out: 0.25}
 features:
   lite0: {type: efficientnet-lite, model: lite0}
-  lite1: {type: efficientnet-lite, model: lite1}
   vit-b-32-quickgelu-openai: {type: open-clip, model: ViT-B-32-quickgelu, weights: clip.safetensors}
 teachers:
   sd:
@@ -53,7 +52,7 @@ training:
   budget: [{unit: images, amount: 8}]
   gradient_checkpointing: true
   settings: {batch: 4, lr: 1.0e-4, fake_lr: 1.0e-4, sigma_init: 2.5, dropout: 0.0, augment: 0.0}
-evaluation: {num_samples: 12, sampling_seeds: [0], extractors: [lite0, lite1, vit-b-32-quickgelu-openai], grid_samples: 6, block: 8}
+evaluation: {num_samples: 12, sampling_seeds: [0], extractors: [lite0, vit-b-32-quickgelu-openai], grid_samples: 6, block: 8}
 """
 
 
@@ -83,7 +82,7 @@ def made(tmp_path_factory):
         torch.manual_seed(0)
         save_file(tiny_clip().state_dict(), "clip.safetensors")
         stage("data")
-        for name in ("lite0", "lite1", CLIP):
+        for name in ("lite0", CLIP):
             stage("features", name)
         stage("teacher", "sd")
         stage("pairs", "sd_n12_steps2")
