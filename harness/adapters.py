@@ -42,6 +42,11 @@ def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float)
         ) from None
 
 
+def parameter_count(network: nn.Module) -> int:
+    """How many a network has, or will have once its adapters are merged into its weights."""
+    return sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)
+
+
 def is_adapted(network: nn.Module) -> bool:
     return any(name.endswith("lora_A") for name, _ in network.named_modules())
 

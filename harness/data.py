@@ -56,9 +56,9 @@ class Images:
 class Dataset:
     """`sha256`: of the file that holds the images, or of the list of several files' hashes; of the
     record of a set without them; with prompts of these, too, and `images_sha256` is without.
-    `prompts`: texts whose numbers labels are, of a set where texts
-    are asked for; `evaluation_prompts`: those that samples are scored on. `captions`: what a
-    program can check of them."""
+    `prompts`: texts whose numbers labels are, of a set where texts are asked for;
+    `evaluation_prompts`: those that samples are scored on. `captions`: what a program can check of
+    them."""
 
     name: str
     train: Images
@@ -237,12 +237,17 @@ def prepare(section: DataSection, folder: Path, fewest: tuple[int, int] = (1, 1)
         "held_out_images": len(held),
         "image_shape": list(train.pixels.shape[1:]),
         "shards": shards,
-        **texts,
     }
     if section.captioned:
         record["captions"] = len(captions().texts)
+    return _write_record(record, texts, folder)
+
+
+def _write_record(record: dict, texts: dict, folder: Path) -> dict:
+    """Write `data.json`; texts are part of the set, and of its hash."""
     if texts:
-        record |= {"sha256": digest([sha256, texts]), "images_sha256": sha256}
+        sha256 = record["sha256"]
+        record |= texts | {"sha256": digest([sha256, texts]), "images_sha256": sha256}
     write_json(folder / "data.json", record)
     return record
 
@@ -303,11 +308,7 @@ def _prepare_without_images(section: DataSection, folder: Path) -> dict:
         "image_shape": list(section.image_shape),
     }
     record["sha256"] = hashlib.sha256(canonical(record).encode()).hexdigest()
-    if texts := _copy_prompts(section, folder):
-        record |= texts | {"images_sha256": record["sha256"]}
-        record["sha256"] = digest([record["sha256"], texts])
-    write_json(folder / "data.json", record)
-    return record
+    return _write_record(record, _copy_prompts(section, folder), folder)
 
 
 def load(folder: Path, images: bool = True) -> Dataset:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import data as datasets
+from harness.adapters import parameter_count
 from harness.artifacts import digest, read_json, sha256_file, write_json
 from harness.config import (
     Experiment,
@@ -273,7 +274,6 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
         for _ in range(PERIOD):
             trainer._iteration()
     flops = trainer.ledger.flops / (PERIOD * run.batch)
-    main = trainer.networks["student"]
     beside = sum(
         p.numel() for n, net in trainer.networks.items() if n != "student" for p in net.parameters()
     )
@@ -281,7 +281,7 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
     # Weights that networks share are there once; those that never change are their own average.
     there = {id(p): p.numel() for net in everything(trainer) for p in net.parameters()}
     averaged = sum(p.numel() for p in trainer.trainable["student"])
-    present, parameters = sum(there.values()), sum(p.numel() for p in main.parameters())
+    present, parameters = sum(there.values()), parameter_count(trainer.networks["student"])
     kept = (0.5 if experiment.training.precision == "bf16" else 1.0) * trainer.tally.most
     memory = 4 * (present + averaged + (COPIES - 1) * trainable) + kept
     pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
@@ -583,12 +583,7 @@ def _embedded(experiment: Experiment) -> str:
             with torch.device("meta"):
                 teacher = _stand_in_pipeline(section)
             numbers = teacher.null.parts["embeddings"].numel()
-            made = (experiment.data_dir() / "data.json").exists()
-            here = made or all(
-                Path(file).expanduser().is_file()
-                for file, _ in experiment.data.prompt_files.values()
-            )
-            count = _prompts(experiment) if here else 1_000_000
+            count = _prompts(experiment)
             size = f"{2 * numbers * count / 1e9:,.1f} GB on disk"
             told += f" Embeddings of {count:,} prompts by teacher {name} take {size}."
     return told

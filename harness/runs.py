@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import data as datasets
-from harness.adapters import add_adapters
+from harness.adapters import add_adapters, parameter_count
 from harness.artifacts import (
     digest,
     machine_slot,
@@ -258,9 +258,8 @@ def describe(experiment: Experiment, student: str, seed: int) -> dict:
 
 def _parameters(network: nn.Module) -> dict:
     """Those that the exported network has: adapters will be part of their weights."""
-    parameters = list(network.named_parameters())
-    total = sum(p.numel() for name, p in parameters if ".lora_" not in name)
-    trained = sum(p.numel() for _, p in parameters if p.requires_grad)
+    total = parameter_count(network)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return {"parameters": total, "frozen_fraction": max(0.0, 1 - trained / total)}
 
 

@@ -163,6 +163,13 @@ def check_finite(images: Tensor, what: str = "images") -> None:
         )
 
 
+def decode(codec: nn.Module, latents: Tensor) -> Tensor:
+    """Latents -> uint8 pixels."""
+    images = codec(latents.float())
+    check_finite(images)
+    return to_pixels(images)
+
+
 def pixels_of(generate: Generator, codec: nn.Module) -> Generator:
     """z, condition, noise -> uint8 pixels on the host: quantised before anything sees them. A codec
     makes a few at a time, since it takes gigabytes for each."""
@@ -173,12 +180,9 @@ def pixels_of(generate: Generator, codec: nn.Module) -> Generator:
         check_finite(made, "images" if plain else "latents")
         if plain:
             return to_pixels(made).cpu()
-        parts = [to_pixels(codec(made[:1].float()))]
+        parts = [decode(codec, made[:1])]
         size = max(1, DECODED // parts[0][0, 0].numel())
-        for part in made[1:].float().split(size):
-            decoded = codec(part)
-            check_finite(decoded)
-            parts.append(to_pixels(decoded))
+        parts += [decode(codec, part) for part in made[1:].split(size)]
         return torch.cat(parts).cpu()
 
     return make
@@ -199,9 +203,8 @@ def sample(
     """Images `start` .. count - 1 block by block, as `generate` makes them, and labels on the host.
 
     `embeddings`: labels are the numbers of prompts, and these what they ask for. `start`: where
-    another call's block ended. Processes take
-    turns at the blocks. The first gets all of them in order; the others, who must go through this,
-    too, get none.
+    another call's block ended. Processes take turns at the blocks. The first gets all of them in
+    order; the others, who must go through this, too, get none.
     """
     group, todo = processes(), list(blocks(count, block))[-(-start // block) :]
 

@@ -166,8 +166,6 @@ def embed_captions(experiment: Experiment, name: str, dataset: Dataset) -> Embed
     from harness.networks.clip import text_encoder
 
     section = experiment.teachers[name]
-    if dataset.captions is None:
-        raise UserError(f"teachers.{name}.text_encoder: data {dataset.name} has no captions")
     encoder = text_encoder(experiment.features_dir(section.text_encoder), dataset)
     folder = experiment.teacher_dir(name) / "text"
     return Embeddings(embed_prompts(encoder, dataset.prompts, folder))

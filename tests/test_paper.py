@@ -393,8 +393,8 @@ def test_paper_tables_without_any_run(tmp_path, monkeypatch, capsys):
     assert "  DMD, Table 2 (left): CIFAR-10 cond: DMD w/o regression loss: 5.58" in output
     folder = tmp_path / "results" / "paper-tables"
     names = {path.name for path in folder.iterdir()}
-    assert {"dmd-table-1.csv", "dmd-table-2.md", "dmd-table-3.csv", "dmd-table-4.md", "dmd-table-6.csv", "sid-readme.csv",
-            "sim-abstract.md", "gdd-abstract.csv"} <= names  # fmt: skip
+    assert {"dmd-table-1.csv", "dmd-table-2.md", "dmd-table-3.csv", "dmd-table-4.md",
+            "dmd-table-6.csv", "sid-readme.csv", "sim-abstract.md", "gdd-abstract.csv"} <= names  # fmt: skip
     half = pd.read_csv(folder / "dmd-table-2.csv")
     assert set(half.table) == {"Table 2 (left)", "Table 2 (right)"}
     assert set(half.dataset) == {"CIFAR-10", "ImageNet-64"}
