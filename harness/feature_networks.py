@@ -64,7 +64,8 @@ def classification_loss(context: Context, label_smoothing: float) -> Tensor:
 
 def contrastive_loss(context: Context) -> Tensor:
     """CLIP's loss in both directions. Captions repeat within a batch: every image of the caption's
-    class is its match, and the targets share the mass (Yang et al. 2022, UniCL)."""
+    class (of a set with captions, every image of which the caption is true) is its match, and the
+    targets share the mass (Yang et al. 2022, UniCL)."""
     clip = context.networks["features"]
     x, labels = context.real()
     captions = clip.captions
@@ -72,7 +73,8 @@ def contrastive_loss(context: Context) -> Tensor:
         (context.uniform("template") * captions.shape[1]).long().clamp_max(captions.shape[1] - 1)
     )
     logits = clip(augmented(context, x), captions[labels, template])
-    same = (labels[:, None] == labels[None]).float()
+    meaning = clip.meaning[labels]
+    same = (meaning[:, None] == meaning[None]).float()
     target = same / same.sum(dim=1, keepdim=True)
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 

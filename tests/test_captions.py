@@ -10,6 +10,7 @@ from harness.denoiser import TextDenoiser
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS, Reference, Views
 from harness.fake_score import left_out
+from harness.feature_networks import augmented, contrastive_loss
 from harness.method import Context, Sources
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
 from harness.networks.clip import CaptionEncoder, SmallCLIP
@@ -183,6 +184,36 @@ def test_a_clip_reads_captions(tmp_path):
     ends = clip.captions[:5, 0].argmax(dim=1)
     pooled = tokens[torch.arange(5), ends] @ clip.clip.text_projection
     assert torch.allclose(pooled, clip.clip.encode_text(clip.captions[:5, 0]), atol=1e-5)
+    # After it there is nothing but its like: the teacher reads no token that was never trained.
+    given = []
+    handle = clip.clip.token_embedding.register_forward_hook(
+        lambda _, args, out: given.append(args)
+    )
+    encoder.encode(texts[:5])
+    handle.remove()
+    for row, end in zip(given[0][0], ends, strict=True):
+        assert row[end:].unique().tolist() == [row.max()] and (row[:end] < row.max()).all()
+
+
+def test_captions_that_say_the_same_in_other_words_match(parts):
+    """CLIP's targets: all images of which a caption is true; computed here pair by pair."""
+    torch.manual_seed(0)
+    clip, said = SmallCLIP((3, 16, 16), 480, 8, captioned=True).eval(), captions()
+    clip.set_captions(data.Dataset("captioned-digits", None, None, (), "", said))
+    labels = torch.tensor([0, 1, 2, 3, 0, 479])  # three wordings of one meaning, and others
+    pixels = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
+    sources = Sources((3, 16, 16), 480, 1.0, pixels, labels)
+    context = Context({"features": clip}, sources, seed=0, step=0, samples=range(12))
+    images, drawn = context.real()
+    x, named = augmented(context, images), said.attributes[drawn]
+    logits = clip(x, clip.captions[drawn, 0])
+    expected = 0.0
+    for i in range(12):
+        true = [j for j in range(12) if (named[i] == named[j]).all()]
+        for scores in (logits[i], logits[:, i]):
+            expected -= scores.log_softmax(0)[true].mean() / 24
+    assert torch.allclose(contrastive_loss(context), expected, atol=1e-5)
+    assert len(named.unique(dim=0)) < len(drawn.unique())
 
 
 def test_mistakes_about_captions(tiny):

@@ -71,6 +71,8 @@ class SmallCLIP(nn.Module):
                 dtype=torch.long,
             ),
         )
+        # Captions of one number say the same in other words; needed in training alone.
+        self.register_buffer("meaning", torch.arange(conditions), persistent=False)
 
     def set_captions(self, dataset: Dataset) -> None:
         names = dataset.class_names
@@ -78,6 +80,8 @@ class SmallCLIP(nn.Module):
         texts = [template.format(name) for name in names for template in templates]
         if dataset.captions:
             texts = list(dataset.captions.texts)
+            _, meaning = dataset.captions.attributes.unique(dim=0, return_inverse=True)
+            self.meaning.copy_(meaning)
         self.captions.copy_(tokenize(texts).view_as(self.captions))
 
     def features(self, x: Tensor) -> Tensor:
@@ -117,7 +121,12 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        return {"embeddings": self.clip.token_features(tokenize(list(texts)))}
+        tokens = tokenize(list(texts))
+        # Padded as Stable Diffusion's texts are, with the mark of the end, where CLIP is taught to
+        # sum up what it has read; at open_clip's zeros it is taught nothing.
+        end = tokens.argmax(dim=1, keepdim=True)  # the greatest token there is
+        tokens = torch.where(torch.arange(self.limit) > end, tokens.gather(1, end), tokens)
+        return {"embeddings": self.clip.token_features(tokens)}
 
     def truncated(self, texts: Sequence[str]) -> int:
         from open_clip.tokenizer import SimpleTokenizer
