@@ -23,6 +23,7 @@ from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Positive = Annotated[int, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # Adam's
 
 
 class Section(BaseModel):
@@ -151,7 +152,7 @@ class Switches(Section):
 
 # Keys of a teacher that came later: left out of its spec where they keep their defaults, so that
 # finished teachers outlive them.
-LATER = {*Switches.model_fields, "augment", "text_encoder"}
+LATER = {*Switches.model_fields, "augment", "text_encoder", "betas"}
 
 
 class TrainedTeacher(TeacherSection, Switches):
@@ -162,6 +163,7 @@ class TrainedTeacher(TeacherSection, Switches):
     batch: Positive = 128
     lr: float = Field(1e-3, gt=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_steps: int = Field(0, ge=0)
     ema_half_life: int = Field(500_000, ge=0)
     ema_ramp_up: float = Field(0.05, gt=0)

@@ -42,6 +42,7 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
 
     optimizer = OptimizerConfig(
         lr=section.lr,
+        betas=section.betas,
         warmup_steps=section.warmup_steps,
         decay_steps=-(-section.images // section.batch) if section.lr_schedule == "cosine" else 0,
     )

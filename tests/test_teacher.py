@@ -39,7 +39,8 @@ def test_a_teacher_learns_what_was_done_to_its_images():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("augment", 0.1), ("precision", "bf16"), ("channels_last", True)]
+    ("key", "value"),
+    [("augment", 0.1), ("precision", "bf16"), ("channels_last", True), ("betas", (0.9, 0.99))],
 )
 def test_keys_that_came_later_retrain_only_where_they_are_used(tiny, key, value):
     before = parse_experiment(tiny, "tiny").teacher_spec("edm")
@@ -58,6 +59,14 @@ def test_a_network_without_augmentation_labels(workspace):
     assert "error: teachers.edm.augment: the network takes 0 augmentation labels" in done.stderr
 
 
+def test_adam_is_the_one_asked_for(tiny):
+    section = TrainedTeacher(**tiny["teachers"]["edm"] | {"lr": 0.02, "betas": [0.5, 0.99]})
+    optimizer = teacher_phase(section).optimizer
+    assert (optimizer.lr, optimizer.betas) == (0.02, (0.5, 0.99))
+
+
 def test_impossible_settings_are_told(tiny):
+    put(tiny, "teachers.edm.betas", [0.9, 1.0])
+    assert "teachers.edm.betas" in str(mistakes(tiny))
     put(tiny, "teachers.edm.precision", "fp16")
     assert "teachers.edm.precision" in str(mistakes(tiny))
