@@ -36,6 +36,17 @@ rule features:
         "{HARNESS} features {wildcards.features} --configfile {CONFIG} > {log} 2>&1"
 
 
+# Everything waits for a teacher, and a teacher for what reads its captions: they come first.
+use rule features as text_encoder with:
+    wildcard_constraints:
+        features="|".join(map(re.escape, filter(None, map(E.text_encoder_of, E.teachers))))
+        or "none",
+    priority: 20
+
+
+ruleorder: text_encoder > features
+
+
 def teacher_inputs(w):
     """An imported teacher follows its local files. One that is trained here on captions follows
     what reads them."""
