@@ -23,12 +23,12 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/snakefmt --check Snakefile harness/rules
+	$(BIN)/snakefmt --check Snakefile harness/workflow/rules
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/snakefmt Snakefile harness/rules
+	$(BIN)/snakefmt Snakefile harness/workflow/rules
 
 status: install
 	@$(BIN)/python -m harness status

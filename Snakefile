@@ -9,11 +9,11 @@ if not workflow.configfiles:
     configfile: "configs/digits.yaml"
 
 
-include: "harness/rules/common.smk"
-include: "harness/rules/prepare.smk"
-include: "harness/rules/distil.smk"
-include: "harness/rules/evaluate.smk"
-include: "harness/rules/report.smk"
+include: "harness/workflow/rules/common.smk"
+include: "harness/workflow/rules/prepare.smk"
+include: "harness/workflow/rules/distil.smk"
+include: "harness/workflow/rules/evaluate.smk"
+include: "harness/workflow/rules/report.smk"
 
 
 # Weights that cannot be had stop the workflow here, not after hours of training a teacher.

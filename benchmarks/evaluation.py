@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from harness.data import Images
+from harness.data.datasets import Images
 from harness.evaluation.agreement import Scored, registered, torch_fidelity_values, write_images
 from harness.evaluation.extractors import Extractor
 from harness.evaluation.frechet import frechet_distance, frechet_of_few, gaussian_statistics
@@ -69,11 +69,11 @@ def stand_in(name: str, size: int) -> Extractor:
     """An extractor with random weights, of images of a size."""
     torch.manual_seed(0)
     if name == "inception":
-        from harness.networks import inception
+        from harness.features import inception
 
         network = inception.Inception(inception._untrained())
         return Extractor("inception", "inception", network, "")
-    from harness.networks.classifiers import CLASSIFIERS
+    from harness.features.classifiers import CLASSIFIERS
 
     return Extractor("cnn", "cnn", CLASSIFIERS["cnn"]((3, size, size), 10, 32), "")
 

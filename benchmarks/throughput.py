@@ -25,12 +25,15 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from harness.config import Experiment, load_experiment, resolve
+from harness.config.experiment import Experiment
+from harness.config.loading import resolve
+from harness.context import Context
 from harness.errors import did_you_mean
-from harness.method import Context, OptimizerConfig, Phase
-from harness.plan import stand_in_inputs
-from harness.runs import assemble
-from harness.trainer import Trainer
+from harness.method import OptimizerConfig, Phase
+from harness.students.run import assemble
+from harness.training.trainer import Trainer
+from harness.validation import load_experiment
+from harness.workflow.plan import stand_in_inputs
 
 # The networks of the papers, as the experiments in which every student begins from them.
 NETWORKS = {

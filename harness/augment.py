@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from harness.method import Context
+from harness.context import Context
 
 LABELS = 9
 SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # octaves, octaves, image widths

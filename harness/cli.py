@@ -7,10 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-from harness.artifacts import machine_slot
 from harness.errors import UserError, did_you_mean
-from harness.failures import recorded
-from harness.machine import is_first, launched, relaunch
+from harness.io.locks import machine_slot
+from harness.workflow.failures import recorded
+from harness.workflow.machine import is_first, launched, relaunch
 
 FULL = "No space left on device"  # the system's words, whichever library passes them on
 SMALLER = (
@@ -21,7 +21,7 @@ DEFAULT_CONFIG = Path("configs/digits.yaml")
 
 
 def _experiment(args):
-    from harness.config import load_experiment
+    from harness.validation import load_experiment
 
     return load_experiment(args.configfile)
 
@@ -38,7 +38,7 @@ def _threads(args) -> None:
 
 
 def _data(args) -> None:
-    from harness.data import prepare
+    from harness.data.datasets import prepare
     from harness.evaluation.metrics import fewest
 
     experiment = _experiment(args)
@@ -48,7 +48,7 @@ def _data(args) -> None:
 
 
 def _features(args) -> None:
-    from harness.feature_networks import make_features
+    from harness.features.train import make_features
 
     _threads(args)
     experiment = _experiment(args)
@@ -58,7 +58,7 @@ def _features(args) -> None:
 
 
 def _teacher(args) -> None:
-    from harness.teacher import make_teacher
+    from harness.teachers.train import make_teacher
 
     _threads(args)
     experiment = _experiment(args)
@@ -69,8 +69,8 @@ def _teacher(args) -> None:
 
 
 def _pairs(args) -> None:
-    from harness.pairs import make_pairs
-    from harness.processes import processes
+    from harness.teachers.pairs import make_pairs
+    from harness.training.distributed import processes
 
     _threads(args)
     experiment = _experiment(args)
@@ -84,7 +84,7 @@ def _pairs(args) -> None:
 
 
 def _train(args) -> None:
-    from harness.runs import train_student
+    from harness.students.run import train_student
 
     _threads(args)
     experiment = _experiment(args)
@@ -161,19 +161,19 @@ def _report(args) -> None:
 
 
 def _paper_tables(args) -> None:
-    from harness.reporting.paper import write_paper_tables
+    from harness.reporting.published.tables import write_paper_tables
 
     write_paper_tables()
 
 
 def _compare(args) -> None:
-    from harness.reporting.side_by_side import print_side_by_side
+    from harness.reporting.compare import print_side_by_side
 
     print_side_by_side(args.folders, args.out)
 
 
 def _prompts(args) -> None:
-    from harness.reporting.prompts import print_prompts
+    from harness.reporting.prompt_comparison import print_prompts
 
     experiment = _experiment(args)
     for name in (args.a, args.b):
@@ -182,7 +182,7 @@ def _prompts(args) -> None:
 
 
 def _export(args) -> None:
-    from harness.export import export_student
+    from harness.students.export import export_student
 
     experiment = _experiment(args)
     _check_known("student", args.student, experiment.students)
@@ -197,20 +197,20 @@ def _summary(args) -> None:
 
 
 def _status(args) -> None:
-    from harness.status import print_status
+    from harness.workflow.status import print_status
 
     print_status(_experiment(args))
 
 
 def _plan(args) -> None:
-    from harness.config import load_experiment
-    from harness.plan import print_plan
+    from harness.validation import load_experiment
+    from harness.workflow.plan import print_plan
 
     print_plan(load_experiment(args.configfile, files=False), args.tflops)
 
 
 def _import_edm(args) -> None:
-    from harness.networks.import_edm import import_edm
+    from harness.teachers.edm_pickle import import_edm
 
     made = import_edm(args.file, args.folder)
     print(f"{args.folder}: {made['parameters']:,} parameters from {made['file']}")

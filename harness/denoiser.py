@@ -249,7 +249,7 @@ class NullText(nn.Module):
 
 
 class OneHotDenoiser(EDMDenoiser):
-    """One of EDM's networks (`harness.networks.edm`), whose labels are one-hot vectors: the missing
+    """One of EDM's networks (harness.networks), whose labels are one-hot vectors: the missing
     label is the zero vector. `condition` may also hold such vectors, float `(B, num_classes)`."""
 
     @staticmethod
@@ -285,3 +285,32 @@ def one_step(student: Denoiser, z: Tensor, condition: Condition, sigma_init: flo
     sigma_init = student.level(sigma_init)
     sigma = torch.full((len(z),), sigma_init, device=z.device)
     return student(sigma_init * z, sigma, condition)
+
+
+def clone_denoiser(denoiser: Denoiser) -> Denoiser:
+    """An independent, trainable copy: a student or fake score begins as its teacher. It has no
+    codec, which is its teacher's."""
+    import copy
+
+    clone = copy.deepcopy(denoiser, {id(denoiser.codec): nn.Identity()})
+    return clone.requires_grad_(True)
+
+
+def set_dropout(denoiser: Denoiser, probability: float) -> None:
+    """Element dropout in training mode, everywhere in the backbone that has some."""
+    for module in denoiser.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        elif isinstance(vars(module).get("dropout"), int | float):
+            module.dropout = probability
+
+
+def to_model_space(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], on the same device; the same bits on every device."""
+    # A tensor, since CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    return pixels.float() / pixels.new_full((), 127.5, dtype=torch.float32) - 1
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """float in [-1, 1] -> uint8 by `x * 127.5 + 128`, clipped: EDM's quantisation."""
+    return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)

@@ -10,10 +10,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from harness.augment import LABELS, edm_augment
-from harness.denoiser import Condition, Denoiser, each_part, guided
+from harness.context import Context
+from harness.denoiser import Condition, Denoiser, clone_denoiser, each_part, guided, set_dropout
 from harness.errors import UserError
-from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, ours
-from harness.networks import clone_denoiser, set_dropout
+from harness.method import Method, MethodConfig, OptimizerConfig, Phase, ours
 from harness.schedules import lognormal_sigma
 
 

@@ -14,13 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from harness.data import to_pixels
-from harness.denoiser import Condition, Denoiser, each_part, guided, one_step
+from harness.denoiser import Condition, Denoiser, each_part, guided, one_step, to_pixels
 from harness.errors import UserError
-from harness.processes import processes
-from harness.prompts import Embeddings
 from harness.schedules import heun_sigmas
 from harness.streams import Stream
+from harness.teachers.text_embeddings import Embeddings
+from harness.training.distributed import processes
 
 BLOCK = 256  # images at a time; at 64 a small network spends a quarter of its time on overhead
 DECODED = 1 << 20  # pixels at a time that a codec makes

@@ -8,8 +8,10 @@ any resumed run sees the same numbers, and there is no generator state to save.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -84,3 +86,11 @@ class Stream:
 
 # The noise of teacher pairs, by the pair's number: an image alone needs to be kept of each.
 PAIR_NOISE = Stream(0, "pairs")
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initial weights from `seed`, without touching the global generator otherwise."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -25,17 +25,10 @@ from pydantic import field_validator
 from torch import Tensor, nn, no_grad
 from torch.nn.functional import mse_loss
 
+from harness.context import Context
 from harness.denoiser import Denoiser, one_step
 from harness.fake_score import FakeScoreMethod, ScoreConfig, denoising_phase
-from harness.method import (
-    Context,
-    Method,
-    OptimizerConfig,
-    Phase,
-    Requirements,
-    ours,
-    paper,
-)
+from harness.method import Method, OptimizerConfig, Phase, Requirements, ours, paper
 
 
 def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ GAN whose discriminator has heads on random mixtures of frozen pretrained featur
 2021, projected GAN). GDD-I is this method with the student's option `freeze: innate`.
 
 Deviations:
-* The projected discriminator is written from its paper (`harness.networks.projected`). Its heads
+* The projected discriminator is written from its paper (`harness.features.projected`). Its heads
   use GroupNorm and learn their class embeddings; the authors embed ImageNet's classes.
 * Where no pretrained backbone fits (8 x 8 digits), `features` names a feature network of the
   experiment instead: two convolutions on each of its maps, no random mixing. It should not be one
@@ -22,22 +22,14 @@ from pydantic import field_validator
 from torch import Tensor, nn, no_grad
 from torch.nn.functional import leaky_relu, softplus
 
+from harness.context import Context
 from harness.denoiser import Condition, EDMDenoiser
-from harness.method import (
-    Context,
-    Method,
-    MethodConfig,
-    OptimizerConfig,
-    Phase,
-    Requirements,
-    code,
-    ours,
-)
-from harness.networks.projected import (
+from harness.features.projected import (
     ProjectedDiscriminator,
     ProjectedFeatures,
     condition_embedding,
 )
+from harness.method import Method, MethodConfig, OptimizerConfig, Phase, Requirements, code, ours
 
 
 def generator_loss(logits: list[Tensor]) -> Tensor:

@@ -15,8 +15,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from harness.context import Context
 from harness.denoiser import one_step
-from harness.method import Context, Method, MethodConfig, OptimizerConfig, Phase, Requirements, ours
+from harness.method import Method, MethodConfig, OptimizerConfig, Phase, Requirements, ours
 
 
 class Regression(Method):

@@ -16,9 +16,9 @@ _server.set_forkserver_preload(
     [
         "harness.cli",
         "harness.evaluation.score",
-        "harness.networks.clip",
+        "harness.features.small_clip",
         "harness.reporting.report",
-        "harness.runs",
+        "harness.students.run",
         "diffusers.models.unets.unet_2d",
         "torch._dynamo",
     ]

@@ -5,14 +5,15 @@ import copy
 import pytest
 import torch
 
-from harness.adapters import add_adapters, is_adapted, merged
-from harness.denoiser import Denoiser
+from harness.context import Context, Sources
+from harness.denoiser import Denoiser, clone_denoiser
 from harness.errors import UserError
-from harness.ledger import Ledger
-from harness.method import Context, OptimizerConfig, Phase, Sources
-from harness.networks import build_denoiser, clone_denoiser, load_denoiser, save_denoiser
-from harness.networks.pipelines import PipelineFolder
-from harness.trainer import TrainingRun, train
+from harness.method import OptimizerConfig, Phase
+from harness.networks import build_denoiser, load_denoiser, save_denoiser
+from harness.teachers.pipelines import PipelineFolder
+from harness.training.ledger import Ledger
+from harness.training.lora import add_adapters, is_adapted, merged
+from harness.training.trainer import TrainingRun, train
 from tests import pipelines
 
 

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.config import load_experiment
-from harness.data import Images
+from harness.data.datasets import Images
 from harness.evaluation import agreement
 from harness.evaluation.agreement import compare, write_images
 from harness.evaluation.extractors import Extractor
+from harness.validation import load_experiment
 from tests.conftest import DATA
 from tests.test_html import Page, written
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.augment import LABELS, edm_augment
-from harness.method import Context, Sources
+from harness.context import Context, Sources
 
 
 class Chosen(Context):

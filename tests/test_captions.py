@@ -3,18 +3,20 @@
 import pytest
 import torch
 
-from harness import captioned_digits, data
-from harness.captioned_digits import ATTRIBUTES, COPIES, Captions, captions, draw, seen
-from harness.config import DataSection, Sampler, parse_experiment
+from harness.config.schema import DataSection, Sampler
+from harness.context import Context, Sources
+from harness.data import captioned_digits
+from harness.data import datasets as data
+from harness.data.captioned_digits import ATTRIBUTES, COPIES, Captions, captions, draw, seen
 from harness.denoiser import TextDenoiser
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS, Reference, Views
 from harness.fake_score import left_out
-from harness.feature_networks import augmented, contrastive_loss
-from harness.method import Context, Sources
+from harness.features.small_clip import CaptionEncoder, SmallCLIP
+from harness.features.train import augmented, contrastive_loss
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
-from harness.networks.clip import CaptionEncoder, SmallCLIP
 from harness.sampling import heun, sample
+from harness.validation import parse_experiment
 
 NETWORK = {
     "type": "UNet2DConditionModel",

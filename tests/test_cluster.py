@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.cluster import (
+from harness.errors import UserError
+from harness.validation import load_experiment, parse_experiment
+from harness.workflow.cluster import (
     CPU_MB,
     GPU_MB,
     MINUTES,
@@ -20,9 +22,7 @@ from harness.cluster import (
     read_cluster,
     request,
 )
-from harness.config import load_experiment, parse_experiment
-from harness.errors import UserError
-from harness.plan import COUNTED, Work, estimate, work
+from harness.workflow.plan import COUNTED, Work, estimate, work
 from tests.cluster.run import missing, run
 from tests.conftest import ROOT
 

@@ -7,8 +7,8 @@ import json
 import pandas as pd
 import pytest
 
-from harness.artifacts import digest
 from harness.cli import main
+from harness.io.artifacts import digest
 from harness.reporting.collect import COLUMNS, SCHEMA
 
 PROTOCOL = {

@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
-from harness.artifacts import canonical
 from harness.cli import main
-from harness.config import load_experiment, micro_batch, parse_experiment
+from harness.config.schema import micro_batch
 from harness.errors import UserError
+from harness.io.artifacts import canonical
+from harness.validation import load_experiment, parse_experiment
 
 
 def mistakes(raw: dict) -> list[str]:

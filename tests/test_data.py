@@ -4,14 +4,15 @@ import pytest
 import torch
 import yaml
 
-from harness import data, runs
 from harness.cli import main
-from harness.config import DataSection
+from harness.config.schema import DataSection
+from harness.context import Context, Sources
+from harness.data import datasets as data
 from harness.errors import UserError
-from harness.evaluation.aesthetic import KNOWN, UNSEEN
-from harness.feature_networks import held_out_accuracy, load_feature_network
-from harness.method import Context, Sources
+from harness.features.aesthetic import KNOWN, UNSEEN
+from harness.features.train import held_out_accuracy, load_feature_network
 from harness.streams import Stream
+from harness.students import run as runs
 
 DIGITS = DataSection(name="digits", held_out=0.2)
 

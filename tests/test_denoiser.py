@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from harness.artifacts import write_json
 from harness.denoiser import EDMDenoiser, one_step
 from harness.errors import UserError
+from harness.io.artifacts import write_json
 from harness.networks import WEIGHTS, build_denoiser, load_denoiser, save_denoiser
 from harness.sampling import (
     BLOCK,

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from harness.downloads import cache_dir, fetch, load_pickled
 from harness.errors import UserError
+from harness.io.downloads import cache_dir, fetch, load_pickled
 
 CONTENT = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

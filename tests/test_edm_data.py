@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import data, edm_data
 from harness.cli import main
-from harness.config import DataSection, parse_experiment
+from harness.config.schema import DataSection
+from harness.data import datasets as data
+from harness.data import image_archive as edm_data
 from harness.errors import UserError
 from harness.evaluation.frechet import load_statistics
+from harness.validation import parse_experiment
 from tests.test_config import mistakes, put
 
 
@@ -337,7 +339,7 @@ def test_the_workflow_watches_the_file_and_content_decides_the_rest(files, tiny)
 
 
 def test_a_failed_data_stage_is_one_line_and_the_reason_of_what_follows(files, tiny, capsys):
-    from harness.failures import teacher_reason
+    from harness.workflow.failures import teacher_reason
 
     write(files / "bad.zip", named(images()))
     put(tiny, "data", {"name": "x", "source": "bad.zip"})

@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from harness.denoiser import OneHotDenoiser
+from harness.denoiser import OneHotDenoiser, set_dropout
 from harness.freezing import freeze
-from harness.networks import (
-    ARCHITECTURES,
-    build_denoiser,
-    load_denoiser,
-    save_denoiser,
-    set_dropout,
-)
-from harness.networks.edm import GroupNorm, UNetBlock
+from harness.networks import ARCHITECTURES, build_denoiser, load_denoiser, save_denoiser
+from harness.networks.edm_unet import GroupNorm, UNetBlock
 from harness.sampling import heun
 from tests.conftest import DATA
 

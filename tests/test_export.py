@@ -6,12 +6,12 @@ import yaml
 from diffusers import DiffusionPipeline
 
 import harness
-from harness.artifacts import read_json
 from harness.denoiser import one_step
-from harness.export import OneStepPipeline, one_step_scheduler
+from harness.io.artifacts import read_json
 from harness.networks import build_denoiser, load_denoiser
-from harness.networks.pipelines import PipelineFolder
 from harness.sampling import noise_and_labels
+from harness.students.export import OneStepPipeline, one_step_scheduler
+from harness.teachers.pipelines import PipelineFolder
 from tests import pipelines
 
 

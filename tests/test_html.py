@@ -12,12 +12,12 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from harness.config import load_experiment
 from harness.errors import UserError
 from harness.reporting.collect import collect
-from harness.reporting.html import write_html
 from harness.reporting.manifest import manifest
+from harness.reporting.page.page import write_html
 from harness.reporting.tables import compare
+from harness.validation import load_experiment
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import DATA
 
@@ -239,7 +239,7 @@ def test_a_table_of_another_version_is_one_clear_line(workspace):
 
 
 def test_the_manifest_vouches_for_the_page(finished):
-    from harness.artifacts import sha256_file
+    from harness.io.artifacts import sha256_file
 
     outputs = json.loads((finished.results / "manifest.json").read_text())["outputs"]
     assert outputs["report.html"] == sha256_file(finished.results / "report.html")

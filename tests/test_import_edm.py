@@ -13,14 +13,9 @@ import yaml
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.networks import (
-    build_denoiser,
-    denoiser_record,
-    import_edm,
-    load_denoiser,
-    save_denoiser,
-)
-from harness.networks.import_edm import read_edm_pickle
+from harness.networks import build_denoiser, denoiser_record, load_denoiser, save_denoiser
+from harness.teachers import edm_pickle as import_edm
+from harness.teachers.edm_pickle import read_edm_pickle
 from tests.test_denoiser import tiny_denoiser
 from tests.test_edm_networks import error, golden
 

@@ -12,9 +12,7 @@ import pytest
 import torch
 import yaml
 
-from harness.artifacts import digest, save_tensors, write_json
 from harness.cli import main
-from harness.config import parse_experiment
 from harness.errors import UserError
 from harness.evaluation import score
 from harness.evaluation.agreement import write_images
@@ -23,9 +21,11 @@ from harness.evaluation.folder import score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.metrics import METRICS, Reference, Views
 from harness.evaluation.score import Scorer, Source
-from harness.networks import inception
-from harness.networks.classifiers import CLASSIFIERS
+from harness.features import inception
+from harness.features.classifiers import CLASSIFIERS
+from harness.io.artifacts import digest, save_tensors, write_json
 from harness.reporting.collect import collect
+from harness.validation import parse_experiment
 
 NOWHERE = "http://127.0.0.1:9/weights-inception.pth"
 

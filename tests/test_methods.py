@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from harness.data import to_pixels
-from harness.denoiser import one_step
+from harness.context import Context, Sources
+from harness.denoiser import clone_denoiser, one_step, to_pixels
+from harness.features.classifiers import FeatureMaps, ResNet
 from harness.freezing import freeze
-from harness.method import Context, Sources, get_method, method_names
-from harness.networks import build_denoiser, clone_denoiser
-from harness.networks.classifiers import FeatureMaps, ResNet
+from harness.method import get_method, method_names
+from harness.networks import build_denoiser
 from harness.schedules import edm_weight, karras_sigma
 from harness.streams import PAIR_NOISE
-from harness.trainer import TrainingRun, train
+from harness.training.trainer import TrainingRun, train
 from tests.test_denoiser import tiny_denoiser
 
 PLAIN = {"augment": 0.0, "dropout": 0.0}

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.data import Images
+from harness.data.datasets import Images
 from harness.evaluation import neighbours
-from harness.evaluation.aesthetic import AestheticHead, spearman
 from harness.evaluation.extractors import Observer
 from harness.evaluation.frechet import (
     Moments,
@@ -20,6 +19,7 @@ from harness.evaluation.frechet import (
 )
 from harness.evaluation.metrics import METRICS, Reference, Views, fewest, jackknife, register
 from harness.evaluation.score import CLOSEST, Closest
+from harness.features.aesthetic import AestheticHead, spearman
 
 
 def features(n: int, d: int = 8, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

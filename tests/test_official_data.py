@@ -11,10 +11,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from harness import data, official_data
-from harness.config import DataSection
+from harness.config.schema import DataSection
+from harness.data import datasets as data
+from harness.data import torchvision_sets as official_data
+from harness.data.torchvision_sets import OFFICIAL, Official, read_official, recognises
 from harness.errors import UserError
-from harness.official_data import OFFICIAL, Official, read_official, recognises
 
 PER_BATCH = 20
 

@@ -5,11 +5,11 @@ import pytest
 import yaml
 
 from harness import SCORES_FORMAT
-from harness.artifacts import digest, write_json
 from harness.cli import main
-from harness.config import Experiment, load_experiment, parse_experiment
-from harness.reporting import paper
-from harness.reporting.published import (
+from harness.config.experiment import Experiment
+from harness.io.artifacts import digest, write_json
+from harness.reporting.published import tables as paper
+from harness.reporting.published.catalogue import (
     PAPERS,
     changed_settings,
     concerning,
@@ -19,6 +19,7 @@ from harness.reporting.published import (
     runs_of,
 )
 from harness.reporting.verify import teacher_lines
+from harness.validation import load_experiment, parse_experiment
 from tests.conftest import ROOT
 from tests.test_config import mistakes, put
 

@@ -4,14 +4,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from harness.config import load_experiment, parse_experiment, resolve
+from harness.config.loading import resolve
 from harness.errors import UserError
-from harness.ledger import measure
-from harness.networks.pipelines import STABLE_DIFFUSION_VAE as VAE
-from harness.networks.pipelines import Codec, fresh
-from harness.plan import Tally, estimate, everything, stand_in_inputs
-from harness.runs import assemble
-from harness.trainer import Trainer
+from harness.networks.vp import Codec
+from harness.students.run import assemble
+from harness.teachers.pipelines import STABLE_DIFFUSION_VAE as VAE
+from harness.teachers.pipelines import fresh
+from harness.training.ledger import measure
+from harness.training.trainer import Trainer
+from harness.validation import load_experiment, parse_experiment
+from harness.workflow.plan import Tally, estimate, everything, stand_in_inputs
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs" / "paper"
@@ -191,7 +193,7 @@ def narrow(name: str, student: str, lora: bool, monkeypatch):
         sizes |= {"cross_attention_dim": 32, "attention_head_dim": 4, "layers_per_block": 1}
     teacher["network"] |= sizes | {"sample_size": 8}
     small = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
-    monkeypatch.setattr("harness.networks.pipelines.STABLE_DIFFUSION_VAE", VAE | small)
+    monkeypatch.setattr("harness.teachers.pipelines.STABLE_DIFFUSION_VAE", VAE | small)
     raw["students"][student]["settings"]["batch"] = 2
     raw["students"][student] |= {"lora": {"rank": 2}} if lora else {}
     raw["training"]["budget"] = [{"unit": "images", "amount": 2}]

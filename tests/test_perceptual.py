@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.errors import UserError
-from harness.networks.perceptual import PerceptualDistance, build_lpips, load_lpips, load_trunk
+from harness.features.lpips import PerceptualDistance, build_lpips, load_lpips, load_trunk
 from tests.test_methods import run_method
 
 pytest.importorskip("lpips", reason="needs the extra 'pretrained'")
@@ -45,7 +45,7 @@ def test_the_distance_enlarges_repeats_grey_and_has_a_gradient(network):
 
 def test_missing_weights_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("ONESTEP_CACHE", str(tmp_path))
-    monkeypatch.setattr("harness.networks.perceptual.TRUNK", "http://127.0.0.1:9/vgg16.pth")
+    monkeypatch.setattr("harness.features.lpips.TRUNK", "http://127.0.0.1:9/vgg16.pth")
     with pytest.raises(UserError, match="cannot be downloaded") as caught:
         load_lpips()
     assert "\n" not in str(caught.value)

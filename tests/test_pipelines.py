@@ -8,11 +8,13 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from harness.data.prompts import read_prompts
 from harness.denoiser import GuidedDenoiser, guided
 from harness.errors import UserError
 from harness.networks import load_denoiser, save_denoiser
-from harness.networks.pipelines import PipelineFolder, schedule_sigmas
-from harness.prompts import Embeddings, embed_prompts, read_prompts
+from harness.networks.vp import schedule_sigmas
+from harness.teachers.pipelines import PipelineFolder
+from harness.teachers.text_embeddings import Embeddings, embed_prompts
 from tests import pipelines
 
 PROMPTS = ["a red seven", "two dogs on a bench"]
@@ -223,7 +225,7 @@ def test_prompts_of_a_file(tmp_path, capsys):
 
 def test_embeddings_are_kept_and_made_once(both, tmp_path, monkeypatch, capsys):
     _, folder = both
-    monkeypatch.setattr("harness.prompts.SHARD", 4)
+    monkeypatch.setattr("harness.teachers.text_embeddings.SHARD", 4)
     file, encoder = tmp_path / "prompts.txt", folder.text_encoder()
     texts = [f"prompt number {i}" for i in range(9)] + ["word " * 200]
     file.write_text("\n".join(texts))

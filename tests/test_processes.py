@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.artifacts import read_json
-from harness.config import parse_experiment
 from harness.errors import UserError
-from harness.processes import Processes
+from harness.io.artifacts import read_json
+from harness.training.distributed import Processes
+from harness.validation import parse_experiment
 from tests.conftest import ROOT
 from tests.together import STUDENTS, work
 

@@ -7,19 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from harness.artifacts import save_tensors
-from harness.config import parse_experiment
 from harness.errors import UserError
-from harness.networks import backbones, save_denoiser
-from harness.networks.backbones import (
+from harness.features import timm_backbones as backbones
+from harness.features.projected import ProjectedDiscriminator, ProjectedFeatures
+from harness.features.timm_backbones import (
     LITE0,
     Backbone,
     load_backbone,
     load_in_order,
     pretrained_network,
 )
-from harness.networks.projected import ProjectedDiscriminator, ProjectedFeatures
-from harness.runs import describe, seeded
+from harness.io.artifacts import save_tensors
+from harness.networks import save_denoiser
+from harness.streams import seeded
+from harness.students.run import describe
+from harness.validation import parse_experiment
 from methods.gdd import r1_penalty
 from tests.test_methods import run_method
 

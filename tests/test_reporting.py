@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from harness import data as datasets
-from harness.config import load_experiment
+from harness.data import datasets
 from harness.errors import UserError
 from harness.evaluation.agreement import write_images
 from harness.evaluation.folder import print_folder, score_folder
 from harness.reporting import figures
 from harness.reporting.collect import COLUMNS, collect, read_metrics
 from harness.reporting.tables import cell, compare, formatted
+from harness.validation import load_experiment
 from tests.conftest import DATA, ROOT
 
 

@@ -9,12 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.config import load_experiment, parse_experiment
 from harness.evaluation.metrics import METRICS, Reference, Views, jackknife
-from harness.reporting import claims, statistics
+from harness.reporting import claims
+from harness.reporting import intervals as statistics
 from harness.reporting.claims import claims_table, write_claims
-from harness.reporting.published import published
-from harness.reporting.statistics import (
+from harness.reporting.intervals import (
     Interval,
     Measured,
     interval,
@@ -26,6 +25,8 @@ from harness.reporting.statistics import (
     verdict,
     write_pairwise,
 )
+from harness.reporting.published.catalogue import published
+from harness.validation import load_experiment, parse_experiment
 
 
 def of_groups(groups: np.ndarray, shift: np.ndarray | float = 0.0) -> Measured:

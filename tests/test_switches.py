@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import config
-from harness.config import load_experiment
+from harness.config import experiment as config
 from harness.denoiser import Denoiser
-from harness.plan import stand_in_inputs
-from harness.runs import assemble
-from harness.trainer import Trainer
+from harness.students.run import assemble
+from harness.training.trainer import Trainer
+from harness.validation import load_experiment
+from harness.workflow.plan import stand_in_inputs
 from tests.conftest import ROOT
 from tests.test_config import mistakes, put
 

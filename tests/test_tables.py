@@ -7,16 +7,16 @@ import math
 import pandas as pd
 import pytest
 
-from harness.artifacts import write_json
-from harness.config import parse_experiment
 from harness.evaluation.metrics import METRICS
+from harness.io.artifacts import write_json
 from harness.reporting import figures
 from harness.reporting.claims import claims_table
 from harness.reporting.collect import COLUMNS, column_name
-from harness.reporting.html import Report, write_html
 from harness.reporting.manifest import manifest
+from harness.reporting.page.page import Report, write_html
 from harness.reporting.report import headline
 from harness.reporting.tables import compare, to_latex, to_markdown
+from harness.validation import parse_experiment
 from tests.test_html import Page
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from harness.config import LATER, TrainedTeacher, parse_experiment
-from harness.method import Context, Sources
-from harness.teacher import teacher_phase
+from harness.config.schema import LATER, TrainedTeacher
+from harness.context import Context, Sources
+from harness.teachers.train import teacher_phase
+from harness.validation import parse_experiment
 from tests.test_config import mistakes, put
 
 

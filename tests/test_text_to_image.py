@@ -15,16 +15,15 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from harness import cli
-from harness.artifacts import load_tensors, read_json
-from harness.config import load_experiment
-from harness.data import to_pixels
-from harness.denoiser import one_step
+from harness.denoiser import one_step, to_pixels
 from harness.evaluation import score
 from harness.evaluation.extractors import load_extractor
+from harness.io.artifacts import load_tensors, read_json
 from harness.networks import load_codec, load_denoiser
-from harness.prompts import load_embeddings
-from harness.reporting.prompts import by_prompt, paired
+from harness.reporting.prompt_comparison import by_prompt, paired
 from harness.sampling import noise_and_labels
+from harness.teachers.text_embeddings import load_embeddings
+from harness.validation import load_experiment
 from tests import pipelines
 from tests.test_towers import CLIP, tiny_clip
 

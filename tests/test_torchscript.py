@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.networks.torchscript import is_archive, read_weights
+from harness.features.torchscript import is_archive, read_weights
 
 
 class Network(nn.Module):

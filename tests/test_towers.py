@@ -9,16 +9,16 @@ import pytest
 import torch
 import yaml
 
-from harness.artifacts import sha256_file
 from harness.cli import main
-from harness.config import parse_experiment
 from harness.errors import UserError
-from harness.evaluation import aesthetic
-from harness.evaluation.aesthetic import LaionHead
 from harness.evaluation.extractors import load_extractor
 from harness.evaluation.metrics import METRICS, Reference, Views
 from harness.evaluation.score import Scorer
-from harness.networks import backbones, towers
+from harness.features import aesthetic, towers
+from harness.features import timm_backbones as backbones
+from harness.features.aesthetic import LaionHead
+from harness.io.artifacts import sha256_file
+from harness.validation import parse_experiment
 from tests.conftest import ROOT
 
 ASSETS = ROOT.parent / "shared" / "assets"

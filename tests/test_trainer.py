@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.artifacts import save_tensors
+from harness.context import Context, Sources
 from harness.denoiser import Denoiser
 from harness.errors import UserError
-from harness.ledger import Ledger, measure
-from harness.method import Context, OptimizerConfig, Phase, Sources
-from harness.trainer import NonFiniteError, Trainer, TrainingRun, grid_index, train
+from harness.io.artifacts import save_tensors
+from harness.method import OptimizerConfig, Phase
+from harness.training.ledger import Ledger, measure
+from harness.training.trainer import NonFiniteError, Trainer, TrainingRun, grid_index, train
 
 ADAM = OptimizerConfig(lr=1e-2)
 # One image: 8 x 8 weights, forward and the gradient of the weights, multiply and add.
@@ -104,7 +105,7 @@ def test_a_budget_in_seconds(tmp_path):
 
 
 def test_charges_count_against_the_budget(tmp_path):
-    from harness.ledger import Cost
+    from harness.training.ledger import Cost
 
     ledger = Ledger()
     ledger.charge("pairs", Cost(32 * FLOPS_PER_IMAGE, {"teacher": [100, 0]}), seconds=5.0)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from harness.networks import load_denoiser, save_denoiser
-from harness.pairs import load_pairs
 from harness.sampling import heun
 from harness.streams import PAIR_NOISE
+from harness.teachers.pairs import load_pairs
 from tests import stages
 from tests.conftest import DATA, Workspace
 from tests.test_denoiser import tiny_denoiser
@@ -125,7 +125,7 @@ def test_a_seconds_budget_takes_the_machine_alone(workspace):
 
 
 def test_a_seconds_budget_beside_other_work_is_flagged(workspace):
-    from harness.artifacts import machine_slot
+    from harness.io.locks import machine_slot
 
     config = workspace.config()
     config["training"]["budget"] = [{"unit": "seconds", "amount": 0.5}]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from harness.config import load_experiment
 from harness.evaluation.score import one_step_generator, sample
-from harness.plan import stand_in_inputs
-from harness.processes import processes
-from harness.runs import assemble
-from harness.trainer import Trainer
+from harness.students.run import assemble
+from harness.training.distributed import processes
+from harness.training.trainer import Trainer
+from harness.validation import load_experiment
+from harness.workflow.plan import stand_in_inputs
 
 STEPS = 20
 STUDENTS = ("dmd", "sid", "sim", "gdd")

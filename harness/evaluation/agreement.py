@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from harness import data as datasets
-from harness.artifacts import load_tensors, read_json, write_text
-from harness.config import Experiment
-from harness.data import Images
+from harness.config.experiment import Experiment
+from harness.data import datasets
+from harness.data.datasets import Images
 from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.metrics import FRECHET, METRICS, SIGMA, SPLITS, Reference, Views
+from harness.io.artifacts import load_tensors, read_json, write_text
 from harness.streams import Stream
 
 TOLERANCE = 1e-4

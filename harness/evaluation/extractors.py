@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from harness.artifacts import load_tensors, read_json
-from harness.captioned_digits import Captions
-from harness.config import Experiment, PretrainedFeatures
-from harness.data import Dataset, to_model_space
+from harness.config.experiment import Experiment
+from harness.config.schema import PretrainedFeatures
+from harness.data.captioned_digits import Captions
+from harness.data.datasets import Dataset
+from harness.denoiser import to_model_space
 from harness.errors import UserError
 from harness.evaluation.frechet import BLOCK
 from harness.evaluation.metrics import TRAINED, Reference, Views
-from harness.feature_networks import load_feature_network
-from harness.networks.towers import PREFIX, TOWERS, full_precision
+from harness.features.towers import PREFIX, TOWERS, full_precision
+from harness.features.train import load_feature_network
+from harness.io.artifacts import load_tensors, read_json
 
 
 @dataclass
@@ -89,7 +91,7 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
     network, record = load_feature_network(folder, dataset)
     if "aesthetic" not in record:
         return Extractor(name, section.type, network.to(experiment.device), record["sha256"])
-    from harness.evaluation.aesthetic import AestheticHead
+    from harness.features.aesthetic import AestheticHead
 
     sha256 = record["aesthetic"]["sha256"]
     weights = load_tensors(folder / "aesthetic.safetensors", sha256)
@@ -105,7 +107,7 @@ def _load_fetched(
     source, network = TOWERS[section.type], None
     facts, missing, heads = source.facts(section), record.get("missing", {}), {}
     if "unavailable" not in record:
-        from harness.evaluation.aesthetic import LaionHead
+        from harness.features.aesthetic import LaionHead
 
         for version in getattr(section, "aesthetic", ()):
             if f"aesthetic_{version}" not in missing:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.config import Experiment
-from harness.data import Images
-from harness.edm_data import has_labels, read_images
+from harness.config.experiment import Experiment
+from harness.data.datasets import Images
+from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
 from harness.evaluation.metrics import fewest
 from harness.evaluation.score import Scorer
 
 
 def score_folder(experiment: Experiment, path: Path) -> list[dict]:
-    """Rows for the images in `path`, which lie as a data set's would (`harness.edm_data`), with
+    """Rows for the images in `path`, which lie as a data set's would (`image_archive`), with
     labels where the experiment has classes. At the experiment's sample counts that they suffice
     for, else all of them."""
     scorer = Scorer(experiment)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from harness.captioned_digits import CHECKED
+from harness.data.captioned_digits import CHECKED
 from harness.evaluation.frechet import (
     BLOCK,
     Moments,
@@ -28,12 +28,7 @@ from harness.evaluation.frechet import (
     frechet_of_few,
     gaussian_statistics,
 )
-from harness.evaluation.neighbours import (
-    Neighbourhood,
-    nearest,
-    neighbour_radii,
-    neighbourhood,
-)
+from harness.evaluation.neighbours import Neighbourhood, nearest, neighbour_radii, neighbourhood
 from harness.streams import Stream
 
 GROUPS = 10
@@ -153,7 +148,7 @@ class Reference:
 class Estimate(NamedTuple):
     """A number and its error. `leave_out[g]`: the number without the samples of group g. Which
     group a sample is in depends on its position alone, so that two generators with the same noise
-    can be compared group by group (`harness.reporting.statistics`)."""
+    can be compared group by group (`harness.reporting.intervals`)."""
 
     value: float
     stderr: float = math.nan

@@ -20,20 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from harness import SCORES_FORMAT
-from harness import data as datasets
-from harness.artifacts import (
-    digest,
-    load_tensors,
-    read_json,
-    run_lock,
-    save_tensors,
-    sha256_file,
-    write_json,
-    write_text,
-)
-from harness.config import Experiment
-from harness.data import Dataset, Images
-from harness.downloads import fetch
+from harness.config.experiment import Experiment
+from harness.data import datasets
+from harness.data.datasets import Dataset, Images
 from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.frechet import Moments, load_statistics
@@ -49,23 +38,23 @@ from harness.evaluation.metrics import (
     fewest,
 )
 from harness.evaluation.neighbours import nearest
-from harness.networks import (
-    denoiser_record,
-    inception,
-    load_codec,
-    load_denoiser,
-    parts_sha256,
+from harness.features import inception
+from harness.io.artifacts import (
+    digest,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256_file,
+    write_json,
+    write_text,
 )
-from harness.processes import processes
-from harness.prompts import Embeddings, load_embeddings
-from harness.sampling import (
-    Generator,
-    heun_generator,
-    one_step_generator,
-    pixels_of,
-    sample,
-)
+from harness.io.downloads import fetch
+from harness.io.locks import run_lock
+from harness.networks import denoiser_record, load_codec, load_denoiser, parts_sha256
+from harness.sampling import Generator, heun_generator, one_step_generator, pixels_of, sample
 from harness.streams import Stream
+from harness.teachers.text_embeddings import Embeddings, load_embeddings
+from harness.training.distributed import processes
 
 # Of a teacher's samples, those kept to be scored by other libraries: enough for full-rank
 # covariances of Inception's features, and no more bytes than that.

@@ -13,15 +13,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from harness.artifacts import load_tensors, read_json, save_tensors, sha256_file, write_json
-from harness.denoiser import (
-    Denoiser,
-    EDMDenoiser,
-    OneHotDenoiser,
-    TextDenoiser,
-    UNet2DDenoiser,
-)
+from harness.denoiser import Denoiser, EDMDenoiser, OneHotDenoiser, TextDenoiser, UNet2DDenoiser
 from harness.errors import UserError, did_you_mean
+from harness.io.artifacts import load_tensors, read_json, save_tensors, sha256_file, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NULL = "null.safetensors"
@@ -63,13 +57,13 @@ def _pixart():
 
 
 def _song():
-    from harness.networks.edm import SongUNet
+    from harness.networks.edm_unet import SongUNet
 
     return SongUNet, OneHotDenoiser
 
 
 def _dhariwal():
-    from harness.networks.edm import DhariwalUNet
+    from harness.networks.edm_unet import DhariwalUNet
 
     return DhariwalUNet, OneHotDenoiser
 
@@ -119,7 +113,7 @@ def build_denoiser(
 def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -> str:
     """Write a denoiser folder; returns the sha256 of its weights. `extra` joins denoiser.json.
     Adapters become part of the weights."""
-    from harness.adapters import merged
+    from harness.training.lora import merged
 
     folder, record = Path(folder), denoiser.precondition | (extra or {})
     merged(denoiser.backbone).save_pretrained(folder, safe_serialization=True)
@@ -155,7 +149,7 @@ def load_denoiser(
     if "null_sha256" in record:
         options["null"] = load_tensors(folder / NULL, record["null_sha256"], owner=owner)
     if record.get("preconditioning") == "vp":
-        from harness.networks.pipelines import VP_DENOISERS
+        from harness.networks.vp import VP_DENOISERS
 
         denoiser_class = VP_DENOISERS[config["_class_name"]]
         names = ("schedule", "prediction", "sigma_data")
@@ -180,7 +174,7 @@ def load_codec(teacher: Path, device: str = "cpu") -> nn.Module:
         return nn.Identity()
     from diffusers import AutoencoderKL
 
-    from harness.networks.pipelines import Codec
+    from harness.networks.vp import Codec
 
     vae = AutoencoderKL.from_config(read_json(teacher / CODEC / "config.json"))
     weights = load_tensors(
@@ -188,24 +182,6 @@ def load_codec(teacher: Path, device: str = "cpu") -> nn.Module:
     )
     vae.load_state_dict(weights)
     return Codec(vae.eval()).to(device)
-
-
-def clone_denoiser(denoiser: Denoiser) -> Denoiser:
-    """An independent, trainable copy: a student or fake score begins as its teacher. It has no
-    codec, which is its teacher's."""
-    import copy
-
-    clone = copy.deepcopy(denoiser, {id(denoiser.codec): nn.Identity()})
-    return clone.requires_grad_(True)
-
-
-def set_dropout(denoiser: Denoiser, probability: float) -> None:
-    """Element dropout in training mode, everywhere in the backbone that has some."""
-    for module in denoiser.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        elif isinstance(vars(module).get("dropout"), int | float):
-            module.dropout = probability
 
 
 def denoiser_record(folder: Path) -> dict:

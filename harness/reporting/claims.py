@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.artifacts import write_text
-from harness.config import Experiment
+from harness.config.experiment import Experiment
 from harness.evaluation.metrics import METRICS
+from harness.io.artifacts import write_text
 from harness.reporting.collect import column_name, main_metric_in
-from harness.reporting.statistics import LEVEL, TRAINING_SEEDS, decide, measured, number
+from harness.reporting.intervals import LEVEL, TRAINING_SEEDS, decide, measured, number
 
 COLUMNS = (
     *("claim", "source", "reported", "better", "worse", "column"),
@@ -22,7 +22,7 @@ VERDICTS = {"a better": "supported", "b better": "contradicted"}
 def claims_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """One row per claim and extractor that has its metric: COLUMNS. `table`: `collect`'s.
 
-    difference: `better` - `worse`, with the interval of `harness.reporting.statistics`. verdict:
+    difference: `better` - `worse`, with the interval of `harness.reporting.intervals`. verdict:
     "supported" or "contradicted" where the interval excludes 0, else "undecided".
     """
     evaluation, final, rows = experiment.evaluation, table[table.final], []

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from harness import SCORES_FORMAT, failures
-from harness.artifacts import digest, read_json
-from harness.config import Experiment
+from harness import SCORES_FORMAT
+from harness.config.experiment import Experiment
 from harness.errors import UserError
 from harness.evaluation.metrics import Metric, main_metric
+from harness.io.artifacts import digest, read_json
+from harness.workflow import failures
 
 SCHEMA = 2
 COLUMNS = (

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from harness.artifacts import load_tensors, read_json
-from harness.config import Experiment
-from harness.data import load
+from harness.config.experiment import Experiment
+from harness.data.datasets import load
 from harness.evaluation.metrics import FRECHET, METRICS
+from harness.io.artifacts import load_tensors, read_json
 from harness.reporting.collect import column_name, is_unavailable, main_metric_in
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers and dashes carry it in grey too.

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from harness.artifacts import read_json, sha256_file
-from harness.config import Experiment
+from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.machine import usable_cpus
+from harness.io.artifacts import read_json, sha256_file
+from harness.workflow.machine import usable_cpus
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "safetensors", "open_clip_torch", "torch-fidelity"),

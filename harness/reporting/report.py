@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from harness.artifacts import sha256_file, write_json, write_text
-from harness.config import Experiment
+from harness.config.experiment import Experiment
 from harness.evaluation.metrics import METRICS
+from harness.io.artifacts import sha256_file, write_json, write_text
 from harness.reporting.claims import write_claims
 from harness.reporting.collect import COLUMNS, collect, is_unavailable, main_column, main_metric_in
+from harness.reporting.intervals import write_pairwise
 from harness.reporting.manifest import manifest
-from harness.reporting.statistics import write_pairwise
-from harness.reporting.tables import (
-    Comparison,
-    compare,
-    formatted,
-    to_latex,
-    to_markdown,
-)
+from harness.reporting.tables import Comparison, compare, formatted, to_latex, to_markdown
 
 
 def write_report(experiment: Experiment, partial: bool = False) -> None:
@@ -54,11 +48,11 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     if experiment.claims:
         outputs += write_claims(experiment, table, tables)
     if experiment.paper:
-        from harness.reporting.paper import write_paper
+        from harness.reporting.published.tables import write_paper
 
         outputs += write_paper(experiment, table, tables)
     from harness.reporting.figures import draw
-    from harness.reporting.html import write_html
+    from harness.reporting.page.page import write_html
 
     outputs += draw(experiment, table, root / "figures")
     made = manifest(experiment, protocols, outputs)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from harness.artifacts import read_json
-from harness.config import Experiment, FeatureSection, Limit
+from harness.config.experiment import Experiment
+from harness.config.schema import FeatureSection, Limit
 from harness.evaluation.metrics import FRECHET, METRICS, few_samples
+from harness.io.artifacts import read_json
 from harness.reporting.collect import is_unavailable, main_column, main_metric_in
-from harness.reporting.statistics import TRAINING_SEEDS, pairwise, ranks
+from harness.reporting.intervals import TRAINING_SEEDS, pairwise, ranks
 
 # What a row of scores may be flagged with: the mark at its numbers, and what that means.
 FLAGS = {

@@ -6,12 +6,11 @@ import math
 import shlex
 from pathlib import Path
 
-from harness.artifacts import digest, read_json
-from harness.config import Experiment
+from harness.config.experiment import Experiment
 from harness.errors import UserError
+from harness.io.artifacts import digest, read_json
 from harness.reporting.collect import column_name, reference_scores
-from harness.reporting.paper import is_fid
-from harness.reporting.published import (
+from harness.reporting.published.catalogue import (
     STATISTIC,
     base,
     concerning,
@@ -20,6 +19,7 @@ from harness.reporting.published import (
     published,
     same_network,
 )
+from harness.reporting.published.tables import is_fid
 from harness.reporting.tables import cell
 
 

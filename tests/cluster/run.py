@@ -28,7 +28,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from harness.machine import usable_cpus
+from harness.workflow.machine import usable_cpus
 from tests.conftest import ROOT, Workspace
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "sinfo")

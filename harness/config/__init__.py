@@ -1,0 +1,1 @@
+"""Experiment files: their schema, how they are read, and the frozen experiment they become."""

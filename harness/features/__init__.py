@@ -1,0 +1,1 @@
+"""Feature networks: everything that looks at images, for metrics and discriminators."""

@@ -1,0 +1,69 @@
+"""LPIPS with VGG16 (Zhang et al. 2018, arXiv 1801.03924, version 0.1), as a loss.
+
+The network is the `lpips` package's; its ImageNet trunk is downloaded by hash, its calibrated heads
+lie in the package. Both are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from harness.errors import UserError
+from harness.io.downloads import fetch, load_pickled
+
+TRUNK = "https://download.pytorch.org/models/vgg16-397923af.pth"
+TRUNK_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS between pixels `(B, C, H, W)` in [-1, 1], enlarged bilinearly to `resolution`: `(B,)`.
+    Grey images are repeated to three channels."""
+
+    def __init__(self, network: nn.Module, resolution: int = 224):
+        super().__init__()
+        self.network, self.resolution = network, resolution
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        size = (self.resolution, self.resolution)
+        x, y = (
+            interpolate(images.expand(-1, 3, -1, -1), size, mode="bilinear", align_corners=False)
+            for images in (x, y)
+        )
+        return self.network(x, y).flatten()
+
+
+def load_trunk(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill the trunk of `lpips.LPIPS(net="vgg")` from torchvision's VGG16: layer i keeps its number
+    inside its slice."""
+    trunk = network.net
+    own = {name: "features." + name.split(".", 1)[1] for name in trunk.state_dict()}
+    trunk.load_state_dict({name: weights[theirs] for name, theirs in own.items()})
+
+
+def build_lpips() -> nn.Module:
+    """The package's network: heads calibrated, trunk still to be filled."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks torchvision in an old way
+        return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+
+
+def trunk_file() -> Path:
+    """The trunk's weights, downloaded if they have to be; a `UserError` says what is missing."""
+    if find_spec("lpips") is None:
+        raise UserError("LPIPS needs the package lpips; install the extra 'pretrained'")
+    return fetch(TRUNK, TRUNK_SHA256)
+
+
+def load_lpips(resolution: int = 224) -> PerceptualDistance:
+    """LPIPS-VGG with its pretrained weights, frozen."""
+    weights = load_pickled(trunk_file())
+    network = build_lpips()
+    load_trunk(network, weights)
+    return PerceptualDistance(network, resolution).eval().requires_grad_(False)

@@ -1,0 +1,171 @@
+"""The projected discriminator: trained heads on random mixtures of frozen pretrained features.
+
+Sauer et al. 2021 (Projected GANs, arXiv 2111.01007), as GDD uses it. Written from the paper; where
+it leaves a choice, the docstrings say which was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.nn.utils.parametrizations import spectral_norm
+
+from harness.denoiser import Condition
+from harness.features.timm_backbones import STRIDES, Backbone
+
+
+class RandomPyramid(nn.Module):
+    """Random mixing across channels (CCM), then across scales (CSM), of one backbone's four maps.
+
+    CCM: a 1x1 convolution per map, to `cout * (1, 2, 4, 8)` channels from fine to coarse
+    ("expand"). CSM, from coarse to fine: add what came from below, a 3x3 convolution (to half the
+    channels, those of the next finer map; the finest keeps its own), twice the size bilinearly.
+    Kaiming-normal weights, no bias. Maps `(B, C_i, S/s_i, S/s_i)` for s_i = 4, 8, 16, 32 become
+    `(B, cout * (1, 1, 2, 4)[i], 2S/s_i, 2S/s_i)`.
+    """
+
+    def __init__(self, channels: Sequence[int], cout: int):
+        super().__init__()
+        widths = [cout * 2**i for i in range(len(channels))]
+        self.map_channels = (cout, *widths[:-1])
+        self.across_channels = nn.ModuleList(
+            nn.Conv2d(a, b, 1, bias=False) for a, b in zip(channels, widths, strict=True)
+        )
+        self.across_scales = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False)
+            for a, b in zip(widths, self.map_channels, strict=True)
+        )
+        for convolution in (*self.across_channels, *self.across_scales):
+            nn.init.kaiming_normal_(convolution.weight)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        mixed: list[Tensor] = []  # from coarse to fine
+        for x, channels, scales in reversed(
+            list(zip(maps, self.across_channels, self.across_scales, strict=True))
+        ):
+            h = channels(x)
+            if mixed:
+                h = h + mixed[-1]
+            mixed.append(interpolate(scales(h), scale_factor=2, mode="bilinear"))
+        return mixed[::-1]
+
+
+class ProjectedFeatures(nn.Module):
+    """The frozen part: backbones and their random pyramids, never trained.
+
+    `forward(pixels)`: `(B, C, H, W)` in [-1, 1], grey repeated to three channels, resized
+    bilinearly to `resolution` -> four maps per backbone, one backbone after the other, each from
+    fine to coarse (`RandomPyramid`). Differentiable, twice.
+
+    The mixing weights are drawn from torch's generator: built again under the same seed they are
+    the same, which is what a resumed run relies on (only trained networks are saved).
+    """
+
+    def __init__(self, backbones: Sequence[Backbone], cout: int = 64, resolution: int = 224):
+        super().__init__()
+        self.resolution = resolution
+        self.backbones = nn.ModuleList(backbones)
+        for backbone in backbones:
+            backbone.set_input_size(resolution)
+        self.pyramids = nn.ModuleList(RandomPyramid(b.map_channels, cout) for b in backbones)
+        self.map_channels = tuple(c for p in self.pyramids for c in p.map_channels)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> ProjectedFeatures:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, 3, -1, -1)
+        size = (self.resolution, self.resolution)
+        x = interpolate(pixels, size, mode="bilinear")
+        return [
+            m
+            for backbone, pyramid in zip(self.backbones, self.pyramids, strict=True)
+            for m in pyramid(backbone(x))
+        ]
+
+
+class TextEmbedding(nn.Linear):
+    """A linear map of a text's mean token, padding left out where it is masked."""
+
+    def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
+        tokens = condition["embeddings"].to(self.weight)
+        mask = condition.get("mask", tokens.new_ones(tokens.shape[:2])).to(tokens)
+        mean = (tokens * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return super().forward(mean)
+
+
+def condition_embedding(num_classes: int, size: int, text_width: int = 0) -> nn.Module:
+    """A learned vector `(B, size)` of what an image was asked to be: of labels int64 `(B,)`, or of
+    texts with `text_width` numbers a token."""
+    return TextEmbedding(text_width, size) if text_width else nn.Embedding(num_classes, size)
+
+
+class ProjectedHead(nn.Module):
+    """One discriminator: a map `(B, C, H, W)` and labels -> logits `(B, H', W')`.
+
+    Blocks of a spectrally normalised 4x4 convolution with stride 2, GroupNorm and LeakyReLU lead
+    to 1/32 of the image; a last 4x4 convolution gives the logit. With labels it also gives a vector
+    per position, whose product with a learned class embedding is added (Miyato and Koyama 2018).
+
+    Ours: GroupNorm (groups of about 16 channels) in place of batch normalisation, so that a logit
+    depends on its own image alone; widths that double as the size halves.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        num_classes: int,
+        embedding: int,
+        text_width: int = 0,
+    ):
+        super().__init__()
+        inputs = [channels, *widths[:-1]]
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)),
+                    nn.GroupNorm(math.gcd(b, max(1, b // 16)), b),
+                    nn.LeakyReLU(0.2),
+                )
+                for a, b in zip(inputs, widths, strict=True)
+            )
+        )
+        asked = num_classes or text_width
+        self.embed = condition_embedding(num_classes, embedding, text_width) if asked else None
+        outputs = 1 + (embedding if asked else 0)
+        self.output = spectral_norm(nn.Conv2d(widths[-1], outputs, 4, padding=1))
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        h = self.output(self.blocks(x))
+        logits = h[:, 0]
+        if self.embed is None or condition is None:
+            return logits
+        embedding = self.embed(condition)
+        product = (h[:, 1:] * embedding[:, :, None, None]).sum(dim=1)
+        return logits + product / embedding.shape[1] ** 0.5
+
+
+class ProjectedDiscriminator(nn.Module):
+    """A head for each map of `ProjectedFeatures`, all with logits at one low resolution."""
+
+    def __init__(
+        self, features: ProjectedFeatures, num_classes: int, cout: int = 64, text_width: int = 0
+    ):
+        super().__init__()
+        scales = len(STRIDES)
+        widths = [cout * 2**i for i in range(scales)]
+        self.heads = nn.ModuleList(
+            ProjectedHead(channels, widths[i % scales :], num_classes, cout, text_width)
+            for i, channels in enumerate(features.map_channels)
+        )
+
+    def forward(self, maps: list[Tensor], condition: Condition) -> list[Tensor]:
+        """Logits `(B, H', W')` per head."""
+        return [head(x, condition) for head, x in zip(self.heads, maps, strict=True)]

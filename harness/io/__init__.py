@@ -1,0 +1,1 @@
+"""Files, locks, downloads and logging: everything that touches the disk or the terminal."""

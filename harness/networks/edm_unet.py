@@ -1,0 +1,506 @@
+"""The networks of EDM (Karras et al. 2022, arXiv 2206.00364): DDPM++ and NCSN++ (`SongUNet`), ADM
+(`DhariwalUNet`).
+
+Written from a specification of what they compute; module names and tensor shapes are those of the
+official checkpoints, so `harness.teachers.edm_pickle` can fill them. Arguments are EDM's own.
+
+Images are `(B, C, H, W)`; labels are float vectors `(B, label_dim)`, all zeros for "none given".
+Parameters stay float32. Under autocast the image path runs in bfloat16; the noise and label
+embedding stays in float32, where phases of hundreds of radians need it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+class EmbeddingLinear(nn.Linear):
+    """A linear layer on the embedding's path: always in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta:  # autocast knows no meta tensors
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class GroupNorm(nn.GroupNorm):
+    """In the precision of its input. Autocast would take bfloat16 to float32 and leave it there:
+    twice the traffic in the part of the network that memory bounds. Sums are float32 inside."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(min(32, channels // 4), channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def _filter(taps: Sequence[int]) -> Tensor:
+    """`(1, 1, n, n)`: the outer product of the taps with themselves; entries sum to 1."""
+    f = torch.tensor(taps, dtype=torch.float32)
+    return (torch.outer(f, f) / f.sum() ** 2)[None, None]
+
+
+class Conv2d(nn.Module):
+    """A convolution of odd size `kernel` that may first double or halve the resolution.
+
+    `kernel` 0: no weight, the module only resamples. `fused_down`: convolve first, then filter and
+    halve, as NCSN++'s residual path does; at the border that is not the same.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        up: bool = False,
+        down: bool = False,
+        taps: Sequence[int] = (1, 1),
+        fused_down: bool = False,
+    ):
+        super().__init__()
+        self.up, self.down, self.fused_down = up, down, fused_down
+        self.box = tuple(taps) == (1, 1)  # average pooling and nearest neighbour: no filter needed
+        self.kernel, self.filter_padding = kernel, (len(taps) - 1) // 2
+        if kernel:
+            self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+            self.bias = nn.Parameter(torch.empty(out_channels))
+        if up or down:
+            self.register_buffer("resample_filter", _filter(taps))
+
+    def _depthwise(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        f = (gain * self.resample_filter).to(x.dtype)
+        return f.expand(x.shape[1], -1, -1, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.kernel // 2
+        if self.fused_down:
+            x = F.conv2d(x, self.weight.to(x.dtype), padding=padding + self.filter_padding)
+            x = F.conv2d(x, self._depthwise(x), stride=2, groups=x.shape[1])
+            return x + self.bias.to(x.dtype).view(1, -1, 1, 1)
+        if self.down and self.box:
+            x = F.avg_pool2d(x, 2)
+        elif self.down:
+            x = F.conv2d(
+                x, self._depthwise(x), stride=2, padding=self.filter_padding, groups=x.shape[1]
+            )
+        elif self.up and self.box:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        elif self.up:
+            f = self._depthwise(x, gain=4.0)
+            x = F.conv_transpose2d(x, f, stride=2, padding=self.filter_padding, groups=x.shape[1])
+        if self.kernel:
+            x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+        return x
+
+
+class PositionalEmbedding(nn.Module):
+    """Cosines, then sines, of `x` `(B,)` at `size / 2` frequencies from 1 down to 1/10000; the
+    last is reached only if `endpoint`."""
+
+    def __init__(self, size: int, endpoint: bool):
+        super().__init__()
+        self.half, self.endpoint = size // 2, endpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        exponent = torch.arange(self.half, dtype=torch.float32, device=x.device)
+        exponent = exponent / (self.half - int(self.endpoint))
+        phase = torch.outer(x.float(), (1 / 10000) ** exponent)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Cosines, then sines, of `x` `(B,)` at fixed random frequencies."""
+
+    def __init__(self, size: int, scale: float = 16.0):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(size // 2) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # 2π·freqs first: phases reach hundreds of radians, and the order of products shows.
+        phase = torch.outer(x.float(), 2 * math.pi * self.freqs)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class UNetBlock(nn.Module):
+    """A residual block that the embedding modulates, and self-attention if `heads` is above 0.
+
+    `scale_shift`: scale and shift after the second norm (ADM), else a shift before it (SongUNet).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        eps: float,
+        heads: int = 0,
+        up: bool = False,
+        down: bool = False,
+        taps: Sequence[int] = (1, 1),
+        skip_scale: float = 1.0,
+        scale_shift: bool = False,
+        project_skip: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.heads, self.skip_scale, self.scale_shift = heads, skip_scale, scale_shift
+        self.dropout = dropout
+        resampling = {"up": up, "down": down, "taps": taps}
+        self.norm0 = GroupNorm(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
+        self.affine = EmbeddingLinear(emb_channels, out_channels * (2 if scale_shift else 1))
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            kernel = 1 if in_channels != out_channels or project_skip else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, **resampling)
+        if heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1)
+            self.proj = Conv2d(out_channels, out_channels, 1)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        """Self-attention over pixels, as `(B, H·W, C)` tokens: no copy if x is channels-last."""
+        batch, channels, height, width = x.shape
+        # The checkpoint's channel order is (head, channel, q/k/v). Reordering the small weight to
+        # (q/k/v, head, channel) instead of the activations leaves q, k and v contiguous.
+        order = (3, self.heads, channels // self.heads)
+        weight = self.qkv.weight.view(order[1], order[2], 3, channels).permute(2, 0, 1, 3)
+        bias = self.qkv.bias.view(order[1], order[2], 3).permute(2, 0, 1)
+        tokens = self.norm2(x).flatten(2).transpose(1, 2)
+        weight, bias = weight.reshape(-1, channels), bias.reshape(-1)
+        qkv = F.linear(tokens, weight.to(tokens.dtype), bias.to(tokens.dtype))
+        q, k, v = qkv.view(batch, height * width, *order).unbind(2)
+        result = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        tokens = result.transpose(1, 2).reshape(batch, height * width, channels)
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
+        tokens = F.linear(tokens, weight.to(tokens.dtype), bias.to(tokens.dtype))
+        return tokens.transpose(1, 2).reshape(batch, channels, height, width)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + modulation))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        h = self.skip_scale * (h + (x if self.skip is None else self.skip(x)))
+        if self.heads:
+            h = self.skip_scale * (h + self._attention(h))
+        return h
+
+
+# -- networks -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _draw(module: nn.Module, mode: str, weight_gain: float, bias_gain: float = 0.0) -> None:
+    """Initialise a linear layer or convolution; the bias is drawn with the weight's fans."""
+    fan_in = module.weight[0].numel()
+    fan_out = module.weight.numel() // module.weight.shape[1]
+    bound = {
+        "xavier_uniform": math.sqrt(6 / (fan_in + fan_out)),
+        "kaiming_uniform": math.sqrt(3 / fan_in),
+    }[mode]
+    module.weight.uniform_(-bound, bound).mul_(weight_gain)
+    if module.bias is not None:
+        module.bias.uniform_(-bound, bound).mul_(bias_gain)
+
+
+def _layers(network: nn.Module):
+    """(last part of its name, module) of everything that holds a weight, norms apart."""
+    for name, module in network.named_modules():
+        if hasattr(module, "weight") and not isinstance(module, nn.GroupNorm):
+            yield name.rsplit(".", 1)[-1], module
+
+
+class EDMUNet(ModelMixin, ConfigMixin):
+    """What both U-Nets share: the mapping network's inputs and the walk through both halves.
+
+    `forward(x, c_noise, labels=None, augment_labels=None)`: `x` `(B, C, H, W)`, `c_noise` `(B,)`,
+    `labels` `(B, label_dim)`, `augment_labels` `(B, augment_dim)`; returns `(B, C, H, W)`.
+    """
+
+    def _dropped(self, labels: Tensor) -> Tensor:
+        if not (self.training and self.config.label_dropout):
+            return labels
+        kept = torch.rand(len(labels), 1, device=labels.device) >= self.config.label_dropout
+        return labels * kept
+
+    def embedding(
+        self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        skips, aux = [], x
+        for module in self.enc.values():
+            if isinstance(module, UNetBlock):
+                x = module(x, emb)
+            elif module.fused_down:  # the residual path of NCSN++
+                x = aux = skips[-1] = (x + module(aux)) * math.sqrt(0.5)
+                continue
+            else:
+                x = module(x)
+            skips.append(x)
+        return skips
+
+    def decode(self, skips: list[Tensor], emb: Tensor) -> Tensor:
+        x = skips[-1]
+        for name, module in self.dec.items():
+            if not isinstance(module, UNetBlock):
+                continue
+            if "_block" in name:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = module(x, emb)
+        return x
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        emb = self.embedding(c_noise, labels, augment_labels)
+        return self.output(self.decode(self.encode(x, emb), emb))
+
+
+class SongUNet(EDMUNet):
+    """DDPM++ and NCSN++ (Song et al. 2021) as EDM runs them.
+
+    DDPM++ ("VP"): `embedding_type` positional, `encoder_type` standard, `channel_mult_noise` 1,
+    `resample_filter` [1, 1]. NCSN++ ("VE"): fourier, residual, 2, [1, 3, 3, 1].
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[int] = (1, 1),
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("embedding_type", embedding_type, ("positional", "fourier")),
+            ("encoder_type", encoder_type, ("standard", "residual")),
+            ("decoder_type", decoder_type, ("standard",)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        noise_channels = model_channels * channel_mult_noise
+        emb_channels = model_channels * channel_mult_emb
+        taps = tuple(resample_filter)
+
+        def block(*channels: int, **options) -> UNetBlock:
+            return UNetBlock(
+                *channels,
+                emb_channels,
+                eps=1e-6,
+                taps=taps,
+                skip_scale=math.sqrt(0.5),
+                project_skip=True,
+                dropout=dropout,
+                **options,
+            )
+
+        fourier = embedding_type == "fourier"
+        self.map_noise = (
+            FourierEmbedding(noise_channels)
+            if fourier
+            else PositionalEmbedding(noise_channels, endpoint=True)
+        )
+        self.map_label = EmbeddingLinear(label_dim, noise_channels) if label_dim else None
+        self.map_augment = (
+            EmbeddingLinear(augment_dim, noise_channels, bias=False) if augment_dim else None
+        )
+        self.map_layer0 = EmbeddingLinear(noise_channels, emb_channels)
+        self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
+
+        self.enc, skips = nn.ModuleDict(), []
+        channels, aux_channels = model_channels, in_channels
+        for level, mult in enumerate(channel_mult):
+            size = img_resolution >> level
+            attention = int(size in attn_resolutions)
+            if level == 0:
+                self.enc[f"{size}x{size}_conv"] = Conv2d(in_channels, channels, 3)
+            else:
+                self.enc[f"{size}x{size}_down"] = block(channels, channels, down=True)
+                if encoder_type == "residual":
+                    self.enc[f"{size}x{size}_aux_residual"] = Conv2d(
+                        aux_channels, channels, 3, down=True, taps=taps, fused_down=True
+                    )
+                    aux_channels = channels
+            skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{size}x{size}_block{i}"] = block(
+                    channels, model_channels * mult, heads=attention
+                )
+                channels = model_channels * mult
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            size = img_resolution >> level
+            attention = int(size in attn_resolutions)
+            if level == len(channel_mult) - 1:
+                self.dec[f"{size}x{size}_in0"] = block(channels, channels, heads=1)
+                self.dec[f"{size}x{size}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{size}x{size}_up"] = block(channels, channels, up=True)
+            for i in range(num_blocks + 1):
+                self.dec[f"{size}x{size}_block{i}"] = block(
+                    channels + skips.pop(),
+                    model_channels * mult,
+                    heads=attention if i == num_blocks else 0,
+                )
+                channels = model_channels * mult
+        self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+        self.dec[f"{size}x{size}_aux_conv"] = Conv2d(channels, out_channels, 3)
+
+        gains = {"conv1": 1e-5, "proj": 1e-5, "qkv": math.sqrt(0.2)}
+        for name, module in _layers(self):
+            _draw(module, "xavier_uniform", 1e-5 if "aux_conv" in name else gains.get(name, 1.0))
+
+    def embedding(
+        self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
+        cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
+        emb = torch.cat([sin, cos], dim=1)
+        if self.map_label is not None:
+            labels = self._dropped(labels)
+            emb = emb + self.map_label(math.sqrt(labels.shape[1]) * labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def output(self, x: Tensor) -> Tensor:
+        *_, norm, conv = self.dec.values()
+        return conv(F.silu(norm(x)))
+
+
+class DhariwalUNet(EDMUNet):
+    """ADM (Dhariwal and Nichol 2021) as EDM runs it: 64 channels per attention head."""
+
+    @register_to_config
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+    ):
+        super().__init__()
+        emb_channels = model_channels * channel_mult_emb
+
+        def block(c_in: int, c_out: int, attention: bool = False, **options) -> UNetBlock:
+            return UNetBlock(
+                c_in,
+                c_out,
+                emb_channels,
+                eps=1e-5,
+                heads=c_out // 64 if attention else 0,
+                scale_shift=True,
+                dropout=dropout,
+                **options,
+            )
+
+        self.map_noise = PositionalEmbedding(model_channels, endpoint=False)
+        self.map_augment = (
+            EmbeddingLinear(augment_dim, model_channels, bias=False) if augment_dim else None
+        )
+        self.map_layer0 = EmbeddingLinear(model_channels, emb_channels)
+        self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
+        self.map_label = EmbeddingLinear(label_dim, emb_channels, bias=False) if label_dim else None
+
+        self.enc, skips = nn.ModuleDict(), []
+        channels = model_channels * channel_mult[0]
+        for level, mult in enumerate(channel_mult):
+            size = img_resolution >> level
+            if level == 0:
+                self.enc[f"{size}x{size}_conv"] = Conv2d(in_channels, channels, 3)
+            else:
+                self.enc[f"{size}x{size}_down"] = block(channels, channels, down=True)
+            skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{size}x{size}_block{i}"] = block(
+                    channels, model_channels * mult, size in attn_resolutions
+                )
+                channels = model_channels * mult
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            size = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{size}x{size}_in0"] = block(channels, channels, True)
+                self.dec[f"{size}x{size}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{size}x{size}_up"] = block(channels, channels, up=True)
+            for i in range(num_blocks + 1):
+                self.dec[f"{size}x{size}_block{i}"] = block(
+                    channels + skips.pop(), model_channels * mult, size in attn_resolutions
+                )
+                channels = model_channels * mult
+        self.out_norm = GroupNorm(channels, eps=1e-5)
+        self.out_conv = Conv2d(channels, out_channels, 3)
+
+        for name, module in _layers(self):
+            gain = 0.0 if name in ("conv1", "proj", "out_conv", "map_augment") else math.sqrt(1 / 3)
+            _draw(module, "kaiming_uniform", gain, gain)
+        if self.map_label is not None:
+            nn.init.normal_(self.map_label.weight)
+
+    def embedding(
+        self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
+        emb = self.map_noise(c_noise)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None:
+            emb = emb + self.map_label(self._dropped(labels))
+        return F.silu(emb)
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.out_conv(F.silu(self.out_norm(x)))

@@ -1,0 +1,1 @@
+"""The papers' published numbers, and how far a run's settings match theirs."""

@@ -1,0 +1,1 @@
+"""Teachers: training or importing them, encoding their prompts, generating their pairs."""

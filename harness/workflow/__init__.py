@@ -1,0 +1,1 @@
+"""The Snakemake rules, and what plans, watches and explains a workflow."""

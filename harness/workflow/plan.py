@@ -1,0 +1,588 @@
+"""What an experiment will cost, before anything starts: parameters, operations, memory, hours.
+
+Everything is counted on meta tensors, which have shapes and no numbers: the same networks, phases
+and losses as in training, at the batch of the experiment, without the memory or the time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.config.experiment import Experiment
+from harness.config.schema import ImportedTeacher, micro_batch
+from harness.data import datasets
+from harness.data.datasets import ON_DEVICE, Dataset, Images
+from harness.data.prompts import prompts_of
+from harness.data.torchvision_sets import OFFICIAL
+from harness.denoiser import Denoiser
+from harness.errors import UserError
+from harness.features.train import build_feature_network
+from harness.io.artifacts import digest, read_json, sha256_file, write_json
+from harness.networks import build_denoiser
+from harness.students.inputs import Inputs
+from harness.students.run import assemble
+from harness.training.ledger import measure
+from harness.training.lora import parameter_count
+from harness.training.trainer import Trainer, grid_index
+from harness.validation import parse_experiment
+
+# Iterations over which variants such as lazy R1 are averaged.
+PERIOD = 64
+GPUS = (24, 48, 80)  # gigabytes of the usual ones
+# Float32 numbers per trained parameter: weight, gradient, Adam's two moments.
+COPIES = 4
+
+
+def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
+    """Random images of the experiment's shape and labels, read from no file but an embedded one."""
+    data = experiment.data
+    if data.name in datasets.EMBEDDED and data.source is None and data.has_images:
+        known = datasets.EMBEDDED[data.name]
+        shape, classes = known.image_shape, len(known.class_names)
+    elif data.name in OFFICIAL and data.source is None and data.has_images:
+        known = OFFICIAL[data.name]
+        shape, classes = known.image_shape, len(known.class_names) * data.labels
+    else:
+        if data.image_shape is None and data.resolution is None:
+            raise UserError("data.resolution: missing; it tells what the images will be")
+        shape = data.image_shape or (3, data.resolution, data.resolution)
+        classes = (data.num_classes or 0) if data.labels else 0
+    captions = datasets.captions() if data.captioned else None
+    texts = prompts_of(captions.texts) if captions else None
+    if data.prompts is not None:
+        texts, classes = prompts_of(("a prompt",) * 256), 0
+    conditions = len(texts) if texts else classes
+    random = Images(
+        torch.randint(256, (images, *shape), dtype=torch.uint8),
+        torch.randint(max(conditions, 1), (images,)),
+    )
+    names = tuple(map(str, range(classes)))
+    return Dataset(data.name, random, random, names, "", captions, texts, texts)
+
+
+def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> Denoiser:
+    """The teacher's network with fresh weights."""
+    section = experiment.teachers[name]
+    if isinstance(section, ImportedTeacher) and section.pipeline:
+        return _stand_in_pipeline(section)
+    if isinstance(section, ImportedTeacher) and section.network is None:
+        raise UserError(f"teachers.{name}.network: missing; it tells what the file will hold")
+    sigma_data, text = getattr(section, "sigma_data", 0.5), stand_in_text(experiment, name)
+    return build_denoiser(
+        section.network,
+        dataset.image_shape,
+        dataset.num_classes,
+        sigma_data,
+        null=text(torch.zeros(1)) if text else None,
+    )
+
+
+def _stand_in_pipeline(section: ImportedTeacher) -> Denoiser:
+    """A pipeline's denoiser with its codec: as its folder says, or `network` where there is none
+    yet."""
+    from diffusers import AutoencoderKL
+
+    from harness.networks.vp import Codec
+    from harness.teachers.pipelines import STABLE_DIFFUSION_VAE, PipelineFolder, fresh
+
+    network, vae = section.network, STABLE_DIFFUSION_VAE
+    if (folder := Path(section.source).expanduser()).exists():
+        pipeline = PipelineFolder(folder)
+        network = {"type": pipeline.network_class} | pipeline.config(pipeline.network)
+        vae = pipeline.config("vae")
+    teacher = fresh(network)
+    teacher.codec = Codec(AutoencoderKL(**vae))
+    return teacher
+
+
+def stand_in_text(experiment: Experiment, teacher: str) -> Callable | None:
+    """What a text encoder makes of prompts, by their numbers, if a teacher trained here has one:
+    zeros."""
+    encoder = experiment.text_encoder_of(teacher)
+    if encoder is None:
+        return None
+    from harness.features.small_clip import CONTEXT_LENGTH, text_width
+
+    width = text_width(experiment.features[encoder].width)
+    return lambda numbers: {"embeddings": torch.zeros(len(numbers), CONTEXT_LENGTH, width)}
+
+
+def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) -> Inputs:
+    """A student's inputs with random weights, images and pairs: costs do not depend on them."""
+    from harness.features.lpips import PerceptualDistance, build_lpips
+    from harness.features.timm_backbones import Backbone
+
+    dataset, needs = stand_in_dataset(experiment, images), experiment.requirements(student)
+    teacher = stand_in_teacher(experiment, experiment.teacher_of(student), dataset)
+    inputs = Inputs(dataset, teacher.to(experiment.device))
+    inputs.embeddings = stand_in_text(experiment, experiment.teacher_of(student))
+    if dataset.prompts and inputs.embeddings is None:
+        inputs.embeddings = lambda numbers: teacher.null_condition(len(numbers))
+    if not needs.pixels:
+        teacher.codec = nn.Identity()
+    if needs.features:
+        f = experiment.features[needs.features]
+        inputs.features = build_feature_network(f.type, dataset, f.width)
+    if needs.backbones:
+        import timm
+
+        inputs.backbones = nn.ModuleList(
+            Backbone(name, timm.create_model(name, pretrained=False)) for name in needs.backbones
+        )
+    if needs.lpips:
+        inputs.lpips = PerceptualDistance(build_lpips()).eval().requires_grad_(False)
+    if needs.pairs:
+        inputs.pairs = {"x": torch.zeros(images, *teacher.image_shape)}
+        if dataset.num_conditions:
+            inputs.pairs["condition"] = dataset.train.labels
+    return inputs
+
+
+class Tally:
+    """Bytes of the storages that graphs hold at present, and the most that they ever were.
+
+    A storage counts once, however many graphs and tensors hold it, until the last lets go of it.
+    """
+
+    def __init__(self):
+        self.holders: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def hooks(self, networks: Iterable[nn.Module]) -> torch.autograd.graph.saved_tensors_hooks:
+        """Count what graphs made under these keep, weights of the networks apart."""
+        own = {p.untyped_storage()._cdata for net in networks for p in net.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor | Held:
+            return tensor if tensor.untyped_storage()._cdata in own else Held(tensor, self)
+
+        def unpack(kept: Tensor | Held) -> Tensor:
+            return kept.tensor if isinstance(kept, Held) else kept
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class Held:
+    """What autograd keeps in place of a tensor that a backward pass will need."""
+
+    def __init__(self, tensor: Tensor, tally: Tally):
+        self.tensor, self.tally, storage = tensor, tally, tensor.untyped_storage()
+        self.key, self.bytes = storage._cdata, storage.nbytes()
+        count = tally.holders[self.key] = tally.holders.get(self.key, 0) + 1
+        tally.now += self.bytes if count == 1 else 0
+        tally.most = max(tally.most, tally.now)
+
+    def __del__(self):
+        self.tally.holders[self.key] -= 1
+        if not self.tally.holders[self.key]:
+            del self.tally.holders[self.key]
+            self.tally.now -= self.bytes
+
+
+def everything(trainer: Trainer) -> list[nn.Module]:
+    """All networks of a run."""
+    return [*trainer.networks.values(), *trainer.frozen.values()]
+
+
+class Rehearsal(Trainer):
+    """A trainer that counts and changes nothing."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.tally = Tally()
+
+    def _update(self, phase, repeat, contexts, variant, measuring) -> bool:
+        if variant in self.ledger.costs and not measuring:
+            self.ledger.add(self.ledger.costs[variant])
+            return True
+        with self.tally.hooks(everything(self)):
+            return super()._update(phase, repeat, contexts, variant, measuring)
+
+    def _apply(self, phase, loss) -> bool:
+        for parameter in self.trainable[phase.network]:
+            parameter.grad = None
+        return True
+
+    def _update_ema(self, images: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`flops_per_image`: of one image that receives a generator update. `memory`: bytes."""
+
+    student: str
+    batch: int
+    parameters: int
+    trainable: int
+    beside: int  # parameters of the networks trained beside the student
+    flops_per_image: float
+    pair_flops: float
+    images: float
+    memory: float
+    kept: float  # bytes of it that wait for backward passes
+    on_host: float  # bytes of pairs that are too many for the device, or chosen from on the host
+    whole: int  # the batch that micro-batches are parts of
+
+    def fits(self, gibibytes: int) -> int:
+        """The largest micro-batch, up to the whole batch, in a GPU's memory: 0 where none fits."""
+        room = gibibytes * 2**30 - (self.memory - self.kept)
+        most = int(room * self.batch / self.kept) if self.kept else self.whole
+        return next((n for n in range(min(most, self.whole), 0, -1) if self.whole % n == 0), 0)
+
+    @property
+    def flops(self) -> float:
+        return self.flops_per_image * self.images + self.pair_flops
+
+
+def _images(limits: list[dict], flops_per_image: float, pair_flops: float) -> float:
+    """How many images a budget comes to; a budget in seconds says nothing before it is run."""
+    counts = {
+        "images": lambda amount: amount,
+        "flops": lambda amount: max(0.0, (amount - pair_flops) / flops_per_image),
+        "seconds": lambda amount: math.inf,
+    }
+    return min(counts[limit["unit"]](limit["amount"]) for limit in limits)
+
+
+def estimate(experiment: Experiment, student: str) -> Estimate:
+    """Count one student's iterations on meta tensors."""
+    experiment.device_setting = "meta"
+    with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
+        inputs = stand_in_inputs(experiment, student, images=2)
+        run = assemble(experiment, student, 0, inputs, Path(folder), "plan")
+        # The operations are the same; neither autocast nor the compiler knows meta tensors.
+        run.precision, run.compile = "fp32", False
+        # Of several micro-batches two tell as much: each makes its images anew.
+        run.batch = min(run.batch, 2 * run.micro_batch)
+        trainer, needs = Rehearsal(run), experiment.requirements(student)
+        pair_flops = 0.0
+        if needs.pairs:
+            one = torch.ones(1)
+            with torch.no_grad(), measure({}) as cost:
+                labels = torch.zeros(1, dtype=torch.long) if inputs.teacher.num_classes else None
+                inputs.teacher(torch.zeros(1, *inputs.teacher.image_shape), one, labels)
+            sampler = experiment.pair_sampler(experiment.pairs_name(student))
+            pair_flops = cost.flops * needs.pairs * sampler.nfe
+        for _ in range(PERIOD):
+            trainer._iteration()
+    flops = trainer.ledger.flops / (PERIOD * run.batch)
+    beside = sum(
+        p.numel() for n, net in trainer.networks.items() if n != "student" for p in net.parameters()
+    )
+    trainable = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
+    # Weights that networks share are there once; those that never change are their own average.
+    there = {id(p): p.numel() for net in everything(trainer) for p in net.parameters()}
+    averaged = sum(p.numel() for p in trainer.trainable["student"])
+    present, parameters = sum(there.values()), parameter_count(trainer.networks["student"])
+    kept = (0.5 if experiment.training.precision == "bf16" else 1.0) * trainer.tally.most
+    memory = 4 * (present + averaged + (COPIES - 1) * trainable) + kept
+    pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
+    on_host = pairs if inputs.embeddings or pairs > ON_DEVICE else 0
+    memory += pairs - on_host
+    return Estimate(
+        student,
+        run.micro_batch,
+        parameters,
+        averaged,
+        beside,
+        flops,
+        pair_flops,
+        _images(experiment.budget_spec(student), flops, pair_flops),
+        memory,
+        kept,
+        on_host,
+        experiment.method_config(student).batch,
+    )
+
+
+# -- the work of each job -----------------------------------------------------------------------
+
+# Of the largest fetched network of each kind: operations per image; of any: its weights and room to
+# read them, and what the metrics of one set of samples take on one core with features so long.
+FETCHED_GFLOPS = {"inception": 12, "open-clip": 400, "dinov2": 165, "efficientnet-lite": 1}
+FETCHED_BYTES, FETCHED_SECONDS = 4 << 30, 300.0
+# Real images in data sets that are not made yet: the embedded one, the well-known ones, and what
+# cannot be seen before it is fetched (ImageNet's).
+EMBEDDED_IMAGES, OFFICIAL_IMAGES, UNSEEN_IMAGES = 1_797, 70_000, 1_331_167
+# Prompts in a file that is not here; tokens of a prompt and parameters of the text encoders of
+# diffusers' pipelines (CLIP's of ViT-L/14, T5 v1.1 XXL's).
+UNSEEN_PROMPTS = 1_000_000
+TEXT_ENCODERS = {
+    "UNet2DConditionModel": (77, 123_060_480),
+    "PixArtTransformer2DModel": (120, 4_762_310_656),
+}
+# Snapshots on a grid where a budget in seconds says nothing of their number before it is run.
+OPEN = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does. `own`: bytes that each of its processes keeps; `shared`: bytes that they
+    divide among them (what waits for backward passes). `seconds`: on the host, beside operations;
+    `at_most`: after so many it stops by itself."""
+
+    flops: float = 0.0
+    own: float = 0.0
+    shared: float = 0.0
+    seconds: float = 0.0
+    at_most: float = math.inf
+    snapshots: int = 0
+
+
+def _real_images(experiment: Experiment) -> tuple[int, float]:
+    """How many images the data set holds, and their bytes: as its record says once it is made;
+    before that a guess, rather too large."""
+    data, path = experiment.data, experiment.data_dir() / "data.json"
+    if not data.has_images:
+        return 0, 0.0
+    shape = stand_in_dataset(experiment, images=2).image_shape
+    if path.exists():
+        record = read_json(path)
+        count = record["train_images"] + record["held_out_images"]
+    elif data.source is None:
+        count = EMBEDDED_IMAGES if data.name in datasets.EMBEDDED else OFFICIAL_IMAGES
+    else:
+        count = UNSEEN_IMAGES
+        if (file := Path(data.source).expanduser()).is_file():
+            count = 3 * file.stat().st_size // math.prod(shape)  # PNG saves less than that
+    return count, float(count * math.prod(shape))
+
+
+def _passing(network: nn.Module, *inputs: Tensor) -> tuple[float, float]:
+    """Operations of a forward pass, and bytes that it keeps for a backward pass, of one image."""
+    tally = Tally()
+    with tally.hooks([network]), measure({}) as cost:
+        network(*inputs)
+    return cost.flops, tally.most
+
+
+def _weights(network: nn.Module) -> float:
+    return 4.0 * sum(p.numel() for p in network.parameters())
+
+
+def _trained(
+    experiment: Experiment, network: nn.Module, inputs: tuple, images: int, batch: int
+) -> Work:
+    """A network trained on real images, one pass to and fro each: backward costs twice as much."""
+    flops, kept = _passing(network, *inputs)
+    own = (COPIES + 1) * _weights(network) + _real_images(experiment)[1]
+    return Work(3 * flops * images, own, kept * batch)
+
+
+def _teacher(experiment: Experiment, name: str) -> tuple[nn.Module, tuple]:
+    teacher = stand_in_teacher(experiment, name, stand_in_dataset(experiment, images=2))
+    labels = torch.zeros(1, dtype=torch.long) if teacher.num_classes else None
+    return teacher, (torch.zeros(1, *teacher.image_shape), torch.ones(1), labels)
+
+
+def _feature_network(experiment: Experiment, name: str) -> tuple[nn.Module, tuple]:
+    section, dataset = experiment.features[name], stand_in_dataset(experiment, images=2)
+    network = build_feature_network(section.type, dataset, section.width)
+    images = torch.zeros(1, *dataset.image_shape)
+    return network, (images, network.captions[:1, 0]) if section.type == "clip" else (images,)
+
+
+def _scored(experiment: Experiment, generator: Work, sets: int) -> Work:
+    """`sets` of samples seen by the networks that score, and measured; `generator` made them."""
+    real, pixels = _real_images(experiment)  # seen by the first job that scores
+    seen = real + sets * experiment.evaluation.num_samples
+    flops, own, seconds = generator.flops, generator.own + pixels, 0.0
+    for name in experiment.evaluation.extractors:
+        kind = experiment.features[name].type
+        if kind in FETCHED_GFLOPS:
+            once, weights, measuring = FETCHED_GFLOPS[kind] * 1e9, FETCHED_BYTES, FETCHED_SECONDS
+        else:
+            network, inputs = _feature_network(experiment, name)
+            once, weights, measuring = *_passing(network, *inputs)[:1], _weights(network), 10.0
+        flops += seen * once
+        own, seconds = own + weights, seconds + sets * measuring
+    return Work(flops, own, seconds=seconds)
+
+
+def _train_work(experiment: Experiment, student: str) -> Work:
+    e = estimate(experiment, student)
+    spent = {"images": e.images, "flops": e.flops, "seconds": math.inf}
+    snapshots = 1 + sum(
+        grid_index(spent[unit], grid.first, grid.per_octave) if spent[unit] < math.inf else OPEN
+        for unit, grid in experiment.training.snapshots.items()
+    )
+    limits = [x.amount for x in experiment.budget(student) if x.unit == "seconds"]
+    flops = e.flops_per_image * e.images
+    own = e.memory - e.kept + e.on_host
+    if experiment.requirements(student).real_images:
+        own += _real_images(experiment)[1]
+    return Work(flops, own, e.kept, 0.0, min(limits, default=math.inf), snapshots)
+
+
+def _prompts(experiment: Experiment) -> int:
+    """How many prompts there are to embed; before the data are made as files that lie here say."""
+    made, count = experiment.data_dir() / "data.json", 0
+    record = read_json(made) if made.exists() else {}
+    for key, (file, _) in experiment.data.prompt_files.items():
+        path = Path(file).expanduser()
+        if key in record:
+            count += record[key]["prompts"]
+        elif path.is_file():
+            with open(path, "rb") as lines:
+                count += sum(1 for _ in lines)
+        else:
+            count += UNSEEN_PROMPTS
+    return count
+
+
+def _decoding(teacher: nn.Module, inputs: tuple) -> float:
+    """Operations that make pixels of an image of the teacher, if it needs any."""
+    if isinstance(teacher.codec, nn.Identity):
+        return 0.0
+    return _passing(teacher.codec, inputs[0])[0]
+
+
+def _teacher_work(experiment: Experiment, name: str) -> Work:
+    section, (teacher, inputs) = experiment.teachers[name], _teacher(experiment, name)
+    if isinstance(section, ImportedTeacher):
+        own, flops = 4 * _weights(teacher), 0.0  # read, converted and written
+        if section.pipeline:
+            tokens, parameters = TEXT_ENCODERS[type(teacher.backbone).__name__]
+            own = max(own, 4.0 * parameters)  # one after the other
+            flops = 2.0 * tokens * parameters * _prompts(experiment)
+        return Work(flops, own)
+    size = micro_batch(section.batch, section.micro_batch)
+    return _trained(experiment, teacher, inputs, section.images, size)
+
+
+def _pairs_work(experiment: Experiment, name: str) -> Work:
+    of, pairs, _ = experiment.pair_sets[name]
+    teacher, inputs = _teacher(experiment, of)
+    evaluations = pairs * experiment.pair_sampler(name).nfe
+    return Work(_passing(teacher, *inputs)[0] * evaluations, _weights(teacher))
+
+
+def _data_work(experiment: Experiment, _: str) -> Work:
+    count, pixels = _real_images(experiment)
+    return Work(own=3 * pixels, seconds=count / 1000)  # unpacked one by one
+
+
+def _features_work(experiment: Experiment, name: str) -> Work:
+    section = experiment.features[name]
+    if section.type in FETCHED_GFLOPS:
+        return Work(own=FETCHED_BYTES)
+    network, inputs = _feature_network(experiment, name)
+    return _trained(experiment, network, inputs, section.images, section.batch)
+
+
+def _score_work(experiment: Experiment, student: str) -> Work:
+    evaluation = experiment.evaluation
+    # Known where the run was planned: counting it again would take seconds.
+    snapshots = work(experiment, "train", student).snapshots
+    before, last = (len(evaluation.seeds_of_snapshot(final)) for final in (False, True))
+    sets = (snapshots - 1) * before + last
+    teacher, inputs = _teacher(experiment, experiment.teacher_of(student))
+    once = _passing(teacher, *inputs)[0]  # the student's network is the teacher's
+    once += _decoding(teacher, inputs)
+    made = Work(sets * evaluation.num_samples * once, _weights(teacher))
+    return _scored(experiment, made, sets)
+
+
+def _score_references_work(experiment: Experiment, name: str) -> Work:
+    evaluation, nfe = experiment.evaluation, experiment.teachers[name].sampler.nfe
+    teacher, inputs = _teacher(experiment, name)
+    images, seeds = evaluation.num_samples, len(evaluation.sampling_seeds)
+    each = (nfe + 1) * _passing(teacher, *inputs)[0] + 2 * _decoding(teacher, inputs)
+    made = Work(seeds * images * each, _weights(teacher))
+    return _scored(experiment, made, 2 * seeds + 1)  # all steps, one, and the floor
+
+
+# Of rules with work that can be counted. The others read, compare and draw.
+COUNTED = {
+    "data": _data_work,
+    "features": _features_work,
+    "teacher": _teacher_work,
+    "pairs": _pairs_work,
+    "train": _train_work,
+    "score": _score_work,
+    "score_references": _score_references_work,
+    "agreement": lambda experiment, _: _scored(experiment, Work(), 3),
+}
+
+
+def work(experiment: Experiment, rule: str, name: str = "") -> Work:
+    """What a job of the workflow does, counted on meta tensors; `name`: its student, teacher,
+    feature network or pair set.
+
+    Kept in a file under a name of what decides it: to count a run takes seconds, and each job of a
+    cluster asks.
+    """
+    import methods
+
+    if rule not in COUNTED:
+        return Work()
+    spec = [experiment.raw, rule, name]
+    if name in experiment.students:
+        file = f"{experiment.students[name].method}.py"
+        spec.append(sha256_file(Path(methods.__path__[0]) / file))
+    path = experiment.root / "config" / "work" / f"{digest(spec)}.json"
+    if not path.exists():
+        mine = parse_experiment(experiment.raw, "", experiment.root.parent, files=False)
+        with torch.device("meta"):
+            write_json(path, asdict(COUNTED[rule](mine, name)))
+    return Work(**read_json(path))
+
+
+def print_plan(experiment: Experiment, tflops: float) -> None:
+    """One line per student; `tflops`: the rate that the machine is expected to sustain."""
+    from tabulate import tabulate
+
+    rows = []
+    for student in experiment.students:
+        e = estimate(experiment, student)
+        hours = e.flops / (tflops * 1e12) / 3600
+        rows.append(
+            (
+                student,
+                f"{e.parameters / 1e6:.2f}",
+                f"{e.trainable / 1e6:.2f}",
+                f"{e.beside / 1e6:.2f}",
+                e.batch,
+                f"{e.flops_per_image / 1e9:.4g}",
+                f"{e.images:,.0f}" if math.isfinite(e.images) else "–",
+                f"{e.flops / 1e15:.4g}" if math.isfinite(e.flops) else "–",
+                f"{e.memory / 2**30:.3g}",
+                *(e.fits(size) or "–" for size in GPUS),
+                f"{hours:.3g}" if math.isfinite(hours) else "–",
+            )
+        )
+    headers = ("student", "parameters (M)", "trained (M)", "beside (M)", "micro-batch")
+    headers += ("GFLOPs/image", "images", "PFLOPs", "memory (GiB)")
+    headers += (*(f"in {size} GB" for size in GPUS), "hours")
+    runs = len(experiment.training.seeds)
+    told = _embedded(experiment)
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+    print(
+        f"\nPer run, of {runs} per student; hours at a sustained {tflops:g} TFLOP/s. Memory is an "
+        "estimate for one GPU: weights, gradients, Adam and EMA in float32, the tensors that are "
+        "kept for backward passes, teacher pairs; not real images (at most "
+        f"{ON_DEVICE / 2**30:g} GiB of them stay there), the allocator's or a kernel's own. In 24 "
+        "GB, …: the largest micro-batch that such a GPU has room for to train, by this estimate."
+        + told
+    )
+
+
+def _embedded(experiment: Experiment) -> str:
+    """What is to be said of the disk that prompts take."""
+    told = ""
+    for name, section in experiment.teachers.items():
+        if isinstance(section, ImportedTeacher) and section.pipeline:
+            with torch.device("meta"):
+                teacher = _stand_in_pipeline(section)
+            numbers = teacher.null.parts["embeddings"].numel()
+            count = _prompts(experiment)
+            size = f"{2 * numbers * count / 1e9:,.1f} GB on disk"
+            told += f" Embeddings of {count:,} prompts by teacher {name} take {size}."
+    return told
