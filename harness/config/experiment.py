@@ -9,6 +9,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harness.config.jobs import (
+    FeatureJob,
+    PairJob,
+    PairSet,
+    ReferenceScoring,
+    RunScoring,
+    Scoring,
+    Student,
+    StudentRun,
+    TeacherJob,
+)
 from harness.config.schema import (
     LATER,
     PROMPTS,
@@ -312,6 +323,119 @@ class Experiment:
     def reference_score_path(self, teacher: str) -> Path:
         """Scores of a teacher and of the floor."""
         return self.root / "scores" / "teachers" / f"{teacher}.json"
+
+    # One record per job: what each stage takes.
+
+    def student(self, name: str) -> Student:
+        section, pairs = self.students[name], self.pairs_name(name)
+        pair_set = None
+        if pairs:
+            teacher, count, _ = self.pair_sets[pairs]
+            pair_set = PairSet(pairs, teacher, count, self.pair_sampler(pairs))
+        return Student(
+            name,
+            section.method,
+            self.method_config(name),
+            self.requirements(name),
+            self.teacher_of(name),
+            section.freeze,
+            section.lora,
+            tuple(self.budget(name)),
+            pair_set,
+        )
+
+    def student_run(self, name: str, seed: int) -> StudentRun:
+        import methods
+
+        student = self.student(name)
+        features, pairs = student.requirements.features, student.pairs
+        return StudentRun(
+            self.name,
+            student,
+            seed,
+            self.run_dir(name, seed),
+            self.data_dir(),
+            self.teacher_dir(student.teacher),
+            self.features_dir(features) if features else None,
+            self.pairs_dir(pairs.name) if pairs else None,
+            self.training,
+            self.device,
+            self.seconds_budget,
+            self.run_spec(name, seed),
+            Path(methods.__path__[0]) / f"{student.method}.py",
+        )
+
+    def teacher_job(self, name: str) -> TeacherJob:
+        encoder = self.text_encoder_of(name)
+        return TeacherJob(
+            name,
+            self.teachers[name],
+            self.teacher_dir(name),
+            self.data_dir(),
+            self.data,
+            self.features_dir(encoder) if encoder else None,
+            self.training,
+            self.device,
+            self.teacher_spec(name),
+        )
+
+    def feature_job(self, name: str) -> FeatureJob:
+        return FeatureJob(
+            name,
+            self.features[name],
+            self.features_dir(name),
+            self.data_dir(),
+            self.training,
+            self.device,
+            self.features_spec(name),
+        )
+
+    def pair_job(self, name: str) -> PairJob:
+        teacher, count, _ = self.pair_sets[name]
+        return PairJob(
+            PairSet(name, teacher, count, self.pair_sampler(name)),
+            self.pairs_dir(name),
+            self.teacher_dir(teacher),
+            self.data_dir(),
+            self.evaluation.block,
+            self.device,
+            self.seconds_budget,
+            self.pairs_spec(name),
+        )
+
+    def scoring(self) -> Scoring:
+        names = self.evaluation.extractors
+        return Scoring(
+            self.name,
+            self.evaluation,
+            self.data_dir(),
+            self.data,
+            {name: (self.features[name], self.features_dir(name)) for name in names},
+            self.statistics_extractor,
+            self.training.checkpoint_seconds,
+            self.device,
+            self.score_spec(),
+        )
+
+    def run_scoring(self, student: str, seed: int) -> RunScoring:
+        return RunScoring(
+            self.scoring(),
+            student,
+            seed,
+            self.run_dir(student, seed),
+            self.teacher_dir(self.teacher_of(student)),
+            self.score_path(student, seed),
+        )
+
+    def reference_scoring(self, teacher: str) -> ReferenceScoring:
+        return ReferenceScoring(
+            self.scoring(),
+            teacher,
+            self.teachers[teacher],
+            self.teacher_dir(teacher),
+            self.reference_score_path(teacher),
+            self.reference_score_spec(teacher),
+        )
 
     def write_snapshot(self) -> Path:
         """Keep the resolved experiment under a name of its content, for the jobs of a workflow:

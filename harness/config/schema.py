@@ -187,7 +187,18 @@ AnyTeacher = Annotated[
 ]
 
 
-class FeatureSection(Section):
+class FeatureSettings(Section):
+    """Settings of a feature network; each network's own file extends this class."""
+
+    type: str
+
+    @property
+    def kind(self) -> str:
+        """The name by which metrics select it."""
+        return self.type
+
+
+class FeatureSection(FeatureSettings):
     """A feature network trained in the workflow on the labelled training part.
 
     Label smoothing and weight decay (classifiers only) bound the features. Without them confidence

@@ -1,0 +1,43 @@
+"""Logging: every line carries the time, the level and the name of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+FORMAT = "%(asctime)s %(levelname)s %(run)s%(message)s"
+_run: ContextVar[str] = ContextVar("run", default="")
+
+
+class _RunName(logging.Filter):
+    """Add the current run's name to every record as `%(run)s`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        name = _run.get()
+        record.run = f"{name}: " if name else ""
+        return True
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Send the harness's messages to standard error; processes other than the first log errors
+    only (their caller passes the level)."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(FORMAT, "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(_RunName())
+    logger = logging.getLogger("harness")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+@contextlib.contextmanager
+def run_name(name: str) -> Iterator[None]:
+    """Prefix all messages inside the block with the name of a run, such as `sid/seed0`."""
+    token = _run.set(name)
+    try:
+        yield
+    finally:
+        _run.reset(token)

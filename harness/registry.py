@@ -1,0 +1,115 @@
+"""Registries of classes by name, and plug-in files that add to them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from harness.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Registry(Generic[T]):
+    """Entries by name.
+
+    `kind` is used in messages ("metric"). `package` names the package whose modules register
+    entries: all of them are imported at the first look-up, so that a new entry is a new file.
+    """
+
+    def __init__(self, kind: str, package: str | None = None):
+        self.kind, self._package = kind, package
+        self._entries: dict[str, T] = {}
+        self._sources: dict[str, Path] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds an entry; a malformed or duplicate name is a `ValueError`."""
+
+        def decorate(entry: T) -> T:
+            self.add(name, entry)
+            return entry
+
+        return decorate
+
+    def add(self, name: str, entry: T, source: Path | None = None) -> None:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{self.kind} name {name!r}: use letters, digits, '.', '_' and '-'")
+        source = source or _source(entry)
+        if name in self._entries and source != self._sources[name]:
+            raise ValueError(f"{self.kind} {name!r} is already registered ({self._sources[name]})")
+        self._entries[name], self._sources[name] = entry, source
+
+    def _import_package(self) -> None:
+        if self._package is None:
+            return
+        package, self._package = importlib.import_module(self._package), None
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self._import_package()
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        self._import_package()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of registration."""
+        self._import_package()
+        return iter(list(self._entries))
+
+    def __getitem__(self, name: str) -> T:
+        self._import_package()
+        if name not in self._entries:
+            raise UserError(
+                f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}", "unknown-name"
+            )
+        return self._entries[name]
+
+    def plugin(self, name: str) -> Path | None:
+        """The plug-in file that registered an entry; None for entries of the repository."""
+        self[name]
+        source = self._sources[name]
+        return source if source in _plugins.values() else None
+
+
+_plugins: dict[str, Path] = {}  # module name -> file
+
+
+def load_plugin(path: Path) -> None:
+    """Import a Python file, whose decorators register what it defines; each file once."""
+    path = Path(path).expanduser().resolve()
+    if path in _plugins.values():
+        return
+    if not path.is_file():
+        raise UserError(f"plugins: {path} does not exist", "missing-file")
+    name = f"harness_plugins_{len(_plugins)}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name], _plugins[name] = module, path
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name], _plugins[name]
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"plugins: {path} could not be imported: {reason}", "plugin") from error
+
+
+def _source(entry: object) -> Path:
+    try:
+        return Path(inspect.getsourcefile(entry)).resolve()
+    except TypeError:  # not a class or a function: the module that registers it
+        frame = inspect.currentframe()
+        while frame and frame.f_globals.get("__name__") == __name__:
+            frame = frame.f_back
+        return Path(frame.f_code.co_filename).resolve()
