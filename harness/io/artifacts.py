@@ -1,6 +1,7 @@
-"""Files that are either whole or absent: atomic writes, hashes, locks.
+"""Atomic files, hashes, JSON and safetensors.
 
-Everything that one stage leaves for another goes through this module. Nothing here unpickles.
+A file is either complete or absent: it is written under a temporary name and renamed. Stages
+exchange data through this module; nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from harness.errors import UserError
 
 
 def canonical(value) -> str:
-    """JSON text that is equal exactly when the values are equal."""
+    """JSON text with sorted keys: equal values have equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest(value) -> str:
-    """16 hex digits naming a JSON-like value."""
+    """Hash of a JSON value: 16 hex digits."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
@@ -36,9 +37,15 @@ def settings_but(model, later: set[str], without: set[str] = frozenset()) -> dic
 
 def _missing(path: Path) -> UserError:
     return UserError(
-        f"{path} is missing; run the workflow (or the stage that makes it), and if it is still "
-        f"missing delete {path.parent} first"
+        f"{path} does not exist; run the workflow, or the stage that writes it", "missing-file"
     )
+
+
+def damaged(path: Path, reason: str, owner: Path | None = None) -> UserError:
+    """The error for an unreadable file. `owner`: the file or folder to delete, if the project wrote
+    it and can write it again."""
+    remedy = f"; delete {owner} and run the same command again" if owner else ""
+    return UserError(f"{path} is damaged or was replaced ({reason}){remedy}", "damaged")
 
 
 def sha256_file(path: Path) -> str:
@@ -51,7 +58,7 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without error."""
+    """Yield a temporary path; the file written there replaces `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -66,7 +73,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends without error."""
+    """Yield a temporary folder, which replaces `folder` if the block succeeds."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
@@ -89,45 +96,36 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def _damaged(path: Path, why: str, owner: Path | None) -> UserError:
-    """`owner`: the folder that has to go for the file to be made again."""
-    return UserError(
-        f"{path} is damaged or from another run ({why}); delete {owner or path.parent} and run the "
-        "same command again"
-    )
-
-
 def read_json(path: Path, owner: Path | None = None):
-    """The value in a JSON file that a stage wrote; a missing or broken file is one clear line."""
+    """The value in a JSON file; `owner` as in `damaged`."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _missing(path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error), owner) from None
+        raise damaged(path, str(error), owner) from None
 
 
-def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> str:
+def save_tensors(path: Path, tensors: dict) -> str:
     """Write safetensors atomically; returns the file's sha256."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)
         return sha256_file(temporary)
 
 
 def verify(path: Path, sha256: str, owner: Path | None = None) -> None:
-    """Refuse a missing file, or one of another hash, with one clear line."""
+    """Check that a file exists and has this hash; `owner` as in `damaged`."""
     if sha256_file(path) != sha256:
-        raise _damaged(path, "its sha256 is not the recorded one", owner)
+        raise damaged(path, "its sha256 differs from the recorded one", owner)
 
 
 def load_tensors(
     path: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
 ) -> dict:
-    """Read safetensors; a missing, truncated or foreign file is refused with one clear line, which
-    says that `owner` (its folder, if not given) is to be deleted."""
+    """Read a safetensors file, after checking its hash if one is given; `owner` as in `damaged`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -139,11 +137,11 @@ def load_tensors(
     except FileNotFoundError:
         raise _missing(path) from None
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error), owner) from None
+        raise damaged(path, str(error), owner) from None
 
 
 def link(path: Path, target: Path) -> None:
-    """Make `path` a relative symbolic link to `target`, replacing what is there, atomically."""
+    """Make `path` a relative symbolic link to `target`, replacing an existing one atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
