@@ -156,7 +156,9 @@ def method_names() -> list[str]:
 def get_method(name: str) -> type[Method]:
     """The one `Method` class in `methods/<name>.py`."""
     if name not in method_names():
-        raise UserError(f"unknown method {name!r}{did_you_mean(name, method_names())}")
+        raise UserError(
+            f"unknown method {name!r}{did_you_mean(name, method_names())}", "unknown-name"
+        )
     module = importlib.import_module(f"methods.{name}")
     classes = [
         value

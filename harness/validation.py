@@ -3,593 +3,261 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from harness.config.experiment import Experiment, shared_settings
-from harness.config.loading import merge, resolve
+from harness import legacy_checks as legacy
+from harness.config.experiment import Experiment
+from harness.config.loading import merge, read_experiment, read_yaml
+from harness.config.paths import Paths
 from harness.config.schema import (
     FETCHED,
-    KIND_OF,
-    KINDS,
     NAME,
-    PROMPTS,
-    ClipFeatures,
+    ClaimSection,
     DataSection,
     EvaluationSection,
-    ExperimentModel,
+    ExperimentFile,
     FeatureSection,
+    FeatureSettings,
     ImportedTeacher,
-    InceptionFeatures,
-    Limit,
-    PretrainedFeatures,
+    PaperSection,
+    Section,
     StudentSection,
+    TeacherSection,
     TrainedTeacher,
     TrainingSection,
-    micro_batch,
 )
-from harness.errors import UserError, did_you_mean
-from harness.io.downloads import is_address
+from harness.errors import ConfigError, Problem, did_you_mean
+from harness.registry import load_plugin
+from harness.students import checks as student_checks
+
+RESERVED = {"teacher", "teacher-1step", "floor", "teachers"}  # rows of the tables, and a folder
+COMPILERS = ("g++", "clang++")  # torch.compile needs one of them
 
 
-def _known_keys(location: tuple, model: Any = None) -> list[str]:
-    """The valid keys at a location, such as ("students", "sid"), of a section: by default of the
-    experiment."""
-    model = model or ExperimentModel
-    for part in location:
-        if part in KINDS:
-            model = KINDS[part]
-            continue
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-        if part in model.model_fields:
-            model = _section_of(model.model_fields[part].annotation)
-    return sorted(model.model_fields) if isinstance(model, type) else []
+@dataclass
+class Sections:
+    """The sections of an experiment file that are valid by themselves.
 
-
-def _section_of(annotation):
-    """The Section class inside an annotation such as dict[str, StudentSection]."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [s for s in map(_section_of, get_args(annotation)) if s is not None]
-    return found[0] if found else None
-
-
-def _messages(error: ValidationError, prefix: tuple = (), known=_known_keys) -> list[str]:
-    lines = []
-    for item in error.errors():
-        # Parts in angle brackets name a kind of section; they are no keys.
-        location = tuple(part for part in item["loc"] if not str(part).startswith("<"))
-        where = ".".join(str(part) for part in (*prefix, *location))
-        if item["type"] == "extra_forbidden":
-            lines.append(
-                f"{where}: unknown key{did_you_mean(str(location[-1]), known(item['loc'][:-1]))}"
-            )
-        elif item["type"] == "missing":
-            lines.append(f"{where}: missing")
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{where}: {message}, not {item['input']!r}")
-    return lines
-
-
-def _valid(items: dict) -> list[tuple[str, Any]]:
-    """The named items of a section that are right by themselves."""
-    return [(name, item) for name, item in items.items() if item is not None]
-
-
-def _check_names(model: ExperimentModel) -> list[str]:
-    names = [("name", model.name)]
-    if model.data is not None:
-        names.append(("data.name", model.data.name))
-    for section in ("features", "teachers", "students"):
-        names += [(f"{section}.{name}", name) for name in getattr(model, section)]
-    lines = [
-        f"{where}: a name is lower-case letters, digits, '.', '_' and '-', not {name!r}"
-        for where, name in names
-        if not NAME.fullmatch(name)
-    ]
-    reserved = {"teacher", "teacher-1step", "floor", "teachers"} & set(model.students)
-    return lines + [f"students.{name}: this name is reserved" for name in sorted(reserved)]
-
-
-def _check_file(
-    place: str, source: str, sha256: tuple[str, str | None], files: bool, folder: bool = False
-) -> list[str]:
-    """What comes from elsewhere: it is there, or it can be downloaded and checked.
-
-    `sha256`: its key and value; `folder`: it may be one.
+    An invalid section is None; an invalid item is missing from its mapping. `names` has the names
+    of all items, so that a reference to an invalid item is not reported as unknown.
     """
-    if is_address(source):
-        return [] if sha256[1] else [f"{sha256[0]}: missing; a download is checked by its hash"]
-    path = Path(source).expanduser()
-    if not path.exists():
-        return [f"{place}: {source} does not exist"] if files else []
-    return [f"{place}: {source} is a folder"] if path.is_dir() and not folder else []
+
+    raw: dict
+    data: DataSection | None = None
+    training: TrainingSection | None = None
+    evaluation: EvaluationSection | None = None
+    paper: PaperSection | None = None
+    claims: list[ClaimSection] = field(default_factory=list)
+    features: dict[str, FeatureSettings] = field(default_factory=dict)
+    teachers: dict[str, TeacherSection] = field(default_factory=dict)
+    students: dict[str, StudentSection] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        raw = {key: self.raw.get(key) for key in ("features", "teachers", "students")}
+        return {key: list(value) if isinstance(value, dict) else [] for key, value in raw.items()}
 
 
-def _check_evaluation(
-    evaluation: EvaluationSection, model: ExperimentModel, files: bool
-) -> list[str]:
-    from harness.evaluation.metrics import METRICS, fewest
-
-    lines, used = [], set()
-    least = fewest(evaluation.neighbours)[1]
-    if evaluation.num_samples < least:
-        lines.append(
-            f"evaluation.num_samples: {evaluation.num_samples} are too few; with neighbours "
-            f"{evaluation.neighbours} the metrics need {least} or more"
-        )
-    seeds = evaluation.sampling_seeds
-    if len(set(seeds)) < len(seeds):
-        lines.append("evaluation.sampling_seeds: a seed stands twice")
-    if (evaluation.snapshot_seeds or 0) > len(seeds):
-        lines.append(
-            f"evaluation.snapshot_seeds: {evaluation.snapshot_seeds}, but there are {len(seeds)} "
-            "sampling_seeds"
-        )
-    # Resizes of Inception are one network. Without images nothing but its statistics is known.
-    networks = {
-        "inception" if isinstance(model.features.get(name), InceptionFeatures) else name
-        for name in evaluation.extractors
-    }
-    if len(networks) < 2 and (model.data is None or model.data.has_images):
-        lines.append(
-            "evaluation.extractors: name two networks or more; a lead in the features of one may "
-            "vanish in another's"
-        )
-    for name in evaluation.extractors:
-        if name not in model.features:
-            hint = did_you_mean(name, model.features)
-            lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
-        elif model.features[name] is not None:
-            used.add(model.features[name].kind)
-    metric = METRICS.get(evaluation.main_metric)
-    if metric is None:
-        hint = did_you_mean(evaluation.main_metric, METRICS)
-        lines.append(f"evaluation.main_metric: unknown metric {evaluation.main_metric!r}{hint}")
-    elif "shown" in metric.needs and not _captioned(model):
-        lines.append(f"evaluation.main_metric: {metric.name!r} needs captions; data has none")
-    elif used and not used & set(metric.extractors):
-        known = [
-            name
-            for name, other in METRICS.items()
-            if used & set(other.extractors)
-            and other.higher_is_better is not None
-            and ("shown" not in other.needs or _captioned(model))
-        ]
-        lines.append(
-            f"evaluation.main_metric: {metric.name!r} is not for extractors of type "
-            f"{', '.join(sorted(used))}; those have {', '.join(sorted(known))}"
-        )
-    elif metric.higher_is_better is None:
-        lines.append(f"evaluation.main_metric: {_no_direction(metric.name)}")
-    elif (
-        {"statistics", "reference_features"} & {*metric.needs}
-        and evaluation.statistics is None
-        and _only_prompts(model)
-    ):
-        lines.append(
-            f"evaluation.main_metric: {metric.name!r} compares with real images or statistics; "
-            "there are none"
-        )
-    shape = model.data and model.data.image_shape
-    size = model.data and (shape[1] if shape else model.data.resolution)
-    if "inception-patch" in used and size and size < PATCH:
-        lines.append(f"evaluation.extractors: resize: patch looks at {PATCH} pixels, not {size}")
-    if evaluation.statistics is not None:
-        if used and not any(kind.startswith("inception") for kind in used):
-            lines.append("evaluation.statistics: they are for an extractor of type inception")
-        sha256 = "evaluation.statistics_sha256", evaluation.statistics_sha256
-        lines += _check_file("evaluation.statistics", evaluation.statistics, sha256, files)
-    elif evaluation.statistics_sha256 is not None:
-        lines.append("evaluation.statistics_sha256: means nothing without statistics")
-    elif model.data and not model.data.has_images and not _only_prompts(model):
-        lines.append("evaluation.statistics: missing; data has no images to compare with")
-    return lines
+# -- parsing ------------------------------------------------------------------------------------
 
 
-PATCH = 299  # pixels that a patch FID looks at
+def _teacher_class(raw: Any) -> type[TeacherSection]:
+    return ImportedTeacher if isinstance(raw, dict) and "source" in raw else TrainedTeacher
 
 
-def _only_prompts(model: ExperimentModel) -> bool:
-    """Whether there are prompts, and no real images to compare with."""
-    data = model.data
-    return data is not None and data.prompts is not None and not data.has_images
+def _features_class(raw: Any) -> type[FeatureSettings]:
+    kind = raw.get("type") if isinstance(raw, dict) else None
+    return FETCHED.get(kind, FeatureSection)
 
 
-def _captioned(model: ExperimentModel) -> bool:
-    return model.data is not None and model.data.captioned
-
-
-def _no_direction(name: str) -> str:
-    return f"{name!r} is a diagnostic: neither more nor less of it is better"
-
-
-def _check_claims(model: ExperimentModel) -> list[str]:
-    from harness.evaluation.metrics import METRICS
-
-    lines = []
-    names = model.evaluation.extractors if model.evaluation else []
-    kinds = {model.features[name].kind for name in names if model.features.get(name)}
-    for i, claim in enumerate(model.claims or []):
-        for role in ("better", "worse"):
-            name = getattr(claim, role)
-            if name not in model.students:
-                hint = did_you_mean(name, model.students)
-                lines.append(f"claims.{i}.{role}: unknown student {name!r}{hint}")
-        if claim.better == claim.worse:
-            lines.append(f"claims.{i}: {claim.better!r} is both better and worse")
-        if claim.metric is not None and claim.metric not in METRICS:
-            hint = did_you_mean(claim.metric, METRICS)
-            lines.append(f"claims.{i}.metric: unknown metric {claim.metric!r}{hint}")
-        elif claim.metric and METRICS[claim.metric].higher_is_better is None:
-            lines.append(f"claims.{i}.metric: {_no_direction(claim.metric)}")
-        elif claim.metric and "shown" in METRICS[claim.metric].needs and not _captioned(model):
-            lines.append(f"claims.{i}.metric: {claim.metric!r} needs captions; data has none")
-        elif claim.metric and kinds and not kinds & set(METRICS[claim.metric].extractors):
-            lines.append(f"claims.{i}.metric: no extractor has {claim.metric!r}")
-    return lines
-
-
-FLAT = ("clip", *FETCHED)  # feature networks without maps for a discriminator
-
-
-def _check_student(name: str, section: StudentSection, model: ExperimentModel) -> list[str]:
-    from harness.method import get_method
-
-    where, lines = f"students.{name}", []
-    if section.lora is not None and section.freeze != "none":
-        lines.append(f"{where}.lora: adapters leave all weights alone; freeze: means nothing")
-    if section.teacher is not None and section.teacher not in model.teachers:
-        lines.append(
-            f"{where}.teacher: unknown teacher {section.teacher!r}"
-            f"{did_you_mean(section.teacher, model.teachers)}"
-        )
-    try:
-        method = get_method(section.method)
-    except UserError as error:
-        return [*lines, f"{where}.method: {error}"]
-    fields = method.Config.model_fields
-    try:
-        own = method.Config(
-            **shared_settings(model.training.settings, method.Config) | section.settings
-        )
-    except ValidationError as error:
-        # A setting for all is blamed where it stands, once for all students.
-        for line in _messages(error, (), known=lambda location: sorted(fields)):
-            mine = line.split(":")[0].split(".")[0] in section.settings
-            lines.append(f"{where}.settings.{line}" if mine else f"training.settings.{line}")
-        return lines
-    needs = method.requirements(own)
-    if needs.features is not None and needs.features not in model.features:
-        lines.append(
-            f"{where}.settings: feature network {needs.features!r} is not under features"
-            f"{did_you_mean(needs.features, model.features)}"
-        )
-    elif (features := model.features.get(needs.features)) and features.type in FLAT:
-        lines.append(f"{where}.settings: feature network {needs.features!r} gives no feature maps")
-    if needs.real_images and model.data is not None:
-        if not model.data.has_images:
-            lines.append(f"{where}: method {section.method} needs images; data has none")
-        elif model.data.prompts is not None and not model.data.labels:
-            lines.append(
-                f"{where}: method {section.method} needs to know which prompts images show; "
-                "data.labels is false"
-            )
-    return lines + _check_batch(where, own.batch, section.budget, model.training)
-
-
-def _check_batch(
-    where: str, batch: int, own: list[Limit] | None, training: TrainingSection
-) -> list[str]:
-    lines, place = [], f"{where}.budget" if own else "training.budget"
-    if 1 == micro_batch(batch, training.micro_batch) < min(batch, training.micro_batch or 1):
-        lines.append(
-            f"{where}: batch {batch} has no divisor above 1 up to training.micro_batch "
-            f"{training.micro_batch}"
-        )
-    for i, limit in enumerate(own or training.budget):
-        if limit.unit == "images" and limit.amount % batch:
-            low = int(limit.amount // batch) * batch
-            lines.append(
-                f"{place}.{i}.amount: {limit.amount:g} images is not a multiple of the "
-                f"batch {batch} of {where}; the nearest are {low} and {low + batch}"
-            )
-    return lines
-
-
-def _check_shared_settings(model: ExperimentModel) -> list[str]:
-    """A setting for all students must be known to some method, of this experiment or not."""
-    from harness.method import get_method, method_names
-
-    mine = {section.method for _, section in _valid(model.students)}
-    known: set[str] = set()
-    for name in sorted(method_names(), key=lambda name: name not in mine):
-        if name not in mine and known >= set(model.training.settings):
-            break  # a file that nobody uses may be half-written
-        try:
-            known |= set(get_method(name).Config.model_fields)
-        except Exception:
-            if name in mine:
-                raise
-    return [
-        f"training.settings.{key}: no method has this setting{did_you_mean(key, known)}"
-        for key in model.training.settings
-        if key not in known
-    ]
-
-
-# The keys of `data` that mean something, by what the data set is.
-FILES = {"source", "sha256", "labels"}
-
-
-DATA_KEYS = {
-    "an embedded data set": {"name", "held_out"},
-    "a data set with a test set of its own": {"name"} | FILES,
-    "a source": {"name", "held_out", "num_classes", "resolution"} | FILES,
-    "a data set without images": {"name", "num_classes", "image_shape"},
-    "prompts and a source": {"name", "held_out", "resolution"} | FILES | PROMPTS,
-    "prompts without images": {"name", "image_shape"} | PROMPTS,
+# Of sections with named items: the class of an item, given its content.
+ITEMS: dict[str, Callable[[Any], type[Section]]] = {
+    "features": _features_class,
+    "teachers": _teacher_class,
+    "students": lambda raw: StudentSection,
+}
+SECTIONS = {
+    "data": DataSection,
+    "training": TrainingSection,
+    "evaluation": EvaluationSection,
+    "paper": PaperSection,
 }
 
 
-def _check_data(data: DataSection, files: bool) -> list[str]:
-    from harness.data.datasets import EMBEDDED
-    from harness.data.torchvision_sets import OFFICIAL, recognises
+def _parse(raw: dict) -> tuple[Sections, list[Problem]]:
+    """Parse section by section and item by item, so that one error hides no other."""
+    sections, problems = Sections(raw), []
 
-    lines = []
-    if data.source is not None:
-        official = recognises(data.name, Path(data.source).expanduser())
-        kind = "a data set with a test set of its own" if official else "a source"
-        if data.prompts is not None and not official:
-            kind = "prompts and a source"
-    elif data.name in EMBEDDED:
-        kind = "an embedded data set"
-    elif data.image_shape is None and data.name in OFFICIAL:
-        kind = "a data set with a test set of its own"
-    elif (shape := data.image_shape) is not None:
-        kind = "prompts without images" if data.prompts else "a data set without images"
-        if shape[1] != shape[2]:
-            lines.append(f"data.image_shape: channels, height, width, not {list(shape)}")
-    elif data.prompts is not None:
-        return ["data.image_shape: missing; it says what is made of the prompts"]
-    else:
-        hint = did_you_mean(data.name, [*EMBEDDED, *OFFICIAL])
-        return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
-    for key in sorted(data.model_fields_set - DATA_KEYS[kind]):
-        lines.append(f"data.{key}: means nothing for {kind}")
-    for key, (file, sha256) in data.prompt_files.items():
-        lines += _check_file(f"data.{key}", file, (f"data.{key}_sha256", sha256), files)
-    if not data.labels and data.num_classes is not None:
-        lines.append("data.num_classes: means nothing with labels: false")
-    if data.source is not None:
-        sha256 = "data.sha256", data.sha256
-        lines += _check_file("data.source", data.source, sha256, files, folder=True)
-        if data.sha256 and Path(data.source).expanduser().is_dir():
-            lines.append("data.sha256: a folder has none")
-    return lines
-
-
-def _check_trained_here(model: ExperimentModel) -> list[str]:
-    """Teachers and feature networks that cannot be trained on such data."""
-    if model.data is None:
-        return []
-    lines = []
-    for section in ("teachers", "features"):
-        for name, item in _valid(getattr(model, section)):
-            if isinstance(item, ImportedTeacher | PretrainedFeatures):
-                continue
-            if not model.data.has_images:
-                lines.append(f"{section}.{name}: needs images to train on; data has none")
-            elif section == "features" and not model.data.labels:
-                lines.append(f"{section}.{name}: needs labels to train on; data.labels is false")
-            elif model.data.prompts is not None:
-                lines.append(f"{section}.{name}: cannot be trained on prompts; import one")
-    return lines
-
-
-# CLIPs that OpenAI published.
-OPENAI = ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu")
-
-
-def _check_fetched(name: str, section: PretrainedFeatures, files: bool) -> list[str]:
-    """A feature network from elsewhere: where its weights are, and what it is called."""
-    where, lines, weights = f"features.{name}", [], section.weights
-    if weights is not None:
-        if isinstance(section, InceptionFeatures):  # of a known hash
-            if not is_address(weights) and not Path(weights).expanduser().is_file():
-                lines.append(f"{where}.weights: {weights} does not exist")
-        else:
-            sha256 = f"{where}.sha256", section.sha256
-            lines += _check_file(f"{where}.weights", weights, sha256, files)
-    if isinstance(section, ClipFeatures):
-        if weights is None and (section.pretrained != "openai" or section.model not in OPENAI):
-            lines.append(
-                f"{where}.weights: missing; only OpenAI's are known, others are a file or an "
-                "address with its sha256"
-            )
-        if not name.startswith(section.column):
-            lines.append(f"{where}: call it {section.column}, so that its columns say what it is")
-        if section.aesthetic and section.column != "vit-l-14-quickgelu-openai":
-            lines.append(
-                f"{where}.aesthetic: the heads are for ViT-L-14-quickgelu with OpenAI's weights"
-            )
-    return lines
-
-
-def _check_text(name: str, teacher: TrainedTeacher, model: ExperimentModel) -> list[str]:
-    """A teacher trained here takes captions exactly where the data have some."""
-    where, kind = f"teachers.{name}", str(teacher.network.get("type"))
-    captioned = _captioned(model)
-    if model.data is not None and model.data.prompts is not None:
-        return []  # told already
-    if not captioned and kind == "UNet2DConditionModel":
-        return [f"{where}.network.type: {kind} reads captions; data has none"]
-    if not captioned:
-        given = teacher.text_encoder is not None
-        return [f"{where}.text_encoder: means nothing; data has no captions"] * given
-    lines = []
-    if kind != "UNet2DConditionModel":
-        lines.append(f"{where}.network.type: data has captions; UNet2DConditionModel reads them")
-    encoder = model.features.get(teacher.text_encoder)
-    if teacher.text_encoder is None:
-        lines.append(f"{where}.text_encoder: missing; data has captions, and a clip reads them")
-    elif teacher.text_encoder not in model.features:
-        hint = did_you_mean(teacher.text_encoder, model.features)
-        lines.append(f"{where}.text_encoder: {teacher.text_encoder!r} is not under features{hint}")
-    elif encoder is not None and encoder.type != "clip":
-        lines.append(f"{where}.text_encoder: a feature network of type clip, not {encoder.type}")
-    return lines
-
-
-def _check_imported(name: str, teacher: ImportedTeacher, model: ExperimentModel) -> list[str]:
-    """A teacher from elsewhere reads prompts exactly where the data are some."""
-    from harness.networks import ARCHITECTURES, IMPORTED
-
-    where, lines = f"teachers.{name}", []
-    if teacher.pipeline:
-        if teacher.sha256 is not None:
-            lines.append(f"{where}.sha256: means nothing for a pipeline's folder")
-        if model.data is not None and model.data.prompts is None:
-            lines.append(f"{where}: a text-to-image pipeline; data.prompts: missing")
-    elif model.data is not None and model.data.texts:
-        lines.append(f"{where}: data has texts; a text-to-image pipeline of diffusers reads them")
-    if teacher.network is not None:
-        kind = str(teacher.network.get("type"))
-        known = IMPORTED if teacher.pipeline else ARCHITECTURES
-        if kind not in known:
-            hint = did_you_mean(kind, known)
-            lines.append(f"{where}.network.type: unknown network {kind!r}{hint}")
-    return lines
-
-
-def _check_guidance(model: ExperimentModel) -> list[str]:
-    """Guidance asks for a score without condition: a teacher trained here must have learnt one."""
-    blind = {
-        name
-        for name, teacher in _valid(model.teachers)
-        if isinstance(teacher, TrainedTeacher) and not teacher.label_dropout
-    }
-    why = "needs a teacher that knows images without a condition: give it label_dropout"
-    lines = [
-        f"teachers.{name}.sampler.guidance: {why}"
-        for name in sorted(blind)
-        if model.teachers[name].sampler.guidance != 1
-    ]
-    for name, student in _valid(model.students):
-        scale = (model.training.settings | student.settings).get("teacher_guidance", 1)
-        if scale != 1 and (student.teacher or next(iter(model.teachers), None)) in blind:
-            lines.append(f"students.{name}.settings.teacher_guidance: {why}")
-    return lines
-
-
-# What torch.compile builds its kernels with, on a CPU, and the code that starts them, on a GPU.
-COMPILERS = ("g++", "clang++")
-
-
-def _check(model: ExperimentModel, files: bool = True) -> list[str]:
-    """Mistakes that no section shows by itself; `files`: whether what it names must be there."""
-    from harness.networks import ARCHITECTURES
-
-    lines = _check_names(model)
-    if model.data is not None:
-        lines += _check_data(model.data, files)
-    lines += _check_trained_here(model)
-    for name, teacher in _valid(model.teachers):
-        if isinstance(teacher, ImportedTeacher):
-            place, sha256 = f"teachers.{name}.source", (f"teachers.{name}.sha256", teacher.sha256)
-            lines += _check_file(place, teacher.source, sha256, files, folder=True)
-            lines += _check_imported(name, teacher, model)
-            continue
-        lines += _check_text(name, teacher, model)
-        kind = str(teacher.network.get("type"))
-        if kind not in ARCHITECTURES:
-            hint = did_you_mean(kind, ARCHITECTURES)
-            lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
-    for section in ("teachers", "features"):
-        for name, item in _valid(getattr(model, section)):
-            trained = isinstance(item, (TrainedTeacher, FeatureSection))
-            if trained and item.images % item.batch:
-                lines.append(f"{section}.{name}.images: not a multiple of its batch {item.batch}")
-    for name, item in _valid(model.features):
-        if isinstance(item, PretrainedFeatures):
-            lines += _check_fetched(name, item, files)
-    if model.evaluation:
-        lines += _check_evaluation(model.evaluation, model, files)
-    lines += _check_claims(model) + _check_guidance(model)
-    for name, student in _valid(model.students):
-        lines += _check_student(name, student, model)
-    if len(set(model.training.seeds)) < len(model.training.seeds):
-        lines.append("training.seeds: a seed stands twice")
-    if model.training.compile and not any(map(shutil.which, COMPILERS)):
-        lines.append(f"training.compile: needs a C++ compiler, one of {', '.join(COMPILERS)}")
-    lines += _check_shared_settings(model)
-    if model.paper is not None:
-        from harness.reporting.published.catalogue import mistakes
-
-        lines += mistakes(model)
-    return list(dict.fromkeys(lines))
-
-
-def _parse(raw: dict) -> tuple[ExperimentModel, list[str]]:
-    """Validate section by section (and named item by item), so that one mistake hides no other.
-
-    What is wrong or missing is None in the model, a section as well as a named item of one.
-    """
-    values: dict[str, Any] = {}
-    lines: list[str] = []
-
-    def attempt(section_class, value, location: tuple):
+    def attempt(section_class: type[Section], value: Any, key: str) -> Section | None:
         try:
             return section_class.model_validate(value)
         except ValidationError as error:
-            known = partial(_known_keys, model=section_class)
-            lines.extend(_messages(error, location, known))
+            problems.extend(translate(error, section_class, key))
+        return None
 
-    for key, field in ExperimentModel.model_fields.items():
-        section = _section_of(field.annotation)
-        if section is None or key not in raw or not isinstance(raw[key], dict):
-            continue
-        if get_origin(field.annotation) is not dict:
-            values[key] = attempt(section, raw[key], (key,))
-        else:
-            values[key] = {
-                name: attempt(
-                    KINDS[KIND_OF[key](item)] if key in KIND_OF else section,
-                    item,
-                    (key, name),
-                )
-                for name, item in raw[key].items()
-            }
+    for key, section_class in SECTIONS.items():
+        if isinstance(raw.get(key), dict):
+            setattr(sections, key, attempt(section_class, raw[key], key))
+    for key, class_of in ITEMS.items():
+        for name, value in raw[key].items() if isinstance(raw.get(key), dict) else ():
+            item = attempt(class_of(value), value, f"{key}.{name}")
+            if item is not None:
+                getattr(sections, key)[name] = item
     try:
-        return ExperimentModel.model_validate(raw), lines
+        sections.claims = ExperimentFile.model_validate(raw).claims
     except ValidationError as error:
-        lines += _messages(error)
-    training = TrainingSection.model_construct(seeds=[], budget=[])
-    defaults = {"features": {}, "teachers": {}, "students": {}, "name": "unnamed"}
-    defaults["training"] = training
-    values["training"] = values.get("training") or training
-    missing = dict.fromkeys(ExperimentModel.model_fields)
-    return ExperimentModel.model_construct(**(missing | defaults | values)), lines
+        locations = [item["loc"] for item in error.errors()]
+        problems += [
+            problem
+            for problem, location in zip(translate(error, ExperimentFile), locations, strict=True)
+            # Errors inside the sections above are reported already.
+            if len(location) == 1 or location[0] not in {*SECTIONS, *ITEMS}
+        ]
+    return sections, problems
+
+
+def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
+    """A pydantic error of `model` as problems; `prefix` is the key of the validated section."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(filter(None, (prefix, *map(str, item["loc"]))))
+        if item["type"] == "extra_forbidden":
+            hint = did_you_mean(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
+            problems.append(Problem(key, "unknown-key", f"unknown key{hint}"))
+        elif item["type"] == "missing":
+            problems.append(Problem(key, "missing-key", "missing"))
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            message = f"{message}, not {item['input']!r}"
+            problems.append(Problem(key, "invalid-value", message))
+    return problems
+
+
+def _keys_at(model: type[BaseModel] | None, location: tuple) -> list[str]:
+    """The valid keys of the section at a location inside `model`."""
+    for part in location:
+        field_info = model.model_fields.get(part) if model else None
+        if field_info is not None:
+            model = _section_in(field_info.annotation)
+    return sorted(model.model_fields) if model else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as dict[str, StudentSection]."""
+    if get_origin(annotation) is None and isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
+
+
+# -- checking -----------------------------------------------------------------------------------
+
+
+def _check_names(s: Sections) -> list[Problem]:
+    names = [("name", s.raw.get("name")), ("data.name", s.data.name if s.data else None)]
+    names += [(f"{key}.{name}", name) for key, items in s.names.items() for name in items]
+    problems = [
+        Problem(
+            key,
+            "invalid-name",
+            f"use lower-case letters, digits, '.', '_' and '-' in names, not {name!r}",
+        )
+        for key, name in names
+        if isinstance(name, str) and not NAME.fullmatch(name)
+    ]
+    reserved = sorted(RESERVED & set(s.names["students"]))
+    return problems + [
+        Problem(f"students.{name}", "reserved-name", "this name is reserved") for name in reserved
+    ]
+
+
+def _check_training(training: TrainingSection) -> list[Problem]:
+    problems = []
+    if len(set(training.seeds)) < len(training.seeds):
+        problems.append(Problem("training.seeds", "duplicate", "duplicate seed"))
+    if training.compile and not any(map(shutil.which, COMPILERS)):
+        message = f"needs a C++ compiler ({' or '.join(COMPILERS)})"
+        problems.append(Problem("training.compile", "missing-compiler", message))
+    return problems
+
+
+def _check_multiples(s: Sections) -> list[Problem]:
+    problems = []
+    for key in ("teachers", "features"):
+        for name, item in getattr(s, key).items():
+            images, batch = getattr(item, "images", 0), getattr(item, "batch", 1)
+            if images % batch:
+                message = f"not a multiple of its batch {batch}"
+                problems.append(Problem(f"{key}.{name}.images", "batch", message))
+    return problems
+
+
+def _check(s: Sections, files: bool) -> list[Problem]:
+    """Errors that no section shows by itself. `files`: whether the files must exist."""
+    problems = _check_names(s) + _check_multiples(s) + legacy.problems(s, files)
+    if s.training is not None:
+        problems += _check_training(s.training)
+        problems += student_checks.check(
+            s.students, s.training, s.data, s.teachers, s.features, s.names, translate
+        )
+    return problems
+
+
+# -- resolving ----------------------------------------------------------------------------------
+
+
+def _plugin_hashes(s: Sections) -> dict[str, str]:
+    """Hashes of the plug-in files that the data, feature networks and teachers depend on."""
+    return {}
+
+
+def _resolve(s: Sections, raw: dict, results: Path) -> Experiment:
+    file = ExperimentFile.model_validate(raw)
+    students = {
+        name: student_checks.resolve(name, section, s.training, s.teachers)
+        for name, section in s.students.items()
+    }
+    return Experiment(
+        name=file.name,
+        data=s.data,
+        features=s.features,
+        teachers=s.teachers,
+        students=students,
+        training=s.training,
+        evaluation=s.evaluation,
+        paper=s.paper,
+        claims=s.claims,
+        device_setting=file.device,
+        process_setting=file.processes,
+        raw=raw,
+        paths=Paths(results / file.name),
+        plugin_hashes=_plugin_hashes(s),
+    )
+
+
+def _load_plugins(raw: dict) -> None:
+    plugins = raw.get("plugins")
+    for path in plugins if isinstance(plugins, list) else ():
+        load_plugin(Path(str(path)))
 
 
 def parse_experiment(
     raw: dict, source: str, results: Path = Path("results"), files: bool = True
 ) -> Experiment:
-    """Validate a resolved experiment; every mistake stands in the one error that is raised.
+    """Validate a resolved configuration; all its errors are in the `ConfigError` that is raised.
 
-    `files`: whether the files that it names must be there.
+    `files`: whether the files that it names must exist.
     """
-    model, lines = _parse(raw)
-    lines = list(dict.fromkeys(lines + _check(model, files)))
-    if lines:
-        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise UserError("\n  ".join([f"{source}: {count}", *lines]))
-    return Experiment(model, raw, results)
+    _load_plugins(raw)
+    sections, problems = _parse(raw)
+    problems += _check(sections, files)
+    if problems:
+        raise ConfigError(source, problems)
+    return _resolve(sections, raw, results)
 
 
 def load_experiment(
@@ -598,10 +266,21 @@ def load_experiment(
     results: Path = Path("results"),
     files: bool = True,
 ) -> Experiment:
-    """The experiment in a file (or several, later ones on top); `overrides` go on top of them."""
+    """The experiment in a file (or in several, later ones override earlier ones). `overrides`
+    override all of them."""
     paths = [Path(p) for p in (paths if isinstance(paths, list) else [paths])]
     raw: dict = {}
     for path in paths:
-        raw = merge(raw, resolve(path))
+        raw = merge(raw, read_experiment(path))
     raw = merge(raw, overrides or {})
     return parse_experiment(raw, " + ".join(map(str, paths)), results, files)
+
+
+def load_snapshot(path: Path, results: Path = Path("results")) -> Experiment:
+    """The experiment in a snapshot of a validated configuration; only the schema is checked."""
+    raw = read_yaml(path)
+    _load_plugins(raw)
+    sections, problems = _parse(raw)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return _resolve(sections, raw, results)

@@ -126,9 +126,9 @@ class PairJob:
 class Scoring:
     """How an experiment scores any set of images.
 
-    extractors: name -> (settings, folder) of each feature network, in order. statistics_extractor:
-    the one that `evaluation.statistics` belongs to. checkpoint_seconds: time between two writes of
-    an unfinished job.
+    extractors: name -> (settings, folder) of each feature network, in order. checkpoint_seconds:
+    time between two writes of an unfinished job. fingerprint: without the metrics, which
+    `harness.evaluation` adds.
     """
 
     experiment: str
@@ -136,7 +136,6 @@ class Scoring:
     data: Path
     data_section: DataSection
     extractors: Mapping[str, tuple[Any, Path]]
-    statistics_extractor: str | None
     checkpoint_seconds: float
     device: str
     fingerprint: dict
@@ -163,4 +162,3 @@ class ReferenceScoring:
     section: TeacherSection
     teacher: Path
     output: Path
-    fingerprint: dict

@@ -1,4 +1,4 @@
-"""Read experiment files: YAML, `extends:`, overrides."""
+"""Read experiment files: YAML, `extends`, overrides."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from harness.errors import UserError
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML mapping; a key that stands twice is refused, since one would silently vanish."""
+    """The mapping in a YAML (or JSON) file. Duplicate keys are rejected: YAML keeps only one."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
-    def mapping(loader, node, deep=False):
+    def construct_mapping(loader, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag.endswith(":merge"):  # <<: *anchor
@@ -23,31 +23,31 @@ def read_yaml(path: Path) -> dict:
             key = loader.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise UserError(f"{path}: line {line}: key {key!r} stands twice")
+                raise UserError(f"{path}: line {line}: duplicate key {key!r}", "duplicate-key")
             seen.add(key)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep)
+        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
-    Loader.add_constructor(
-        yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-        lambda loader, node: mapping(loader, node, deep=True),
-    )
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
     try:
         text = Path(path).read_text(encoding="utf-8")
-        # A snapshot of a resolved experiment: YAML 1.1 would read its 1e-06 as text.
+        # JSON for snapshots: YAML 1.1 reads 1e-06 as text.
         value = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader)
     except OSError:
-        raise UserError(f"{path}: no such experiment file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: experiment file not found", "missing-file") from None
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: invalid YAML: {reason}", "invalid-yaml") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: an experiment file holds keys and values, not {value!r}")
+        raise UserError(
+            f"{path}: expected a mapping of keys to values, got {value!r}", "invalid-yaml"
+        )
     return value
 
 
-def merge(base: dict, over: dict) -> dict:
-    """`over` on top of `base`, mapping by mapping; a null removes the key."""
+def merge(base: dict, overrides: dict) -> dict:
+    """`overrides` on top of `base`, recursively; a null removes the key."""
     merged = dict(base)
-    for key, value in over.items():
+    for key, value in overrides.items():
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -57,15 +57,15 @@ def merge(base: dict, over: dict) -> dict:
     return merged
 
 
-def resolve(path: Path, _chain: tuple[Path, ...] = ()) -> dict:
-    """The file's content with `extends: other.yaml` (relative to the file) merged underneath."""
-    path = Path(str(path))
-    if path.resolve() in _chain:
-        raise UserError(f"{path}: extends: leads back to the file itself")
+def read_experiment(path: Path, _parents: tuple[Path, ...] = ()) -> dict:
+    """The content of a file on top of the file that `extends` names (relative to it)."""
+    path = Path(path)
+    if path.resolve() in _parents:
+        raise UserError(f"{path}: extends: circular reference", "circular-extends")
     raw = read_yaml(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
     if not isinstance(base, str):
-        raise UserError(f"{path}: extends: names one file, not {base!r}")
-    return merge(resolve(path.parent / base, (*_chain, path.resolve())), raw)
+        raise UserError(f"{path}: extends: expected one file name, got {base!r}", "invalid-value")
+    return merge(read_experiment(path.parent / base, (*_parents, path.resolve())), raw)

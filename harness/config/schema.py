@@ -6,18 +6,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field
 
-from harness.io.artifacts import settings_but
 from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-
-
 Positive = Annotated[int, Field(gt=0)]
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]  # Adam's
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+PROMPT_SETS = ("prompts", "evaluation_prompts")
+PROMPT_KEYS = {f"{key}{suffix}" for key in PROMPT_SETS for suffix in ("", "_sha256")}
 
 
 class Section(BaseModel):
@@ -25,25 +23,25 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """An embedded data set or a well-known one (its name alone), one of image files (`source`), or
-    no more than what the images would be (`image_shape`), for an experiment that needs none.
+    """The data set: a registered one (`name` alone), image files (`source`), or only the shape of
+    its images (`image_shape`) for an experiment that needs none.
 
-    With `prompts` images are made of texts, and labels of images in `source` are prompts' numbers.
-    Files are paths, relative to the working directory, or addresses with their sha256.
+    With `prompts` the images belong to texts, and labels in `source` are line numbers of prompts.
+    Files are paths relative to the working directory, or URLs with their sha256.
     """
 
     name: str
-    held_out: float = Field(0.2, ge=0, lt=1, description="fraction of each class held out")
-    source: str | None = Field(None, min_length=1, description="zip or folder in EDM's layout")
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of that one file")
-    labels: bool = Field(True, description="false: without classes, whatever the source says")
+    held_out: float = Field(0.2, ge=0, lt=1, description="fraction of each class to hold out")
+    source: str | None = Field(None, min_length=1, description="zip or folder of images")
+    sha256: Sha256 | None = Field(None, description="of `source`, if it is one file")
+    labels: bool = Field(True, description="false: ignore the source's labels")
     num_classes: Positive | None = Field(None, description="default: the largest label + 1")
-    resolution: Positive | None = Field(None, description="what the images must have")
+    resolution: Positive | None = Field(None, description="width that the images must have")
     image_shape: tuple[Positive, Positive, Positive] | None = Field(None, description="C, H, W")
-    prompts: str | None = Field(None, min_length=1, description="a text file, one prompt a line")
-    prompts_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    evaluation_prompts: str | None = Field(None, min_length=1, description="default: the same")
-    evaluation_prompts_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    prompts: str | None = Field(None, min_length=1, description="text file, one prompt per line")
+    prompts_sha256: Sha256 | None = None
+    evaluation_prompts: str | None = Field(None, min_length=1, description="default: `prompts`")
+    evaluation_prompts_sha256: Sha256 | None = None
 
     @property
     def has_images(self) -> bool:
@@ -51,19 +49,18 @@ class DataSection(Section):
 
     @property
     def prompt_files(self) -> dict[str, tuple[str, str | None]]:
-        """Key -> file and sha256 of each prompt set."""
-        keys = ("prompts", "evaluation_prompts")
-        given = {key: (getattr(self, key), getattr(self, f"{key}_sha256")) for key in keys}
-        return {key: file for key, file in given.items() if file[0] is not None}
+        """Key -> (file, sha256) of each prompt set."""
+        files = {key: (getattr(self, key), getattr(self, f"{key}_sha256")) for key in PROMPT_SETS}
+        return {key: file for key, file in files.items() if file[0] is not None}
 
     @property
     def captioned(self) -> bool:
-        """Whether its images have captions that a program can check."""
+        """Whether a program can check the images' captions."""
         return self.name == "captioned-digits" and self.source is None
 
     @property
     def texts(self) -> bool:
-        """Whether what its images are asked for is a text."""
+        """Whether images are generated from texts."""
         return self.captioned or self.prompts is not None
 
 
@@ -80,7 +77,10 @@ class Grid(Section):
 
 
 class Sampler(Section):
-    """EDM's Heun sampler (Karras et al. 2022): deterministic, or stochastic with `s_churn`."""
+    """EDM's Heun sampler (Karras et al. 2022): deterministic, or stochastic with `s_churn`.
+
+    The fields are keyword arguments of `harness.sampling.heun`.
+    """
 
     steps: Positive = 18
     sigma_min: float = Field(SIGMA_MIN, gt=0)
@@ -90,42 +90,37 @@ class Sampler(Section):
     s_min: float = Field(0.0, ge=0)
     s_max: float | None = Field(None, gt=0)
     s_noise: float = Field(1.0, gt=0)
-    guidance: float = Field(1.0, ge=0, description="classifier-free; 1: none")
-
-    def settings(self) -> dict:
-        """As `harness.sampling.heun` takes them. A key that came later is left out where it keeps
-        its default: finished results outlive it."""
-        return settings_but(self, {"guidance"})
+    guidance: float = Field(1.0, ge=0, description="scale of classifier-free guidance; 1: off")
 
     @property
     def nfe(self) -> int:
-        """Network evaluations for an image; guidance takes two for each."""
+        """Network evaluations per image; guidance doubles them."""
         return (2 * self.steps - 1) * (1 if self.guidance == 1 else 2)
 
 
 class TeacherSection(Section):
-    """What every teacher has; `sampler` makes its rows in the table."""
+    """Keys of every teacher. `sampler` generates its rows in the tables."""
 
     sampler: Sampler = Sampler()
 
 
-# Networks that read texts: of a pipeline where they are imported.
+# Networks of text-to-image pipelines, for a pipeline's folder that is not downloaded yet.
 PIPELINE_NETWORKS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 
 
 class ImportedTeacher(TeacherSection):
-    """A teacher from elsewhere: a denoiser folder, an official EDM pickle or an address of one, or
-    the folder of a text-to-image pipeline of diffusers."""
+    """An existing teacher: a denoiser folder, an official EDM pickle (file or URL), or the folder
+    of a diffusers text-to-image pipeline."""
 
     source: str
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256 | None = None
     network: dict[str, Any] | None = Field(
-        None, description="what it must hold; tells `plan` before the file is there"
+        None, description="the network it must contain; `plan` uses it before the file exists"
     )
 
     @property
     def pipeline(self) -> bool:
-        """Whether it is a pipeline, by its folder or, where there is none yet, by its network."""
+        """Whether it is a pipeline, judged by its folder or, before that exists, its network."""
         folder = Path(self.source).expanduser()
         if folder.exists():
             return (folder / "model_index.json").is_file()
@@ -133,20 +128,15 @@ class ImportedTeacher(TeacherSection):
 
 
 class Switches(Section):
-    """How a training loop goes about its arithmetic; results differ by rounding."""
+    """How a training loop computes; results differ by rounding only."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = Field(False, description="memory format of the networks' weights")
-    compile: bool = Field(False, description="denoisers, by torch.compile with static shapes")
+    compile: bool = Field(False, description="torch.compile for denoisers, static shapes")
     gradient_checkpointing: bool = Field(
-        False, description="diffusers' networks compute again what a backward pass needs"
+        False, description="recompute activations of diffusers networks in backward passes"
     )
-    micro_batch: Positive | None = Field(None, description="images at a time, at most")
-
-
-# Keys of a teacher that came later: left out of its spec where they keep their defaults, so that
-# finished teachers outlive them.
-LATER = {*Switches.model_fields, "augment", "text_encoder", "betas"}
+    micro_batch: Positive | None = Field(None, description="largest number of images at a time")
 
 
 class TrainedTeacher(TeacherSection, Switches):
@@ -167,24 +157,9 @@ class TrainedTeacher(TeacherSection, Switches):
     label_dropout: float = Field(0.0, ge=0, lt=1)
     augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations")
     text_encoder: str | None = Field(
-        None, description="a CLIP of the experiment; it reads captions"
+        None, description="a CLIP under `features` that encodes the captions"
     )
     seed: int = Field(0, ge=0)
-
-
-def _given(value: Any) -> dict:
-    """The keys of an item, parsed or not; none for what is no section at all."""
-    return value if isinstance(value, dict) else getattr(value, "__dict__", {})
-
-
-def _teacher_kind(value: Any) -> str:
-    return "<imported>" if "source" in _given(value) else "<trained>"
-
-
-AnyTeacher = Annotated[
-    Annotated[TrainedTeacher, Tag("<trained>")] | Annotated[ImportedTeacher, Tag("<imported>")],
-    Discriminator(_teacher_kind),
-]
 
 
 class FeatureSettings(Section):
@@ -289,35 +264,8 @@ FETCHED = {
 }
 
 
-def _features_kind(value: Any) -> str:
-    kind = _given(value).get("type")
-    return f"<{kind}>" if isinstance(kind, str) and kind in FETCHED else "<learned>"
-
-
-AnyFeatures = Annotated[
-    Annotated[FeatureSection, Tag("<learned>")]
-    | Annotated[InceptionFeatures, Tag("<inception>")]
-    | Annotated[ClipFeatures, Tag("<open-clip>")]
-    | Annotated[DinoFeatures, Tag("<dinov2>")]
-    | Annotated[LiteFeatures, Tag("<efficientnet-lite>")],
-    Discriminator(_features_kind),
-]
-
-
-# Where a named item is one of several sections: what tells which, and the sections by their tags.
-KIND_OF = {"teachers": _teacher_kind, "features": _features_kind}
-
-
-KINDS = {
-    "<trained>": TrainedTeacher,
-    "<imported>": ImportedTeacher,
-    "<learned>": FeatureSection,
-    **{f"<{kind}>": section for kind, section in FETCHED.items()},
-}
-
-
 class LoraSection(Section):
-    """Adapters that train in place of a student's and its fake score's weights."""
+    """Low-rank adapters that train instead of a student's and its fake score's weights."""
 
     rank: Positive
     alpha: float | None = Field(None, gt=0, description="default: the rank")
@@ -333,11 +281,12 @@ class StudentSection(Section):
     freeze: Literal["none", "innate"] = "none"
     lora: LoraSection | None = None
     settings: dict[str, Any] = {}
-    budget: list[Limit] | None = Field(None, min_length=1, description="in place of all students'")
+    budget: list[Limit] | None = Field(None, min_length=1, description="default: training.budget")
 
 
 class TrainingSection(Switches):
-    """What all students share. `settings` overrides method defaults; a student's own win."""
+    """What all students share. `settings` overrides method defaults; a student's own settings
+    override both."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     budget: list[Limit] = Field(min_length=1)
@@ -351,38 +300,39 @@ class TrainingSection(Switches):
 class EvaluationSection(Section):
     num_samples: Positive = 2000
     sampling_seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        [0, 1, 2], min_length=1, description="each a range of noise of its own"
+        [0, 1, 2], min_length=1, description="one range of noise each"
     )
     snapshot_seeds: Positive | None = Field(
-        None, description="how many of them score a snapshot before the last; default: all"
+        None, description="sampling seeds for snapshots before the last; default: all"
     )
     extractors: list[str] = Field(min_length=1)
     main_metric: str = "fd"
     statistics: str | None = Field(
-        None, min_length=1, description=".npz with mu, sigma: an FID's reference (not the data's)"
+        None, min_length=1, description=".npz with mu and sigma: reference statistics of an FID"
     )
-    statistics_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    statistics_sha256: Sha256 | None = None
     neighbours: Positive = 3
     grid_samples: Positive = 100
-    block: Positive = Field(256, description="images that are sampled at a time; of pairs, too")
+    block: Positive = Field(256, description="images per sampling batch, also for teacher pairs")
 
     def seeds_of_snapshot(self, final: bool) -> list[int]:
-        """The sampling seeds with which a snapshot is scored."""
+        """Sampling seeds that score a snapshot."""
         return self.sampling_seeds if final else self.sampling_seeds[: self.snapshot_seeds]
 
 
 class PublishedName(Section):
-    """What the published tables call a student; no variant: the rows that name none."""
+    """A student's name in the published tables. Without `variant`: the rows that have none."""
 
     method: str
     variant: str | None = None
 
 
 class PaperSection(Section):
-    """The published numbers that an experiment is compared with.
+    """Published numbers to compare the experiment with.
 
-    `setting`: how far the experiment's settings are the papers'. `methods`: students (or teachers,
-    by their row's name) whose published names differ.
+    setting: how close the experiment's settings are to the papers'. methods: published names of
+    students or of teacher rows whose names differ from the defaults in
+    `harness.reporting.published`.
     """
 
     dataset: str
@@ -392,8 +342,8 @@ class PaperSection(Section):
 
 
 class ClaimSection(Section):
-    """A published claim, as a comparison of two students: `better` is the one that it says wins in
-    `metric` (default: the main one). `reported`: what the source gives for it, in words."""
+    """A published claim as a comparison of two students: `better` beats `worse` in `metric`
+    (default: the main metric). `reported`: the source's evidence, in words."""
 
     claim: str = Field(min_length=1)
     source: str = Field(min_length=1)
@@ -403,15 +353,19 @@ class ClaimSection(Section):
     metric: str | None = None
 
 
-class ExperimentModel(Section):
+class ExperimentFile(Section):
+    """An experiment file. Feature networks and teachers are parsed one by one in
+    `harness.validation`, since their keys depend on their type."""
+
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     processes: Literal["auto"] | Positive = Field(
-        "auto", description="that share a job, one on each GPU; auto: all GPUs there are, or 1"
+        "auto", description="processes per job, one GPU each; auto: all GPUs, or 1 on CPU"
     )
+    plugins: list[str] = Field([], description="Python files that register more classes")
     data: DataSection
-    features: dict[str, AnyFeatures]
-    teachers: dict[str, AnyTeacher] = Field(min_length=1)
+    features: dict[str, Any]
+    teachers: dict[str, Any] = Field(min_length=1)
     students: dict[str, StudentSection] = Field(min_length=1)
     training: TrainingSection
     evaluation: EvaluationSection
@@ -420,9 +374,5 @@ class ExperimentModel(Section):
 
 
 def micro_batch(batch: int, limit: int | None) -> int:
-    """The largest divisor of a batch that is no larger than the limit."""
+    """The largest divisor of a batch up to a limit (None: the whole batch)."""
     return next(n for n in range(min(batch, limit or batch), 0, -1) if batch % n == 0)
-
-
-# Keys of `data` that name prompts.
-PROMPTS = {f"{key}{end}" for key in ("prompts", "evaluation_prompts") for end in ("", "_sha256")}

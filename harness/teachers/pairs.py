@@ -34,7 +34,7 @@ def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
 
     `alone`: whether its seconds were measured without other work beside it.
     """
-    teacher_name, count, _ = experiment.pair_sets[name]
+    teacher_name, count = experiment.pair_sets[name].teacher, experiment.pair_sets[name].count
     folder, device = experiment.pairs_dir(name), experiment.device
     sampler = experiment.pair_sampler(name)
     made_by = experiment.teacher_dir(teacher_name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -253,7 +253,7 @@ def _images(limits: list[dict], flops_per_image: float, pair_flops: float) -> fl
 
 def estimate(experiment: Experiment, student: str) -> Estimate:
     """Count one student's iterations on meta tensors."""
-    experiment.device_setting = "meta"
+    experiment = replace(experiment, device_setting="meta")
     with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
         inputs = stand_in_inputs(experiment, student, images=2)
         run = assemble(experiment, student, 0, inputs, Path(folder), "plan")
@@ -458,7 +458,7 @@ def _teacher_work(experiment: Experiment, name: str) -> Work:
 
 
 def _pairs_work(experiment: Experiment, name: str) -> Work:
-    of, pairs, _ = experiment.pair_sets[name]
+    of, pairs = experiment.pair_sets[name].teacher, experiment.pair_sets[name].count
     teacher, inputs = _teacher(experiment, of)
     evaluations = pairs * experiment.pair_sampler(name).nfe
     return Work(_passing(teacher, *inputs)[0] * evaluations, _weights(teacher))

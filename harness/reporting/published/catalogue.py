@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from harness.config.experiment import Experiment
-from harness.config.schema import ExperimentModel, ImportedTeacher, PaperSection
+from harness.config.schema import ImportedTeacher, PaperSection
 from harness.errors import did_you_mean
 from harness.io.artifacts import read_json
 
@@ -221,7 +221,7 @@ def runs_of(experiment: Experiment, entry: dict) -> list[str]:
     ]
 
 
-def mistakes(model: ExperimentModel) -> list[str]:
+def mistakes(model) -> list[str]:
     """What an experiment's `paper:` names that was never published."""
     paper = model.paper
     entries = [entry for entry in published() if entry["dataset"] == paper.dataset]

@@ -78,7 +78,7 @@ rule teacher:
 
 rule pairs:
     input:
-        lambda w: f"{E.root}/teachers/{E.pair_sets[w.pairs][0]}/teacher.json",
+        lambda w: f"{E.root}/teachers/{E.pair_sets[w.pairs].teacher}/teacher.json",
     output:
         f"{E.root}/pairs/{{pairs}}/pairs.json",
     log:

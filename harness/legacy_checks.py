@@ -1,0 +1,357 @@
+"""Load an experiment: parse the files, run every package's checks, report all errors together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import (
+    FETCHED,
+    ClipFeatures,
+    DataSection,
+    EvaluationSection,
+    ImportedTeacher,
+    InceptionFeatures,
+    PretrainedFeatures,
+    TrainedTeacher,
+)
+from harness.config.schema import (
+    PROMPT_KEYS as PROMPTS,
+)
+from harness.errors import Problem, did_you_mean
+from harness.io.downloads import is_address
+
+
+def _valid(items: dict) -> list[tuple[str, Any]]:
+    """The named items of a section that are right by themselves."""
+    return list(items.items())
+
+
+def _check_file(
+    place: str, source: str, sha256: tuple[str, str | None], files: bool, folder: bool = False
+) -> list[str]:
+    """What comes from elsewhere: it is there, or it can be downloaded and checked.
+
+    `sha256`: its key and value; `folder`: it may be one.
+    """
+    if is_address(source):
+        return [] if sha256[1] else [f"{sha256[0]}: missing; a download is checked by its hash"]
+    path = Path(source).expanduser()
+    if not path.exists():
+        return [f"{place}: {source} does not exist"] if files else []
+    return [f"{place}: {source} is a folder"] if path.is_dir() and not folder else []
+
+
+def _check_evaluation(evaluation: EvaluationSection, model: Any, files: bool) -> list[str]:
+    from harness.evaluation.metrics import METRICS, fewest
+
+    lines, used = [], set()
+    least = fewest(evaluation.neighbours)[1]
+    if evaluation.num_samples < least:
+        lines.append(
+            f"evaluation.num_samples: {evaluation.num_samples} are too few; with neighbours "
+            f"{evaluation.neighbours} the metrics need {least} or more"
+        )
+    seeds = evaluation.sampling_seeds
+    if len(set(seeds)) < len(seeds):
+        lines.append("evaluation.sampling_seeds: a seed stands twice")
+    if (evaluation.snapshot_seeds or 0) > len(seeds):
+        lines.append(
+            f"evaluation.snapshot_seeds: {evaluation.snapshot_seeds}, but there are {len(seeds)} "
+            "sampling_seeds"
+        )
+    # Resizes of Inception are one network. Without images nothing but its statistics is known.
+    networks = {
+        "inception" if isinstance(model.features.get(name), InceptionFeatures) else name
+        for name in evaluation.extractors
+    }
+    if len(networks) < 2 and (model.data is None or model.data.has_images):
+        lines.append(
+            "evaluation.extractors: name two networks or more; a lead in the features of one may "
+            "vanish in another's"
+        )
+    for name in evaluation.extractors:
+        if name not in model.features:
+            hint = did_you_mean(name, model.features)
+            lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
+        elif model.features[name] is not None:
+            used.add(model.features[name].kind)
+    metric = METRICS.get(evaluation.main_metric)
+    if metric is None:
+        hint = did_you_mean(evaluation.main_metric, METRICS)
+        lines.append(f"evaluation.main_metric: unknown metric {evaluation.main_metric!r}{hint}")
+    elif "shown" in metric.needs and not _captioned(model):
+        lines.append(f"evaluation.main_metric: {metric.name!r} needs captions; data has none")
+    elif used and not used & set(metric.extractors):
+        known = [
+            name
+            for name, other in METRICS.items()
+            if used & set(other.extractors)
+            and other.higher_is_better is not None
+            and ("shown" not in other.needs or _captioned(model))
+        ]
+        lines.append(
+            f"evaluation.main_metric: {metric.name!r} is not for extractors of type "
+            f"{', '.join(sorted(used))}; those have {', '.join(sorted(known))}"
+        )
+    elif metric.higher_is_better is None:
+        lines.append(f"evaluation.main_metric: {_no_direction(metric.name)}")
+    elif (
+        {"statistics", "reference_features"} & {*metric.needs}
+        and evaluation.statistics is None
+        and _only_prompts(model)
+    ):
+        lines.append(
+            f"evaluation.main_metric: {metric.name!r} compares with real images or statistics; "
+            "there are none"
+        )
+    shape = model.data and model.data.image_shape
+    size = model.data and (shape[1] if shape else model.data.resolution)
+    if "inception-patch" in used and size and size < PATCH:
+        lines.append(f"evaluation.extractors: resize: patch looks at {PATCH} pixels, not {size}")
+    if evaluation.statistics is not None:
+        if used and not any(kind.startswith("inception") for kind in used):
+            lines.append("evaluation.statistics: they are for an extractor of type inception")
+        sha256 = "evaluation.statistics_sha256", evaluation.statistics_sha256
+        lines += _check_file("evaluation.statistics", evaluation.statistics, sha256, files)
+    elif evaluation.statistics_sha256 is not None:
+        lines.append("evaluation.statistics_sha256: means nothing without statistics")
+    elif model.data and not model.data.has_images and not _only_prompts(model):
+        lines.append("evaluation.statistics: missing; data has no images to compare with")
+    return lines
+
+
+PATCH = 299  # pixels that a patch FID looks at
+
+
+def _only_prompts(model: Any) -> bool:
+    """Whether there are prompts, and no real images to compare with."""
+    data = model.data
+    return data is not None and data.prompts is not None and not data.has_images
+
+
+def _captioned(model: Any) -> bool:
+    return model.data is not None and model.data.captioned
+
+
+def _no_direction(name: str) -> str:
+    return f"{name!r} is a diagnostic: neither more nor less of it is better"
+
+
+def _check_claims(model: Any) -> list[str]:
+    from harness.evaluation.metrics import METRICS
+
+    lines = []
+    names = model.evaluation.extractors if model.evaluation else []
+    kinds = {model.features[name].kind for name in names if model.features.get(name)}
+    for i, claim in enumerate(model.claims or []):
+        for role in ("better", "worse"):
+            name = getattr(claim, role)
+            if name not in model.students:
+                hint = did_you_mean(name, model.students)
+                lines.append(f"claims.{i}.{role}: unknown student {name!r}{hint}")
+        if claim.better == claim.worse:
+            lines.append(f"claims.{i}: {claim.better!r} is both better and worse")
+        if claim.metric is not None and claim.metric not in METRICS:
+            hint = did_you_mean(claim.metric, METRICS)
+            lines.append(f"claims.{i}.metric: unknown metric {claim.metric!r}{hint}")
+        elif claim.metric and METRICS[claim.metric].higher_is_better is None:
+            lines.append(f"claims.{i}.metric: {_no_direction(claim.metric)}")
+        elif claim.metric and "shown" in METRICS[claim.metric].needs and not _captioned(model):
+            lines.append(f"claims.{i}.metric: {claim.metric!r} needs captions; data has none")
+        elif claim.metric and kinds and not kinds & set(METRICS[claim.metric].extractors):
+            lines.append(f"claims.{i}.metric: no extractor has {claim.metric!r}")
+    return lines
+
+
+FLAT = ("clip", *FETCHED)  # feature networks without maps for a discriminator
+
+
+# The keys of `data` that mean something, by what the data set is.
+FILES = {"source", "sha256", "labels"}
+
+
+DATA_KEYS = {
+    "an embedded data set": {"name", "held_out"},
+    "a data set with a test set of its own": {"name"} | FILES,
+    "a source": {"name", "held_out", "num_classes", "resolution"} | FILES,
+    "a data set without images": {"name", "num_classes", "image_shape"},
+    "prompts and a source": {"name", "held_out", "resolution"} | FILES | PROMPTS,
+    "prompts without images": {"name", "image_shape"} | PROMPTS,
+}
+
+
+def _check_data(data: DataSection, files: bool) -> list[str]:
+    from harness.data.datasets import EMBEDDED
+    from harness.data.torchvision_sets import OFFICIAL, recognises
+
+    lines = []
+    if data.source is not None:
+        official = recognises(data.name, Path(data.source).expanduser())
+        kind = "a data set with a test set of its own" if official else "a source"
+        if data.prompts is not None and not official:
+            kind = "prompts and a source"
+    elif data.name in EMBEDDED:
+        kind = "an embedded data set"
+    elif data.image_shape is None and data.name in OFFICIAL:
+        kind = "a data set with a test set of its own"
+    elif (shape := data.image_shape) is not None:
+        kind = "prompts without images" if data.prompts else "a data set without images"
+        if shape[1] != shape[2]:
+            lines.append(f"data.image_shape: channels, height, width, not {list(shape)}")
+    elif data.prompts is not None:
+        return ["data.image_shape: missing; it says what is made of the prompts"]
+    else:
+        hint = did_you_mean(data.name, [*EMBEDDED, *OFFICIAL])
+        return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
+    for key in sorted(data.model_fields_set - DATA_KEYS[kind]):
+        lines.append(f"data.{key}: means nothing for {kind}")
+    for key, (file, sha256) in data.prompt_files.items():
+        lines += _check_file(f"data.{key}", file, (f"data.{key}_sha256", sha256), files)
+    if not data.labels and data.num_classes is not None:
+        lines.append("data.num_classes: means nothing with labels: false")
+    if data.source is not None:
+        sha256 = "data.sha256", data.sha256
+        lines += _check_file("data.source", data.source, sha256, files, folder=True)
+        if data.sha256 and Path(data.source).expanduser().is_dir():
+            lines.append("data.sha256: a folder has none")
+    return lines
+
+
+def _check_trained_here(model: Any) -> list[str]:
+    """Teachers and feature networks that cannot be trained on such data."""
+    if model.data is None:
+        return []
+    lines = []
+    for section in ("teachers", "features"):
+        for name, item in _valid(getattr(model, section)):
+            if isinstance(item, ImportedTeacher | PretrainedFeatures):
+                continue
+            if not model.data.has_images:
+                lines.append(f"{section}.{name}: needs images to train on; data has none")
+            elif section == "features" and not model.data.labels:
+                lines.append(f"{section}.{name}: needs labels to train on; data.labels is false")
+            elif model.data.prompts is not None:
+                lines.append(f"{section}.{name}: cannot be trained on prompts; import one")
+    return lines
+
+
+# CLIPs that OpenAI published.
+OPENAI = ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu")
+
+
+def _check_fetched(name: str, section: PretrainedFeatures, files: bool) -> list[str]:
+    """A feature network from elsewhere: where its weights are, and what it is called."""
+    where, lines, weights = f"features.{name}", [], section.weights
+    if weights is not None:
+        if isinstance(section, InceptionFeatures):  # of a known hash
+            if not is_address(weights) and not Path(weights).expanduser().is_file():
+                lines.append(f"{where}.weights: {weights} does not exist")
+        else:
+            sha256 = f"{where}.sha256", section.sha256
+            lines += _check_file(f"{where}.weights", weights, sha256, files)
+    if isinstance(section, ClipFeatures):
+        if weights is None and (section.pretrained != "openai" or section.model not in OPENAI):
+            lines.append(
+                f"{where}.weights: missing; only OpenAI's are known, others are a file or an "
+                "address with its sha256"
+            )
+        if not name.startswith(section.column):
+            lines.append(f"{where}: call it {section.column}, so that its columns say what it is")
+        if section.aesthetic and section.column != "vit-l-14-quickgelu-openai":
+            lines.append(
+                f"{where}.aesthetic: the heads are for ViT-L-14-quickgelu with OpenAI's weights"
+            )
+    return lines
+
+
+def _check_text(name: str, teacher: TrainedTeacher, model: Any) -> list[str]:
+    """A teacher trained here takes captions exactly where the data have some."""
+    where, kind = f"teachers.{name}", str(teacher.network.get("type"))
+    captioned = _captioned(model)
+    if model.data is not None and model.data.prompts is not None:
+        return []  # told already
+    if not captioned and kind == "UNet2DConditionModel":
+        return [f"{where}.network.type: {kind} reads captions; data has none"]
+    if not captioned:
+        given = teacher.text_encoder is not None
+        return [f"{where}.text_encoder: means nothing; data has no captions"] * given
+    lines = []
+    if kind != "UNet2DConditionModel":
+        lines.append(f"{where}.network.type: data has captions; UNet2DConditionModel reads them")
+    encoder = model.features.get(teacher.text_encoder)
+    if teacher.text_encoder is None:
+        lines.append(f"{where}.text_encoder: missing; data has captions, and a clip reads them")
+    elif teacher.text_encoder not in model.features:
+        hint = did_you_mean(teacher.text_encoder, model.features)
+        lines.append(f"{where}.text_encoder: {teacher.text_encoder!r} is not under features{hint}")
+    elif encoder is not None and encoder.type != "clip":
+        lines.append(f"{where}.text_encoder: a feature network of type clip, not {encoder.type}")
+    return lines
+
+
+def _check_imported(name: str, teacher: ImportedTeacher, model: Any) -> list[str]:
+    """A teacher from elsewhere reads prompts exactly where the data are some."""
+    from harness.networks import ARCHITECTURES, IMPORTED
+
+    where, lines = f"teachers.{name}", []
+    if teacher.pipeline:
+        if teacher.sha256 is not None:
+            lines.append(f"{where}.sha256: means nothing for a pipeline's folder")
+        if model.data is not None and model.data.prompts is None:
+            lines.append(f"{where}: a text-to-image pipeline; data.prompts: missing")
+    elif model.data is not None and model.data.texts:
+        lines.append(f"{where}: data has texts; a text-to-image pipeline of diffusers reads them")
+    if teacher.network is not None:
+        kind = str(teacher.network.get("type"))
+        known = IMPORTED if teacher.pipeline else ARCHITECTURES
+        if kind not in known:
+            hint = did_you_mean(kind, known)
+            lines.append(f"{where}.network.type: unknown network {kind!r}{hint}")
+    return lines
+
+
+def problems(model: Any, files: bool) -> list[Problem]:
+    lines = []
+    model.students_names = model.names["students"]
+    if model.data is not None:
+        lines += _check_data(model.data, files)
+    lines += _check_trained_here(model)
+    from harness.networks import ARCHITECTURES
+
+    for name, teacher in model.teachers.items():
+        if isinstance(teacher, ImportedTeacher):
+            place, sha256 = f"teachers.{name}.source", (f"teachers.{name}.sha256", teacher.sha256)
+            lines += _check_file(place, teacher.source, sha256, files, folder=True)
+            lines += _check_imported(name, teacher, model)
+            continue
+        lines += _check_text(name, teacher, model)
+        kind = str(teacher.network.get("type"))
+        if kind not in ARCHITECTURES:
+            hint = did_you_mean(kind, ARCHITECTURES)
+            lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
+    for name, item in model.features.items():
+        if isinstance(item, PretrainedFeatures):
+            lines += _check_fetched(name, item, files)
+    if model.evaluation:
+        lines += _check_evaluation(model.evaluation, model, files)
+    lines += _check_claims(model) + _check_guidance(model)
+    if model.paper is not None:
+        from harness.reporting.published.catalogue import mistakes
+
+        lines += mistakes(model)
+    return [Problem(*line.split(": ", 1)[:1], "invalid", line.split(": ", 1)[1]) for line in lines]
+
+
+def _check_guidance(model: Any) -> list[str]:
+    blind = {
+        name
+        for name, teacher in model.teachers.items()
+        if isinstance(teacher, TrainedTeacher) and not teacher.label_dropout
+    }
+    why = "needs an unconditional score; train the teacher with label_dropout"
+    return [
+        f"teachers.{name}.sampler.guidance: {why}"
+        for name in sorted(blind)
+        if model.teachers[name].sampler.guidance != 1
+    ]
