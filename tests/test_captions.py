@@ -7,7 +7,8 @@ from harness.config.schema import DataSection, Sampler
 from harness.context import Context, Sources
 from harness.data import captioned_digits
 from harness.data import datasets as data
-from harness.data.captioned_digits import ATTRIBUTES, COPIES, Captions, captions, draw, seen
+from harness.data.captioned_digits import ATTRIBUTES, COPIES, Attributes, captions, draw, seen
+from harness.data.prompts import prompts_of
 from harness.denoiser import TextDenoiser
 from harness.errors import UserError
 from harness.evaluation.metrics import METRICS, Reference, Views
@@ -45,27 +46,26 @@ def parts():
     return data.read(DataSection(name="captioned-digits"))
 
 
-def test_every_image_shows_what_its_caption_names(parts):
+def test_every_image_has_the_attributes_of_its_caption(parts):
     train, held, names = parts
-    said = captions()
+    texts, attributes = captions()
     assert len(train) == 1438 * COPIES and len(held) == 359 * COPIES and names[7] == "seven"
-    assert len(said.texts) == len(set(said.texts)) == 10 * 4 * 2 * 2 * 3
+    assert len(texts) == len(set(texts)) == 10 * 4 * 2 * 2 * 3
     for part in (train, held):
-        assert said.shown(part.pixels, part.labels).all()
-        assert said.attributes[part.labels, 0].bincount().min() > 200
-    text, row = said.texts[train.labels[0]], said.attributes[train.labels[0]]
+        assert attributes.check(part.pixels, part.labels).all()
+        assert attributes.classes(part.labels).bincount().min() > 200
+    text, row = texts[train.labels[0]], attributes.values[train.labels[0]]
     for values, i in zip(ATTRIBUTES.values(), row, strict=True):
         assert values[i] in text
 
 
-def test_what_a_program_sees_is_not_what_was_asked(parts):
-    """Other captions are wrong, each in what it names otherwise."""
+def test_checker_reports_the_attributes_in_which_another_caption_differs(parts):
     train, _, _ = parts
-    said, index = captions(), torch.arange(0, 2000)
+    (_, attributes), index = captions(), torch.arange(0, 2000)
     pixels, labels = train.pixels[index], train.labels[index]
     other = labels.roll(7)
-    same = said.attributes[labels, 1:] == said.attributes[other, 1:]
-    assert torch.equal(said.shown(pixels, other), same) and not same.all()
+    same = attributes.values[labels, 1:] == attributes.values[other, 1:]
+    assert torch.equal(attributes.check(pixels, other), same) and not same.all()
     assert torch.equal(seen(255 - pixels)[:, 1], 1 - seen(pixels)[:, 1])  # the ground's negative
 
 
@@ -82,7 +82,8 @@ def test_captions_are_read_back(tmp_path):
     for images in (True, False):
         dataset = data.load(tmp_path, images)
         assert dataset.num_conditions == 480 and dataset.num_classes == 10
-        assert dataset.captions.texts == captions().texts
+        assert dataset.prompts.texts == captions()[0]
+        assert torch.equal(dataset.attributes.values, captions()[1].values)
     labels = torch.tensor([0, 479])
     assert dataset.classes(labels).tolist() == [0, 9]
     plain = data.Dataset("x", None, None, ("a", "b"), "")
@@ -90,9 +91,9 @@ def test_captions_are_read_back(tmp_path):
 
 
 def test_attribute_accuracy_asks_for_everything():
-    said = Captions(("a", "b"), torch.tensor([[3, 0, 0, 0], [4, 1, 1, 1]]))
+    attributes = Attributes(torch.tensor([[3, 0, 0, 0], [4, 1, 1, 1]]))
     shown = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
-    classes = said.attributes[torch.tensor([0, 0, 1, 1]), 0]
+    classes = attributes.classes(torch.tensor([0, 0, 1, 1]))
     probabilities = torch.nn.functional.one_hot(torch.tensor([3, 3, 3, 4]), 10).float()
     views = Views(
         torch.zeros(4, 2),
@@ -172,13 +173,17 @@ def test_a_guided_sampler_counts_and_uses_both_scores(denoiser):
     assert "guidance" not in Sampler().settings() and sampler.settings()["guidance"] == 2.0
 
 
+def captioned_dataset() -> data.Dataset:
+    texts, attributes = captions()
+    return data.Dataset("captioned-digits", None, None, (), "", attributes, prompts_of(texts))
+
+
 def test_a_clip_reads_captions(tmp_path):
     torch.manual_seed(0)
-    clip = SmallCLIP((3, 16, 16), 480, 8, captioned=True).eval()
-    dataset = data.Dataset("captioned-digits", None, None, (), "", captions())
-    clip.set_captions(dataset)
+    clip = SmallCLIP((3, 16, 16), 480, 8).eval()
+    clip.set_captions(captioned_dataset())
     assert clip.captions.shape == (480, 1, 16) and len(clip.captions.unique(dim=0)) == 480
-    encoder, texts = CaptionEncoder(clip, ""), list(captions().texts)
+    encoder, texts = CaptionEncoder(clip, ""), list(captions()[0])
     assert encoder.truncated(texts) == 0 and encoder.truncated(["one two three " * 9]) == 1
     tokens = encoder.encode(texts[:5])["embeddings"]
     assert tokens.shape == (5, 16, 16)
@@ -200,14 +205,14 @@ def test_a_clip_reads_captions(tmp_path):
 def test_captions_that_say_the_same_in_other_words_match(parts):
     """CLIP's targets: all images of which a caption is true; computed here pair by pair."""
     torch.manual_seed(0)
-    clip, said = SmallCLIP((3, 16, 16), 480, 8, captioned=True).eval(), captions()
-    clip.set_captions(data.Dataset("captioned-digits", None, None, (), "", said))
+    clip = SmallCLIP((3, 16, 16), 480, 8).eval()
+    clip.set_captions(captioned_dataset())
     labels = torch.tensor([0, 1, 2, 3, 0, 479])  # three wordings of one meaning, and others
     pixels = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
     sources = Sources((3, 16, 16), 480, 1.0, pixels, labels)
     context = Context({"features": clip}, sources, seed=0, step=0, samples=range(12))
     images, drawn = context.real()
-    x, named = augmented(context, images), said.attributes[drawn]
+    x, named = augmented(context, images), captions()[1].values[drawn]
     logits = clip(x, clip.captions[drawn, 0])
     expected = 0.0
     for i in range(12):
@@ -256,7 +261,7 @@ def test_colours_are_told_apart_at_half_strength():
     digits, labels, _ = data._digits()
     pixels, numbers = draw(digits[:200], labels[:200], torch.arange(200))
     ground = torch.tensor(list(captioned_digits.GROUNDS.values()))[
-        captions().attributes[numbers, 2]
+        captions()[1].values[numbers, 2]
     ].view(-1, 3, 1, 1)
     pale = (ground + 0.5 * (pixels.float() - ground)).round().to(torch.uint8)
-    assert captions().shown(pale, numbers).float().mean() > 0.99
+    assert captions()[1].check(pale, numbers).float().mean() > 0.99

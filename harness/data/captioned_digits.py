@@ -36,27 +36,43 @@ CHECKED = ("ink", "ground", "side")  # attributes that `seen` measures
 ATTRIBUTES = {"digit": DIGIT_WORDS, "ink": tuple(INKS), "ground": tuple(GROUNDS), "side": SIDES}
 
 
+# Captions of a class by its name, for sets of single digits; the first one is for scoring.
+TEMPLATES = ("a handwritten digit {}", "the digit {}", "a scan of the number {}")
+
+
 @dataclass(frozen=True)
-class Captions:
-    """`texts`: every caption there is. `attributes`: int64 `(len(texts), 4)`, in the order of
-    `ATTRIBUTES`, what each of them names."""
+class Attributes:
+    """What the captions name, and a program that checks images for it (`Dataset.attributes`).
 
-    texts: tuple[str, ...]
-    attributes: Tensor
+    names: the attributes that `check` measures. values: int64 `(captions, 4)`, what each caption
+    names, in the order of `ATTRIBUTES`.
+    """
 
-    def shown(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Whether images have the ink, the ground and the side of captions `labels`: `(B, 3)`."""
-        return seen(pixels) == self.attributes[labels, 1:]
+    values: Tensor
+    names: tuple[str, ...] = CHECKED
+
+    def check(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Whether images uint8 `(B, C, H, W)` have the attributes that captions `labels` `(B,)`
+        name: bool `(B, len(names))`."""
+        return seen(pixels) == self.values[labels, 1:]
+
+    def classes(self, labels: Tensor) -> Tensor:
+        """The class that each caption names, int64 `(B,)`."""
+        return self.values[labels, 0]
+
+    def meanings(self) -> Tensor:
+        """int64 `(captions,)`: equal numbers for captions that differ in wording only."""
+        return self.values.unique(dim=0, return_inverse=True)[1]
 
 
-def captions() -> Captions:
+def captions() -> tuple[tuple[str, ...], Attributes]:
     """All combinations of attributes, each in all wordings."""
     texts, rows = [], []
     for row in product(*(range(len(values)) for values in ATTRIBUTES.values())):
         named = {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
         texts += [wording.format(**named) for wording in WORDINGS]
         rows += [row] * len(WORDINGS)
-    return Captions(tuple(texts), torch.tensor(rows))
+    return tuple(texts), Attributes(torch.tensor(rows))
 
 
 def draw(digits: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

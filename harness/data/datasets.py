@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import DataSection
-from harness.data.captioned_digits import DIGIT_WORDS, SIZE, Captions, captions, draw
+from harness.data.captioned_digits import (
+    DIGIT_WORDS,
+    SIZE,
+    TEMPLATES,
+    Attributes,
+    captions,
+    draw,
+)
 from harness.data.prompts import Prompts, prompts_of, read_prompts
 from harness.errors import UserError
 from harness.io.artifacts import (
@@ -35,6 +42,7 @@ from harness.streams import Stream
 
 # Bytes of a file of prepared images, at most, and what of them its header may take.
 SHARD, HEADER = 60_000_000, 10_000
+CLASS_TEMPLATES = ("a photo of a {}", "a {}", "a small picture of the {}")
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,16 @@ class Dataset:
     """`sha256`: of the file that holds the images, or of the list of several files' hashes; of the
     record of a set without them; with prompts of these, too, and `images_sha256` is without.
     `prompts`: texts whose numbers labels are, of a set where texts are asked for;
-    `evaluation_prompts`: those that samples are scored on. `captions`: what a program can check of
-    them."""
+    `evaluation_prompts`: those that samples are scored on. `attributes`: what prompts name, if a
+    program can check images for it: its names, `check(pixels, labels)` -> bool `(B, K)`,
+    `classes(labels)`, and `meanings()`, equal for prompts that differ in wording only."""
 
     name: str
     train: Images
     held_out: Images
     class_names: tuple[str, ...]
     sha256: str
-    captions: Captions | None = None
+    attributes: Attributes | None = None
     prompts: Prompts | None = None
     evaluation_prompts: Prompts | None = None
     only_images_sha256: str | None = None
@@ -94,7 +103,13 @@ class Dataset:
 
     def classes(self, labels: Tensor) -> Tensor:
         """The classes of labels; of captions, those that they name."""
-        return self.captions.attributes[labels, 0] if self.captions else labels
+        return self.attributes.classes(labels) if self.attributes else labels
+
+    @property
+    def caption_templates(self) -> tuple[str, ...]:
+        """Captions of a class by its name, for networks that compare images with texts; the first
+        one is for scoring."""
+        return TEMPLATES if self.class_names == DIGIT_WORDS else CLASS_TEMPLATES
 
 
 def _digits() -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -228,7 +243,7 @@ def prepare(section: DataSection, folder: Path, fewest: tuple[int, int] = (1, 1)
         "shards": shards,
     }
     if section.captioned:
-        record["captions"] = len(captions().texts)
+        record["captions"] = len(captions()[0])
     return _write_record(record, texts, folder)
 
 
@@ -254,12 +269,12 @@ def _copy_prompts(section: DataSection, folder: Path) -> dict:
     return records
 
 
-def _texts(record: dict, folder: Path) -> dict[str, Captions | Prompts | str]:
+def _texts(record: dict, folder: Path) -> dict[str, Attributes | Prompts | str]:
     """What a set of `data.json` is asked for, if that is texts, as `Dataset` has it."""
     if record.get("captions"):
-        said = captions()
-        prompts = prompts_of(said.texts)
-        return {"captions": said, "prompts": prompts, "evaluation_prompts": prompts}
+        texts, attributes = captions()
+        prompts = prompts_of(texts)
+        return {"attributes": attributes, "prompts": prompts, "evaluation_prompts": prompts}
     found = {}
     for key in ("prompts", "evaluation_prompts"):
         if key in record:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.config.experiment import Experiment
 from harness.config.schema import PretrainedFeatures
-from harness.data.captioned_digits import Captions
+from harness.data.captioned_digits import Attributes
 from harness.data.datasets import Dataset
 from harness.denoiser import to_model_space
 from harness.errors import UserError
@@ -150,7 +150,7 @@ class Observer:
 
     `captions`: what labels are the numbers of; a program then looks for what they name."""
 
-    def __init__(self, extractors: list[Extractor], captions: Captions | None = None):
+    def __init__(self, extractors: list[Extractor], captions: Attributes | None = None):
         self.extractors, self.captions = extractors, captions
         self._shown: list[Tensor] = []
         self._seen: dict[str, list[dict[str, Tensor]]] = {e.name: [] for e in extractors}
@@ -161,7 +161,7 @@ class Observer:
         seen = {e.name: e.see(pixels, labels) for e in self.extractors}
         shown = None
         if self.captions and labels is not None:
-            shown = self.captions.shown(pixels, labels)
+            shown = self.captions.check(pixels, labels)
         self._take(seen, labels, shown)
         return seen
 
@@ -205,6 +205,6 @@ class Observer:
             )
         labels = torch.cat(self._labels) if self._labels else None
         if self._shown:
-            joined["classes"] = self.captions.attributes[labels, 0]
+            joined["classes"] = self.captions.classes(labels)
             joined["shown"] = torch.cat(self._shown)
         return Views(**joined, labels=labels, reference=reference, neighbours=neighbours)

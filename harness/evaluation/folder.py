@@ -19,7 +19,7 @@ def score_folder(experiment: Experiment, path: Path) -> list[dict]:
     scorer = Scorer(experiment)
     d = scorer.dataset
     # Of texts there need not be any, and networks from elsewhere bring images to their own size.
-    texts = d.evaluation_prompts is not None and not d.captions
+    texts = d.evaluation_prompts is not None and not d.attributes
     known = d.num_evaluated > 0 and (not texts or has_labels(path))
     pixels, labels, _ = read_images(path, known, d.num_evaluated or None)
     if not texts and tuple(pixels.shape[1:]) != d.image_shape:

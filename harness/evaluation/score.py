@@ -422,7 +422,7 @@ class Scorer:
                 pass
             return []
         available = [e for e in self.extractors if not e.unavailable]
-        observer = Observer(available, self.dataset.captions)
+        observer = Observer(available, self.dataset.attributes)
         closest = None
         if kept is not None and self.pairs_in:
             reference = self._reference[self.pairs_in]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, mse_loss, normalize, pad
 
-from harness.data import datasets
 from harness.data.datasets import Dataset, Images
+from harness.denoiser import to_model_space, to_pixels
 from harness.io.downloads import fetch, load_pickled
 from harness.streams import Stream
 
@@ -132,9 +132,9 @@ def _degraded(images: Images, kind: str, degrade, round: int) -> tuple[Tensor, T
     index = torch.arange(min(len(images), HEAD_IMAGES))
     stream = Stream(round, "legibility", kind)
     strength = stream.child("strength").uniform(index)
-    x = datasets.to_model_space(images.pixels[: len(index)])
+    x = to_model_space(images.pixels[: len(index)])
     x = degrade(x, strength.view(-1, 1, 1, 1), stream.normal(index, tuple(x.shape[1:])))
-    x = datasets.to_model_space(datasets.to_pixels(x))
+    x = to_model_space(to_pixels(x))
     return x, SCALE * (1 - strength)
 
 

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from harness.data.captioned_digits import DIGIT_WORDS
 from harness.data.datasets import Dataset
 
 CONTEXT_LENGTH = 16  # captions here are short; the usual 77 would only cost time
-# Captions of a class, the first of them the one that images are compared with.
-DIGIT_TEMPLATES = ("a handwritten digit {}", "the digit {}", "a scan of the number {}")
-TEMPLATES = ("a photo of a {}", "a {}", "a small picture of the {}")
 
 
 def tokenize(captions: list[str]) -> Tensor:
@@ -45,7 +41,7 @@ class SmallCLIP(nn.Module):
         image_shape: tuple[int, int, int],
         conditions: int,
         width: int,
-        captioned: bool = False,
+        wordings: int = 1,
     ):
         super().__init__()
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -66,7 +62,7 @@ class SmallCLIP(nn.Module):
             "captions",
             torch.zeros(
                 conditions,
-                1 if captioned else len(TEMPLATES),
+                wordings,
                 CONTEXT_LENGTH,
                 dtype=torch.long,
             ),
@@ -76,12 +72,10 @@ class SmallCLIP(nn.Module):
 
     def set_captions(self, dataset: Dataset) -> None:
         names = dataset.class_names
-        templates = DIGIT_TEMPLATES if names == DIGIT_WORDS else TEMPLATES
-        texts = [template.format(name) for name in names for template in templates]
-        if dataset.captions:
-            texts = list(dataset.captions.texts)
-            _, meaning = dataset.captions.attributes.unique(dim=0, return_inverse=True)
-            self.meaning.copy_(meaning)
+        texts = [t.format(name) for name in names for t in dataset.caption_templates]
+        if dataset.attributes:
+            texts = list(dataset.prompts.texts)
+            self.meaning.copy_(dataset.attributes.meanings())
         self.captions.copy_(tokenize(texts).view_as(self.captions))
 
     def features(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from harness.config.schema import FeatureSection, PretrainedFeatures
 from harness.context import Context, Sources
 from harness.data import datasets
 from harness.data.datasets import Dataset, Images, placed
+from harness.denoiser import to_model_space
 from harness.errors import UserError
 from harness.features.classifiers import CLASSIFIERS
 from harness.io.artifacts import (
@@ -42,8 +43,8 @@ def build_feature_network(kind: str, dataset: Dataset, width: int) -> nn.Module:
     if kind == "clip":
         from harness.features.small_clip import SmallCLIP
 
-        captioned = dataset.captions is not None
-        return SmallCLIP(dataset.image_shape, dataset.num_conditions, width, captioned)
+        wordings = 1 if dataset.attributes else len(dataset.caption_templates)
+        return SmallCLIP(dataset.image_shape, dataset.num_conditions, width, wordings)
     return CLASSIFIERS[kind](dataset.image_shape, dataset.num_classes, width)
 
 
@@ -205,14 +206,14 @@ def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float | None:
     if not len(held_out):
         return None
     for pixels, labels in held_out.blocks(1024):
-        x = datasets.to_model_space(pixels)
+        x = to_model_space(pixels)
         if not hasattr(network, "class_features"):
             correct.append(network(x).argmax(dim=1) == dataset.classes(labels))
             continue
         found = (network.features(x) @ network.class_features().T).argmax(dim=1)
-        if dataset.captions:
-            named = dataset.captions.attributes
-            correct.append((named[found] == named[labels]).all(dim=1))
+        if dataset.attributes:
+            meanings = dataset.attributes.meanings()
+            correct.append(meanings[found] == meanings[labels])
         else:
             correct.append(found == labels)
     return torch.cat(correct).double().mean().item()

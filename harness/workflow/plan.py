@@ -54,8 +54,8 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
             raise UserError("data.resolution: missing; it tells what the images will be")
         shape = data.image_shape or (3, data.resolution, data.resolution)
         classes = (data.num_classes or 0) if data.labels else 0
-    captions = datasets.captions() if data.captioned else None
-    texts = prompts_of(captions.texts) if captions else None
+    captions, attributes = datasets.captions() if data.captioned else (None, None)
+    texts = prompts_of(captions) if captions else None
     if data.prompts is not None:
         texts, classes = prompts_of(("a prompt",) * 256), 0
     conditions = len(texts) if texts else classes
@@ -64,7 +64,7 @@ def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
         torch.randint(max(conditions, 1), (images,)),
     )
     names = tuple(map(str, range(classes)))
-    return Dataset(data.name, random, random, names, "", captions, texts, texts)
+    return Dataset(data.name, random, random, names, "", attributes, texts, texts)
 
 
 def stand_in_teacher(experiment: Experiment, name: str, dataset: Dataset) -> Denoiser:
