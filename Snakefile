@@ -1,5 +1,5 @@
 # Distil, sample, score and compare: `snakemake --cores 8 all`.
-# The experiment is configs/digits.yaml, or whatever --configfile names (which replaces it wholly).
+# --configfile replaces the default experiment, configs/digits.yaml.
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -16,7 +16,7 @@ include: "harness/workflow/rules/evaluate.smk"
 include: "harness/workflow/rules/report.smk"
 
 
-# Weights that cannot be had stop the workflow here, not after hours of training a teacher.
+# If pretrained weights are not available, stop here and not after hours of teacher training.
 onstart:
     fetch_pretrained()
 

@@ -1,4 +1,4 @@
-"""`python -m harness <stage>`: every rule of the workflow, and a few tools, by hand."""
+"""`python -m harness <command>`, the same as `harness <command>`."""
 
 import sys
 

@@ -1,227 +1,238 @@
-"""The command line. Each stage imports what it needs when it is called."""
+"""Distil one-step diffusion students and compare them: stages of the workflow, and tools."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from harness.errors import UserError, did_you_mean
+from harness.io import logs
 from harness.io.locks import machine_slot
-from harness.workflow.failures import recorded
+from harness.workflow.failures import record_failure
 from harness.workflow.machine import is_first, launched, relaunch
 
-FULL = "No space left on device"  # the system's words, whichever library passes them on
-SMALLER = (
-    "A smaller training.micro_batch (or gradient_checkpointing, or lora) takes less for training, "
-    "a smaller evaluation.block less for sampling and pairs."
+logger = logging.getLogger(__name__)
+
+# Where the names of students, teachers, ... in the arguments are defined.
+SECTIONS = {"student": "students", "teacher": "teachers"}
+SECTIONS |= {"features": "features", "pairs": "pair_sets"}
+ARGUMENTS = {
+    "seed": {"type": int, "help": "training seed"},
+    "file": {"type": Path},
+    "folder": {"type": Path},
+    "folders": {"type": Path, "nargs": "+", "help": "results/a results/b …"},
+    "b": {"help": "another student, or teacher: the first of the experiment"},
+    "--seed": {"type": int, "help": "training seed; default: the first"},
+    "--partial": {"action": "store_true", "help": "show missing runs as failed"},
+    "--tflops": {"type": float, "default": 100.0, "help": "sustained TFLOP/s"},
+    "--out": {"type": Path, "help": "write all columns to this CSV file"},
+}
+COMMANDS = {}
+DISK_FULL = "No space left on device"
+OUT_OF_MEMORY = (
+    "For training, reduce training.micro_batch, or set gradient_checkpointing or lora; for "
+    "sampling and pairs, reduce evaluation.block."
 )
-DEFAULT_CONFIG = Path("configs/digits.yaml")
 
 
-def _experiment(args):
-    from harness.validation import load_experiment
-
-    return load_experiment(args.configfile)
-
-
-def _check_known(what: str, name: str, known) -> None:
-    if name not in known:
-        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
+def call(name: str, *args, **options):
+    """Import and call `harness.<name>`, so that a command loads only the libraries it needs."""
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(f"harness.{module}"), function)(*args, **options)
 
 
-def _threads(args) -> None:
-    import torch
-
-    torch.set_num_threads(args.threads)
-
-
-def _data(args) -> None:
-    from harness.data.datasets import prepare
-    from harness.evaluation.metrics import fewest
-
-    experiment = _experiment(args)
-    with recorded(experiment.data_dir(), "data"):
-        sizes = fewest(experiment.evaluation.neighbours)
-        prepare(experiment.data, experiment.data_dir(), sizes)
+def check_name(args: argparse.Namespace, argument: str, known) -> None:
+    name = getattr(args, argument, None)
+    if name is not None and name not in known:
+        hint = did_you_mean(name, known)
+        raise UserError(f"unknown {argument} {name!r}{hint}", "unknown-name")
 
 
-def _features(args) -> None:
-    from harness.features.train import make_features
+def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = True):
+    """Register `harness <function name>`. The function takes the experiment and the parsed
+    arguments, or only these without `configfile`; `files`: local files of the experiment must
+    exist."""
 
-    _threads(args)
-    experiment = _experiment(args)
-    _check_known("feature network", args.name, experiment.features)
-    with recorded(experiment.features_dir(args.name), "training"), machine_slot():
-        make_features(experiment, args.name)
+    def decorate(function):
+        def run(args: argparse.Namespace) -> None:
+            if not configfile:
+                return function(args)
+            experiment = call("validation.load_experiment", args.configfile, files=files)
+            for argument, section in SECTIONS.items():
+                check_name(args, argument, getattr(experiment, section))
+            function(experiment, args)
 
+        run.help, run.arguments = help, arguments.split() + ["--configfile"] * configfile
+        COMMANDS[function.__name__.replace("_", "-")] = run
+        return run
 
-def _teacher(args) -> None:
-    from harness.teachers.train import make_teacher
-
-    _threads(args)
-    experiment = _experiment(args)
-    _check_known("teacher", args.name, experiment.teachers)
-    relaunch(experiment.processes(experiment.job_batch("teacher", args.name)), args.argv)
-    with recorded(experiment.teacher_dir(args.name), "training"), machine_slot():
-        make_teacher(experiment, args.name)
-
-
-def _pairs(args) -> None:
-    from harness.teachers.pairs import make_pairs
-    from harness.training.distributed import processes
-
-    _threads(args)
-    experiment = _experiment(args)
-    _check_known("pair set", args.name, experiment.pair_sets)
-    relaunch(experiment.processes(), args.argv)
-    with (
-        recorded(experiment.pairs_dir(args.name), f"pairs {args.name}"),
-        processes().leading(machine_slot(exclusive=experiment.seconds_budget)) as alone,
-    ):
-        make_pairs(experiment, args.name, alone)
+    return decorate
 
 
-def _train(args) -> None:
-    from harness.students.run import train_student
+def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, many: bool = False):
+    """Register a command that trains or scores: on one CPU thread per process, with its name in the
+    log and its failure recorded in the folder of what it makes.
 
-    _threads(args)
-    experiment = _experiment(args)
-    _check_known("student", args.student, experiment.students)
-    relaunch(experiment.processes(experiment.job_batch("train", args.student)), args.argv)
-    with recorded(experiment.run_dir(args.student, args.seed), "training"):
-        train_student(experiment, args.student, args.seed)
+    label: what failed, in the tables; by default the name of what the stage makes. slot: wait for
+    runs that need the machine to themselves. many: use as many processes as the experiment says.
+    """
 
+    def decorate(function):
+        def run(experiment, args: argparse.Namespace) -> None:
+            import torch
 
-def _score(args) -> None:
-    from harness.evaluation.score import score_run
+            torch.set_num_threads(1)  # results depend on it: sums are split by thread
+            if many:
+                name = getattr(args, "student", None) or getattr(args, "teacher", None)
+                relaunch(experiment.processes(experiment.job_batch(args.command, name)), args.argv)
+            made, folder = _target(experiment, args)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(logs.run_name(made))
+                if folder:
+                    stack.enter_context(record_failure(folder, label or made))
+                if slot:
+                    stack.enter_context(machine_slot())
+                function(experiment, args)
 
-    _threads(args)
-    experiment = _experiment(args)
-    _check_known("student", args.student, experiment.students)
-    relaunch(experiment.processes(), args.argv)
-    with recorded(experiment.run_dir(args.student, args.seed), "scoring"), machine_slot():
-        score_run(experiment, args.student, args.seed)
+        run.__name__ = function.__name__
+        return tool(help, arguments)(run)
 
-
-def _score_references(args) -> None:
-    from harness.evaluation.score import score_references
-
-    _threads(args)
-    experiment = _experiment(args)
-    _check_known("teacher", args.name, experiment.teachers)
-    relaunch(experiment.processes(), args.argv)
-    with recorded(experiment.teacher_dir(args.name), "scoring"), machine_slot():
-        score_references(experiment, args.name)
+    return decorate
 
 
-def _agreement(args) -> None:
-    from harness.evaluation.agreement import write_agreement
+def _target(experiment, args: argparse.Namespace) -> tuple[str, Path | None]:
+    """Name and folder of what a stage makes; ("", None) for one that makes no folder."""
+    if args.command == "data":
+        return "data", experiment.data_dir()
+    if hasattr(args, "student"):
+        return f"{args.student}/seed{args.seed}", experiment.run_dir(args.student, args.seed)
+    for kind in ("features", "teacher", "pairs"):
+        if name := getattr(args, kind, None):
+            return f"{kind} {name}", getattr(experiment, f"{kind}_dir")(name)
+    return "", None
 
-    _threads(args)
-    experiment = _experiment(args)
-    with machine_slot():
-        table = write_agreement(experiment)
+
+@stage("read the data set and split it")
+def data(experiment, args):
+    sizes = call("evaluation.metrics.fewest", experiment.evaluation.neighbours)
+    call("data.datasets.prepare", experiment.data, experiment.data_dir(), sizes)
+
+
+@stage("train or fetch a feature network", "features")
+def features(experiment, args):
+    call("features.train.make_features", experiment, args.features)
+
+
+@stage("train or import a teacher", "teacher", many=True)
+def teacher(experiment, args):
+    call("teachers.train.make_teacher", experiment, args.teacher)
+
+
+@stage("generate a set of teacher pairs", "pairs", slot=False, many=True)
+def pairs(experiment, args):
+    slot = machine_slot(exclusive=experiment.seconds_budget)
+    with call("training.distributed.processes").leading(slot) as exclusive:
+        call("teachers.pairs.make_pairs", experiment, args.pairs, exclusive)
+
+
+@stage("distil one student", "student seed", label="training", slot=False, many=True)
+def train(experiment, args):
+    call("students.run.train_student", experiment, args.student, args.seed)
+
+
+@stage("score every snapshot of a run", "student seed", label="scoring", many=True)
+def score(experiment, args):
+    call("evaluation.score.score_run", experiment, args.student, args.seed)
+
+
+@stage("score a teacher and the floor", "teacher", label="scoring", many=True)
+def score_references(experiment, args):
+    call("evaluation.score.score_references", experiment, args.teacher)
+
+
+@stage("score the same images here, by torch-fidelity and by clean-fid")
+def agreement(experiment, args):
+    table = call("evaluation.agreement.write_agreement", experiment)
     for row in table[table.agrees == "no"].itertuples():
-        print(
-            f"{row.quantity} in {row.extractor}: {row.ours:.8g} here, {row.theirs:.8g} by "
-            f"{row.library}",
-            file=sys.stderr,
-        )
+        values = f"{row.ours:.8g} here, {row.theirs:.8g} by {row.library}"
+        logger.warning("%s in %s: %s", row.quantity, row.extractor, values)
 
 
-def _score_folder(args) -> None:
-    from harness.evaluation.folder import print_folder
-
-    _threads(args)
-    experiment = _experiment(args)
-    with machine_slot():
-        print_folder(experiment, args.folder)
+@stage("score a folder or zip of images from elsewhere", "folder")
+def score_folder(experiment, args):
+    call("evaluation.folder.print_folder", experiment, args.folder)
 
 
-def _verify_teacher(args) -> None:
-    from harness.reporting.collect import reference_scores
-    from harness.reporting.verify import check_made, teacher_lines
-
-    experiment = _experiment(args)
-    args.name = args.name or next(iter(experiment.teachers))
-    _check_known("teacher", args.name, experiment.teachers)
-    if reference_scores(experiment, args.name) is None:
-        check_made(experiment, args.name, args.configfile)
-        _score_references(args)
+@tool("compare a teacher with its published FIDs", "teacher?")
+def verify_teacher(experiment, args):
+    args.teacher = args.teacher or next(iter(experiment.teachers))
+    if call("reporting.collect.reference_scores", experiment, args.teacher) is None:
+        call("reporting.verify.check_made", experiment, args.teacher, args.configfile)
+        score_references(args)
     if is_first():
-        print(*teacher_lines(experiment, args.name), sep="\n")
+        print(*call("reporting.verify.teacher_lines", experiment, args.teacher), sep="\n")
 
 
-def _report(args) -> None:
-    from harness.reporting.report import write_report
-
-    write_report(_experiment(args), args.partial)
-
-
-def _paper_tables(args) -> None:
-    from harness.reporting.published.tables import write_paper_tables
-
-    write_paper_tables()
+@tool("write tables, figures, report.html and manifest", "--partial")
+def report(experiment, args):
+    call("reporting.report.write_report", experiment, args.partial)
 
 
-def _compare(args) -> None:
-    from harness.reporting.compare import print_side_by_side
-
-    print_side_by_side(args.folders, args.out)
-
-
-def _prompts(args) -> None:
-    from harness.reporting.prompt_comparison import print_prompts
-
-    experiment = _experiment(args)
-    for name in (args.a, args.b):
-        _check_known("student", name, ["teacher", *experiment.students])
-    print_prompts(experiment, args.a, args.b, args.seed)
+@tool("print the comparison table")
+def summary(experiment, args):
+    call("reporting.report.print_summary", experiment)
 
 
-def _export(args) -> None:
-    from harness.students.export import export_student
+@tool("show the progress of every run")
+def status(experiment, args):
+    call("workflow.status.print_status", experiment)
 
-    experiment = _experiment(args)
-    _check_known("student", args.student, experiment.students)
-    export_student(experiment, args.student, args.seed, args.folder)
+
+@tool("estimate the cost of every student", "--tflops", files=False)
+def plan(experiment, args):
+    call("workflow.plan.print_plan", experiment, args.tflops)
+
+
+@tool("compare two students prompt by prompt", "a b --seed")
+def prompts(experiment, args):
+    for argument in ("a", "b"):
+        check_name(args, argument, ["teacher", *experiment.students])
+    call("reporting.prompt_comparison.print_prompts", experiment, args.a, args.b, args.seed)
+
+
+@tool("write a student as a diffusers pipeline with a model card", "student seed folder")
+def export(experiment, args):
+    call("students.export.export_student", experiment, args.student, args.seed, args.folder)
     print(f"{args.folder}: a diffusers pipeline; README.md is its model card")
 
 
-def _summary(args) -> None:
-    from harness.reporting.report import print_summary
-
-    print_summary(_experiment(args))
-
-
-def _status(args) -> None:
-    from harness.workflow.status import print_status
-
-    print_status(_experiment(args))
+@tool("compare finished experiments", "folders --out", configfile=False)
+def compare(args):
+    call("reporting.compare.print_side_by_side", args.folders, args.out)
 
 
-def _plan(args) -> None:
-    from harness.validation import load_experiment
-    from harness.workflow.plan import print_plan
-
-    print_plan(load_experiment(args.configfile, files=False), args.tflops)
+@tool("print the papers' tables with the results of all experiments", configfile=False)
+def paper_tables(args):
+    call("reporting.published.tables.write_paper_tables")
 
 
-def _import_edm(args) -> None:
-    from harness.teachers.edm_pickle import import_edm
+@tool("convert an official EDM pickle without running it", "file folder", configfile=False)
+def import_edm(args):
+    record = call("teachers.edm_pickle.import_edm", args.file, args.folder)
+    print(f"{args.folder}: {record['parameters']:,} parameters from {record['file']}")
+    print("The licence of the checkpoint still applies (NVIDIA's: CC BY-NC-SA 4.0).")
 
-    made = import_edm(args.file, args.folder)
-    print(f"{args.folder}: {made['parameters']:,} parameters from {made['file']}")
-    print("The licence of the checkpoint stays (NVIDIA's official ones: CC BY-NC-SA 4.0).")
 
-
-def _methods(args) -> None:
-    from harness.method import get_method, method_names
-
-    for name in method_names():
-        method = get_method(name)
+@tool("list the methods and the origin of each default", configfile=False)
+def methods(args):
+    for name in call("method.method_names"):
+        method = call("method.get_method", name)
         print(f"{name}: {method.paper}{'' if method.data_free else ' (needs real images)'}")
         for key, field in method.Config.model_fields.items():
             origin = field.json_schema_extra["origin"]
@@ -229,84 +240,41 @@ def _methods(args) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m harness", description=__doc__)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-
-    def stage(name: str, function, help: str) -> argparse.ArgumentParser:
-        sub = stages.add_parser(name, help=help, description=help)
-        sub.add_argument("--configfile", type=Path, default=DEFAULT_CONFIG, help="experiment file")
-        sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-        sub.set_defaults(function=function)
-        return sub
-
-    stage("data", _data, "read the data set and split it")
-    stage("features", _features, "train or fetch a feature network").add_argument("name")
-    stage("teacher", _teacher, "train or import a teacher").add_argument("name")
-    stage("pairs", _pairs, "generate a set of teacher pairs").add_argument("name")
-    train = stage("train", _train, "distil one student")
-    train.add_argument("student")
-    train.add_argument("seed", type=int)
-    score = stage("score", _score, "score every snapshot of a run")
-    score.add_argument("student")
-    score.add_argument("seed", type=int)
-    stage(
-        "score-references", _score_references, "score a teacher, its one-step images and the floor"
-    ).add_argument("name")
-    stage("agreement", _agreement, "the same images scored here, by torch-fidelity and clean-fid")
-    folder = stage("score-folder", _score_folder, "score a folder or zip of images from elsewhere")
-    folder.add_argument("folder", type=Path)
-    verify = stage("verify-teacher", _verify_teacher, "compare a teacher with its published FIDs")
-    verify.add_argument("name", nargs="?", help="default: the experiment's teacher")
-    prompted = stage("prompts", _prompts, "two students prompt by prompt: where each of them leads")
-    prompted.add_argument("a")
-    prompted.add_argument("b", help="another student, or teacher: the first of the experiment")
-    prompted.add_argument("--seed", type=int, help="training seed; default: the first")
-    exported = stage("export", _export, "write a student as a diffusers pipeline with a model card")
-    exported.add_argument("student")
-    exported.add_argument("seed", type=int)
-    exported.add_argument("folder", type=Path)
-    report = stage("report", _report, "tables, figures, report.html and manifest from the scores")
-    report.add_argument("--partial", action="store_true", help="show missing runs as failed")
-    stage("summary", _summary, "print the comparison table")
-    stage("status", _status, "show how far every run is")
-    compared = stages.add_parser("compare", help="put finished experiments side by side")
-    compared.add_argument("folders", type=Path, nargs="+", help="results/a results/b …")
-    compared.add_argument("--out", type=Path, help="write all columns to this CSV file")
-    compared.set_defaults(function=_compare)
-    tables = stages.add_parser("paper-tables", help="the papers' tables beside all runs here")
-    tables.set_defaults(function=_paper_tables)
-    planned = stage("plan", _plan, "what every student will cost, before anything starts")
-    planned.add_argument("--tflops", type=float, default=100.0, help="sustained TFLOP/s")
-    imported = stages.add_parser(
-        "import-edm", help="convert an official EDM pickle, running nothing"
-    )
-    imported.add_argument("file", type=Path)
-    imported.add_argument("folder", type=Path)
-    imported.set_defaults(function=_import_edm)
-    stage("methods", _methods, "list the methods and where each default comes from")
+    parser = argparse.ArgumentParser(prog="harness", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    default = {"type": Path, "default": Path("configs/digits.yaml"), "help": "experiment file"}
+    options = ARGUMENTS | {"--configfile": default}
+    for name, run in COMMANDS.items():
+        sub = commands.add_parser(name, help=run.help, description=run.help)
+        for argument in run.arguments:
+            optional = {"nargs": "?"} if argument.endswith("?") else {}
+            sub.add_argument(argument.rstrip("?"), **options.get(argument, optional))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 2 for an error that the user can fix."""
     args = build_parser().parse_args(argv)
     args.argv = argv or sys.argv[1:]
-    # A log begins with the command that repeats it.
-    if not sys.stderr.isatty() and not launched():
-        print("$ python -m harness", *args.argv, file=sys.stderr, flush=True)
+    logs.configure(logging.INFO if is_first() else logging.ERROR)
+    if not sys.stderr.isatty() and not launched():  # a log file begins with its command
+        logger.info("python -m harness %s", shlex.join(args.argv))
+    prefix = "error: " if is_first() else f"process {os.environ['RANK']}: error: "
     try:
-        args.function(args)
-    except UserError as error:
-        who = "" if is_first() else f"process {os.environ['RANK']}: "
-        print(f"{who}error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output has seen enough
+        COMMANDS[args.command](args)
+        return 0
+    except BrokenPipeError:  # as in `harness summary | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            print(f"error: {' '.join(str(error).split())[:200]}\n{SMALLER}", file=sys.stderr)
-            return 2
-        if FULL not in str(error):
+        message = " ".join(str(error).split())[:200]
+        if isinstance(error, UserError):
+            message = str(error)
+        elif type(error).__name__ == "OutOfMemoryError":
+            message += f"\n{OUT_OF_MEMORY}"
+        elif DISK_FULL in str(error):
+            message += "; free some space and repeat the command"
+        else:
             raise
-        print(f"error: {FULL} ({error}); make some and run the same command again", file=sys.stderr)
+        print(f"{prefix}{message}", file=sys.stderr)
         return 2
-    return 0

@@ -339,7 +339,7 @@ def test_the_workflow_watches_the_file_and_content_decides_the_rest(files, tiny)
 
 
 def test_a_failed_data_stage_is_one_line_and_the_reason_of_what_follows(files, tiny, capsys):
-    from harness.workflow.failures import teacher_reason
+    from harness.workflow.failures import teacher_status
 
     write(files / "bad.zip", named(images()))
     put(tiny, "data", {"name": "x", "source": "bad.zip"})
@@ -347,5 +347,5 @@ def test_a_failed_data_stage_is_one_line_and_the_reason_of_what_follows(files, t
     assert main(["data", "--configfile", "x.json"]) == 2
     error = capsys.readouterr().err
     assert "error: bad.zip has no dataset.json" in error and "Traceback" not in error
-    reason = teacher_reason(parse_experiment(tiny, "x"), "edm")
+    reason = teacher_status(parse_experiment(tiny, "x"), "edm")
     assert reason.startswith("failed (data: bad.zip has no dataset.json")

@@ -56,7 +56,7 @@ evaluation: {num_samples: 12, sampling_seeds: [0], extractors: [lite0, vit-b-32-
 
 
 def stage(*arguments: str) -> None:
-    assert cli.main([*arguments, "--configfile", "pictures.yaml", "--threads", "1"]) == 0
+    assert cli.main([*arguments, "--configfile", "pictures.yaml"]) == 0
 
 
 @pytest.fixture(scope="module")

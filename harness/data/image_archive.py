@@ -17,12 +17,12 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.workflow.machine import usable_cpus
 
 INDEXES = ("dataset.json", "labels")
 # Bounds on what one file may make of itself when it is unpacked.
@@ -151,7 +151,7 @@ def read_images(
         pixels[i] = image.transpose(2, 0, 1)
 
     step = max(1024, -(-len(names) // 20))
-    with ThreadPoolExecutor(usable_cpus()) as pool:
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
         for start in range(0, len(names), step):
             stop = min(start + step, len(names))
             list(pool.map(place, range(start, stop)))

@@ -198,7 +198,7 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
         add(
             *_reference_files(experiment, teacher),
             {"student": experiment.teacher_row(teacher)},
-            functools.partial(failures.teacher_reason, experiment, teacher),
+            functools.partial(failures.teacher_status, experiment, teacher),
             # The floor stands in every teacher's file, since one job makes both.
             {row: experiment.teacher_row(teacher, row) for row in ("teacher", "teacher-1step")}
             | ({"floor": "floor"} if teacher == first else {}),
@@ -211,7 +211,7 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
             ),
             (experiment.score_path(student, seed), experiment.score_spec()),
             {"student": student, "method": experiment.students[student].method, "seed": seed},
-            functools.partial(failures.reason, experiment, student, seed),
+            functools.partial(failures.run_status, experiment, student, seed),
         )
     table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out", "features"])
     for column in (

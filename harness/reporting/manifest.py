@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import joblib
+
 from harness.config.experiment import Experiment
 from harness.errors import UserError
 from harness.io.artifacts import read_json, sha256_file
-from harness.workflow.machine import usable_cpus
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "safetensors", "open_clip_torch", "torch-fidelity"),
@@ -92,7 +93,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) 
             "setting": experiment.device_setting,
             "used": used or experiment.device_setting,
             "processor": _processor(),
-            "usable_cpus": usable_cpus(),
+            "usable_cpus": joblib.cpu_count(),
         },
         "config": experiment.raw,
         "runs": runs,

@@ -1,4 +1,4 @@
-"""Why a stage failed, kept beside what it would have made, for the tables and `status`."""
+"""Records of failed stages: `failure.json` in the folder of what the stage would have made."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FILE = "failure.json"
 
 
 @contextlib.contextmanager
-def recorded(folder: Path, stage: str) -> Iterator[None]:
-    """Write `failure.json` if the block fails; a new attempt removes the old one."""
+def record_failure(folder: Path, stage: str) -> Iterator[None]:
+    """Write `failure.json` if the block raises; a new attempt removes the old record."""
     if is_first():
         (folder / FILE).unlink(missing_ok=True)
     try:
@@ -27,26 +27,24 @@ def recorded(folder: Path, stage: str) -> Iterator[None]:
         raise
 
 
-def reason(experiment: Experiment, student: str, seed: int) -> str:
-    """The status of a run without scores: what failed first on the way to them."""
-    needs, between = experiment.requirements(student), []
-    if needs.features:
-        between.append(experiment.features_dir(needs.features))
+def run_status(experiment: Experiment, student: str, seed: int) -> str:
+    """Status of a run without scores: its first failed dependency, or "missing (…)"."""
+    needs = experiment.requirements(student)
+    folders = [experiment.features_dir(needs.features)] if needs.features else []
     if needs.pairs:
-        between.append(experiment.pairs_dir(experiment.pairs_name(student)))
-    last = experiment.run_dir(student, seed)
-    return _first(experiment, experiment.teacher_of(student), [*between, last])
+        folders.append(experiment.pairs_dir(experiment.pairs_name(student)))
+    folders.append(experiment.run_dir(student, seed))
+    return teacher_status(experiment, experiment.teacher_of(student), folders)
 
 
-def teacher_reason(experiment: Experiment, teacher: str) -> str:
-    """The same for the rows of a teacher."""
-    return _first(experiment, teacher, [])
-
-
-def _first(experiment: Experiment, teacher: str, later: list[Path]) -> str:
-    folders = [experiment.features_dir(name) for name in experiment.evaluation.extractors]
-    for folder in [experiment.data_dir(), *folders, experiment.teacher_dir(teacher), *later]:
-        if (folder / FILE).exists():
-            record = read_json(folder / FILE)
+def teacher_status(experiment: Experiment, teacher: str, more: list[Path] | None = None) -> str:
+    """Status of a teacher without scores, likewise; `more`: further folders that may hold the
+    failure."""
+    folders = [experiment.data_dir()]
+    folders += [experiment.features_dir(name) for name in experiment.evaluation.extractors]
+    folders += [experiment.teacher_dir(teacher), *(more or [])]
+    for path in (folder / FILE for folder in folders):
+        if path.exists():
+            record = read_json(path)
             return f"failed ({record['stage']}: {record['reason']})"
     return f"missing (not finished; see {experiment.root / 'logs'})"

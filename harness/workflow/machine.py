@@ -1,39 +1,25 @@
-"""What this process may use of the machine it runs on."""
+"""CPU cores of this machine, and starting a stage in several processes."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
-from pathlib import Path
-
-
-def usable_cpus() -> int:
-    """Cores that this process may really use: its affinity, and its control group's quota."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        count = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return count
 
 
 def job_threads(cores: int | None) -> int:
-    """Snakemake threads that a one-thread job declares, so that no more jobs run than cores exist.
+    """Snakemake threads that a single-threaded job declares, so that jobs do not outnumber cores.
 
-    `--cores 8` on two cores would start eight jobs, each several times slower; with four of the
-    eight declared by each, two run.
+    `--cores 8` on two cores would start eight jobs, each of them several times slower. If each job
+    declares four of the eight threads, two run at a time.
     """
-    return max(1, math.ceil((cores or 1) / usable_cpus()))
+    import joblib
+
+    return max(1, math.ceil((cores or 1) / joblib.cpu_count()))
 
 
 def is_first() -> bool:
-    """Whether this process leads those that torchrun started, or is alone."""
+    """Whether this process is the only one of its stage, or rank 0 under torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -43,8 +29,8 @@ def launched() -> bool:
 
 
 def relaunch(count: int, arguments: list[str]) -> None:
-    """Become torchrun with `count` processes of `python -m harness <arguments>`, unless this is one
-    of them already, or one is enough."""
+    """Replace this process with torchrun, which runs `python -m harness <arguments>` in `count`
+    processes. Return if one process is enough, or if torchrun started this process."""
     if count == 1 or launched():
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -1,8 +1,9 @@
-"""`python -m harness status`: how far every run of an experiment is."""
+"""`harness status`: the progress of every teacher, feature network and run of an experiment."""
 
 from __future__ import annotations
 
 import csv
+from datetime import timedelta
 from pathlib import Path
 
 from harness.config.experiment import Experiment
@@ -10,7 +11,7 @@ from harness.workflow import failures
 
 
 def last_row(path: Path) -> dict[str, str]:
-    """The last whole row of a train.csv, or {}."""
+    """The last complete row of a train.csv, or {}."""
     try:
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if None not in row.values()]
@@ -19,20 +20,14 @@ def last_row(path: Path) -> dict[str, str]:
     return rows[-1] if rows else {}
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 def _newest_log(folder: Path) -> Path:
-    """train.csv of the run that was touched last (a changed setting starts another beside it)."""
+    """train.csv of the latest run in a folder (a changed setting starts a run of its own)."""
     logs = sorted(folder.glob("runs/*/train.csv"), key=lambda p: p.stat().st_mtime)
     return logs[-1] if logs else folder / "train.csv"
 
 
 def _locked(folder: Path) -> bool:
-    """Whether a process works on the run."""
+    """Whether a process holds the lock of a run's folder."""
     from filelock import FileLock, Timeout
 
     if not (folder / ".lock").exists():
@@ -44,18 +39,20 @@ def _locked(folder: Path) -> bool:
         return True
 
 
-def _line(name: str, folder: Path, done_file: str, budget: list[dict], scored: Path | None) -> dict:
+def _state(folder: Path, record: str, scores: Path | None, started: bool) -> str:
+    if _locked(folder):
+        return "running"
+    if (folder / failures.FILE).exists():
+        return "failed"
+    if (folder / record).exists():
+        return "scored" if scores is not None and scores.exists() else "trained"
+    return "interrupted" if started else "waiting"
+
+
+def _line(name: str, folder: Path, record: str, budget: list[dict], scores: Path | None) -> dict:
     row = last_row(_newest_log(folder))
-    running = _locked(folder)
-    if running:
-        state = "running"
-    elif (folder / failures.FILE).exists():
-        state = "failed"
-    elif (folder / done_file).exists():
-        state = "scored" if scored is not None and scored.exists() else "trained"
-    else:
-        state = "interrupted" if row else "waiting"
-    line = {"run": name, "state": state, "spent": "", "images/s": "", "ETA": "", "losses": ""}
+    line = {"run": name, "state": _state(folder, record, scores, bool(row))}
+    line |= dict.fromkeys(("spent", "images/s", "ETA", "losses"), "")
     if not row:
         return line
     spent = {unit: float(row[unit]) for unit in ("images", "flops", "seconds")}
@@ -63,38 +60,29 @@ def _line(name: str, folder: Path, done_file: str, budget: list[dict], scored: P
     share = spent[nearest["unit"]] / nearest["amount"]
     line["spent"] = f"{spent[nearest['unit']]:.4g} of {nearest['amount']:.4g} {nearest['unit']}"
     line["images/s"] = f"{float(row['images_per_second']):.0f}"
-    if running and 0 < share < 1:
-        line["ETA"] = _duration(spent["seconds"] / share * (1 - share))
-    line["losses"] = " ".join(
-        f"{key[5:]} {float(value):.3g}"
-        for key, value in row.items()
-        if key.startswith("loss/") and value
-    )
+    if line["state"] == "running" and 0 < share < 1:
+        line["ETA"] = str(timedelta(seconds=round(spent["seconds"] / share * (1 - share))))
+    losses = {key[5:]: value for key, value in row.items() if key.startswith("loss/") and value}
+    line["losses"] = " ".join(f"{name} {float(value):.3g}" for name, value in losses.items())
     return line
 
 
 def status(experiment: Experiment) -> list[dict]:
-    """One line per teacher, feature network and run: state, budget spent, speed, ETA, losses."""
-    lines = []
-    for kind, sections, folder, done in (
+    """One row per feature network, teacher and run: state, budget spent, speed, ETA, losses."""
+    rows = []
+    for kind, sections, folder, record in (
         ("features", experiment.features, experiment.features_dir, "features.json"),
         ("teacher", experiment.teachers, experiment.teacher_dir, "teacher.json"),
     ):
         for name, section in sections.items():
-            images = getattr(section, "images", 1)  # an imported teacher is there or not
+            images = getattr(section, "images", 1)  # imported teachers have no budget
             budget = [{"unit": "images", "amount": images}]
-            lines.append(_line(f"{kind} {name}", folder(name), done, budget, None))
+            rows.append(_line(f"{kind} {name}", folder(name), record, budget, None))
     for student, seed in experiment.runs:
-        lines.append(
-            _line(
-                f"{student}/seed{seed}",
-                experiment.run_dir(student, seed),
-                "student.json",
-                experiment.budget_spec(student),
-                experiment.score_path(student, seed),
-            )
-        )
-    return lines
+        folder, scores = experiment.run_dir(student, seed), experiment.score_path(student, seed)
+        budget = experiment.budget_spec(student)
+        rows.append(_line(f"{student}/seed{seed}", folder, "student.json", budget, scores))
+    return rows
 
 
 def print_status(experiment: Experiment) -> None:
@@ -103,4 +91,5 @@ def print_status(experiment: Experiment) -> None:
     print(tabulate(status(experiment), headers="keys", disable_numparse=True))
     for student, seed in experiment.runs:
         if (experiment.run_dir(student, seed) / failures.FILE).exists():
-            print(f"{student}/seed{seed} failed: {failures.reason(experiment, student, seed)}")
+            reason = failures.run_status(experiment, student, seed)
+            print(f"{student}/seed{seed} {reason}")

@@ -2,7 +2,7 @@
 
 
 def student_inputs(w):
-    """A run depends on its method's file, its teacher, and what its method asks for."""
+    """The method's file, the teacher, and the pairs or features that the method requires."""
     needs, root = E.requirements(w.student), E.root
     inputs = {
         "method": f"methods/{E.students[w.student].method}.py",
@@ -24,9 +24,9 @@ rule train:
         f"{E.root}/logs/students/{{student}}/seed{{seed}}.log",
     benchmark:
         f"{E.root}/benchmarks/students/{{student}}/seed{{seed}}.tsv"
-    threads: ALONE
+    threads: EXCLUSIVE_THREADS
     resources:
-        **asked("train"),
+        **EXCLUSIVE,
         gpu=GPU,
     params:
         spec=lambda w: spec([E.run_spec(w.student, int(w.seed)), E.budget_spec(w.student)]),

@@ -1,8 +1,8 @@
-# Scores: one job per run for all its snapshots, one per teacher (with its floor).
+# Scores: one job per run for all its snapshots, one per teacher (with the floor).
 EXTRACTORS = expand(
     f"{E.root}/features/{{features}}/features.json", features=E.evaluation.extractors
 )
-# The file that an FID compares with, where the experiment names a local one.
+# The local file of published reference statistics, if any.
 STATISTICS = E.statistics_files()
 
 
@@ -18,7 +18,6 @@ rule score:
     priority: 1
     threads: THREADS
     resources:
-        **asked("score"),
         gpu=GPU,
     params:
         spec=spec(E.score_spec()),
@@ -37,7 +36,6 @@ rule score_references:
         f"{E.root}/logs/scores/teachers/{{teacher}}.log",
     threads: THREADS
     resources:
-        **asked("score_references"),
         gpu=GPU,
     params:
         spec=lambda w: spec(E.reference_score_spec(w.teacher)),
@@ -45,7 +43,7 @@ rule score_references:
         "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
 
 
-# The libraries' numbers for the same images; there must be real ones to compare with.
+# Scores of other libraries for the same images; needs real images.
 AGREEMENT = (
     expand(f"{E.root}/tables/agreement.{{kind}}", kind=("csv", "md")) if E.data.has_images else []
 )
@@ -61,7 +59,6 @@ rule agreement:
         f"{E.root}/logs/agreement.log",
     threads: THREADS
     resources:
-        **asked("agreement"),
         gpu=GPU,
     params:
         spec=spec(E.agreement_spec()),

@@ -1,4 +1,4 @@
-# What students need before they train: data, feature networks, teachers, teacher pairs.
+# Inputs of students: data, feature networks, teachers, teacher pairs.
 
 
 rule data:
@@ -9,8 +9,6 @@ rule data:
     log:
         f"{E.root}/logs/data.log",
     threads: THREADS
-    resources:
-        **asked("data"),
     params:
         spec=spec(E.prepare_spec()),
     shell:
@@ -28,7 +26,6 @@ rule features:
         f"{E.root}/benchmarks/features/{{features}}.tsv"
     threads: THREADS
     resources:
-        **asked("features"),
         gpu=GPU,
     params:
         spec=lambda w: spec(E.features_spec(w.features)),
@@ -36,7 +33,7 @@ rule features:
         "{HARNESS} features {wildcards.features} --configfile {CONFIG} > {log} 2>&1"
 
 
-# Everything waits for a teacher, and a teacher for what reads its captions: they come first.
+# All students wait for a teacher, and a teacher waits for its text encoder: train these first.
 use rule features as text_encoder with:
     wildcard_constraints:
         features="|".join(map(re.escape, filter(None, map(E.text_encoder_of, E.teachers))))
@@ -48,11 +45,10 @@ ruleorder: text_encoder > features
 
 
 def teacher_inputs(w):
-    """An imported teacher follows its local files. One that is trained here on captions follows
-    what reads them."""
+    """Local files of an imported teacher; the text encoder of a teacher trained on captions."""
     encoder = E.text_encoder_of(w.teacher)
-    made = [f"{E.root}/features/{encoder}/features.json"] if encoder else []
-    return E.teacher_files(w.teacher) + made
+    features = [f"{E.root}/features/{encoder}/features.json"] if encoder else []
+    return E.teacher_files(w.teacher) + features
 
 
 rule teacher:
@@ -68,7 +64,6 @@ rule teacher:
     priority: 10
     threads: THREADS
     resources:
-        **asked("teacher"),
         gpu=GPU,
     params:
         spec=lambda w: spec(E.teacher_spec(w.teacher)),
@@ -84,10 +79,10 @@ rule pairs:
     log:
         f"{E.root}/logs/pairs/{{pairs}}.log",
     priority: 5
-    # Their seconds are charged to the runs that use them.
-    threads: ALONE
+    # The seconds of a pair set are charged to the runs that use it.
+    threads: EXCLUSIVE_THREADS
     resources:
-        **asked("pairs"),
+        **EXCLUSIVE,
         gpu=GPU,
     params:
         spec=lambda w: spec(E.pairs_spec(w.pairs)),

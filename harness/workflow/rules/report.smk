@@ -1,4 +1,4 @@
-# Tables, figures, the page and the manifest, in one job; and what is written when a run failed.
+# Tables, figures, the page and the manifest: one job.
 FIGURES = [
     "quality_vs_images",
     "quality_vs_compute",
@@ -22,8 +22,8 @@ if E.paper:
     REPORT += expand(f"{E.root}/tables/paper.{{kind}}", kind=("csv", "md", "tex"))
 
 
-def shown(path):
-    """An output as `snakemake --report` files it: the page, the tables and the figures."""
+def in_report(path):
+    """Mark the page, tables and figures for `snakemake --report`."""
     category = {"tables": "Tables", "figures": "Figures"}.get(Path(path).parent.name, "Report")
     if category == "Report" and path.endswith(".json"):
         return path
@@ -33,8 +33,8 @@ def shown(path):
     return report(path, category=category, labels=labels, caption=caption)
 
 
-# The records stand among the inputs beside the scores: a failed job's record is deleted, and only
-# what is an input is made again.
+# Snakemake deletes the record of a failed job and remakes only inputs, so the records of runs,
+# teachers and feature networks are inputs as well as the scores.
 rule report:
     input:
         runs=[f"{E.root}/students/{student}/seed{seed}/student.json" for student, seed in E.runs],
@@ -42,14 +42,12 @@ rule report:
         features=EXTRACTORS,
         scores=[f"{E.root}/scores/{student}/seed{seed}.json" for student, seed in E.runs],
         references=expand(f"{E.root}/scores/teachers/{{teacher}}.json", teacher=E.teachers),
-        shown=AGREEMENT,  # a table that the page shows too
+        agreement=AGREEMENT,
     output:
-        [shown(path) for path in REPORT],
+        [in_report(path) for path in REPORT],
     log:
         f"{E.root}/logs/report.log",
     threads: THREADS
-    resources:
-        **asked("report"),
     params:
         spec=spec(E.report_spec()),
     shell:
@@ -57,7 +55,7 @@ rule report:
 
 
 onerror:
-    # One failed run must not hide the others: the table is written with a row that says why.
+    # Report the finished runs; failed ones appear with their reason.
     shell("{HARNESS} report --partial --configfile {CONFIG} >> {E.root}/logs/report.log 2>&1")
     print(
         f"\nSome jobs failed; the table with the reasons: {E.root}/tables/comparison.md, and "
