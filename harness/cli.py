@@ -63,7 +63,10 @@ def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = 
         def run(args: argparse.Namespace) -> None:
             if not configfile:
                 return function(args)
-            experiment = call("validation.load_experiment", args.configfile, files=files)
+            if args.configfile.suffix == ".json":  # the workflow's snapshot, checked before
+                experiment = call("validation.load_snapshot", args.configfile)
+            else:
+                experiment = call("validation.load_experiment", args.configfile, files=files)
             for argument, section in SECTIONS.items():
                 check_name(args, argument, getattr(experiment, section))
             function(experiment, args)
@@ -88,9 +91,9 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
             import torch
 
             torch.set_num_threads(1)  # results depend on it: sums are split by thread
+            experiment.check_device()
             if many:
-                name = getattr(args, "student", None) or getattr(args, "teacher", None)
-                relaunch(experiment.processes(experiment.job_batch(args.command, name)), args.argv)
+                relaunch(experiment.processes(_batch(experiment, args)), args.argv)
             made, folder = _target(experiment, args)
             with contextlib.ExitStack() as stack:
                 stack.enter_context(logs.run_name(made))
@@ -109,19 +112,29 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
 def _target(experiment, args: argparse.Namespace) -> tuple[str, Path | None]:
     """Name and folder of what a stage makes; ("", None) for one that makes no folder."""
     if args.command == "data":
-        return "data", experiment.data_dir()
+        return "data", experiment.paths.data
     if hasattr(args, "student"):
-        return f"{args.student}/seed{args.seed}", experiment.run_dir(args.student, args.seed)
+        folder = experiment.paths.run(args.student, args.seed)
+        return f"{args.student}/seed{args.seed}", folder
     for kind in ("features", "teacher", "pairs"):
         if name := getattr(args, kind, None):
-            return f"{kind} {name}", getattr(experiment, f"{kind}_dir")(name)
+            return f"{kind} {name}", getattr(experiment.paths, kind)(name)
     return "", None
+
+
+def _batch(experiment, args: argparse.Namespace) -> int | None:
+    """The batch that the processes of a stage divide; None if they divide no batch."""
+    if args.command == "train":
+        return experiment.students[args.student].settings.batch
+    if args.command == "teacher":  # one process imports a teacher
+        return getattr(experiment.teachers[args.teacher], "batch", 1)
+    return None
 
 
 @stage("read the data set and split it")
 def data(experiment, args):
     sizes = call("evaluation.metrics.fewest", experiment.evaluation.neighbours)
-    call("data.datasets.prepare", experiment.data, experiment.data_dir(), sizes)
+    call("data.datasets.prepare", experiment.data, experiment.paths.data, sizes)
 
 
 @stage("train or fetch a feature network", "features")
@@ -136,7 +149,7 @@ def teacher(experiment, args):
 
 @stage("generate a set of teacher pairs", "pairs", slot=False, many=True)
 def pairs(experiment, args):
-    slot = machine_slot(exclusive=experiment.seconds_budget)
+    slot = machine_slot(exclusive=experiment.exclusive)
     with call("training.distributed.processes").leading(slot) as exclusive:
         call("teachers.pairs.make_pairs", experiment, args.pairs, exclusive)
 

@@ -99,18 +99,21 @@ class Experiment(Legacy):
 
     @property
     def device(self) -> str:
-        if self.device_setting in ("cpu", "meta"):
+        """The device of jobs; "auto" is resolved for this machine."""
+        if self.device_setting != "auto":
             return self.device_setting
         import torch
 
-        available = torch.cuda.is_available()
-        if self.device_setting == "auto":
-            return "cuda" if available else "cpu"
-        if not available:
-            raise UserError(
-                f"device: {self.device_setting} is not available; use cpu or auto", "device"
-            )
-        return self.device_setting
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def check_device(self) -> None:
+        """Raise a `UserError` if this machine does not have the device. Jobs of a cluster are
+        submitted and reported from machines without it."""
+        if self.device.startswith("cuda"):
+            import torch
+
+            if not torch.cuda.is_available():
+                raise UserError(f"device: {self.device} is not available; use cpu", "device")
 
     def processes(self, batch: int | None = None) -> int:
         """Number of processes that share a job: a divisor of its batch, at most the setting."""

@@ -29,22 +29,21 @@ def record_failure(folder: Path, stage: str) -> Iterator[None]:
 
 def run_status(experiment: Experiment, student: str, seed: int) -> str:
     """Status of a run without scores: its first failed dependency, or "missing (…)"."""
-    needs = experiment.requirements(student)
-    folders = [experiment.features_dir(needs.features)] if needs.features else []
-    if needs.pairs:
-        folders.append(experiment.pairs_dir(experiment.pairs_name(student)))
-    folders.append(experiment.run_dir(student, seed))
-    return teacher_status(experiment, experiment.teacher_of(student), folders)
+    section, paths = experiment.students[student], experiment.paths
+    features, pairs = section.requirements.features, section.pairs
+    folders = [paths.features(features)] if features else []
+    folders += [paths.pairs(pairs.name)] if pairs else []
+    return teacher_status(experiment, section.teacher, [*folders, paths.run(student, seed)])
 
 
 def teacher_status(experiment: Experiment, teacher: str, more: list[Path] | None = None) -> str:
     """Status of a teacher without scores, likewise; `more`: further folders that may hold the
     failure."""
-    folders = [experiment.data_dir()]
-    folders += [experiment.features_dir(name) for name in experiment.evaluation.extractors]
-    folders += [experiment.teacher_dir(teacher), *(more or [])]
+    paths = experiment.paths
+    folders = [paths.data, *map(paths.features, experiment.evaluation.extractors)]
+    folders += [paths.teacher(teacher), *(more or [])]
     for path in (folder / FILE for folder in folders):
         if path.exists():
             record = read_json(path)
             return f"failed ({record['stage']}: {record['reason']})"
-    return f"missing (not finished; see {experiment.root / 'logs'})"
+    return f"missing (not finished; see {paths.logs})"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from harness.config.experiment import Experiment
-from harness.config.schema import ImportedTeacher, micro_batch
+from harness.config.schema import ImportedTeacher
 from harness.data import datasets
 from harness.data.datasets import ON_DEVICE, Dataset, Images
 from harness.data.prompts import prompts_of
@@ -24,14 +24,13 @@ from harness.data.torchvision_sets import OFFICIAL
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.features.train import build_feature_network
-from harness.io.artifacts import digest, read_json, sha256_file, write_json
+from harness.io.artifacts import read_json
 from harness.networks import build_denoiser
 from harness.students.inputs import Inputs
 from harness.students.run import assemble
 from harness.training.ledger import measure
 from harness.training.lora import parameter_count
-from harness.training.trainer import Trainer, grid_index
-from harness.validation import parse_experiment
+from harness.training.trainer import Trainer
 
 # Iterations over which variants such as lazy R1 are averaged.
 PERIOD = 64

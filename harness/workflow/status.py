@@ -69,18 +69,18 @@ def _line(name: str, folder: Path, record: str, budget: list[dict], scores: Path
 
 def status(experiment: Experiment) -> list[dict]:
     """One row per feature network, teacher and run: state, budget spent, speed, ETA, losses."""
-    rows = []
+    rows, paths = [], experiment.paths
     for kind, sections, folder, record in (
-        ("features", experiment.features, experiment.features_dir, "features.json"),
-        ("teacher", experiment.teachers, experiment.teacher_dir, "teacher.json"),
+        ("features", experiment.features, paths.features, "features.json"),
+        ("teacher", experiment.teachers, paths.teacher, "teacher.json"),
     ):
         for name, section in sections.items():
             images = getattr(section, "images", 1)  # imported teachers have no budget
             budget = [{"unit": "images", "amount": images}]
             rows.append(_line(f"{kind} {name}", folder(name), record, budget, None))
     for student, seed in experiment.runs:
-        folder, scores = experiment.run_dir(student, seed), experiment.score_path(student, seed)
-        budget = experiment.budget_spec(student)
+        folder, scores = paths.run(student, seed), paths.scores(student, seed)
+        budget = [limit.model_dump() for limit in experiment.students[student].budget]
         rows.append(_line(f"{student}/seed{seed}", folder, "student.json", budget, scores))
     return rows
 
@@ -90,6 +90,6 @@ def print_status(experiment: Experiment) -> None:
 
     print(tabulate(status(experiment), headers="keys", disable_numparse=True))
     for student, seed in experiment.runs:
-        if (experiment.run_dir(student, seed) / failures.FILE).exists():
+        if (experiment.paths.run(student, seed) / failures.FILE).exists():
             reason = failures.run_status(experiment, student, seed)
             print(f"{student}/seed{seed} {reason}")

@@ -9,9 +9,10 @@ sys.path.insert(0, str(workflow.basedir))
 
 from snakemake.exceptions import WorkflowError
 
+from harness.config.legacy import method_source
 from harness.errors import UserError
 from harness.io.artifacts import canonical
-from harness.validation import load_experiment
+from harness.validation import load_experiment, load_snapshot
 from harness.workflow.machine import job_threads
 
 # `jobs` without `cores` submits to a cluster, where every job starts a Snakemake of its own.
@@ -24,9 +25,9 @@ try:
         E = load_experiment(workflow.configfiles, dict(workflow.config_settings.config))
         os.environ[SNAPSHOT] = str(E.write_snapshot())
     else:
-        E = load_experiment(Path(os.environ[SNAPSHOT]))
-    # The submitting machine needs no GPU; profiles/slurm requests them.
-    GPU = 0 if CLUSTER else int(E.device.startswith("cuda"))
+        E = load_snapshot(Path(os.environ[SNAPSHOT]))
+    if not CLUSTER:
+        E.check_device()
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -37,11 +38,12 @@ envvars:
 
 
 CONFIG = os.environ[SNAPSHOT]
+GPU = 0 if CLUSTER else int(E.device.startswith("cuda"))  # profiles/slurm requests GPUs
 HARNESS = f"{shlex.quote(sys.executable)} -m harness"
 THREADS = 1 if CLUSTER else job_threads(workflow.cores)
 # A budget in seconds is fair only without other jobs on the machine.
-EXCLUSIVE_THREADS = workflow.cores if E.seconds_budget and not CLUSTER else THREADS
-EXCLUSIVE = {"slurm_extra": "--exclusive"} if E.seconds_budget else {}
+EXCLUSIVE_THREADS = workflow.cores if E.exclusive and not CLUSTER else THREADS
+EXCLUSIVE = {"slurm_extra": "--exclusive"} if E.exclusive else {}
 
 
 wildcard_constraints:

@@ -3,15 +3,15 @@
 
 def student_inputs(w):
     """The method's file, the teacher, and the pairs or features that the method requires."""
-    needs, root = E.requirements(w.student), E.root
+    student = E.students[w.student]
     inputs = {
-        "method": f"methods/{E.students[w.student].method}.py",
-        "teacher": f"{root}/teachers/{E.teacher_of(w.student)}/teacher.json",
+        "method": os.path.relpath(method_source(student.method)),
+        "teacher": E.paths.teacher(student.teacher) / "teacher.json",
     }
-    if needs.pairs:
-        inputs["pairs"] = f"{root}/pairs/{E.pairs_name(w.student)}/pairs.json"
-    if needs.features:
-        inputs["features"] = f"{root}/features/{needs.features}/features.json"
+    if student.pairs:
+        inputs["pairs"] = E.paths.pairs(student.pairs.name) / "pairs.json"
+    if features := student.requirements.features:
+        inputs["features"] = E.paths.features(features) / "features.json"
     return inputs
 
 
@@ -19,16 +19,21 @@ rule train:
     input:
         unpack(student_inputs),
     output:
-        f"{E.root}/students/{{student}}/seed{{seed}}/student.json",
+        f"{E.paths.root}/students/{{student}}/seed{{seed}}/student.json",
     log:
-        f"{E.root}/logs/students/{{student}}/seed{{seed}}.log",
+        f"{E.paths.root}/logs/students/{{student}}/seed{{seed}}.log",
     benchmark:
-        f"{E.root}/benchmarks/students/{{student}}/seed{{seed}}.tsv"
+        f"{E.paths.root}/benchmarks/students/{{student}}/seed{{seed}}.tsv"
     threads: EXCLUSIVE_THREADS
     resources:
         **EXCLUSIVE,
         gpu=GPU,
     params:
-        spec=lambda w: spec([E.run_spec(w.student, int(w.seed)), E.budget_spec(w.student)]),
+        spec=lambda w: spec(
+            [
+                E.run_fingerprint(w.student, int(w.seed)),
+                [limit.model_dump() for limit in E.students[w.student].budget],
+            ]
+        ),
     shell:
         "{HARNESS} train {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"

@@ -1,6 +1,6 @@
 # Scores: one job per run for all its snapshots, one per teacher (with the floor).
 EXTRACTORS = expand(
-    f"{E.root}/features/{{features}}/features.json", features=E.evaluation.extractors
+    f"{E.paths.root}/features/{{features}}/features.json", features=E.evaluation.extractors
 )
 # The local file of published reference statistics, if any.
 STATISTICS = E.statistics_files()
@@ -12,9 +12,9 @@ rule score:
         extractors=EXTRACTORS,
         statistics=STATISTICS,
     output:
-        f"{E.root}/scores/{{student}}/seed{{seed}}.json",
+        f"{E.paths.root}/scores/{{student}}/seed{{seed}}.json",
     log:
-        f"{E.root}/logs/scores/{{student}}/seed{{seed}}.log",
+        f"{E.paths.root}/logs/scores/{{student}}/seed{{seed}}.log",
     priority: 1
     threads: THREADS
     resources:
@@ -31,9 +31,9 @@ rule score_references:
         extractors=EXTRACTORS,
         statistics=STATISTICS,
     output:
-        f"{E.root}/scores/teachers/{{teacher}}.json",
+        f"{E.paths.root}/scores/teachers/{{teacher}}.json",
     log:
-        f"{E.root}/logs/scores/teachers/{{teacher}}.log",
+        f"{E.paths.root}/logs/scores/teachers/{{teacher}}.log",
     threads: THREADS
     resources:
         gpu=GPU,
@@ -45,18 +45,20 @@ rule score_references:
 
 # Scores of other libraries for the same images; needs real images.
 AGREEMENT = (
-    expand(f"{E.root}/tables/agreement.{{kind}}", kind=("csv", "md")) if E.data.has_images else []
+    expand(f"{E.paths.root}/tables/agreement.{{kind}}", kind=("csv", "md"))
+    if E.data.has_images
+    else []
 )
 
 
 rule agreement:
     input:
-        scores=f"{E.root}/scores/teachers/{next(iter(E.teachers))}.json",
+        scores=f"{E.paths.root}/scores/teachers/{next(iter(E.teachers))}.json",
         extractors=EXTRACTORS,
     output:
         AGREEMENT,
     log:
-        f"{E.root}/logs/agreement.log",
+        f"{E.paths.root}/logs/agreement.log",
     threads: THREADS
     resources:
         gpu=GPU,

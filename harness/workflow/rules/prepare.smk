@@ -5,12 +5,12 @@ rule data:
     input:
         lambda w: E.data_files(),
     output:
-        f"{E.root}/data/data.json",
+        f"{E.paths.root}/data/data.json",
     log:
-        f"{E.root}/logs/data.log",
+        f"{E.paths.root}/logs/data.log",
     threads: THREADS
     params:
-        spec=spec(E.prepare_spec()),
+        spec=spec(E.preparation_fingerprint),
     shell:
         "{HARNESS} data --configfile {CONFIG} > {log} 2>&1"
 
@@ -19,16 +19,16 @@ rule features:
     input:
         rules.data.output,
     output:
-        f"{E.root}/features/{{features}}/features.json",
+        f"{E.paths.root}/features/{{features}}/features.json",
     log:
-        f"{E.root}/logs/features/{{features}}.log",
+        f"{E.paths.root}/logs/features/{{features}}.log",
     benchmark:
-        f"{E.root}/benchmarks/features/{{features}}.tsv"
+        f"{E.paths.root}/benchmarks/features/{{features}}.tsv"
     threads: THREADS
     resources:
         gpu=GPU,
     params:
-        spec=lambda w: spec(E.features_spec(w.features)),
+        spec=lambda w: spec(E.features_fingerprint(w.features)),
     shell:
         "{HARNESS} features {wildcards.features} --configfile {CONFIG} > {log} 2>&1"
 
@@ -47,7 +47,7 @@ ruleorder: text_encoder > features
 def teacher_inputs(w):
     """Local files of an imported teacher; the text encoder of a teacher trained on captions."""
     encoder = E.text_encoder_of(w.teacher)
-    features = [f"{E.root}/features/{encoder}/features.json"] if encoder else []
+    features = [f"{E.paths.root}/features/{encoder}/features.json"] if encoder else []
     return E.teacher_files(w.teacher) + features
 
 
@@ -56,28 +56,28 @@ rule teacher:
         rules.data.output,
         source=teacher_inputs,
     output:
-        f"{E.root}/teachers/{{teacher}}/teacher.json",
+        f"{E.paths.root}/teachers/{{teacher}}/teacher.json",
     log:
-        f"{E.root}/logs/teachers/{{teacher}}.log",
+        f"{E.paths.root}/logs/teachers/{{teacher}}.log",
     benchmark:
-        f"{E.root}/benchmarks/teachers/{{teacher}}.tsv"
+        f"{E.paths.root}/benchmarks/teachers/{{teacher}}.tsv"
     priority: 10
     threads: THREADS
     resources:
         gpu=GPU,
     params:
-        spec=lambda w: spec(E.teacher_spec(w.teacher)),
+        spec=lambda w: spec(E.teacher_fingerprint(w.teacher)),
     shell:
         "{HARNESS} teacher {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
 
 
 rule pairs:
     input:
-        lambda w: f"{E.root}/teachers/{E.pair_sets[w.pairs].teacher}/teacher.json",
+        lambda w: f"{E.paths.root}/teachers/{E.pair_sets[w.pairs].teacher}/teacher.json",
     output:
-        f"{E.root}/pairs/{{pairs}}/pairs.json",
+        f"{E.paths.root}/pairs/{{pairs}}/pairs.json",
     log:
-        f"{E.root}/logs/pairs/{{pairs}}.log",
+        f"{E.paths.root}/logs/pairs/{{pairs}}.log",
     priority: 5
     # The seconds of a pair set are charged to the runs that use it.
     threads: EXCLUSIVE_THREADS
@@ -85,6 +85,6 @@ rule pairs:
         **EXCLUSIVE,
         gpu=GPU,
     params:
-        spec=lambda w: spec(E.pairs_spec(w.pairs)),
+        spec=lambda w: spec(E.pairs_fingerprint(w.pairs)),
     shell:
         "{HARNESS} pairs {wildcards.pairs} --configfile {CONFIG} > {log} 2>&1"

@@ -8,18 +8,18 @@ FIGURES = [
 ]
 REPORT = [
     *(
-        f"{E.root}/tables/{table}"
+        f"{E.paths.root}/tables/{table}"
         for table in ("metrics.csv", "comparison.csv", "comparison.md", "comparison.tex")
     ),
-    *expand(f"{E.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
-    f"{E.root}/report.html",
-    f"{E.root}/manifest.json",
+    *expand(f"{E.paths.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
+    f"{E.paths.root}/report.html",
+    f"{E.paths.root}/manifest.json",
 ]
-REPORT += expand(f"{E.root}/tables/pairwise.{{kind}}", kind=("csv", "md"))
+REPORT += expand(f"{E.paths.root}/tables/pairwise.{{kind}}", kind=("csv", "md"))
 if E.claims:
-    REPORT += expand(f"{E.root}/tables/claims.{{kind}}", kind=("csv", "md"))
+    REPORT += expand(f"{E.paths.root}/tables/claims.{{kind}}", kind=("csv", "md"))
 if E.paper:
-    REPORT += expand(f"{E.root}/tables/paper.{{kind}}", kind=("csv", "md", "tex"))
+    REPORT += expand(f"{E.paths.root}/tables/paper.{{kind}}", kind=("csv", "md", "tex"))
 
 
 def in_report(path):
@@ -37,29 +37,34 @@ def in_report(path):
 # teachers and feature networks are inputs as well as the scores.
 rule report:
     input:
-        runs=[f"{E.root}/students/{student}/seed{seed}/student.json" for student, seed in E.runs],
-        teachers=expand(f"{E.root}/teachers/{{teacher}}/teacher.json", teacher=E.teachers),
+        runs=[
+            f"{E.paths.root}/students/{student}/seed{seed}/student.json"
+            for student, seed in E.runs
+        ],
+        teachers=expand(f"{E.paths.root}/teachers/{{teacher}}/teacher.json", teacher=E.teachers),
         features=EXTRACTORS,
-        scores=[f"{E.root}/scores/{student}/seed{seed}.json" for student, seed in E.runs],
-        references=expand(f"{E.root}/scores/teachers/{{teacher}}.json", teacher=E.teachers),
+        scores=[f"{E.paths.root}/scores/{student}/seed{seed}.json" for student, seed in E.runs],
+        references=expand(f"{E.paths.root}/scores/teachers/{{teacher}}.json", teacher=E.teachers),
         agreement=AGREEMENT,
     output:
         [in_report(path) for path in REPORT],
     log:
-        f"{E.root}/logs/report.log",
+        f"{E.paths.root}/logs/report.log",
     threads: THREADS
     params:
-        spec=spec(E.report_spec()),
+        spec=spec(E.report_fingerprint()),
     shell:
         "{HARNESS} report --configfile {CONFIG} > {log} 2>&1"
 
 
 onerror:
     # Report the finished runs; failed ones appear with their reason.
-    shell("{HARNESS} report --partial --configfile {CONFIG} >> {E.root}/logs/report.log 2>&1")
+    shell(
+        "{HARNESS} report --partial --configfile {CONFIG} >> {E.paths.root}/logs/report.log 2>&1"
+    )
     print(
-        f"\nSome jobs failed; the table with the reasons: {E.root}/tables/comparison.md, and "
-        f"{E.root}/report.html",
+        f"\nSome jobs failed; the table with the reasons: {E.paths.root}/tables/comparison.md, and "
+        f"{E.paths.root}/report.html",
         file=sys.stderr,
     )
 
