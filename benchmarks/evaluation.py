@@ -72,10 +72,13 @@ def stand_in(name: str, size: int) -> Extractor:
         from harness.features import inception
 
         network = inception.Inception(inception._untrained())
-        return Extractor("inception", "inception", network, "")
+        provides = frozenset({"features", "probabilities", "inception", "fid-edm"})
+        return Extractor("inception", "inception", network, "", provides=provides)
     from harness.features.classifiers import CLASSIFIERS
 
-    return Extractor("cnn", "cnn", CLASSIFIERS["cnn"]((3, size, size), 10, 32), "")
+    provides = frozenset({"features", "probabilities", "data-classes", "fd"})
+    network = CLASSIFIERS["cnn"]((3, size, size), 10, 32)
+    return Extractor("cnn", "cnn", network, "", provides=provides)
 
 
 def read(folder: Path) -> Images:

@@ -133,7 +133,7 @@ def _batch(experiment, args: argparse.Namespace) -> int | None:
 
 @stage("read the data set and split it")
 def data(experiment, args):
-    sizes = call("evaluation.metrics.fewest", experiment.evaluation.neighbours)
+    sizes = call("evaluation.checks.minimum_samples", experiment.evaluation.neighbours)
     call("data.datasets.prepare", experiment.data, experiment.paths.data, sizes)
 
 

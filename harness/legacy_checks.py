@@ -9,7 +9,6 @@ from harness.config.schema import (
     FETCHED,
     ClipFeatures,
     DataSection,
-    EvaluationSection,
     ImportedTeacher,
     InceptionFeatures,
     PretrainedFeatures,
@@ -42,108 +41,12 @@ def _check_file(
     return [f"{place}: {source} is a folder"] if path.is_dir() and not folder else []
 
 
-def _check_evaluation(evaluation: EvaluationSection, model: Any, files: bool) -> list[str]:
-    from harness.evaluation.metrics import METRICS, fewest
-
-    lines, used = [], set()
-    least = fewest(evaluation.neighbours)[1]
-    if evaluation.num_samples < least:
-        lines.append(
-            f"evaluation.num_samples: {evaluation.num_samples} are too few; with neighbours "
-            f"{evaluation.neighbours} the metrics need {least} or more"
-        )
-    seeds = evaluation.sampling_seeds
-    if len(set(seeds)) < len(seeds):
-        lines.append("evaluation.sampling_seeds: a seed stands twice")
-    if (evaluation.snapshot_seeds or 0) > len(seeds):
-        lines.append(
-            f"evaluation.snapshot_seeds: {evaluation.snapshot_seeds}, but there are {len(seeds)} "
-            "sampling_seeds"
-        )
-    # Resizes of Inception are one network. Without images nothing but its statistics is known.
-    networks = {
-        "inception" if isinstance(model.features.get(name), InceptionFeatures) else name
-        for name in evaluation.extractors
-    }
-    if len(networks) < 2 and (model.data is None or model.data.has_images):
-        lines.append(
-            "evaluation.extractors: name two networks or more; a lead in the features of one may "
-            "vanish in another's"
-        )
-    for name in evaluation.extractors:
-        if name not in model.features:
-            hint = did_you_mean(name, model.features)
-            lines.append(f"evaluation.extractors: {name!r} is not under features{hint}")
-        elif model.features[name] is not None:
-            used.add(model.features[name].kind)
-    metric = METRICS.get(evaluation.main_metric)
-    if metric is None:
-        hint = did_you_mean(evaluation.main_metric, METRICS)
-        lines.append(f"evaluation.main_metric: unknown metric {evaluation.main_metric!r}{hint}")
-    elif "shown" in metric.needs and not _captioned(model):
-        lines.append(f"evaluation.main_metric: {metric.name!r} needs captions; data has none")
-    elif used and not used & set(metric.extractors):
-        known = [
-            name
-            for name, other in METRICS.items()
-            if used & set(other.extractors)
-            and other.higher_is_better is not None
-            and ("shown" not in other.needs or _captioned(model))
-        ]
-        lines.append(
-            f"evaluation.main_metric: {metric.name!r} is not for extractors of type "
-            f"{', '.join(sorted(used))}; those have {', '.join(sorted(known))}"
-        )
-    elif metric.higher_is_better is None:
-        lines.append(f"evaluation.main_metric: {_no_direction(metric.name)}")
-    elif (
-        {"statistics", "reference_features"} & {*metric.needs}
-        and evaluation.statistics is None
-        and _only_prompts(model)
-    ):
-        lines.append(
-            f"evaluation.main_metric: {metric.name!r} compares with real images or statistics; "
-            "there are none"
-        )
-    shape = model.data and model.data.image_shape
-    size = model.data and (shape[1] if shape else model.data.resolution)
-    if "inception-patch" in used and size and size < PATCH:
-        lines.append(f"evaluation.extractors: resize: patch looks at {PATCH} pixels, not {size}")
-    if evaluation.statistics is not None:
-        if used and not any(kind.startswith("inception") for kind in used):
-            lines.append("evaluation.statistics: they are for an extractor of type inception")
-        sha256 = "evaluation.statistics_sha256", evaluation.statistics_sha256
-        lines += _check_file("evaluation.statistics", evaluation.statistics, sha256, files)
-    elif evaluation.statistics_sha256 is not None:
-        lines.append("evaluation.statistics_sha256: means nothing without statistics")
-    elif model.data and not model.data.has_images and not _only_prompts(model):
-        lines.append("evaluation.statistics: missing; data has no images to compare with")
-    return lines
-
-
-PATCH = 299  # pixels that a patch FID looks at
-
-
-def _only_prompts(model: Any) -> bool:
-    """Whether there are prompts, and no real images to compare with."""
-    data = model.data
-    return data is not None and data.prompts is not None and not data.has_images
-
-
 def _captioned(model: Any) -> bool:
     return model.data is not None and model.data.captioned
 
 
-def _no_direction(name: str) -> str:
-    return f"{name!r} is a diagnostic: neither more nor less of it is better"
-
-
 def _check_claims(model: Any) -> list[str]:
-    from harness.evaluation.metrics import METRICS
-
     lines = []
-    names = model.evaluation.extractors if model.evaluation else []
-    kinds = {model.features[name].kind for name in names if model.features.get(name)}
     for i, claim in enumerate(model.claims or []):
         for role in ("better", "worse"):
             name = getattr(claim, role)
@@ -152,15 +55,6 @@ def _check_claims(model: Any) -> list[str]:
                 lines.append(f"claims.{i}.{role}: unknown student {name!r}{hint}")
         if claim.better == claim.worse:
             lines.append(f"claims.{i}: {claim.better!r} is both better and worse")
-        if claim.metric is not None and claim.metric not in METRICS:
-            hint = did_you_mean(claim.metric, METRICS)
-            lines.append(f"claims.{i}.metric: unknown metric {claim.metric!r}{hint}")
-        elif claim.metric and METRICS[claim.metric].higher_is_better is None:
-            lines.append(f"claims.{i}.metric: {_no_direction(claim.metric)}")
-        elif claim.metric and "shown" in METRICS[claim.metric].needs and not _captioned(model):
-            lines.append(f"claims.{i}.metric: {claim.metric!r} needs captions; data has none")
-        elif claim.metric and kinds and not kinds & set(METRICS[claim.metric].extractors):
-            lines.append(f"claims.{i}.metric: no extractor has {claim.metric!r}")
     return lines
 
 
@@ -333,8 +227,6 @@ def problems(model: Any, files: bool) -> list[Problem]:
     for name, item in model.features.items():
         if isinstance(item, PretrainedFeatures):
             lines += _check_fetched(name, item, files)
-    if model.evaluation:
-        lines += _check_evaluation(model.evaluation, model, files)
     lines += _check_claims(model) + _check_guidance(model)
     if model.paper is not None:
         from harness.reporting.published.catalogue import mistakes

@@ -32,6 +32,7 @@ from harness.config.schema import (
     TrainingSection,
 )
 from harness.errors import ConfigError, Problem, did_you_mean
+from harness.evaluation import checks as evaluation_checks
 from harness.registry import load_plugin
 from harness.students import checks as student_checks
 
@@ -199,6 +200,9 @@ def _check_multiples(s: Sections) -> list[Problem]:
 def _check(s: Sections, files: bool) -> list[Problem]:
     """Errors that no section shows by itself. `files`: whether the files must exist."""
     problems = _check_names(s) + _check_multiples(s) + legacy.problems(s, files)
+    problems += evaluation_checks.check(
+        s.evaluation, s.claims, s.data, s.features, s.names["features"], files
+    )
     if s.training is not None:
         problems += _check_training(s.training)
         problems += student_checks.check(

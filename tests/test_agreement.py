@@ -32,6 +32,9 @@ class Projection(torch.nn.Module):
         return features[:, :4]
 
 
+PROVIDES = frozenset({"features", "probabilities", "data-classes", "fd"})
+
+
 def images(n: int, seed: int, channels: int = 1) -> Images:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(60 * seed, 256, (n, channels, 4, 4), generator=generator)
@@ -45,7 +48,7 @@ def stub(folder: Path, channels: int = 1) -> tuple:
     for each, place in zip(sets, folders, strict=True):
         write_images(each.pixels, place)
     experiment = SimpleNamespace(evaluation=SimpleNamespace(neighbours=3))
-    return Extractor("stub", "cnn", Projection(), ""), *sets, folders, experiment
+    return Extractor("stub", "cnn", Projection(), "", provides=PROVIDES), *sets, folders, experiment
 
 
 @pytest.mark.parametrize("channels", [1, 3])

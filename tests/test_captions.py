@@ -11,7 +11,8 @@ from harness.data.captioned_digits import ATTRIBUTES, COPIES, Attributes, captio
 from harness.data.prompts import prompts_of
 from harness.denoiser import TextDenoiser
 from harness.errors import UserError
-from harness.evaluation.metrics import METRICS, Reference, Views
+from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.registry import METRICS
 from harness.fake_score import left_out
 from harness.features.small_clip import CaptionEncoder, SmallCLIP
 from harness.features.train import augmented, contrastive_loss
@@ -95,15 +96,10 @@ def test_attribute_accuracy_asks_for_everything():
     shown = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
     classes = attributes.classes(torch.tensor([0, 0, 1, 1]))
     probabilities = torch.nn.functional.one_hot(torch.tensor([3, 3, 3, 4]), 10).float()
-    views = Views(
-        torch.zeros(4, 2),
-        Reference(torch.zeros(4, 2)),
-        labels=torch.tensor([0, 0, 1, 1]),
-        classes=classes,
-        shown=shown,
-        probabilities=probabilities,
-    )
-    found = {name: METRICS[name].estimate(views).value for name in METRICS if "accuracy" in name}
+    outputs = {"probabilities": probabilities, "attributes_correct": shown.all(dim=1)}
+    outputs |= {f"{name}_correct": shown[:, i] for i, name in enumerate(("ink", "ground", "side"))}
+    features = FeatureSet(outputs, Reference(None), torch.tensor([0, 0, 1, 1]), classes)
+    found = {name: METRICS[name].estimate(features).value for name in METRICS if "accuracy" in name}
     assert found == {
         "accuracy": 75.0,
         "attribute-accuracy": 25.0,

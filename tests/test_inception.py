@@ -17,9 +17,10 @@ from harness.errors import UserError
 from harness.evaluation import score
 from harness.evaluation.agreement import write_images
 from harness.evaluation.extractors import Extractor, Observer
+from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.folder import score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
-from harness.evaluation.metrics import METRICS, Reference, Views
+from harness.evaluation.registry import METRICS
 from harness.evaluation.score import Scorer, Source
 from harness.features import inception
 from harness.features.classifiers import CLASSIFIERS
@@ -67,7 +68,7 @@ def test_blocks_change_nothing(network, monkeypatch):
     monkeypatch.setattr(inception, "BLOCK", 2)
     whole = extractor.see(pixels, labels)
     torch.testing.assert_close(streamed.features, whole["features"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(streamed.probabilities, whole["probabilities"])
+    torch.testing.assert_close(streamed.outputs["probabilities"], whole["probabilities"])
 
 
 def test_weights_are_read_as_the_library_reads_them(network, tmp_path):
@@ -178,7 +179,10 @@ def test_only_inceptions_distance_is_called_fid(available):
 
 def test_the_fid_and_its_error_are_those_of_the_frechet_distance():
     x, y = torch.randn(200, 5), torch.randn(300, 5) + 0.2
-    fid, fd = (METRICS[name].compute(Views(x, Reference(y))) for name in ("fid-edm", "fd"))
+    fid, fd = (
+        METRICS[name].estimate(FeatureSet({"features": x}, Reference(y)))
+        for name in ("fid-edm", "fd")
+    )
     assert fid == pytest.approx(fd, rel=1e-9)
 
 
@@ -187,7 +191,7 @@ def test_a_large_reference_is_summed_and_a_draw_of_it_kept(available, monkeypatc
     whole = rows_of(Scorer(available()), [359])
     monkeypatch.setattr(score, "PAIRWISE_LIMIT", 100)
     for name in SHARED:
-        monkeypatch.setitem(METRICS, name, replace(METRICS[name], limit=100))
+        monkeypatch.setitem(METRICS._entries, name, replace(METRICS[name], limit=100))
     scorer = Scorer(available())
     assert len(scorer._reference["inception"].features) == 100
     rows = rows_of(scorer, [359, 120])

@@ -9,7 +9,11 @@ import torch
 
 from harness.data.datasets import Images
 from harness.evaluation import neighbours
+from harness.evaluation.checks import minimum_samples
+from harness.evaluation.columns import column_name, parse_column
+from harness.evaluation.estimates import jackknife
 from harness.evaluation.extractors import Observer
+from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.frechet import (
     Moments,
     factor,
@@ -17,7 +21,7 @@ from harness.evaluation.frechet import (
     frechet_of_few,
     gaussian_statistics,
 )
-from harness.evaluation.metrics import METRICS, Reference, Views, fewest, jackknife, register
+from harness.evaluation.registry import METRICS, register
 from harness.evaluation.score import CLOSEST, Closest
 from harness.features.aesthetic import AestheticHead, spearman
 
@@ -28,8 +32,15 @@ def features(n: int, d: int = 8, seed: int = 0, scale: float = 1.0) -> torch.Ten
     return scale * torch.randn(n, d, generator=generator) @ mix
 
 
-def compute(name: str, views: Views) -> tuple[float, float]:
-    return METRICS[name].compute(views)
+def feature_set(
+    x: torch.Tensor, reference: Reference, labels: torch.Tensor | None = None, **outputs
+) -> FeatureSet:
+    return FeatureSet({"features": x, **outputs}, reference, labels)
+
+
+def compute(name: str, features: FeatureSet) -> tuple[float, float]:
+    """Value and standard error."""
+    return METRICS[name].estimate(features)[:2]
 
 
 def test_statistics_are_numpys():
@@ -83,7 +94,7 @@ def test_frechet_distance_without_limit_is_that_of_the_populations():
     exact = mix.T @ mix
     reference = Reference(torch.empty(0, 8), (torch.zeros(8, dtype=torch.float64), exact))
     assert reference.statistics[1] is exact
-    draws = [Views(features(400, seed=s, scale=1.1), reference) for s in range(20)]
+    draws = [feature_set(features(400, seed=s, scale=1.1), reference) for s in range(20)]
     biased, unbiased = ([compute(name, v) for v in draws] for name in ("fd", "fd-inf"))
     truth = frechet_distance(*reference.statistics, torch.zeros(8), 1.1**2 * exact)
     mean = {
@@ -99,7 +110,9 @@ def test_frechet_distance_without_limit_is_that_of_the_populations():
 
 def test_frechet_error_bar_covers_the_spread_of_repeated_draws():
     reference = features(2000, seed=7)
-    results = [compute("fd", Views(features(400, seed=s), Reference(reference))) for s in range(20)]
+    results = [
+        compute("fd", feature_set(features(400, seed=s), Reference(reference))) for s in range(20)
+    ]
     spread = torch.tensor([value for value, _ in results]).std().item()
     stated = sum(error for _, error in results) / len(results)
     assert 0.5 < stated / spread < 3
@@ -107,7 +120,7 @@ def test_frechet_error_bar_covers_the_spread_of_repeated_draws():
 
 def test_kernel_distance_is_the_unbiased_estimate():
     x, y = features(60), features(45, seed=1) + 0.3
-    value, _ = compute("kd", Views(x, Reference(y)))
+    value, _ = compute("kd", feature_set(x, Reference(y)))
     mean, std = y.double().mean(0), y.double().std(0)
     a, b = (x.double() - mean) / std, (y.double() - mean) / std
 
@@ -133,15 +146,16 @@ def test_kernel_distance_agrees_with_torch_fidelity_on_one_full_subset():
         kid_kernel_poly_degree=3,
         kid_kernel_poly_coef0=1,
     )
-    assert compute("kd", Views(x, Reference(y)))[0] == pytest.approx(1000 * theirs, rel=1e-9)
+    assert compute("kd", feature_set(x, Reference(y)))[0] == pytest.approx(1000 * theirs, rel=1e-9)
 
 
 def test_kernel_distance_jackknife_leaves_groups_out():
     x, y = features(40), features(50, seed=1)
-    _, error = compute("kd", Views(x, Reference(y)))
+    _, error = compute("kd", feature_set(x, Reference(y)))
     estimates = [
         compute(
-            "kd", Views(torch.cat([g for j, g in enumerate(x.chunk(10)) if j != i]), Reference(y))
+            "kd",
+            feature_set(torch.cat([g for j, g in enumerate(x.chunk(10)) if j != i]), Reference(y)),
         )[0]
         for i in range(10)
     ]
@@ -158,10 +172,10 @@ def test_precision_and_recall_know_generated_from_real():
     """All generated at one real point: precise, no recall. Swapped, it is the other way round."""
     real = features(200)
     collapsed = real[:1].expand(100, -1) + 1e-4 * torch.randn(100, 8)
-    one = Views(collapsed, Reference(real))
+    one = feature_set(collapsed, Reference(real))
     assert compute("precision", one)[0] == 1
     assert compute("recall", one)[0] < 0.05
-    other = Views(real, Reference(collapsed))
+    other = feature_set(real, Reference(collapsed))
     assert compute("precision", other)[0] < 0.05
     assert compute("recall", other)[0] == 1
 
@@ -170,7 +184,7 @@ def test_precision_and_recall_agree_with_torch_fidelity():
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     x, y = features(150), features(130, seed=1) + 0.5
-    views = Views(x, Reference(y), neighbours=3)
+    views = feature_set(x, Reference(y))
     theirs = prc_features_to_metric(x, y, prc_neighborhood=3, verbose=False)
     assert compute("precision", views)[0] == pytest.approx(float(theirs["precision"]))
     assert compute("recall", views)[0] == pytest.approx(float(theirs["recall"]))
@@ -178,7 +192,7 @@ def test_precision_and_recall_agree_with_torch_fidelity():
 
 def test_density_and_coverage_are_their_definition():
     x, y = features(70), features(50, seed=1)
-    views = Views(x, Reference(y))
+    views = feature_set(x, Reference(y))
     d = np.linalg.norm(x.numpy()[:, None] - y.numpy()[None], axis=2)
     within = np.linalg.norm(y.numpy()[:, None] - y.numpy()[None], axis=2)
     inside = d <= np.sort(within, axis=1)[:, 5]
@@ -187,7 +201,7 @@ def test_density_and_coverage_are_their_definition():
 
 
 def test_rows_of_distances_change_nothing(monkeypatch):
-    views = [Views(features(70), Reference(features(50, seed=1))) for _ in range(2)]
+    views = [feature_set(features(70), Reference(features(50, seed=1))) for _ in range(2)]
     names = ("precision", "recall", "density", "coverage")
     whole = [compute(name, views[0])[0] for name in names]
     monkeypatch.setattr(neighbours, "ROWS", 16)
@@ -197,10 +211,12 @@ def test_rows_of_distances_change_nothing(monkeypatch):
 def test_memorisation_tells_copies_from_new_images():
     train, held_out = features(300), features(100, seed=1)
     reference = Reference(train, held_out=held_out)
-    new = compute("memorisation", Views(features(200, seed=2), reference))
+    new = compute("memorisation", feature_set(features(200, seed=2), reference))
     assert new[0] == pytest.approx(1, abs=0.1) and 0 < new[1] < 0.05
-    assert compute("memorisation", Views(held_out, reference))[0] == pytest.approx(1, rel=1e-6)
-    assert compute("memorisation", Views(train[:200], reference))[0] == 0
+    assert compute("memorisation", feature_set(held_out, reference))[0] == pytest.approx(
+        1, rel=1e-6
+    )
+    assert compute("memorisation", feature_set(train[:200], reference))[0] == 0
 
 
 def test_without_a_unit_memorisation_is_no_number():
@@ -209,7 +225,7 @@ def test_without_a_unit_memorisation_is_no_number():
     held_out = torch.cat([train[:30], features(20, seed=1)])
     reference = Reference(train, held_out=held_out, index=torch.arange(60))
     assert reference.typical_nearest is None
-    value, error = compute("memorisation", Views(features(40, seed=2), reference))
+    value, error = compute("memorisation", feature_set(features(40, seed=2), reference))
     assert math.isnan(value) and math.isnan(error)
     closest = Closest(
         reference, Images(torch.zeros(60, 1, 1, 1, dtype=torch.uint8), torch.zeros(60))
@@ -222,7 +238,7 @@ def test_without_a_unit_memorisation_is_no_number():
 
 @pytest.mark.parametrize("neighbours", [3, 20])
 def test_every_metric_is_a_number_on_the_fewest_samples(neighbours):
-    train, samples = fewest(neighbours)
+    train, samples = minimum_samples(neighbours)
     reference = Reference(features(train), held_out=features(samples, seed=1))
     x, each = features(samples, seed=2), torch.linspace(0.1, 0.9, samples)
     ratings = (
@@ -232,12 +248,15 @@ def test_every_metric_is_a_number_on_the_fewest_samples(neighbours):
         "aesthetic_v1",
         "aesthetic_v2",
     )
-    views = Views(
-        x, reference, torch.arange(samples) % 2, x.softmax(dim=1), neighbours=neighbours,
-        shown=torch.ones(samples, 3).bool(), **dict.fromkeys(ratings, each),
-    )  # fmt: skip
-    for name, metric in METRICS.items():
-        if samples >= metric.samples_per_dim * x.shape[1]:
+    correct = dict.fromkeys(
+        ("attributes_correct", "ink_correct", "ground_correct", "side_correct"),
+        torch.ones(samples).bool(),
+    )
+    outputs = {"features": x, "probabilities": x.softmax(dim=1)} | correct
+    outputs |= dict.fromkeys(ratings, each)
+    views = FeatureSet(outputs, reference, torch.arange(samples) % 2, neighbours=neighbours)
+    for name in METRICS:
+        if samples >= METRICS[name].samples_per_dim * x.shape[1]:
             assert math.isfinite(compute(name, views)[0]), name
 
 
@@ -297,7 +316,7 @@ def test_features_are_never_held_twice(record_property):
 
 def test_diversity_is_the_mean_distance_within_a_class():
     x, labels = features(40), torch.arange(40) % 3
-    value, error = compute("diversity", Views(x, Reference(None), labels))
+    value, error = compute("diversity", feature_set(x, Reference(None), labels))
     means = []
     for c in range(3):
         own = x[labels == c].double().numpy()
@@ -305,11 +324,11 @@ def test_diversity_is_the_mean_distance_within_a_class():
         means.append(np.mean(pairs))
     assert value == pytest.approx(np.mean(means), rel=1e-6)
     draws = [
-        compute("diversity", Views(features(40, seed=s), Reference(None), labels))[0]
+        compute("diversity", feature_set(features(40, seed=s), Reference(None), labels))[0]
         for s in range(30)
     ]
     assert 0.5 < error / np.std(draws) < 2
-    collapsed = Views(x[:1].expand(40, -1), Reference(None), labels)
+    collapsed = feature_set(x[:1].expand(40, -1), Reference(None), labels)
     assert compute("diversity", collapsed) == (0, 0)
 
 
@@ -317,9 +336,11 @@ def test_class_scores_of_known_probabilities():
     sure = torch.eye(4).repeat(25, 1)  # 100 samples, evenly spread over 4 classes, no doubt
     unsure = torch.full((100, 4), 0.25)
     for name in ("class-score", "inception-score"):
-        views = Views(features(100), Reference(None), probabilities=unsure)
+        views = feature_set(features(100), Reference(None), probabilities=unsure)
         assert compute(name, views) == pytest.approx((1, 0))
-    assert compute("class-score", Views(features(100), Reference(None), probabilities=sure)) == (
+    assert compute(
+        "class-score", feature_set(features(100), Reference(None), probabilities=sure)
+    ) == (
         pytest.approx(4),
         pytest.approx(0, abs=0.01),
     )
@@ -329,7 +350,7 @@ def test_inception_score_agrees_with_torch_fidelity():
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = 3 * features(205)
-    views = Views(features(205), Reference(None), probabilities=logits.softmax(dim=1))
+    views = feature_set(features(205), Reference(None), probabilities=logits.softmax(dim=1))
     theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
     value, error = compute("inception-score", views)
     assert value == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
@@ -343,7 +364,7 @@ def test_cmmd_is_its_formula_and_torch_fidelitys_kernel():
     from torch_fidelity.metric_kid import kernel_mmd
 
     x, y = features(60), features(60, seed=1) + 0.5
-    value, error = compute("cmmd", Views(x, Reference(y)))
+    value, error = compute("cmmd", feature_set(x, Reference(y)))
     a, b = (t.double().numpy() / np.linalg.norm(t.double(), axis=1, keepdims=True) for t in (x, y))
     theirs = kernel_mmd(a, b, kid_kernel="rbf", kid_kernel_rbf_sigma=10)
     assert value == pytest.approx(1000 * theirs, rel=1e-8)
@@ -364,24 +385,29 @@ def test_cmmd_is_its_formula_and_torch_fidelitys_kernel():
 
 def test_accuracy_and_clip_score():
     probabilities = torch.eye(4)[torch.tensor([0, 1, 2, 3])]
-    views = Views(
-        torch.randn(4, 2), Reference(torch.randn(9, 2)), torch.tensor([0, 1, 2, 0]), probabilities
+    views = feature_set(
+        torch.randn(4, 2),
+        Reference(torch.randn(9, 2)),
+        torch.tensor([0, 1, 2, 0]),
+        probabilities=probabilities,
+        text_similarity=torch.tensor([0.5, -0.5, 1.0, 0.0]),
     )
     assert compute("accuracy", views)[0] == 75
-    views.text_similarity = torch.tensor([0.5, -0.5, 1.0, 0.0])
     assert compute("clip-score", views)[0] == pytest.approx(37.5)
 
 
 def test_disjoint_subsets():
-    views = Views(torch.arange(10.0).view(10, 1), Reference(torch.zeros(3, 1)), torch.arange(10))
-    parts = views.disjoint(4)
+    views = feature_set(
+        torch.arange(10.0).view(10, 1), Reference(torch.zeros(3, 1)), torch.arange(10)
+    )
+    parts = views.subsets(4)
     assert [p.labels.tolist() for p in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert all(p.reference is views.reference for p in parts)
-    assert views.disjoint(4) is parts  # metrics share what they keep
+    assert views.subsets(4) is parts  # metrics share what they keep
 
 
 def test_a_metric_name_is_taken_once():
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register("fd", "again", False)(lambda views: (0.0, 0.0))
 
 
@@ -390,3 +416,10 @@ def test_an_aesthetic_head_looks_at_directions_only():
     torch.testing.assert_close(head(x), head(3 * x))
     assert head(x).shape == (5,)
     assert spearman(torch.arange(5.0), torch.arange(5.0) ** 3) == pytest.approx(1)
+
+
+def test_column_names_are_parsed_back():
+    for column in (("fd", 2000, "digits-cnn"), ("clip-score-2.5-depicts", 10, "my_n5_clip")):
+        assert parse_column(column_name(*column)) == column
+    with pytest.raises(ValueError):
+        parse_column("student")

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.evaluation.metrics import METRICS, Reference, Views, jackknife
+from harness.evaluation.estimates import jackknife
+from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.registry import METRICS
 from harness.reporting import claims
 from harness.reporting import intervals as statistics
 from harness.reporting.claims import claims_table, write_claims
@@ -134,7 +136,9 @@ def test_the_error_of_a_frechet_difference_is_its_spread_and_a_bootstrap_is_not(
     differences, errors = [], []
     for _ in range(60):
         noise = torch.randn(n, 6, generator=generator)
-        a, b = (fd.estimate(Views(s * noise + 0.3, reference)) for s in (1.0, 1.1))
+        a, b = (
+            fd.estimate(FeatureSet({"features": s * noise + 0.3}, reference)) for s in (1.0, 1.1)
+        )
         differences.append(a.value - b.value)
         left = [Measured(np.array([[e.value]]), np.array([[e.leave_out]])) for e in (a, b)]
         errors.append(math.sqrt(sampling_variance(*left)[0]))
@@ -143,10 +147,10 @@ def test_the_error_of_a_frechet_difference_is_its_spread_and_a_bootstrap_is_not(
     assert np.mean(errors) < math.hypot(a.stderr, b.stderr) / 1.5  # as if they were not paired
 
     x = torch.randn(n, 6, generator=generator)
-    mine = fd.estimate(Views(x, reference))
+    mine = fd.estimate(FeatureSet({"features": x}, reference))
     redrawn = [
-        fd.compute(Views(x[torch.randint(n, (n,), generator=generator)], reference))[0]
-        for _ in range(40)
+        fd.estimate(FeatureSet({"features": x[rows]}, reference)).value
+        for rows in (torch.randint(n, (n,), generator=generator) for _ in range(40))
     ]
     assert np.mean(redrawn) > 1.5 * mine.value
     assert np.quantile(redrawn, 0.025) > mine.value  # "95 %" without the estimate in them
@@ -154,8 +158,8 @@ def test_the_error_of_a_frechet_difference_is_its_spread_and_a_bootstrap_is_not(
 
 def test_leave_out_estimates_of_a_mean_are_those_of_its_parts():
     similarity = torch.rand(50)
-    views = Views(torch.randn(50, 2), Reference(torch.randn(9, 2)), text_similarity=similarity)
-    left = METRICS["clip-score"].estimate(views).leave_out
+    features = FeatureSet({"text_similarity": similarity}, Reference(None))
+    left = METRICS["clip-score"].estimate(features).leave_out
     assert left[0] == pytest.approx(100 * similarity[5:].mean().item())
     assert left[9] == pytest.approx(100 * similarity[:45].mean().item())
 

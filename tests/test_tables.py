@@ -7,11 +7,12 @@ import math
 import pandas as pd
 import pytest
 
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.columns import column_name
+from harness.evaluation.registry import METRICS
 from harness.io.artifacts import write_json
 from harness.reporting import figures
 from harness.reporting.claims import claims_table
-from harness.reporting.collect import COLUMNS, column_name
+from harness.reporting.collect import COLUMNS
 from harness.reporting.manifest import manifest
 from harness.reporting.page.page import Report, write_html
 from harness.reporting.report import headline

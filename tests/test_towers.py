@@ -12,7 +12,8 @@ import yaml
 from harness.cli import main
 from harness.errors import UserError
 from harness.evaluation.extractors import load_extractor
-from harness.evaluation.metrics import METRICS, Reference, Views
+from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.registry import METRICS
 from harness.evaluation.score import Scorer
 from harness.features import aesthetic, towers
 from harness.features import timm_backbones as backbones
@@ -185,8 +186,8 @@ def test_laions_heads_rate_laions_embeddings(version, monkeypatch):
     ratings = head(torch.from_numpy(embeddings))
     np.testing.assert_allclose(ratings, RATINGS[version], atol=6e-4)
     torch.testing.assert_close(head(3 * torch.from_numpy(embeddings)), ratings)
-    views = Views(torch.zeros(10, 2), Reference(None), **{f"aesthetic_{version}": ratings})
-    value, _ = METRICS[f"aesthetic-{version}"].compute(views)
+    features = FeatureSet({f"aesthetic_{version}": ratings}, Reference(None))
+    value = METRICS[f"aesthetic-{version}"].estimate(features).value
     assert value == pytest.approx(np.mean(RATINGS[version]), abs=1e-3)
 
 

@@ -83,10 +83,9 @@ class Legacy:
         return [limit.model_dump() for limit in self.budget(student)]
 
     def score_spec(self):
-        from harness.evaluation.metrics import METRICS
+        from harness.evaluation.registry import metric_names
 
-        kinds = {self.features[name].kind for name in self.evaluation.extractors}
-        names = sorted(n for n, metric in METRICS.items() if kinds & {*metric.extractors})
+        names = metric_names(self.features[name] for name in self.evaluation.extractors)
         return self.scoring().fingerprint | {"metrics": names}
 
     def reference_score_spec(self, teacher):

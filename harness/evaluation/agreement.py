@@ -27,7 +27,10 @@ from harness.data import datasets
 from harness.data.datasets import Images
 from harness.errors import UserError
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
-from harness.evaluation.metrics import FRECHET, METRICS, SIGMA, SPLITS, Reference, Views
+from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.kernels import SIGMA
+from harness.evaluation.metrics.classifier_scores import SPLITS
+from harness.evaluation.registry import FRECHET, METRICS
 from harness.io.artifacts import load_tensors, read_json, write_text
 from harness.streams import Stream
 
@@ -97,7 +100,7 @@ class Scored:
         self.reference = Reference(self._see(real, Reference(None), neighbours).features)
         self.views = self._see(generated, self.reference, neighbours)
 
-    def _see(self, images: Images, reference: Reference, neighbours: int) -> Views:
+    def _see(self, images: Images, reference: Reference, neighbours: int) -> FeatureSet:
         observer = Observer([self.extractor])
         for pixels, _ in images.blocks():
             observer.add(pixels, None)
@@ -106,11 +109,11 @@ class Scored:
     def values(self) -> dict[str, float]:
         """Every metric that one of the libraries has, too."""
         # As one of several subsets, so that no time goes into errors.
-        views = replace(self.views, alone=False)
+        views = replace(self.views, is_subset=True)
         return {
-            name: METRICS[name].compute(views)[0]
+            name: METRICS[name].estimate(views).value
             for name in (*FRECHET, "kd", "cmmd", "precision", "recall", *SPLITS_OF)
-            if self.extractor.kind in METRICS[name].extractors
+            if METRICS[name].applies_to(self.extractor.provides)
         }
 
 
@@ -201,7 +204,7 @@ def registered(scored: Scored) -> tuple[str, dict]:
 
     name = f"onestep-{scored.extractor.name}-{id(scored)}"
     torch_fidelity.register_feature_extractor(name, hook(scored))
-    score = next((q for q in SPLITS_OF if scored.extractor.kind in METRICS[q].extractors), None)
+    score = next((q for q in SPLITS_OF if METRICS[q].applies_to(scored.extractor.provides)), None)
     return name, {
         "fid": True,
         "kid": True,

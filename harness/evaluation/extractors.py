@@ -13,8 +13,9 @@ from harness.data.captioned_digits import Attributes
 from harness.data.datasets import Dataset
 from harness.denoiser import to_model_space
 from harness.errors import UserError
+from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.frechet import BLOCK
-from harness.evaluation.metrics import TRAINED, Reference, Views
+from harness.features.provides import provides
 from harness.features.towers import PREFIX, TOWERS, full_precision
 from harness.features.train import load_feature_network
 from harness.io.artifacts import load_tensors, read_json
@@ -43,6 +44,7 @@ class Extractor:
     same_as: str | None = None
     missing: dict[str, str] = field(default_factory=dict)
     details: dict = field(default_factory=dict)
+    provides: frozenset[str] = frozenset()
     _class_features: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -56,9 +58,9 @@ class Extractor:
 
     @torch.no_grad()
     def see(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """The per-sample parts of `Views` for one block of images, on the host. `labels` None:
-        nothing is known of what they were to show."""
-        if self.kind not in TRAINED:
+        """The outputs of `FeatureSet` for one block of images, on the host. `labels` None: nothing
+        is known of what they were to show."""
+        if self.kind not in ("cnn", "resnet", "clip"):
             return self.network.see(pixels, labels)
         with full_precision():
             seen = self._see(to_model_space(pixels.to(self.device)), labels)
@@ -90,7 +92,13 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
         )
     network, record = load_feature_network(folder, dataset)
     if "aesthetic" not in record:
-        return Extractor(name, section.type, network.to(experiment.device), record["sha256"])
+        return Extractor(
+            name,
+            section.type,
+            network.to(experiment.device),
+            record["sha256"],
+            provides=provides(section),
+        )
     from harness.features.aesthetic import AestheticHead
 
     sha256 = record["aesthetic"]["sha256"]
@@ -98,7 +106,9 @@ def load_extractor(experiment: Experiment, name: str, dataset: Dataset) -> Extra
     head = AestheticHead(network.embed_dim)
     head.load_state_dict(weights)
     network, head = network.to(experiment.device), head.to(experiment.device).eval()
-    return Extractor(name, section.type, network, record["sha256"], head, sha256)
+    return Extractor(
+        name, section.type, network, record["sha256"], head, sha256, provides=provides(section)
+    )
 
 
 def _load_fetched(
@@ -129,6 +139,7 @@ def _load_fetched(
         network,
         sha256,
         unavailable=record.get("unavailable"),
+        provides=provides(section),
         missing=missing,
         **facts,
     )
@@ -191,7 +202,7 @@ class Observer:
             seen[name] = found
         self._take(seen, tensors.get("labels"), tensors.get("shown"))
 
-    def views(self, name: str, reference: Reference, neighbours: int) -> Views:
+    def views(self, name: str, reference: Reference, neighbours: int) -> FeatureSet:
         """Once for each extractor: its parts go as they are joined, so that no features are held
         twice."""
         parts = self._seen.pop(name)
@@ -204,7 +215,9 @@ class Observer:
                 "numbers; are its weights damaged?"
             )
         labels = torch.cat(self._labels) if self._labels else None
+        classes = None
         if self._shown:
-            joined["classes"] = self.captions.classes(labels)
-            joined["shown"] = torch.cat(self._shown)
-        return Views(**joined, labels=labels, reference=reference, neighbours=neighbours)
+            classes, correct = self.captions.classes(labels), torch.cat(self._shown)
+            joined["attributes_correct"] = correct.all(dim=1)
+            joined |= {f"{n}_correct": correct[:, i] for i, n in enumerate(self.captions.names)}
+        return FeatureSet(joined, reference, labels, classes, neighbours)

@@ -8,7 +8,8 @@ from harness.config.experiment import Experiment
 from harness.data.datasets import Images
 from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
-from harness.evaluation.metrics import fewest
+from harness.evaluation.checks import minimum_samples
+from harness.evaluation.columns import column_name
 from harness.evaluation.score import Scorer
 
 
@@ -25,7 +26,7 @@ def score_folder(experiment: Experiment, path: Path) -> list[dict]:
     if not texts and tuple(pixels.shape[1:]) != d.image_shape:
         mine, theirs = ("x".join(map(str, shape)) for shape in (pixels.shape[1:], d.image_shape))
         raise UserError(f"{path}: its images are {mine}, those of data {d.name} {theirs}")
-    least = fewest(experiment.evaluation.neighbours)[1]
+    least = minimum_samples(experiment.evaluation.neighbours)[1]
     if len(pixels) < least:
         raise UserError(f"{path}: {len(pixels)} images; the metrics need {least} or more")
     counts = [n for n in scorer.counts() if n <= len(pixels)] or [len(pixels)]
@@ -35,8 +36,6 @@ def score_folder(experiment: Experiment, path: Path) -> list[dict]:
 
 def print_folder(experiment: Experiment, path: Path) -> None:
     from tabulate import tabulate
-
-    from harness.reporting.collect import column_name
 
     rows = [
         (

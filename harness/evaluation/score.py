@@ -24,20 +24,13 @@ from harness.config.experiment import Experiment
 from harness.data import datasets
 from harness.data.datasets import Dataset, Images
 from harness.errors import UserError
+from harness.evaluation.checks import minimum_samples, small_sample_warning
+from harness.evaluation.estimates import mean_over_subsets
 from harness.evaluation.extractors import Extractor, Observer, load_extractor
+from harness.evaluation.feature_set import PAIRWISE_LIMIT, FeatureSet, Reference
 from harness.evaluation.frechet import Moments, load_statistics
-from harness.evaluation.metrics import (
-    INCEPTION,
-    METRICS,
-    PAIRWISE_LIMIT,
-    Estimate,
-    Metric,
-    Reference,
-    Views,
-    few_samples,
-    fewest,
-)
 from harness.evaluation.neighbours import nearest
+from harness.evaluation.registry import METRICS, Metric
 from harness.features import inception
 from harness.io.artifacts import (
     digest,
@@ -63,20 +56,6 @@ CLOSEST = 10  # pairs in the figure of nearest neighbours
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 
 Blocks = Iterator[tuple[Tensor, Tensor]]
-
-
-def over_subsets(metric: Metric, parts: list[Views]) -> Estimate:
-    """Mean over disjoint subsets with the error that their spread shows; one subset has its own.
-
-    At the held-out size one subset alone would be as noisy as the floor it is compared with. The
-    groups that are left out are the subsets.
-    """
-    estimates = [metric.estimate(part) for part in parts]
-    if len(estimates) == 1:
-        return estimates[0]
-    t = torch.tensor([e.value for e in estimates], dtype=torch.float64)
-    left = (t.sum() - t) / (len(t) - 1)
-    return Estimate(t.mean().item(), (t.std() / len(t) ** 0.5).item(), tuple(left.tolist()))
 
 
 @dataclass(frozen=True)
@@ -257,7 +236,7 @@ class Scorer:
     def __init__(self, experiment: Experiment):
         self.experiment, self.first = experiment, processes().first
         self.dataset: Dataset = datasets.load(experiment.data_dir())
-        datasets.check_sizes(self.dataset, fewest(experiment.evaluation.neighbours))
+        datasets.check_sizes(self.dataset, minimum_samples(experiment.evaluation.neighbours))
         self.extractors: list[Extractor] = [
             load_extractor(experiment, name, self.dataset)
             for name in experiment.evaluation.extractors
@@ -340,7 +319,7 @@ class Scorer:
     def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
         """What of a protocol says what the metric compares with."""
         published = extractor.name == self.experiment.statistics_extractor
-        if published and "statistics" in metric.needs:
+        if published and "reference.statistics" in metric.needs:
             return {
                 "reference": f"{self.dataset.name}-statistics",
                 "reference_sha256": self.statistics_sha256,
@@ -371,7 +350,7 @@ class Scorer:
         evaluation, settings = self.experiment.evaluation, dict(metric.settings)
         prompts = self.dataset.evaluation_prompts
         library = f"harness {__version__}"
-        if extractor.kind in INCEPTION:
+        if "inception" in extractor.provides:
             library += f", torch-fidelity {version('torch-fidelity')}"
         if metric.name in ("precision", "recall"):
             settings["k"] = evaluation.neighbours
@@ -464,16 +443,17 @@ class Scorer:
                 dim = self.dimensions[extractor.name] = views.features.shape[1]
                 floor = self.floor_count if len(self.dataset.held_out) else None
                 for count in (count for count in counts if count <= dim):
-                    told = few_samples(extractor.name, dim, count, floor)
+                    told = small_sample_warning(extractor.name, dim, count, floor)
                     print(f"warning: {told}", file=sys.stderr)
             for metric, count in self._measurements(extractor, views, counts, final):
                 value = stderr = None
                 left: tuple[float, ...] = ()
                 lacking = extractor.unavailable or next(
-                    filter(None, map(extractor.missing.get, metric.needs)), None
+                    filter(None, map(extractor.missing.get, metric.requires)), None
                 )
                 if lacking is None:
-                    value, stderr, left = over_subsets(metric, views.disjoint(count))
+                    parts = views.subsets(count)
+                    value, stderr, left = mean_over_subsets([metric.estimate(p) for p in parts])
                 row = {
                     "metric": metric.name,
                     "extractor": extractor.name,
@@ -490,26 +470,23 @@ class Scorer:
         return rows
 
     def _measurements(
-        self, extractor: Extractor, views: Views | None, counts: list[int], final: bool
+        self, extractor: Extractor, views: FeatureSet | None, counts: list[int], final: bool
     ) -> list[tuple[Metric, int]]:
         """Each metric that applies to an extractor, with the sample counts it is computed at.
         `views` None: the extractor is unavailable, and its metrics are those that would apply."""
 
         def applies(metric: Metric) -> bool:
-            if extractor.kind not in metric.extractors or (metric.final_only and not final):
+            if not metric.applies_to(extractor.provides) or (metric.final_only and not final):
                 return False
             if views is None:
                 there = {
-                    "reference_features": len(self.dataset.train) > 0,
-                    "held_out_features": len(self.dataset.held_out) > 0,
+                    "reference.features": len(self.dataset.train) > 0,
+                    "reference.held_out": len(self.dataset.held_out) > 0,
                 }
                 return all(there.get(need, True) for need in metric.needs)
-            return all(
-                need in extractor.missing or getattr(views, need) is not None
-                for need in metric.needs
-            )
+            return all(need in extractor.missing or views.has(need) for need in metric.needs)
 
-        names = [name for name, metric in METRICS.items() if applies(metric)]
+        names = [name for name in METRICS if applies(METRICS[name])]
         wanted = dict.fromkeys((name, METRICS[name].count(n)) for n in counts for name in names)
         dim = 0 if views is None else views.features.shape[1]
         return [

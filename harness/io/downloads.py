@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import Problem, UserError
 from harness.io.artifacts import sha256_file
 
 CHUNK = 1 << 20
@@ -107,3 +107,29 @@ def _unreachable(source: str, sha256: str, path: Path, reason) -> UserError:
         f"{source} cannot be downloaded ({reason}); run again to go on, or get the file of sha256 "
         f"{sha256} elsewhere and put it at {path}, or name it as a local file"
     )
+
+
+def source_problems(
+    key: str,
+    source: str,
+    sha256: str | None,
+    *,
+    sha256_key: str | None = None,
+    required: bool = True,
+    folder: bool = False,
+) -> list[Problem]:
+    """Errors of a file or URL that an experiment names under `key`.
+
+    A URL needs a sha256, under `sha256_key` (default: `key` + "_sha256"). `required`: a local file
+    must exist. `folder`: it may be a folder.
+    """
+    if is_address(source):
+        message = "missing; downloads are verified by their sha256"
+        place = sha256_key or f"{key}_sha256"
+        return [] if sha256 else [Problem(place, "missing-key", message)]
+    path = Path(source).expanduser()
+    if not path.exists():
+        return [Problem(key, "missing-file", f"{source} does not exist")] if required else []
+    if path.is_dir() and not folder:
+        return [Problem(key, "not-a-file", f"{source} is a folder")]
+    return []

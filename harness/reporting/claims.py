@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.columns import column_name
+from harness.evaluation.registry import METRICS
 from harness.io.artifacts import write_text
-from harness.reporting.collect import column_name, main_metric_in
+from harness.reporting.collect import main_metric_in
 from harness.reporting.intervals import LEVEL, TRAINING_SEEDS, decide, measured, number
 
 COLUMNS = (

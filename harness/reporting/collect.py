@@ -12,7 +12,9 @@ import pandas as pd
 from harness import SCORES_FORMAT
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.metrics import Metric, main_metric
+from harness.evaluation.columns import column_name
+from harness.evaluation.registry import Metric, main_metric
+from harness.features.provides import provides
 from harness.io.artifacts import digest, read_json
 from harness.workflow import failures
 
@@ -29,14 +31,9 @@ NUMBERS = (*WHOLE, "ema", "images", "flops", "seconds", "value", "stderr")
 TEXTS = ("experiment", "student", "metric", "extractor", "protocol", "flag", "status")
 
 
-def column_name(metric: str, num_samples: int, extractor: str) -> str:
-    """`fd_n2000_digits-cnn`: what a column of a comparison is called."""
-    return f"{metric}_n{num_samples}_{extractor}"
-
-
 def main_metric_in(experiment: Experiment, extractor: str) -> Metric:
     """The metric that students are ranked and drawn by in an extractor's features."""
-    return main_metric(experiment.evaluation.main_metric, experiment.features[extractor].kind)
+    return main_metric(experiment.evaluation.main_metric, provides(experiment.features[extractor]))
 
 
 def main_column(experiment: Experiment, extractor: str) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from harness.errors import UserError
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.columns import column_name
+from harness.evaluation.registry import METRICS
 from harness.io.artifacts import write_text
 from harness.reporting.collect import (
-    column_name,
     flat,
     is_unavailable,
     one_protocol_per_column,

@@ -16,9 +16,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.config.experiment import Experiment
 from harness.data.datasets import load
-from harness.evaluation.metrics import FRECHET, METRICS
+from harness.evaluation.columns import column_name
+from harness.evaluation.registry import FRECHET, METRICS
 from harness.io.artifacts import load_tensors, read_json
-from harness.reporting.collect import column_name, is_unavailable, main_metric_in
+from harness.reporting.collect import is_unavailable, main_metric_in
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers and dashes carry it in grey too.
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#000000", "#8C8C00")

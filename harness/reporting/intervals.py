@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.registry import METRICS
 from harness.io.artifacts import write_text
 
 LEVEL = 0.95

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from harness.config.experiment import Experiment
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.registry import METRICS
 from harness.io.artifacts import sha256_file, write_json, write_text
 from harness.reporting.claims import write_claims
 from harness.reporting.collect import COLUMNS, collect, is_unavailable, main_column, main_metric_in

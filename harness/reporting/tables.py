@@ -12,7 +12,8 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.config.schema import FeatureSection, Limit
-from harness.evaluation.metrics import FRECHET, METRICS, few_samples
+from harness.evaluation.checks import small_sample_warning
+from harness.evaluation.registry import FRECHET, METRICS
 from harness.io.artifacts import read_json
 from harness.reporting.collect import is_unavailable, main_column, main_metric_in
 from harness.reporting.intervals import TRAINING_SEEDS, pairwise, ranks
@@ -208,7 +209,7 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
     floor = table[table.student == "floor"].num_samples
     for row in distances[distances.num_samples <= distances.features].itertuples():
         compared = int(floor.max()) if len(floor) else None
-        told = few_samples(row.extractor, row.features, row.num_samples, compared)
+        told = small_sample_warning(row.extractor, row.features, row.num_samples, compared)
         notes.append(f"{row.column}: {told}.")
     for flag, (mark, text) in FLAGS.items():
         flagged = table[table.flag.fillna("").str.contains(flag)]

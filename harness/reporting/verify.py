@@ -8,8 +8,9 @@ from pathlib import Path
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
+from harness.evaluation.columns import column_name
 from harness.io.artifacts import digest, read_json
-from harness.reporting.collect import column_name, reference_scores
+from harness.reporting.collect import reference_scores
 from harness.reporting.published.catalogue import (
     STATISTIC,
     base,

@@ -21,11 +21,12 @@ from markupsafe import Markup, escape
 from harness.config.experiment import Experiment
 from harness.config.schema import Limit
 from harness.errors import UserError
-from harness.evaluation.metrics import METRICS
+from harness.evaluation.columns import column_name
+from harness.evaluation.registry import METRICS
 from harness.io.artifacts import read_json, write_text
 from harness.reporting import figures
 from harness.reporting.claims import multiplicity
-from harness.reporting.collect import column_name, flat, is_unavailable, main_column, main_metric_in
+from harness.reporting.collect import flat, is_unavailable, main_column, main_metric_in
 from harness.reporting.page import charts
 from harness.reporting.tables import FLAGS, Comparison, cell, marked
 

@@ -14,9 +14,10 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
+from harness.evaluation.columns import column_name
 from harness.io.artifacts import write_text
 from harness.method import get_method
-from harness.reporting.collect import collect, column_name
+from harness.reporting.collect import collect
 from harness.reporting.manifest import read_manifest
 from harness.reporting.published.catalogue import (
     PAPERS,

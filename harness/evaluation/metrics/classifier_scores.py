@@ -1,0 +1,87 @@
+"""Inception Score, and accuracies by a classifier of the data set's own classes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from harness.data.captioned_digits import CHECKED
+from harness.evaluation.estimates import Estimate, jackknife, mean_estimate, without_each_group
+from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.registry import register
+
+SPLITS = 10  # of all published Inception Scores; the number of splits biases the score
+
+
+def _score(probabilities: Tensor) -> float:
+    """`exp(E KL(p(y|x) ‖ p(y)))` (Salimans et al. 2016)."""
+    p = probabilities.double()
+    entropy = torch.special.entr(p).sum(dim=1).mean()
+    return (torch.special.entr(p.mean(dim=0)).sum() - entropy).exp().item()
+
+
+@register(
+    "inception-score",
+    "Inception Score",
+    True,
+    requires=("probabilities", "inception"),
+    final_only=True,
+    splits="mean over 10, in the order of the samples",
+)
+def inception_score(features: FeatureSet) -> Estimate:
+    probabilities = features.outputs["probabilities"]
+    n = len(probabilities)
+    values = torch.tensor(
+        [_score(probabilities[i * n // SPLITS : (i + 1) * n // SPLITS]) for i in range(SPLITS)]
+    )
+    return Estimate(values.mean().item(), (values.std() / math.sqrt(SPLITS)).item())
+
+
+@register(
+    "class-score",
+    "Class score",
+    True,
+    requires=("probabilities", "fd"),  # "fd": not for Inception, as its distance is called FID
+    final_only=True,
+    splits="none",
+)
+def class_score(features: FeatureSet) -> Estimate:
+    """The Inception Score's formula with another classifier: the effective number of classes."""
+    probabilities = features.outputs["probabilities"]
+    value = _score(probabilities)
+    if features.is_subset:
+        return Estimate(value)
+    without = without_each_group(probabilities, _score)
+    return Estimate(value, jackknife(without), without)
+
+
+@register("accuracy", "Class accuracy (%)", True, ("data-classes",), ("labels",))
+def accuracy(features: FeatureSet) -> Estimate:
+    """Percentage of samples that the classifier assigns to the requested class."""
+    return mean_estimate(100.0 * features.class_correct)
+
+
+@register(
+    "attribute-accuracy",
+    "Attribute accuracy (%)",
+    True,
+    ("data-classes",),
+    ("attributes_correct",),
+    attributes="the class by the classifier; ink, ground and side as a program measures them",
+)
+def attribute_accuracy(features: FeatureSet) -> Estimate:
+    """Percentage of samples that show everything that their caption names."""
+    return mean_estimate(100.0 * (features.class_correct & features.outputs["attributes_correct"]))
+
+
+for _name in CHECKED:
+    register(
+        f"{_name}-accuracy",
+        f"{_name.capitalize()} accuracy (%)",
+        True,
+        ("data-classes",),
+        ("attributes_correct", f"{_name}_correct"),
+        final_only=True,
+    )(lambda features, key=f"{_name}_correct": mean_estimate(100.0 * features.outputs[key]))

@@ -1,0 +1,64 @@
+"""Fréchet distances between Gaussians fitted to features (Heusel et al. 2017)."""
+
+from __future__ import annotations
+
+import torch
+
+from harness.evaluation.estimates import Estimate
+from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.registry import register
+from harness.streams import Stream
+
+LABELS = {
+    "fd": "Fréchet distance",
+    "fid-edm": "FID, EDM's protocol",  # Karras et al. 2022
+    "fid-clean": "FID, clean-fid",  # Parmar et al. 2022
+    "fid-legacy-tensorflow": "FID, clean-fid's legacy_tensorflow",  # Inception's own resize
+    "fid-coco": "FID, COCO at 256 px",  # Kang et al. 2023 (GigaGAN) and text-to-image papers
+    "fid-patch": "Patch FID",  # Chai et al. 2022: the centre of large images, not resized
+}
+
+
+def frechet(features: FeatureSet) -> Estimate:
+    return features.frechet
+
+
+for _name, _label in LABELS.items():
+    register(_name, _label, False, (_name,), ("reference.statistics",), covariance="N-1")(frechet)
+
+
+SIZES = 10
+
+
+@register(
+    "fd-inf",
+    "Fréchet distance, unlimited samples",
+    False,
+    needs=("reference.statistics",),
+    final_only=True,
+    samples_per_dim=SIZES,  # below D samples the distance is not linear in 1/n
+    covariance="N-1",
+    extrapolation="linear in 1/n over n = N/1 ... N/10, each the mean over n's disjoint subsets of "
+    "one seeded order",
+    stderr="that of the distance at N",
+)
+def frechet_infinity(features: FeatureSet) -> Estimate:
+    """Fréchet distance extrapolated to infinitely many samples; its bias is linear in 1/n (Chong
+    and Forsyth 2020).
+
+    The authors draw one subset per size. Here every size uses all samples in disjoint subsets, so
+    to first order the intercept has the same error as the distance at N.
+    """
+    n = len(features.features)
+    order = Stream(0, "fd-inf").uniform(torch.arange(n)).argsort()
+    shuffled, line = features.features[order], []
+    for parts in range(1, SIZES + 1):
+        size = n // parts
+        values = [
+            features.reference.frechet(shuffled[start : start + size])
+            for start in range(0, size * parts, size)
+        ]
+        line.append((1 / size, sum(values) / parts))
+    x, y = torch.tensor(line, dtype=torch.float64).T
+    slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
+    return Estimate((y.mean() - slope * x.mean()).item(), features.frechet.stderr)
