@@ -1,12 +1,13 @@
-# `make all` runs the embedded benchmark, `make test` the tests; both set up .venv first.
+# `make all` runs the embedded benchmark, `make test` the fast tests; both set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 8
-# Processes that share the tests (pytest-xdist).
+# Processes of pytest-xdist; files are not split, because they share fixtures.
 WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: all claims t2i install test lint format status reference paper-tables clean
+.PHONY: all claims t2i install test test-slow lint format status reference paper-tables clean
 
 all: install
 	$(BIN)/snakemake --cores $(CORES) all
@@ -18,12 +19,18 @@ t2i: install
 	$(BIN)/snakemake --cores $(CORES) all --configfile configs/digits-t2i.yaml
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not workflow and not gpu and not cluster"
+
+# Everything that `make test` leaves out, except what needs a GPU or Slurm.
+test-slow: install
+	$(PYTEST) -m "(slow or workflow) and not gpu and not cluster"
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile harness/workflow/rules
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_language.py
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -31,10 +38,10 @@ format: install
 	$(BIN)/snakefmt Snakefile harness/workflow/rules
 
 status: install
-	@$(BIN)/python -m harness status
+	@$(BIN)/harness status
 
 paper-tables: install
-	@$(BIN)/python -m harness paper-tables
+	@$(BIN)/harness paper-tables
 
 install: $(VENV)/.installed
 
@@ -45,7 +52,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Keep the tables, figures and manifest of a finished experiment in the repository.
+# Copy the tables, figures, page and manifest of a finished experiment into the repository.
 EXPERIMENT ?= digits
 reference:
 	test -f results/$(EXPERIMENT)/manifest.json

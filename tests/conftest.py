@@ -1,4 +1,4 @@
-"""Shared fixtures: the smallest experiment, and a copy of the project in which it has been run."""
+"""Shared fixtures: the tiny experiment, and copies of the project in which it has been run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests import stages
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 torch.set_num_threads(1)
 
 
 class Workspace:
-    """A copy of the project in its own folder, with the tiny experiment as configs/tiny.yaml."""
+    """A copy of the project with the tiny experiment as configs/tiny.yaml."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -40,7 +40,7 @@ class Workspace:
         return cls(root)
 
     def clone(self, root: Path) -> Workspace:
-        """The same with everything that was made so far (times kept, so that nothing is stale)."""
+        """A copy with all results. Modification times are copied, so nothing becomes stale."""
         shutil.copytree(self.root, root, symlinks=True)
         return Workspace(root)
 
@@ -70,13 +70,13 @@ class Workspace:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
         )
 
     def stage(self, *arguments: str) -> subprocess.CompletedProcess:
-        """One stage of the tiny experiment, to its end."""
+        """Run one stage of the tiny experiment to its end."""
         process = stages.start(self.root, [*arguments, "--configfile", "configs/tiny.yaml"])
-        process.join(timeout=120)
+        process.join(timeout=300)
         assert process.exitcode is not None
         output = [(self.root / name).read_text() for name in ("stdout.txt", "stderr.txt")]
         return subprocess.CompletedProcess(arguments, process.exitcode, *output)
@@ -88,7 +88,7 @@ class Workspace:
         return self.run("snakemake", *options, *arguments, **environment)
 
 
-# A SIM that fails at its seventh step while BREAK is set: its file stays the same.
+# SIM with a failure at its seventh step while the environment variable BREAK is set.
 BREAK = """
     def generator_loss(self, context):
         import os
@@ -97,89 +97,57 @@ BREAK = """
             raise RuntimeError("the generator broke")
         return super().generator_loss(context)
 """
+FINISHED = {"broken", "finished", "workspace"}  # fixtures that run the whole tiny experiment
 
 
 def pytest_collection_modifyitems(items):
-    """Processes share the tests by file (`--dist loadfile`). The workflow's runs take minutes: one
-    process makes them, and the others begin with the files that need none of them."""
-    waiting = {item.path for item in items if "broken" in item.fixturenames}
-    items.sort(key=lambda item: (item.path.stem != "test_workflow", item.path in waiting))
+    """Mark the tests of a finished run as `workflow`, and start their runs first: the processes of
+    pytest-xdist share the tests by file."""
+    waiting = set()
+    for item in items:
+        if FINISHED & set(item.fixturenames):
+            item.add_marker("workflow")
+            waiting.add(item.path)
+    first = ("test_workflow", "test_end_to_end")
+    items.sort(key=lambda item: (item.path.stem not in first, item.path in waiting))
 
 
 def run_once(tmp_path_factory, name: str, run) -> Workspace:
-    """A workspace that all processes of the tests share: `run(folder)` makes it, in one of them,
-    and its `last_run` and `killed_with` are kept for the others."""
+    """A workspace that all test processes share. One of them makes it by `run(folder)`; the others
+    wait. `last_run` is the result of its last command."""
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
     record = folder.with_suffix(".json")
     with FileLock(folder.with_suffix(".lock")):
         if not record.exists():
-            workspace = run(folder)
-            kept = {"last_run": vars(workspace.last_run)}
-            kept["killed_with"] = getattr(workspace, "killed_with", None)
-            record.write_text(json.dumps(kept))
-    kept, workspace = json.loads(record.read_text()), Workspace(folder)
-    workspace.last_run = subprocess.CompletedProcess(**kept["last_run"])
-    workspace.killed_with = kept["killed_with"]
-    return workspace
-
-
-def run_broken(folder: Path) -> Workspace:
-    workspace = Workspace.create(folder)
-    path = workspace.root / "methods" / "sim.py"
-    path.write_text(path.read_text() + BREAK)
-    workspace.last_run = workspace.snakemake(BREAK="1")
+            record.write_text(json.dumps(vars(run(folder))))
+    workspace = Workspace(folder)
+    workspace.last_run = subprocess.CompletedProcess(**json.loads(record.read_text()))
     return workspace
 
 
 @pytest.fixture(scope="session")
 def broken(tmp_path_factory) -> Workspace:
-    """The tiny experiment, run from nothing by the workflow with one method that fails."""
-    return run_once(tmp_path_factory, "broken", run_broken)
+    """The tiny experiment after a first run in which one method failed."""
+
+    def run(folder: Path) -> subprocess.CompletedProcess:
+        workspace = Workspace.create(folder)
+        path = workspace.root / "methods" / "sim.py"
+        path.write_text(path.read_text() + BREAK)
+        return workspace.snakemake(BREAK="1")
+
+    return run_once(tmp_path_factory, "broken", run)
 
 
 @pytest.fixture(scope="session")
 def finished(broken, tmp_path_factory) -> Workspace:
-    """The same, finished by the next command, when nothing fails any more. Not to be changed."""
-
-    def run(folder: Path) -> Workspace:
-        workspace = broken.clone(folder)
-        workspace.last_run = workspace.snakemake()
-        return workspace
-
-    workspace = run_once(tmp_path_factory, "finished", run)
+    """The tiny experiment after a second run, in which nothing failed. Tests must not change it."""
+    workspace = run_once(
+        tmp_path_factory, "finished", lambda folder: broken.clone(folder).snakemake()
+    )
     done = workspace.last_run
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace
-
-
-@pytest.fixture(scope="session")
-def example(finished, tmp_path_factory) -> Workspace:
-    """README's Diff-Instruct beside the finished students. In the middle Snakemake itself is
-    killed: its children go on, its lock stays."""
-    from tests.test_workflow import kill_when, state_step
-
-    def run(folder: Path) -> Workspace:
-        workspace = finished.clone(folder)
-        shutil.copy(DATA / "example" / "diff_instruct.py", workspace.root / "methods")
-        config = workspace.config()
-        config["students"]["diff-instruct"] = {"method": "diff_instruct", "settings": {"lr": 1e-4}}
-        workspace.write_config(config)
-        command = ["snakemake", "--cores", "8", "all", "--configfile", "configs/tiny.yaml"]
-        process = subprocess.Popen(
-            workspace.command(*command),
-            cwd=workspace.root,
-            env=workspace.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        student = workspace.results / "students" / "diff-instruct" / "seed0"
-        kill_when(lambda: state_step(student) >= 0, process.pid, lambda: process.poll() is None)
-        workspace.killed_with = process.wait()
-        workspace.last_run = workspace.snakemake()
-        return workspace
-
-    return run_once(tmp_path_factory, "example", run)
 
 
 @pytest.fixture
@@ -195,16 +163,16 @@ def empty_workspace(tmp_path) -> Workspace:
 
 @pytest.fixture
 def tiny() -> dict:
-    """The tiny experiment as a dict that a test may change."""
+    """The tiny experiment as a dictionary that a test may change."""
     return yaml.safe_load((DATA / "tiny.yaml").read_text())
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What tests measured and said by `record_property`."""
+    """Print what tests measured (`record_property`)."""
     passed = terminalreporter.stats.get("passed", [])
     measured = [report for report in passed if report.user_properties]
     if measured:
         terminalreporter.section("measured")
     for report in measured:
-        said = ", ".join(f"{value} {name}" for name, value in report.user_properties)
-        terminalreporter.line(f"{report.location[2]}: {said}")
+        values = ", ".join(f"{value} {name}" for name, value in report.user_properties)
+        terminalreporter.line(f"{report.location[2]}: {values}")

@@ -1,7 +1,7 @@
-"""Stages in processes of their own, without the seconds of imports that each would cost.
+"""Start stages in processes of a fork server, which imports the libraries only once.
 
-A fork server imports the libraries once; every stage then runs in a fresh fork of it, which can be
-killed like any other process. Where the command itself is the point, tests start `python -m`.
+Every stage runs in a fresh fork, which can be killed like any other process. Tests of the command
+line itself start `python -m harness`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "harness.cli",
+        "harness.validation",
         "harness.evaluation.score",
         "harness.features.small_clip",
         "harness.reporting.report",
@@ -35,7 +36,7 @@ def _run(root: Path, arguments: list[str]) -> None:
 
 
 def start(root: Path, arguments: list[str]) -> multiprocessing.Process:
-    """`python -m harness <arguments>` in `root`; its output goes to stdout.txt and stderr.txt."""
+    """Start `harness <arguments>` in `root`, with its output in stdout.txt and stderr.txt."""
     process = _server.Process(target=_run, args=(root, arguments))
     process.start()
     return process
