@@ -1,11 +1,12 @@
-"""The workflow on a real Slurm: one slurmctld and one slurmd on this machine, alone on loopback.
+"""Run the workflow on a private Slurm on this machine, and compare it with a local run.
 
-    python -m tests.cluster.run            # the tests' small experiment, minutes
-    python -m tests.cluster.run --digits   # the embedded benchmark
+    python -m tools.slurm             # the tests' tiny experiment
+    python -m tools.slurm --digits    # configs/digits.yaml
 
-Debian's `slurm-wlm` and `munge` and root's rights are enough: no systemd, no control groups, no
-accounting. The workflow is submitted with profiles/slurm; one training job is cancelled once it has
-written a state; it must be tried again and resume, and the table must be that of a plain local run.
+Needs Debian's `slurm-wlm` and `munge`, and root; not systemd, control groups or accounting. It
+starts slurmctld and slurmd on the loopback interface and submits the workflow with
+profiles/slurm. It cancels one training job after its first saved state. The job must be retried
+and resume, and the tables must equal those of a local run.
 """
 
 from __future__ import annotations
@@ -25,17 +26,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import pandas as pd
 import yaml
 
-from harness.workflow.machine import usable_cpus
 from tests.conftest import ROOT, Workspace
 
-NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "sinfo")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "sinfo")
 NODE = "loopback"
-# Memory that the node is said to have: what jobs ask for is a matter of the profile, not of this
-# machine, and nothing here enforces it.
-MEMORY_MB = 64_000
+MEMORY_MB = 64_000  # of the node, as configured; Slurm does not enforce it here
 CONF = """\
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -59,20 +58,20 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
 KillWait=5
-# Finished jobs stay in squeue, where the workflow and this script read how they ended.
+# Finished jobs stay in squeue, from which the workflow and this script read their states.
 MinJobAge=86400
-NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:{cpus}
-PartitionName=cpu Nodes={node} MaxTime=1440
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres={gres}
+PartitionName=cpu Nodes={node} MaxTime=1440 Default=YES
 PartitionName=gpu Nodes={node} MaxTime=1440
 """
 
 
 def missing() -> str:
-    """Why this machine cannot run it; empty if it can."""
-    lacking = [name for name in NEEDED if not shutil.which(name)]
-    if lacking:
-        return f"needs Debian's slurm-wlm and munge: no {', '.join(lacking)}"
-    return "" if os.geteuid() == 0 else "needs root, to start slurmd"
+    """Why this machine cannot run the script; empty if it can."""
+    programs = [name for name in PROGRAMS if not shutil.which(name)]
+    if programs:
+        return f"needs Debian's slurm-wlm and munge (not found: {', '.join(programs)})"
+    return "" if os.geteuid() == 0 else "needs root to start slurmd"
 
 
 def free_port() -> int:
@@ -82,7 +81,7 @@ def free_port() -> int:
 
 
 class Slurm:
-    """Its daemons, from entry to exit. They share nothing with a Slurm that the machine may have."""
+    """A context in which Slurm's daemons run, separate from any Slurm of this machine."""
 
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, []
@@ -93,35 +92,9 @@ class Slurm:
         }
 
     def __enter__(self) -> Slurm:
-        folder = self.folder
-        for name in ("state", "spool", "bin"):
-            (folder / name).mkdir()
-        # Within a job Snakemake's plugin clears Slurm's variables, as it may where the configuration
-        # lies in /etc; this one must not.
-        srun = folder / "bin" / "srun"
-        conf, real = self.environment["SLURM_CONF"], shutil.which("srun")
-        srun.write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {real} "$@"\n')
-        srun.chmod(0o755)
-        key = folder / "munge.key"
-        key.write_bytes(secrets.token_bytes(1024))
-        key.chmod(0o400)
-        facts = {"folder": folder, "host": socket.gethostname().split(".")[0], "node": NODE}
-        facts |= {"controller": free_port(), "daemon": free_port()}
-        facts |= {"cpus": usable_cpus(), "memory": MEMORY_MB}
-        (folder / "slurm.conf").write_text(CONF.format(**facts))
-        for number in range(facts["cpus"]):  # a GPU is a device file to Slurm, and any file is one
-            (folder / f"gpu{number}").touch()
-        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{facts['cpus'] - 1}]\n")
-        if self.version() >= (23, 11):  # before that it must not be told, and does without
-            (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         try:
-            munge = ["munged", "--foreground", "--force", f"--key-file={key}"]
-            munge += [f"--{x}={folder}/munge.{x.split('-')[0]}" for x in ("socket", "pid-file")]
-            self._start(*munge, f"--seed-file={folder}/munge.seed", "--syslog")
-            self._until("munge is there", (folder / "munge.socket").exists)
-            self._start("slurmctld", "-D", "-c")
-            self._start("slurmd", "-D", "-N", NODE)
-            self._until("the node is idle", lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"))
+            self._configure()
+            self._start_daemons()
         except BaseException:
             self.__exit__()
             raise
@@ -135,44 +108,74 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
+    def _configure(self) -> None:
+        folder, cpus = self.folder, joblib.cpu_count()
+        for name in ("state", "spool", "bin"):
+            (folder / name).mkdir()
+        # Snakemake's plugin removes Slurm's variables inside a job; here srun needs SLURM_CONF.
+        srun = folder / "bin" / "srun"
+        conf, program = self.environment["SLURM_CONF"], shutil.which("srun")
+        srun.write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {program} "$@"\n')
+        srun.chmod(0o755)
+        (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
+        (folder / "munge.key").chmod(0o400)
+        facts = {"folder": folder, "host": socket.gethostname().split(".")[0], "node": NODE}
+        facts |= {"controller": free_port(), "daemon": free_port(), "cpus": cpus}
+        facts |= {"memory": MEMORY_MB, "gres": f"gpu:{cpus}"}
+        (folder / "slurm.conf").write_text(CONF.format(**facts))
+        for number in range(cpus):  # Slurm accepts any file as a GPU's device file
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{cpus - 1}]\n")
+        if self.version() >= (23, 11):  # older versions do not know the option
+            (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+
+    def _start_daemons(self) -> None:
+        folder = self.folder
+        munge = ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key"]
+        munge += [f"--{x}={folder}/munge.{x.split('-')[0]}" for x in ("socket", "pid-file")]
+        self._start(*munge, f"--seed-file={folder}/munge.seed", "--syslog")
+        self._wait_for("munge", (folder / "munge.socket").exists)
+        self._start("slurmctld", "-D", "-c")
+        self._start("slurmd", "-D", "-N", NODE)
+        self._wait_for("an idle node", lambda: "idle" in self.query("sinfo", "-h", "-o", "%T"))
+
     def _start(self, *command: str) -> None:
         with open(self.folder / f"{command[0]}.log", "w") as log:
             daemon = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
         self.daemons.append(daemon)
 
-    def _until(self, what: str, ready, seconds: float = 60) -> None:
+    def _wait_for(self, what: str, ready, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline or any(d.poll() is not None for d in self.daemons):
                 logs = [p.read_text()[-2000:] for p in sorted(self.folder.glob("*.log"))]
-                raise RuntimeError("\n".join([f"not: {what}", *logs]))
+                raise RuntimeError("\n".join([f"timed out or failed: {what}", *logs]))
             time.sleep(0.2)
 
-    def ask(self, *command: str) -> str:
-        """What a command of Slurm prints; nothing if it fails, as it may for a moment."""
+    def query(self, *command: str) -> str:
+        """Output of one of Slurm's commands; empty if it fails, which may be temporary."""
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=60
         )
         return done.stdout if done.returncode == 0 else ""
 
     def version(self) -> tuple[int, ...]:
-        said = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout
-        return tuple(int(part) for part in said.split()[1].split(".")[:2])
+        done = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True)
+        return tuple(int(part) for part in done.stdout.split()[1].split(".")[:2])
 
     def jobs(self) -> pd.DataFrame:
-        """All jobs so far: number, state, partition, GPUs, minutes, MB, and what they are for."""
-        columns = ["id", "state", "partition", "gres", "minutes", "memory", "comment"]
-        lines = self.ask("squeue", "-h", "--states=all", "-o", "%i|%T|%P|%b|%l|%m|%k").splitlines()
+        """All jobs submitted so far; `comment` has the rule and its wildcards."""
+        columns = ["id", "state", "partition", "gres", "comment"]
+        lines = self.query("squeue", "-h", "--states=all", "-o", "%i|%T|%P|%b|%k").splitlines()
         return pd.DataFrame([line.split("|") for line in lines], columns=columns)
 
 
 @dataclass
 class Outcome:
-    """What happened. `differing`: columns in which the two tables differ, measured ones apart."""
+    """Result of the comparison. `differing`: columns in which the tables differ."""
 
     jobs: pd.DataFrame
     cancelled: str
-    at_images: int
     resumed: str
     returncode: int
     seconds: float
@@ -182,69 +185,76 @@ class Outcome:
     @property
     def problems(self) -> list[str]:
         states = collections.Counter(self.jobs.state)
-        again = self.jobs[self.jobs.comment == self.cancelled]
+        retried = list(self.jobs[self.jobs.comment == self.cancelled].state.sort_values())
+        train = self.jobs[self.jobs.comment.str.contains("rule_train")]
         checks = {
             "the workflow failed": self.returncode != 0,
             f"states of jobs: {dict(states)}": set(states) != {"COMPLETED", "CANCELLED"},
-            "one job was to be cancelled": states["CANCELLED"] != 1,
-            f"{self.cancelled}: {list(again.state)}": list(again.state.sort_values())
-            != ["CANCELLED", "COMPLETED"],
+            f"states of {self.cancelled}: {retried}": retried != ["CANCELLED", "COMPLETED"],
+            "training requested no GPU": (train.gres == "N/A").any(),
             "the retried job did not resume": not self.resumed,
             f"tables differ in {self.differing}": bool(self.differing),
         }
-        return [what for what, wrong in checks.items() if wrong]
+        return [problem for problem, failed in checks.items() if failed]
 
     def __str__(self) -> str:
         rules = collections.Counter(c.split("_wildcards_")[0] for c in self.jobs.comment)
         states = collections.Counter(self.jobs.state)
-        gpus = (self.jobs.gres != "N/A").sum()
         lines = [
             f"{len(self.jobs)} jobs: " + ", ".join(f"{n} {s}" for s, n in states.items()),
             ", ".join(f"{n} {rule.removeprefix('rule_')}" for rule, n in rules.items()),
-            f"partitions: {dict(collections.Counter(self.jobs.partition))}; {gpus} asked for a GPU",
-            f"cancelled: {self.cancelled} at {self.at_images} images; then: {self.resumed}",
-            f"exit {self.returncode} after {self.seconds:.0f} s; comparison.csv: {self.rows} rows, "
-            + (f"differ in {self.differing}" if self.differing else "as in a local run"),
+            f"{(self.jobs.gres != 'N/A').sum()} jobs requested a GPU",
+            f"cancelled {self.cancelled}; retried: {self.resumed}",
+            f"exit status {self.returncode} after {self.seconds:.0f} s; {self.rows} rows compared",
         ]
-        return "\n".join([*lines, *(f"WRONG: {problem}" for problem in self.problems)])
+        return "\n".join([*lines, *(f"PROBLEM: {problem}" for problem in self.problems)])
 
 
-def workspace(root: Path, digits: bool) -> Workspace:
-    """A copy of the project, with the experiment that is run."""
-    made = Workspace.create(root)
+def make_workspace(root: Path, digits: bool) -> Workspace:
+    """A copy of the project with the experiment to run."""
+    workspace = Workspace.create(root)
     if digits:
         shutil.copy2(ROOT / "configs" / "digits.yaml", root / "configs")
-        return made
-    config = made.config()
-    # `auto` asks the cluster for a GPU, and takes the CPU of a node without one.
-    config["device"] = "auto"
-    # Long enough to be caught at work.
-    config["students"]["sid"]["budget"] = [{"unit": "images", "amount": 1600}]
+        return workspace
+    config = workspace.config()
+    config["device"] = "auto"  # the node has no GPU
     config["students"] = {name: config["students"][name] for name in ("sid", "gdd-i")}
-    made.write_config(config)
-    return made
+    # Long enough to be cancelled during training.
+    config["students"]["sid"]["budget"] = [{"unit": "images", "amount": 1600}]
+    workspace.write_config(config)
+    return workspace
 
 
-def comparison(root: Path) -> pd.DataFrame:
+def has_state(folder: Path) -> bool:
+    """Whether a run has a complete saved state."""
+    for path in folder.glob("runs/*/state.json"):
+        try:
+            return "ledger" in json.loads(path.read_text())
+        except (OSError, ValueError):
+            pass
+    return False
+
+
+def read_table(root: Path) -> pd.DataFrame:
     table = pd.read_csv(root / "tables" / "comparison.csv", keep_default_na=False, dtype=str)
     return table.drop(columns=[c for c in table if "seconds" in c or "memory" in c])
 
 
 def run(folder: Path, digits: bool, limit: float, local: Path | None = None) -> Outcome:
-    """The submitted run and, unless the results of a local one are given, that one, in `folder`;
-    `limit`: seconds for each."""
+    """Run the experiment on Slurm and, without `local` results, also locally; `limit`: seconds for
+    each of them."""
     name = "digits" if digits else "tiny"
-    submitted = workspace(folder / "submitted", digits)
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    submitted = make_workspace(folder / "submitted", digits)
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     arguments = ["all", "--configfile", f"configs/{name}.yaml"]
-    victim = submitted.root / "results" / name / "students" / "sid" / "seed0"
-    log = submitted.root / "results" / name / "logs" / "students" / "sid" / "seed0.log"
+    results = submitted.root / "results" / name
     with Slurm(folder) as slurm, open(folder / "submitted.log", "w") as output:
-        # The profile as a user would fill it in for this cluster.
+        # Adapt the profile to this small cluster, as a user would.
         path = submitted.root / "profiles" / "slurm" / "profile.yaml"
         profile = yaml.safe_load(path.read_text())
-        profile["config"]["cluster"] |= {"gpu_partition": "gpu", "cpu_partition": "cpu"}
-        profile["config"]["cluster"] |= {"gpu_tflops": 0.01}
+        profile["default-resources"] |= {"mem_mb": "attempt * 4000"}
+        for resources in profile["set-resources"].values():
+            resources |= {"slurm_partition": "gpu", "mem_mb": "attempt * 4000"}
         profile |= {"slurm-status-command": "squeue", "latency-wait": 10}
         profile["slurm-init-seconds-before-status-checks"] = 3
         path.write_text(yaml.safe_dump(profile))
@@ -252,70 +262,60 @@ def run(folder: Path, digits: bool, limit: float, local: Path | None = None) -> 
         process = subprocess.Popen(
             submitted.command("snakemake", "--profile", "profiles/slurm", *arguments),
             cwd=submitted.root,
-            env=submitted.environment | slurm.environment | hidden,
+            env=submitted.environment | slurm.environment | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
-            while saved_images(victim) is None:
-                assert process.poll() is None, "the workflow ended before a state was seen"
-                assert time.monotonic() - started < limit, "no state was written in time"
+            while not has_state(results / "students" / "sid" / "seed0"):
+                assert process.poll() is None, "the workflow ended before a state was saved"
+                assert time.monotonic() - started < limit, "no state was saved in time"
                 time.sleep(0.05)
             jobs = slurm.jobs()
             job = jobs[jobs.comment.str.contains("rule_train_wildcards_sid_0")].iloc[0]
-            slurm.ask("scancel", job.id)
-            images = saved_images(victim)
+            slurm.query("scancel", job.id)
             returncode = process.wait(timeout=limit)
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
         seconds, jobs = time.monotonic() - started, slurm.jobs()
-    said = log.read_text() if log.exists() else ""
-    resumed = next((line for line in said.splitlines() if "resumed at" in line), "")
+    log = results / "logs" / "students" / "sid" / "seed0.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    resumed = next((line.split(" from ")[0] for line in lines if "resumed at" in line), "")
     if local is None:
-        plain = workspace(folder / "local", digits)
+        plain = make_workspace(folder / "local", digits)
         local = plain.root / "results" / name
         subprocess.run(
             plain.command("snakemake", "--cores", "8", *arguments),
             cwd=plain.root,
-            env=plain.environment | hidden,
+            env=plain.environment | environment,
             check=True,
             capture_output=True,
             timeout=limit,
         )
-    mine, theirs = comparison(submitted.root / "results" / name), comparison(local)
-    same = mine.shape == theirs.shape and list(mine) == list(theirs)
-    differing = [c for c in mine if list(mine[c]) != list(theirs[c])] if same else ["columns"]
-    resumed = resumed.split(" from ")[0]
-    return Outcome(jobs, job.comment, images, resumed, returncode, seconds, differing, len(mine))
-
-
-def saved_images(folder: Path) -> int | None:
-    """Images in the saved state of a run, if there is one and it is whole."""
-    for path in folder.glob("runs/*/state.json"):
-        try:
-            return json.loads(path.read_text())["ledger"]["images"]
-        except (OSError, ValueError):
-            pass
-    return None
+    table, expected = read_table(results), read_table(local)
+    same_shape = table.shape == expected.shape and list(table) == list(expected)
+    differing = ["columns"]
+    if same_shape:
+        differing = [c for c in table if list(table[c]) != list(expected[c])]
+    return Outcome(jobs, job.comment, resumed, returncode, seconds, differing, len(table))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--digits", action="store_true", help="configs/digits.yaml")
-    parser.add_argument("--folder", type=Path, help="keep everything here (a new folder)")
-    parser.add_argument("--local", type=Path, help="results of a local run, in place of a new one")
+    parser.add_argument("--digits", action="store_true", help="run configs/digits.yaml")
+    parser.add_argument("--folder", type=Path, help="a new folder in which all files are kept")
+    parser.add_argument("--local", type=Path, help="results of a local run to compare with")
     args = parser.parse_args()
-    if why := missing():
-        print(why, file=sys.stderr)
+    if reason := missing():
+        print(reason, file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the daemons
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stop the daemons, too
     folder = args.folder or Path(tempfile.mkdtemp(prefix="onestep-slurm-"))
     folder.mkdir(exist_ok=True)
     try:
-        limit = 7200 if args.digits else 1200
-        outcome = run(folder.resolve(), args.digits, limit, args.local)
+        outcome = run(folder.resolve(), args.digits, 7200 if args.digits else 1200, args.local)
         print(outcome)
         return len(outcome.problems) > 0
     finally:

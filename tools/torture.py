@@ -1,15 +1,15 @@
-"""The workflow under every kind of ill-treatment, against a quiet run of the same experiment.
+"""Stress test of the workflow: kills, a full disk and damaged files.
 
-    python tests/torture.py [--seed 0] [--kills 20] [--minutes 30]
+    python -m tools.torture [--seed 0] [--kills 20] [--minutes 30]
 
-Two Snakemakes at a time run tests/data/tiny.yaml on a small disk of their own, while jobs (and now
-and then a Snakemake) are killed with SIGKILL at random moments, the disk is filled, and files of
-states and snapshots are cut short between one command and the next. Where a job asks for something
-in its one line of error ("delete … and run the same command again"), that is done, and nothing else.
-At the end the tables must be those of the quiet run in every column but measured time and memory;
-an error that is no such line is a defect. Bounded in time; the same seed ill-treats in the same
-order (moments depend on the machine). The disk is a tmpfs, which takes root; without, it is not
-filled. Exit status 0 if everything holds.
+Two Snakemakes at a time run tests/data/tiny.yaml on a small disk. Meanwhile jobs, and sometimes a
+Snakemake, are killed with SIGKILL at random moments, and the disk is filled. Between two commands,
+state and snapshot files are truncated. If a job's error message says to delete something, the
+script deletes it; it repairs nothing else. At the end the tables must equal those of an undisturbed
+run in every column except measured time and memory. Tracebacks and other errors count as defects.
+
+The seed fixes the order of disturbances; their moments depend on the machine. The disk is a tmpfs,
+which needs root; without root it is not filled. The exit status is 0 if there is no defect.
 """
 
 from __future__ import annotations
@@ -27,31 +27,29 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import pandas as pd
 
 from tests.conftest import Workspace
 
-DISK = 96  # MB; the experiment leaves about a third of it
-MEASURED = ("seconds", "memory")  # what of a column's name says that it depends on the machine
-REMEDY = re.compile(r"delete (\S+?) (?:and run the same command again|to start)")
-KEPT = ("logs", "config", "benchmarks", "tables", "figures")  # nobody reads these back
+DISK = 96  # MB; the experiment needs about two thirds of it
+MEASURED = ("seconds", "memory")  # parts of the names of columns that depend on the machine
+REMEDY = re.compile(r"delete (\S+?)[,;.]?(?:\s|$)")
+NOT_DAMAGED = ("logs", "config", "benchmarks", "tables", "figures")  # no stage reads these
 
 
 def jobs(root: Path) -> list[tuple[int, str]]:
-    """Processes of the harness and of Snakemake at work in a folder: number, command."""
-    found = []
+    """Processes of the harness and of Snakemake in a folder: id and command."""
+    running = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             if Path(os.readlink(entry / "cwd")) == root and " -m " in command:
-                found.append((int(entry.name), command))
-        except OSError:  # it has just ended
+                running.append((int(entry.name), command))
+        except OSError:  # the process has just ended
             continue
-    return found
+    return running
 
 
 class Torture:
@@ -60,7 +58,7 @@ class Torture:
         self.kills, self.deadline = kills, deadline
         self.counts: Counter[str] = Counter()
         self.defects: list[str] = []
-        self.filled = workspace.root / "results" / "filler"
+        self.filler = workspace.root / "results" / "filler"
 
     def start(self) -> subprocess.Popen:
         command = ["snakemake", "--cores", "2", "all", "--configfile", "configs/tiny.yaml"]
@@ -75,7 +73,7 @@ class Torture:
         )
 
     def round(self, peaceful: bool) -> bool:
-        """Two commands at once to their ends; True if one of them says that all is there."""
+        """Run one command, or two at once, to the end; True if one of them succeeded."""
         processes = [self.start()]
         if not peaceful:
             time.sleep(self.random.uniform(0, 3))
@@ -83,7 +81,7 @@ class Torture:
         fill_at = time.monotonic() + self.random.uniform(10, 30)
         while any(process.poll() is None for process in processes):
             if time.monotonic() > self.deadline:
-                self.defects.append("the time is up")
+                self.defects.append("time limit reached")
                 for number, _ in jobs(self.workspace.root):
                     os.kill(number, signal.SIGKILL)
                 return False
@@ -97,7 +95,7 @@ class Torture:
                 fill_at = time.monotonic() + 60
         for process in processes:
             process.stderr.close()
-        while jobs(self.workspace.root):  # orphans of a killed Snakemake finish what they do
+        while jobs(self.workspace.root):  # orphans of a killed Snakemake
             time.sleep(0.5)
         return any(process.returncode == 0 for process in processes)
 
@@ -113,31 +111,30 @@ class Torture:
             except ProcessLookupError:
                 return
             self.counts["kills"] += 1
-            self.counts["of them Snakemake" if victims is snakemakes else "of them jobs"] += 1
+            self.counts["kills of Snakemake" if victims is snakemakes else "kills of jobs"] += 1
 
     def fill(self) -> None:
-        """Take all that is left of the disk until a job says so, or for twenty seconds."""
-        if not os.path.ismount(self.filled.parent):
+        """Fill the disk until a job reports it, or for twenty seconds."""
+        if not os.path.ismount(self.filler.parent):
             return
-        with open(self.filled, "wb") as file:
+        with open(self.filler, "wb") as file:
             try:
                 while True:
                     file.write(b"\0" * 65536)
                     file.flush()
             except OSError:
                 self.counts["disks filled"] += 1
-        told, until = self.told_of_full(), time.monotonic() + 20
-        while time.monotonic() < until and self.told_of_full() == told:
+        reports, until = self.disk_full_reports(), time.monotonic() + 20
+        while time.monotonic() < until and self.disk_full_reports() == reports:
             time.sleep(0.5)
-        self.filled.unlink()
+        self.filler.unlink()
 
-    def told_of_full(self) -> int:
+    def disk_full_reports(self) -> int:
         logs = (self.workspace.results / "logs").rglob("*.log")
         return sum(log.read_text(errors="replace").count("No space left") for log in logs)
 
     def damage(self) -> None:
-        """Cut a random file short: the state of a run that is not finished, or any that a stage has
-        left for others."""
+        """Truncate a random file: the state of an unfinished run, or any result of a stage."""
         root = self.workspace.results
         states = [
             path
@@ -149,7 +146,7 @@ class Torture:
             path
             for path in root.rglob("*")
             if path.suffix in (".json", ".safetensors")
-            and path.relative_to(root).parts[0] not in KEPT
+            and path.relative_to(root).parts[0] not in NOT_DAMAGED
         ]
         files = states if states and self.random.random() < 0.5 else anything
         files = sorted(p for p in files if p.is_file() and not p.is_symlink())
@@ -157,10 +154,10 @@ class Torture:
             path = self.random.choice(files)
             size = path.stat().st_size
             os.truncate(path, self.random.randrange(size) if size else 0)
-            self.counts["files cut short"] += 1
+            self.counts["files truncated"] += 1
 
-    def obey(self) -> None:
-        """Do what the jobs that failed ask for, each in its one line of error."""
+    def repair(self) -> None:
+        """Delete what the error messages of failed jobs name, and nothing else."""
         for log in sorted((self.workspace.results / "logs").rglob("*.log")):
             text = log.read_text(errors="replace")
             errors = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -168,7 +165,7 @@ class Torture:
                 self.defects.append(f"{log}: {text.strip().splitlines()[-1]}")
             for line in errors:
                 if "No space left" in line:
-                    self.counts["told that the disk is full"] += 1
+                    self.counts["reports of a full disk"] += 1
                 elif remedy := REMEDY.search(line):
                     path = self.workspace.root / remedy[1]
                     if not path.resolve().is_relative_to(self.workspace.results.resolve()):
@@ -177,7 +174,7 @@ class Torture:
                         shutil.rmtree(path)
                     else:
                         path.unlink(missing_ok=True)
-                    self.counts["remedies followed"] += 1
+                    self.counts["repairs"] += 1
                 else:
                     self.defects.append(f"{log}: {line}")
             log.unlink()
@@ -186,15 +183,15 @@ class Torture:
         rounds = 0
         while time.monotonic() < self.deadline:
             rounds += 1
-            done = self.counts["kills"] >= self.kills and self.counts["remedies followed"] >= 4
+            done = self.counts["kills"] >= self.kills and self.counts["repairs"] >= 4
             if self.round(peaceful=done) and done:
                 self.counts["rounds"] = rounds
                 return
-            self.obey()
+            self.repair()
             if not done:
                 for _ in range(self.random.randrange(1, 3)):
                     self.damage()
-        self.defects.append("the time is up")
+        self.defects.append("time limit reached")
 
 
 def table(workspace: Workspace, name: str) -> pd.DataFrame:
@@ -217,7 +214,7 @@ def main() -> int:
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(results)]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
     if not mounted:
-        print("no tmpfs can be mounted here: the disk is not filled")
+        print("could not mount a tmpfs: the disk is not filled")
     try:
         done = quiet.snakemake()
         assert done.returncode == 0, done.stderr
@@ -228,8 +225,7 @@ def main() -> int:
                 pd.testing.assert_frame_equal(table(quiet, name), table(tortured, name))
             except (AssertionError, OSError) as error:
                 torture.defects.append(f"{name}.csv: {' '.join(str(error).split())}")
-        left = [p for p in tortured.results.rglob("*.tmp")]
-        torture.counts["temporary files left"] = len(left)
+        torture.counts["temporary files left"] = len(list(tortured.results.rglob("*.tmp")))
     finally:
         if mounted:
             subprocess.run(["umount", "-l", str(results)], check=False)
@@ -239,7 +235,7 @@ def main() -> int:
     for defect in torture.defects:
         print("DEFECT", defect)
     if not torture.defects:
-        print("the tables are those of the quiet run in every column but measured time and memory")
+        print("no defects: the tables equal those of the undisturbed run")
         shutil.rmtree(folder, ignore_errors=True)
     return bool(torture.defects)
 

@@ -1,0 +1,1 @@
+"""Scripts for developers: stress tests, a local Slurm, and checks of the source."""
