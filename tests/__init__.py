@@ -1,0 +1,1 @@
+"""Tests; `make test` runs the fast ones."""

@@ -1,1 +1,1 @@
-"""The Snakemake rules, and what plans, watches and explains a workflow."""
+"""The Snakemake rules; plans, progress and failures of a workflow."""
