@@ -1,4 +1,4 @@
-"""`python -m harness plan`: what it prints. What it counts: tests/test_paper_configs.py."""
+"""`harness plan`: the printed table. tests/test_paper_configs.py tests the counts."""
 
 import pytest
 import yaml
@@ -6,12 +6,11 @@ import yaml
 from harness.cli import main
 
 
-def test_a_row_for_each_student(tiny, tmp_path, capsys):
-    """Budget, work and hours of each; a budget in seconds tells none of them before it is run. Data
-    and checkpoints need not be there."""
+def test_every_student_has_a_row(tiny, tmp_path, capsys):
+    """Local files may be missing. A budget in seconds gives no number of images."""
     sid, gdd = tiny["students"]["sid"], tiny["students"]["gdd-i"]
     tiny["students"] = {"sid": sid | {"budget": [{"unit": "seconds", "amount": 5}]}, "gdd-i": gdd}
-    tiny["teachers"]["edm"]["source"] = "not-here.pkl"
+    tiny["teachers"]["edm"]["source"] = "missing.pkl"
     for key in ("images", "batch"):
         del tiny["teachers"]["edm"][key]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny, sort_keys=False))
@@ -23,7 +22,7 @@ def test_a_row_for_each_student(tiny, tmp_path, capsys):
     assert list(rows) == ["sid", "gdd-i"]
     sid, gdd = rows["sid"], rows["gdd-i"]
     assert sid["images"] == sid["PFLOPs"] == sid["hours"] == "–"
-    assert sid["beside (M)"] == sid["trained (M)"] == sid["parameters (M)"] == "0.02"
+    assert sid["auxiliary (M)"] == sid["trained (M)"] == sid["parameters (M)"] == "0.02"
     assert gdd["trained (M)"] == "0.01" and gdd["micro-batch"] == "16" and gdd["images"] == "160"
     work = 160 * float(gdd["GFLOPs/image"])
     assert float(gdd["PFLOPs"]) == pytest.approx(work / 1e6, rel=1e-3)
