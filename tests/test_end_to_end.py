@@ -21,12 +21,14 @@ REPORT = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Workspace:
-    """The tiny experiment with one student and one feature network, run by Snakemake."""
+    """The tiny experiment with one student, run by Snakemake."""
     workspace = Workspace.create(tmp_path_factory.mktemp("end-to-end") / "project")
     config = workspace.config()
     config["students"] = {"sid": config["students"]["sid"]}
-    config["features"] = {"tiny-cnn": config["features"]["tiny-cnn"] | {"images": 1280}}
-    config["evaluation"] |= {"extractors": ["tiny-cnn"], "sampling_seeds": [0]}
+    del config["features"]["tiny-critic"]
+    for section in config["features"].values():
+        section["images"] = 640
+    config["evaluation"] |= {"sampling_seeds": [0]}
     config["training"] |= {"budget": [{"unit": "images", "amount": 64}], "snapshots": {}}
     workspace.write_config(config)
     workspace.last_run = workspace.snakemake()
