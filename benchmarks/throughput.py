@@ -7,8 +7,8 @@
 Prints, per student: images per second (images that receive a generator update), operations per
 such image (measured), and the share of the machine's matmul peak, measured in the same run with the
 same threads. `--compare` repeats that with switches of `training` on, each alone and all together,
-as ratios to all of them off; `plain`, which is no switch, is the same mathematics in the loop that
-papers' code has, and its column says how many times as fast the harness is. Weights are random:
+as ratios to all of them off; `plain`, which is not a switch, is the same mathematics in a loop like
+those of papers' code; its column shows how many times as fast the harness is. Weights are random:
 speed does not depend on them.
 """
 
@@ -70,7 +70,7 @@ SWITCHES = {
     "compile": ("compile", False, True),
 }
 PLAIN = "plain"
-WARM_UP = 3  # iterations, if nothing else is asked: the first measures operations and compiles
+WARM_UP = 3  # default; the first iterations measure operations and compile
 
 
 class PlainLoop(Trainer):

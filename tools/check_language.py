@@ -21,7 +21,7 @@ SUFFIXES = {".py", ".smk", ".j2", ".md", ".yaml", ".toml", ".rst", ""}
 PHRASES = {
     r"(cannot|can|could not|to) be had": "is (not) available, could not download",
     r"(is|are|was|were|be) told": "is reported, gets, knows",
-    r"told (at once|all|apart)": "reported together, distinguished",
+    r"told (all )?at once": "reported together",
     r"(is|are|was|were|be|been) said": "is reported, is printed",
     r"what is said": "the message",
     r"tells? (nothing|of|what|which|how|whether)": "shows, determines",
@@ -58,7 +58,6 @@ PHRASES = {
     r"(one|some|all|each|none) of its own": "a separate one",
     r"what it (is|was) made (of|from)": "its source",
     r"of (which|whom|those) (there|it|they)": "rewrite as two sentences",
-    r"takes? the place of": "replaces",
     r"(is|are) let go": "is freed",
     r"so to speak|as it were|be it": "delete",
     r"(gets?|got) hold of": "obtains",
