@@ -1,1 +1,1 @@
-"""Feature networks: everything that looks at images, for metrics and discriminators."""
+"""Feature networks: image features for metrics, discriminators and text encoders."""

@@ -1,11 +1,13 @@
-"""An aesthetic predictor: a head on normalised CLIP image embeddings, as LAION's.
+"""Aesthetic heads on normalised CLIP image embeddings: LAION's, and one trained on the data set.
 
-LAION's heads rate how much people like a picture. On digits the head is trained here to rate
-legibility: real training digits are degraded by known kinds at known strength, and the target is
-10 (1 - strength). Kinds that it never saw, on held-out digits, tell whether this carries over.
+LAION's heads predict how much people like a picture. The trained head predicts legibility: training
+images are degraded in known ways by a known strength, and the target is 10 (1 - strength). Other
+degradations, on held-out images, measure how well this generalises.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +15,26 @@ from torch.nn.functional import conv2d, mse_loss, normalize, pad
 
 from harness.data.datasets import Dataset, Images
 from harness.denoiser import to_model_space, to_pixels
+from harness.io.artifacts import load_tensors, save_tensors
 from harness.io.downloads import fetch, load_pickled
 from harness.streams import Stream
 
+WEIGHTS = "aesthetic.safetensors"
 SCALE = 10.0
 
 
 class AestheticHead(nn.Module):
-    """Rating of normalised CLIP image embeddings `(B, D)` -> `(B,)`: a linear layer (`hidden` 0,
-    LAION's first predictor) or one hidden layer."""
+    """Ratings `(B,)` of CLIP image embeddings `(B, D)`, by one hidden layer."""
 
     def __init__(self, dim: int, hidden: int = 64):
         super().__init__()
-        layers = (
-            [nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1)]
-            if hidden
-            else [nn.Linear(dim, 1)]
-        )
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.layers(normalize(embeddings, dim=-1)).squeeze(-1)
 
 
-# Version -> address and sha256.
+# Version -> address and sha256. The heads belong to OpenAI's ViT-L/14.
 LAION_HEADS = {
     "v1": (
         "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth",
@@ -51,14 +49,14 @@ LAION_HEADS = {
 
 
 class LaionHead(nn.Module):
-    """LAION's ratings of OpenAI's ViT-L/14 embeddings `(B, 768)`, normalised here, about 1 to 10:
-    v1 is a linear layer; v2 ("improved") five, with nothing between them but dropout."""
+    """LAION's ratings, about 1 to 10, of OpenAI's ViT-L/14 embeddings `(B, 768)`: v1 is one linear
+    layer; v2 ("improved") is five linear layers without activations."""
 
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__()
         if set(weights) == {"weight", "bias"}:
             weights = {f"layers.0.{name}": value for name, value in weights.items()}
-        # The dropout layers between are counted, so the numbers have gaps.
+        # Dropout layers are numbered, too, so the numbers have gaps.
         numbers = sorted({int(name.split(".")[1]) for name in weights})
         shapes = [weights[f"layers.{n}.weight"].shape for n in numbers]
         self.layers = nn.Sequential(*[nn.Linear(width, out) for out, width in shapes])
@@ -71,13 +69,12 @@ class LaionHead(nn.Module):
 
     @classmethod
     def published(cls, version: str) -> LaionHead:
-        """The head of a version, downloaded once; a `UserError` where it cannot be had."""
-        path = fetch(*LAION_HEADS[version])
-        return cls(load_pickled(path))
+        """The head of a version, downloaded once; a `UserError` if that fails."""
+        return cls(load_pickled(fetch(*LAION_HEADS[version])))
 
 
-# Degradations: images in [-1, 1] `(B, C, H, W)`, strength `(B, 1, 1, 1)` in [0, 1], and standard
-# normal numbers of the images' shape to draw from.
+# Degradations of images in [-1, 1] `(B, C, H, W)`; strength `(B, 1, 1, 1)` in [0, 1], and standard
+# normal noise of the images' shape. -1 is the background.
 
 
 def _noise(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
@@ -95,40 +92,40 @@ def _blur(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
 
 
 def _fade(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Ink fades into the paper."""
+    """Fade to the background."""
     return -1 + (x + 1) * (1 - s)
 
 
 def _drop(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Pixels turn to paper, each with probability `s`."""
+    """Set pixels to the background, each with probability `s`."""
     return torch.where(torch.special.ndtr(n) < s, torch.full_like(x, -1.0), x)
 
 
 def _salt(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Pixels turn to black or white, together with probability `s`."""
+    """Set pixels to black or white, with probability `s` in total."""
     u = torch.special.ndtr(n)
     x = torch.where(u < s / 2, torch.full_like(x, -1.0), x)
     return torch.where(u > 1 - s / 2, torch.full_like(x, 1.0), x)
 
 
 def _overlay(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Another image of the batch shines through."""
+    """Blend another image of the batch in."""
     return torch.maximum(x, -1 + s * (x.roll(1, dims=0) + 1))
 
 
 def _shuffle(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Pixels change places with others of the image, each with probability `s`."""
+    """Replace pixels by others of the image, each with probability `s`."""
     moved = x.flatten(2).gather(2, n.flatten(2).argsort(dim=2)).view_as(x)
     return torch.where(torch.special.ndtr(n) < s, moved, x)
 
 
-HEAD_IMAGES = 4096  # of each part, the first: so small a head asks for no more
+HEAD_IMAGES = 4096  # the first of each part; enough for such a small head
 KNOWN = {"noise": _noise, "blur": _blur, "fade": _fade, "drop": _drop}
 UNSEEN = {"salt": _salt, "overlay": _overlay, "shuffle": _shuffle}
 
 
 def _degraded(images: Images, kind: str, degrade, round: int) -> tuple[Tensor, Tensor]:
-    """Degraded images (quantised, as everything that is scored) and target ratings."""
+    """Degraded images, quantised like all scored images, and their target ratings."""
     index = torch.arange(min(len(images), HEAD_IMAGES))
     stream = Stream(round, "legibility", kind)
     strength = stream.child("strength").uniform(index)
@@ -139,15 +136,17 @@ def _degraded(images: Images, kind: str, degrade, round: int) -> tuple[Tensor, T
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation."""
+    """Spearman's rank correlation."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def train_head(clip: nn.Module, dataset: Dataset, rounds: int = 3, steps: int = 400):
-    """Train a head on `clip`'s embeddings; returns it and its rank correlations when held out
-    (none without a held-out part)."""
+def train_head(
+    clip: nn.Module, dataset: Dataset, folder: Path, rounds: int = 3, steps: int = 400
+) -> dict:
+    """Train a head on the embeddings `clip.features(x)` and write its weights. Returns its record:
+    rank correlations on held-out images (none if nothing is held out) and the file's sha256."""
     with torch.no_grad():
         parts = [
             _degraded(dataset.train, kind, degrade, r)
@@ -168,13 +167,18 @@ def train_head(clip: nn.Module, dataset: Dataset, rounds: int = 3, steps: int = 
         loss.backward()
         optimizer.step()
         schedule.step()
-    quality: dict = {"rank_correlation_known": {}, "rank_correlation_unseen": {}}
-    if not len(dataset.held_out):
-        return head.eval().requires_grad_(False), quality
+    record: dict = {"rank_correlation_known": {}, "rank_correlation_unseen": {}}
     with torch.no_grad():
         for group, kinds in (("known", KNOWN), ("unseen", UNSEEN)):
-            for kind, degrade in kinds.items():
+            for kind, degrade in kinds.items() if len(dataset.held_out) else ():
                 x, target = _degraded(dataset.held_out, kind, degrade, rounds)
                 rating = head(clip.features(x))
-                quality[f"rank_correlation_{group}"][kind] = round(spearman(rating, target), 4)
-    return head.eval().requires_grad_(False), quality
+                record[f"rank_correlation_{group}"][kind] = round(spearman(rating, target), 4)
+    return record | {"sha256": save_tensors(folder / WEIGHTS, head.state_dict())}
+
+
+def load_head(folder: Path, sha256: str, dim: int) -> AestheticHead:
+    """The head that `train_head` wrote, frozen."""
+    head = AestheticHead(dim)
+    head.load_state_dict(load_tensors(folder / WEIGHTS, sha256, owner=folder))
+    return head.eval().requires_grad_(False)

@@ -1,16 +1,27 @@
-"""Small classifiers whose inner features measure images, or judge them for a discriminator."""
+"""Small classifiers trained on the data set: types `cnn` and `resnet`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Literal
+
+from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d, relu, silu
+from torch.nn.functional import cross_entropy, max_pool2d, relu, silu
+
+from harness.context import Context
+from harness.data.datasets import Dataset, Images
+from harness.features.base import FEATURES
+from harness.features.train import TrainedExtractor, TrainedSettings, augmented
+from harness.method import OptimizerConfig
 
 
 class Classifier(nn.Module):
-    """A classifier with the two views that the rest of the project needs.
+    """A classifier of images `(B, C, H, W)` in [-1, 1].
 
     `maps(x)`: feature maps `(B, C_i, H_i, W_i)` from fine to coarse; `features(x)`: `(B, D)`;
-    `logits(features)`: `(B, num_classes)`. `x`: `(B, C, H, W)` in [-1, 1].
+    `logits(features)`: `(B, num_classes)`.
     """
 
     feature_dim = 64
@@ -30,7 +41,7 @@ class Classifier(nn.Module):
 
 
 class PlainCNN(Classifier):
-    """Two stages of two convolutions with max pooling, then a 64-d layer (VGG's manner)."""
+    """Two stages of two convolutions with max pooling, then a 64-d layer, as in VGG."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int):
         super().__init__()
@@ -74,7 +85,7 @@ class _ResidualBlock(nn.Module):
 
 
 class ResNet(Classifier):
-    """Pre-activation residual blocks with GroupNorm, strides for pooling, global average."""
+    """Pre-activation residual blocks with GroupNorm and strides, then global average pooling."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int):
         super().__init__()
@@ -103,15 +114,62 @@ class ResNet(Classifier):
         return self.head(silu(features))
 
 
-CLASSIFIERS = {"cnn": PlainCNN, "resnet": ResNet}
+def classification_loss(context: Context, label_smoothing: float) -> Tensor:
+    x, labels = context.real()
+    logits = context.networks["features"](augmented(context, x))
+    return cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
-class FeatureMaps(nn.Module):
-    """A classifier seen as what a discriminator looks at: calling it returns `maps(x)`."""
+class ClassifierExtractor(TrainedExtractor):
+    """Features and class probabilities of a classifier."""
 
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.classifier, self.map_channels = classifier, classifier.map_channels
+    class Settings(TrainedSettings):
+        """Label smoothing and weight decay bound the features. Without them, confidence grows as
+        long as training lasts and the features of one class grow faster than the others', so that
+        a Fréchet distance depends on that class and the sampling seed more than on the generator.
+        """
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.classifier.maps(x)
+        type: Literal["cnn", "resnet"]
+        label_smoothing: float = Field(0.1, ge=0, lt=1)
+        weight_decay: float = Field(0.05, ge=0)
+
+    has_feature_maps = True
+    architecture: ClassVar[type[Classifier]]
+
+    @classmethod
+    def provides(cls, settings: Settings) -> frozenset[str]:
+        return frozenset({"features", "probabilities", "data-classes", "fd"})
+
+    @classmethod
+    def build(cls, settings: Settings, dataset: Dataset) -> Classifier:
+        return cls.architecture(dataset.image_shape, dataset.num_classes, settings.width)
+
+    @classmethod
+    def loss(cls, settings: Settings) -> Callable[[Context], Tensor]:
+        return partial(classification_loss, label_smoothing=settings.label_smoothing)
+
+    @classmethod
+    def optimizer(cls, settings: Settings) -> OptimizerConfig:
+        return OptimizerConfig(lr=settings.lr, weight_decay=settings.weight_decay)
+
+    @classmethod
+    def training_images(cls, dataset: Dataset) -> Images:
+        return Images(dataset.train.pixels, dataset.classes(dataset.train.labels))
+
+    @classmethod
+    def correct(cls, network: Classifier, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+        return network(x).argmax(dim=1) == dataset.classes(labels)
+
+    def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        features = self.network.features(x)
+        return {"features": features, "probabilities": self.network.logits(features).softmax(1)}
+
+
+@FEATURES.register("cnn")
+class CNNExtractor(ClassifierExtractor):
+    architecture = PlainCNN
+
+
+@FEATURES.register("resnet")
+class ResNetExtractor(ClassifierExtractor):
+    architecture = ResNet

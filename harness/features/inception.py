@@ -1,95 +1,162 @@
-"""Inception of 2015-12-05, the network of every published FID, as torch-fidelity has it.
+"""Inception of 2015-12-05, the network of all published FIDs: type `inception`.
 
-Its weights are TensorFlow's own, converted; it resizes to 299 x 299 as TensorFlow 1 did (bilinear,
-no antialiasing), so images come as they are.
+The network and its converted TensorFlow weights are torch-fidelity's. `resize` selects the protocol
+by which images reach its 299 x 299 input.
 """
 
 from __future__ import annotations
 
-import contextlib
+import io
 from pathlib import Path
-from unittest import mock
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
-from harness.io.downloads import fetch, load_pickled
+from harness.data.datasets import Dataset
+from harness.errors import Problem, UserError
+from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
+from harness.io.downloads import fetch, is_address, load_pickled
 
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-RESIZE = "to 299 x 299 inside the network, bilinear as TensorFlow 1"
-# By the protocol. clean-fid's legacy_tensorflow leaves the resize to the network, as EDM does: on
-# 8-bit images their numbers are the same.
+SIZE, COCO_SIZE = 299, 256
+DIM = 2048
+TENSORFLOW = "to 299 x 299 inside the network, bilinear as TensorFlow 1"
 RESIZES = {
-    "edm": RESIZE,
+    "edm": TENSORFLOW,
+    # clean-fid leaves the resize to the network, as EDM does; on 8-bit images the FIDs are equal.
+    "legacy-tensorflow": f"{TENSORFLOW} (clean-fid's legacy_tensorflow)",
     "clean": "to 299 x 299 before the network, PIL's bicubic, not quantised (clean-fid)",
-    "legacy-tensorflow": f"{RESIZE} (clean-fid's legacy_tensorflow)",
     "coco": "to 256 x 256 by PIL's Lanczos, 8 bits, then as clean (text-to-image papers, COCO)",
     "patch": "none: the 299 x 299 pixels in the middle",
 }
-COCO, SIZE = 256, 299
-DIM = 2048
-PRETRAINING = "imagenet-1k"  # as `harness.features.timm_backbones.pretraining_set` names it
-BLOCK = 64  # images at a time: 1 GB of activations
 
 
-def fetch_weights(source: str | None = None) -> Path:
-    """The weights' file: `source`, a local file, or the published one, downloaded once. A file of
-    another hash, or none at all, is a `UserError`."""
-    return fetch(source or WEIGHTS, SHA256)
+@FEATURES.register("inception")
+class InceptionExtractor(PretrainedExtractor):
+    """Features of the last pooling `(B, 2048)`, and the Inception Score's probabilities `(B, 1008)`
+    (from logits without bias, as in Salimans et al. 2016)."""
+
+    class Settings(PretrainedSettings):
+        """resize: EDM's protocol, one of clean-fid's two, that of text-to-image papers on COCO (to
+        256 pixels first), or none (patch FID)."""
+
+        type: Literal["inception"]
+        resize: Literal["edm", "clean", "legacy-tensorflow", "coco", "patch"] = "edm"
+
+        @property
+        def kind(self) -> str:
+            return self.type if self.resize == "edm" else f"{self.type}-{self.resize}"
+
+    size = SIZE
+    pretraining = ("imagenet-1k",)
+
+    @classmethod
+    def provides(cls, settings: Settings) -> frozenset[str]:
+        return frozenset({"features", "probabilities", "inception", f"fid-{settings.resize}"})
+
+    @classmethod
+    def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
+        weights = settings.weights  # their hash is known, so an address needs none
+        if (
+            not files
+            or weights is None
+            or is_address(weights)
+            or Path(weights).expanduser().is_file()
+        ):
+            return []
+        return [Problem(f"features.{name}.weights", "missing-file", f"{weights} does not exist")]
+
+    @classmethod
+    def known_sha256(cls, settings: Settings) -> str:
+        return SHA256
+
+    @classmethod
+    def fetch(cls, settings: Settings) -> Path:
+        return fetch(settings.weights or WEIGHTS, SHA256)
+
+    @classmethod
+    def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
+        return untrained()
+
+    @classmethod
+    def fill(cls, network: nn.Module, path: Path) -> None:
+        network.load_state_dict(load_pickled(path))
+
+    @property
+    def resize(self) -> str:
+        return RESIZES[self.settings.resize]
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Pixels from 0 to 255, `(B, 3, 299, 299)`, by the protocol's resize."""
+        rgb = pixels.expand(-1, 3, -1, -1)
+        protocol = self.settings.resize
+        if protocol == "coco":
+            rgb = lanczos(rgb, COCO_SIZE)
+        if protocol == "patch":
+            rgb = centre_crop(rgb, SIZE)
+        if protocol in ("clean", "coco"):
+            return clean_resize(rgb).to(self.device)
+        return tensorflow_resize(rgb.to(self.device))
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        features, logits = self.network(x)
+        return {"features": features, "probabilities": logits.softmax(dim=1)}
 
 
-class Inception(nn.Module):
-    """uint8 images `(B, 1 or 3, H, W)` of any size -> features `(B, 2048)` of the last pooling and
-    probabilities `(B, 1008)`, those of the Inception Score (logits without their bias, as in
-    Salimans et al. 2016); float32, on the images' device. `resize`: one of RESIZES."""
+def untrained() -> nn.Module:
+    """torch-fidelity's network with random weights. Its input is resized already: pixels from 0 to
+    255, `(B, 3, 299, 299)`. It returns features `(B, 2048)` and logits without bias `(B, 1008)`."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    def __init__(self, network: nn.Module, resize: str = "edm"):
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
-        self.resize = resize
+    class Network(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state: dict, *args, **kwargs):
+            # The constructor loads the empty file below.
+            return super().load_state_dict(state, *args, **kwargs) if state else None
 
-    @torch.no_grad()
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        device = self.network.fc.weight.device
-        blocks = []
-        # A GPU would convolve in TensorFloat-32, and features differ from machine to machine.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), self._resizing():
-            for block in pixels.split(BLOCK):
-                rgb = self._prepared(block.expand(-1, 3, -1, -1)).to(device)
-                features, logits = self.network(rgb)
-                blocks.append((features, logits.softmax(dim=1)))
-        return tuple(torch.cat(parts).to(pixels.device) for parts in zip(*blocks, strict=True))
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = (x - 128) / 128
+            *layers, fc = self.children()  # in the order of the library's forward pass
+            for layer in layers:
+                x = layer(x)
+            features = torch.flatten(x, 1)
+            return features, features.mm(fc.weight.T)
 
-    def see(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        features, probabilities = self(pixels)
-        return {"features": features, "probabilities": probabilities}
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    return Network("inception-v3-compat", ["2048", "logits_unbiased"], empty)
 
-    def _prepared(self, rgb: Tensor) -> Tensor:
-        """What the protocol does to images as they are."""
-        if self.resize == "coco":
-            return lanczos(rgb, COCO)
-        if self.resize == "patch":
-            return middle(rgb, SIZE)
-        return rgb
 
-    def _resizing(self):
-        """Put the protocol's resize in the place of the network's own."""
-        from torch_fidelity import feature_extractor_inceptionv3 as library
+def tensorflow_resize(pixels: Tensor) -> Tensor:
+    """uint8 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)`, bilinear without antialiasing as in
+    TensorFlow 1."""
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x,
+    )
 
-        if self.resize not in ("clean", "coco"):
-            return contextlib.nullcontext()
-        name = "interpolate_bilinear_2d_like_tensorflow1x"
-        return mock.patch.object(library, name, lambda images, **_: clean_resize(images))
+    return interpolate_bilinear_2d_like_tensorflow1x(
+        pixels.float(), size=(SIZE, SIZE), align_corners=False
+    )
+
+
+def clean_resize(pixels: Tensor) -> Tensor:
+    """uint8 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)` by clean-fid (Parmar et al. 2022)."""
+    from cleanfid.resize import build_resizer
+
+    resize = build_resizer("clean")
+    arrays = pixels.movedim(1, -1).cpu().numpy()
+    resized = torch.stack([torch.from_numpy(resize(array)) for array in arrays])
+    return resized.movedim(-1, 1).float()
 
 
 def lanczos(pixels: Tensor, size: int) -> Tensor:
     """uint8 `(B, 3, H, W)` -> `(B, 3, size, size)` by PIL's Lanczos filter, as text-to-image papers
-    bring samples of 512 pixels to those of COCO's photographs."""
+    reduce samples of 512 pixels to the size of COCO's photographs."""
     import numpy as np
     from PIL import Image
 
@@ -100,51 +167,14 @@ def lanczos(pixels: Tensor, size: int) -> Tensor:
     return torch.from_numpy(np.stack(resized)).movedim(-1, 1)
 
 
-def middle(pixels: Tensor, size: int) -> Tensor:
-    """The middle `size` x `size` pixels: the network's own resize then does nothing."""
+def centre_crop(pixels: Tensor, size: int) -> Tensor:
+    """The middle `size` x `size` pixels."""
     height, width = pixels.shape[2:]
     if min(height, width) < size:
         raise UserError(
-            f"resize: patch looks at {size} x {size} pixels, and images are {height} x {width}"
+            f"resize: patch needs images of at least {size} x {size} pixels, not "
+            f"{height} x {width}",
+            "image-size",
         )
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[:, :, top : top + size, left : left + size]
-
-
-def clean_resize(images: Tensor) -> Tensor:
-    """Whole numbers 0 to 255 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)`, by clean-fid (Parmar et
-    al. 2022)."""
-    from cleanfid.resize import build_resizer
-
-    resize = build_resizer("clean")
-    arrays = images.to(torch.uint8).movedim(1, -1).cpu().numpy()
-    resized = torch.stack([torch.from_numpy(resize(array)) for array in arrays])
-    return resized.movedim(-1, 1).to(images)
-
-
-def load_inception(path: Path, resize: str = "edm") -> Inception:
-    """Inception with the weights in a file that `fetch_weights` gave."""
-    import pickle
-
-    network = _untrained()
-    try:
-        state = load_pickled(path)
-        nn.Module.load_state_dict(network, state)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} holds no weights of Inception: {str(error).splitlines()[0]}"
-        ) from None
-    return Inception(network, resize)
-
-
-def _untrained() -> nn.Module:
-    """torch-fidelity's network with the random weights of its layers, without the download or the
-    unpickling in its constructor."""
-    from torch_fidelity import feature_extractor_inceptionv3 as library
-
-    class Network(library.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state):  # called by the constructor alone
-            pass
-
-    with mock.patch.object(library, "load_state_dict_from_url", lambda *_, **__: None):
-        return Network("inception-v3-compat", ["2048", "logits_unbiased"])

@@ -1,37 +1,43 @@
-"""A small CLIP (open_clip's model class) for small images and short captions."""
+"""A small CLIP (open_clip's model class) trained on the data set: type `clip`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import cross_entropy, interpolate, normalize
 
+from harness.context import Context
 from harness.data.datasets import Dataset
+from harness.features.aesthetic import AestheticHead, load_head, train_head
+from harness.features.base import FEATURES
+from harness.features.train import TrainedExtractor, TrainedSettings, augmented
+from harness.io.records import FeatureRecord
 
-CONTEXT_LENGTH = 16  # captions here are short; the usual 77 would only cost time
+CONTEXT_LENGTH = 16  # tokens; the usual 77 would only cost time for short captions
 
 
-def tokenize(captions: list[str]) -> Tensor:
-    """int64 `(N, 16)`: open_clip's byte-pair tokens."""
+def tokenize(captions: Sequence[str]) -> Tensor:
+    """open_clip's byte-pair tokens, int64 `(N, 16)`."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(context_length=CONTEXT_LENGTH)(captions)
+    return SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(captions))
 
 
 def text_width(width: int) -> int:
-    """Numbers of a token in the text tower of a CLIP of this width."""
+    """Width of the text transformer in a CLIP of this width."""
     return 2 * width
 
 
 class SmallCLIP(nn.Module):
-    """open_clip's `CLIP` on `(B, C, H, W)` images in [-1, 1]; embeddings have length 1.
+    """open_clip's `CLIP` for images `(B, C, H, W)` in [-1, 1]; embeddings have length 1.
 
-    `captions`: int64 `(conditions, wordings, 16)`, kept with the weights, so that scoring needs
-    no tokenizer: of each class in some wordings, or each caption of a set that has captions.
+    The tokens `captions`, int64 `(conditions, wordings, 16)`, are saved with the weights, so that
+    scoring needs no tokenizer. They are a few wordings for each class, or one for each prompt.
     """
 
     embed_dim = 64
@@ -67,10 +73,11 @@ class SmallCLIP(nn.Module):
                 dtype=torch.long,
             ),
         )
-        # Captions of one number say the same in other words; needed in training alone.
+        # Equal numbers for captions of the same meaning; for training only.
         self.register_buffer("meaning", torch.arange(conditions), persistent=False)
 
     def set_captions(self, dataset: Dataset) -> None:
+        """Tokenize the prompts of a data set with captions, or captions of the class names."""
         names = dataset.class_names
         texts = [t.format(name) for name in names for t in dataset.caption_templates]
         if dataset.attributes:
@@ -91,13 +98,13 @@ class SmallCLIP(nn.Module):
         return normalize(self.clip.encode_text(tokens), dim=-1)
 
     def token_features(self, tokens: Tensor) -> Tensor:
-        """What the text tower makes of each token: `(N, 16, width)`."""
+        """Embedding of each token, `(N, 16, width)`."""
         clip = self.clip
         x = clip.token_embedding(tokens) + clip.positional_embedding
         return clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))
 
     def class_features(self) -> Tensor:
-        """Embedding of each class's first caption, or of each caption: `(conditions, 64)`."""
+        """Embedding of the first caption of each class or prompt, `(conditions, 64)`."""
         return self.text_features(self.captions[:, 0])
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ class SmallCLIP(nn.Module):
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """The text encoder of a trained CLIP, with the interface of a pipeline's text encoder."""
+    """The text transformer of a trained CLIP as a text encoder (`TextEncoder`)."""
 
     clip: SmallCLIP
     sha256: str
@@ -115,24 +122,104 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        tokens = tokenize(list(texts))
-        # Padded as Stable Diffusion's texts are, with the mark of the end, where CLIP is taught to
-        # sum up what it has read; at open_clip's zeros it is taught nothing.
-        end = tokens.argmax(dim=1, keepdim=True)  # the greatest token there is
+        tokens = tokenize(texts)
+        # Pad with the end-of-text token, as Stable Diffusion does: CLIP learns to summarise the
+        # text there, while the embedding of open_clip's padding (zeros) is never trained.
+        end = tokens.argmax(dim=1, keepdim=True)  # end-of-text has the greatest number
         tokens = torch.where(torch.arange(self.limit) > end, tokens.gather(1, end), tokens)
         return {"embeddings": self.clip.token_features(tokens)}
 
     def truncated(self, texts: Sequence[str]) -> int:
         from open_clip.tokenizer import SimpleTokenizer
 
-        # Two tokens mark the beginning and the end.
         encode = SimpleTokenizer().encode
-        return sum(len(encode(text)) + 2 > self.limit for text in texts)
+        return sum(len(encode(text)) + 2 > self.limit for text in texts)  # + start and end
 
 
-def text_encoder(folder: Path, dataset: Dataset) -> CaptionEncoder:
-    """That of the CLIP in a folder under features/."""
-    from harness.features.train import load_feature_network
+def contrastive_loss(context: Context) -> Tensor:
+    """CLIP's loss in both directions, with several matches in a batch: an image matches every
+    caption of its class (or of its caption's meaning), and the targets share the mass (UniCL, Yang
+    et al. 2022)."""
+    clip = context.networks["features"]
+    x, labels = context.real()
+    captions = clip.captions
+    template = (
+        (context.uniform("template") * captions.shape[1]).long().clamp_max(captions.shape[1] - 1)
+    )
+    logits = clip(augmented(context, x), captions[labels, template])
+    meaning = clip.meaning[labels]
+    same = (meaning[:, None] == meaning[None]).float()
+    target = same / same.sum(dim=1, keepdim=True)
+    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
-    network, record = load_feature_network(folder, dataset)
-    return CaptionEncoder(network, record["sha256"])
+
+@FEATURES.register("clip")
+class SmallCLIPExtractor(TrainedExtractor):
+    """Image embeddings, their similarity to the requested caption, and a trained aesthetic head."""
+
+    class Settings(TrainedSettings):
+        type: Literal["clip"]
+
+    head: AestheticHead | None = None
+    head_sha256 = ""
+    _class_features: Tensor | None = None
+
+    @classmethod
+    def provides(cls, settings: Settings) -> frozenset[str]:
+        traits = {"image-text", "short-captions", "fd"}
+        return frozenset({"features", "text_similarity", "aesthetic"} | traits)
+
+    @classmethod
+    def build(cls, settings: Settings, dataset: Dataset) -> SmallCLIP:
+        wordings = 1 if dataset.attributes else len(dataset.caption_templates)
+        return SmallCLIP(dataset.image_shape, dataset.num_conditions, settings.width, wordings)
+
+    @classmethod
+    def prepare_training(cls, network: SmallCLIP, dataset: Dataset) -> None:
+        network.set_captions(dataset)
+
+    @classmethod
+    def loss(cls, settings: Settings) -> Callable[[Context], Tensor]:
+        return contrastive_loss
+
+    @classmethod
+    def correct(cls, network: SmallCLIP, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+        """Whether the nearest caption is one of the image's class, or means the same as its own."""
+        nearest = (network.features(x) @ network.class_features().T).argmax(dim=1)
+        if dataset.attributes:
+            meanings = dataset.attributes.meanings()
+            nearest, labels = meanings[nearest], meanings[labels]
+        return nearest == labels
+
+    @classmethod
+    def train_head(cls, network: SmallCLIP, dataset: Dataset, folder: Path) -> dict:
+        return train_head(network, dataset, folder)
+
+    @classmethod
+    def load(cls, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> Self:
+        extractor = super().load(record, folder, dataset, device)
+        extractor.head_sha256 = record.aesthetic["sha256"]
+        head = load_head(folder, extractor.head_sha256, SmallCLIP.embed_dim)
+        extractor.head = head.to(device)
+        return extractor
+
+    @classmethod
+    def text_shape(cls, settings: Settings) -> tuple[int, int]:
+        return CONTEXT_LENGTH, text_width(settings.width)
+
+    def text_encoder(self) -> CaptionEncoder:
+        return CaptionEncoder(self.network, self.sha256)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        return super().hashes | ({"head": self.head_sha256} if self.head else {})
+
+    def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        features = self.network.features(x)
+        outputs = {"features": features}
+        if labels is not None:
+            if self._class_features is None:
+                self._class_features = self.network.class_features()
+            captions = self._class_features[labels.to(self.device)]
+            outputs["text_similarity"] = (features * captions).sum(dim=1)
+        return outputs | ({"aesthetic": self.head(features)} if self.head else {})

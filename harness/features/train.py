@@ -1,55 +1,181 @@
-"""Feature networks: classifiers and a CLIP with an aesthetic head, trained in the workflow, and
-published ones, fetched.
-
-They give the features of distances, class probabilities and text similarity. Each has a folder
-`features/<name>/` with `features.json` (architecture, accuracy) and, if trained, its weights
-(safetensors).
-"""
+"""Feature networks trained in the workflow, and the stage that trains or fetches any of them."""
 
 from __future__ import annotations
 
-import sys
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
-from harness.config.experiment import Experiment
-from harness.config.schema import FeatureSection, PretrainedFeatures
+from harness.config.jobs import FeatureJob
+from harness.config.schema import FeatureSettings, Positive
 from harness.context import Context, Sources
 from harness.data import datasets
 from harness.data.datasets import Dataset, Images, placed
 from harness.denoiser import to_model_space
-from harness.errors import UserError
-from harness.features.classifiers import CLASSIFIERS
-from harness.io.artifacts import (
-    digest,
-    link,
-    load_tensors,
-    read_json,
-    save_tensors,
-    sha256_file,
-    write_json,
-)
+from harness.features.base import FEATURES, FeatureExtractor, full_precision, parse_settings
+from harness.io.artifacts import damaged, digest, link, load_tensors, save_tensors
 from harness.io.locks import run_lock
+from harness.io.records import FeatureRecord
 from harness.method import OptimizerConfig, Phase
 from harness.streams import seeded
 from harness.training.trainer import TrainingRun, train, training_record
 
+WEIGHTS = "features.safetensors"
 
-def build_feature_network(kind: str, dataset: Dataset, width: int) -> nn.Module:
-    if kind == "clip":
-        from harness.features.small_clip import SmallCLIP
 
-        wordings = 1 if dataset.attributes else len(dataset.caption_templates)
-        return SmallCLIP(dataset.image_shape, dataset.num_conditions, width, wordings)
-    return CLASSIFIERS[kind](dataset.image_shape, dataset.num_classes, width)
+def make_features(job: FeatureJob) -> FeatureRecord:
+    """Train or fetch a feature network: leaves `features/<name>/` with its `features.json`."""
+    return FEATURES[job.settings.type].make(job)
+
+
+class TrainedSettings(FeatureSettings):
+    images: Positive
+    batch: Positive = 128
+    lr: float = Field(2e-3, gt=0)
+    width: Positive = 32
+    seed: int = Field(0, ge=0)
+
+
+class TrainedExtractor(FeatureExtractor):
+    """A feature network trained on the training part of the data set.
+
+    A subclass gives `build`, `loss`, `correct` and `outputs`. Its loss sees the network as
+    `context.networks["features"]`.
+    """
+
+    @classmethod
+    def prepare_training(cls, network: nn.Module, dataset: Dataset) -> None:
+        """Fill the buffers of a fresh network that depend on the data set."""
+
+    @classmethod
+    @abstractmethod
+    def loss(cls, settings: FeatureSettings) -> Callable[[Context], Tensor]:
+        """The training loss, a function of a context."""
+
+    @classmethod
+    def optimizer(cls, settings: FeatureSettings) -> OptimizerConfig:
+        return OptimizerConfig(lr=settings.lr)
+
+    @classmethod
+    def training_images(cls, dataset: Dataset) -> Images:
+        """Images with the labels that the loss needs."""
+        return dataset.train
+
+    @classmethod
+    @abstractmethod
+    def correct(cls, network: nn.Module, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+        """Whether the network recognises each of the images `x` in [-1, 1], bool `(B,)`."""
+
+    @classmethod
+    def train_head(cls, network: nn.Module, dataset: Dataset, folder: Path) -> dict | None:
+        """Train a head on the finished network, write its weights and return its record."""
+        return None
+
+    @abstractmethod
+    def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """Outputs for images in [-1, 1]."""
+
+    @torch.no_grad()
+    def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        with full_precision():
+            outputs = self.outputs(to_model_space(pixels.to(self.device)), labels)
+        return {name: output.cpu() for name, output in outputs.items()}
+
+    @classmethod
+    def make(cls, job: FeatureJob) -> FeatureRecord:
+        settings, folder = job.settings, job.folder
+        dataset = datasets.load(job.data)
+        run_id = digest([job.fingerprint, dataset.sha256])
+
+        def start() -> TrainingRun:
+            with seeded(settings.seed):
+                network = cls.build(settings, dataset)
+            cls.prepare_training(network, dataset)
+            return TrainingRun(
+                name=f"features {job.name}",
+                folder=folder / "runs" / run_id,
+                key=run_id,
+                seed=settings.seed,
+                networks={"features": network},
+                frozen={},
+                main="features",
+                phases=[
+                    # The name belongs to the random streams.
+                    Phase("classify", "features", cls.loss(settings), cls.optimizer(settings))
+                ],
+                sources=Sources(
+                    dataset.image_shape,
+                    dataset.num_conditions,
+                    sigma_init=0.0,
+                    **placed(cls.training_images(dataset), job.device),
+                ),
+                batch=settings.batch,
+                budget=[{"unit": "images", "amount": settings.images}],
+                export=lambda ema, to: {"sha256": save_tensors(to / WEIGHTS, ema.state_dict())},
+                ema_half_life=settings.images // 20,
+                device=job.device,
+                checkpoint_seconds=job.training.checkpoint_seconds,
+                max_nonfinite=job.training.max_nonfinite,
+                tick_images=max(settings.images // 20, 1),
+            )
+
+        with run_lock(folder):
+            outcome = train(start)
+            final = folder / "runs" / run_id / "snapshots" / outcome.snapshots[-1]["name"]
+            link(folder / WEIGHTS, final / WEIGHTS)
+            facts = training_record(outcome, run_id)
+            network = cls.load_network(settings, folder, facts["sha256"], dataset)
+            record = FeatureRecord(
+                name=job.name,
+                settings=settings.model_dump(),
+                held_out_accuracy=cls.held_out_accuracy(network, dataset),
+                aesthetic=cls.train_head(network, dataset, folder),
+                run_id=facts.pop("key"),
+                skipped_steps=facts.pop("nonfinite"),
+                **{key: facts[key] for key in ("harness", "torch", "sha256", "stop", "ledger")},
+            )
+            record.write(folder / "features.json")
+        return record
+
+    @classmethod
+    @torch.no_grad()
+    def held_out_accuracy(cls, network: nn.Module, dataset: Dataset) -> float | None:
+        """Share of held-out images that the network recognises; None if nothing is held out."""
+        if not len(dataset.held_out):
+            return None
+        correct = [
+            cls.correct(network, to_model_space(pixels), labels, dataset)
+            for pixels, labels in dataset.held_out.blocks(1024)
+        ]
+        return torch.cat(correct).double().mean().item()
+
+    @classmethod
+    def load_network(
+        cls, settings: FeatureSettings, folder: Path, sha256: str, dataset: Dataset
+    ) -> nn.Module:
+        """The trained network in a folder, frozen, in evaluation mode."""
+        network = cls.build(settings, dataset)
+        try:
+            network.load_state_dict(load_tensors(folder / WEIGHTS, sha256, owner=folder))
+        except RuntimeError as error:
+            raise damaged(folder / WEIGHTS, str(error).splitlines()[-1].strip(), folder) from None
+        return network.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> Self:
+        settings = parse_settings(record.name, record.settings)
+        network = cls.load_network(settings, folder, record.sha256, dataset)
+        return cls(record.name, settings, network.to(device), record.sha256)
 
 
 def augmented(context: Context, x: Tensor) -> Tensor:
-    """Shifts by up to a pixel in each direction, and a little noise."""
+    """Random shifts by up to one pixel in each direction, and a little noise."""
     shift = (context.uniform("shift", (2,)) * 3).long().clamp_max(2)
     rows = shift[:, :1] + torch.arange(x.shape[2], device=x.device)
     columns = shift[:, 1:] + torch.arange(x.shape[3], device=x.device)
@@ -58,176 +184,3 @@ def augmented(context: Context, x: Tensor) -> Tensor:
     channel = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
     shifted = padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
     return shifted + 0.1 * context.normal("augment_noise", tuple(x.shape[1:]))
-
-
-def classification_loss(context: Context, label_smoothing: float) -> Tensor:
-    x, labels = context.real()
-    logits = context.networks["features"](augmented(context, x))
-    return cross_entropy(logits, labels, label_smoothing=label_smoothing)
-
-
-def contrastive_loss(context: Context) -> Tensor:
-    """CLIP's loss in both directions. Captions repeat within a batch: every image of the caption's
-    class (of a set with captions, every image of which the caption is true) is its match, and the
-    targets share the mass (Yang et al. 2022, UniCL)."""
-    clip = context.networks["features"]
-    x, labels = context.real()
-    captions = clip.captions
-    template = (
-        (context.uniform("template") * captions.shape[1]).long().clamp_max(captions.shape[1] - 1)
-    )
-    logits = clip(augmented(context, x), captions[labels, template])
-    meaning = clip.meaning[labels]
-    same = (meaning[:, None] == meaning[None]).float()
-    target = same / same.sum(dim=1, keepdim=True)
-    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-
-
-def _labelled(dataset: Dataset, kind: str) -> Images:
-    """The training part with what a network is taught: captions or classes, or classes alone."""
-    train = dataset.train
-    return train if kind == "clip" else Images(train.pixels, dataset.classes(train.labels))
-
-
-def make_features(experiment: Experiment, name: str) -> dict:
-    """Leave `features/<name>/` with its `features.json`; returns what that says."""
-    if isinstance(experiment.features[name], PretrainedFeatures):
-        return fetch_features(experiment, name)
-    return train_features(experiment, name)
-
-
-def fetch_features(experiment: Experiment, name: str) -> dict:
-    """Fetch the weights of a pretrained network.
-
-    Where they cannot be had the record says `unavailable`, and why: nothing else needs to wait, and
-    the tables say it in every row. `missing` says the same of the heads on top of it.
-    """
-    from harness.features.towers import TOWERS
-
-    section, folder = experiment.features[name], experiment.features_dir(name)
-    source, record = TOWERS[section.type], {"name": name, "type": section.type}
-    try:
-        path = source.fetch(section)
-    except UserError as error:
-        print(f"{name} is unavailable: {error}", file=sys.stderr)
-        record |= {"unavailable": "no weights", "why": str(error)}
-    else:
-        known = source.facts(section)["sha256"]
-        record |= {"file": Path(path or "").name, "sha256": known or sha256_file(path)}
-    for version in getattr(section, "aesthetic", ()):
-        from harness.features.aesthetic import LaionHead
-
-        try:
-            LaionHead.published(version)
-        except UserError as error:
-            print(f"{name}: aesthetic {version} is unavailable: {error}", file=sys.stderr)
-            record.setdefault("missing", {})[f"aesthetic_{version}"] = "no weights"
-    write_json(folder / "features.json", record)
-    return record
-
-
-def train_features(experiment: Experiment, name: str) -> dict:
-    """Train feature network `name` and write its folder; returns what `features.json` says."""
-    section, folder = experiment.features[name], experiment.features_dir(name)
-    dataset = datasets.load(experiment.data_dir())
-    key = digest([experiment.features_spec(name), dataset.sha256])
-    device = experiment.device
-
-    def make() -> TrainingRun:
-        with seeded(section.seed):
-            network = build_feature_network(section.type, dataset, section.width)
-        if section.type == "clip":
-            network.set_captions(dataset)
-            loss, optimizer = contrastive_loss, OptimizerConfig(lr=section.lr)
-        else:
-            loss = partial(classification_loss, label_smoothing=section.label_smoothing)
-            optimizer = OptimizerConfig(lr=section.lr, weight_decay=section.weight_decay)
-        return TrainingRun(
-            name=f"features {name}",
-            folder=folder / "runs" / key,
-            key=key,
-            seed=section.seed,
-            networks={"features": network},
-            frozen={},
-            main="features",
-            phases=[Phase("classify", "features", loss, optimizer)],
-            sources=Sources(
-                dataset.image_shape,
-                dataset.num_conditions,
-                sigma_init=0.0,
-                **placed(_labelled(dataset, section.type), device),
-            ),
-            batch=section.batch,
-            budget=[{"unit": "images", "amount": section.images}],
-            export=lambda ema, to: {
-                "sha256": save_tensors(to / "features.safetensors", ema.state_dict())
-            },
-            ema_half_life=section.images // 20,
-            device=device,
-            checkpoint_seconds=experiment.training.checkpoint_seconds,
-            max_nonfinite=experiment.training.max_nonfinite,
-            tick_images=max(section.images // 20, 1),
-        )
-
-    with run_lock(folder):
-        outcome = train(make)
-        final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
-        link(folder / "features.safetensors", final / "features.safetensors")
-        record = {
-            "name": name,
-            "architecture": section.model_dump(),
-            **training_record(outcome, key),
-        }
-        network = _build(record, dataset)
-        network.load_state_dict(load_tensors(folder / "features.safetensors", record["sha256"]))
-        record["held_out_accuracy"] = held_out_accuracy(network.eval(), dataset)
-        if section.type == "clip":
-            from harness.features.aesthetic import train_head
-
-            head, quality = train_head(network, dataset)
-            record["aesthetic"] = quality
-            record["aesthetic"]["sha256"] = save_tensors(
-                folder / "aesthetic.safetensors", head.state_dict()
-            )
-        write_json(folder / "features.json", record)
-    return record
-
-
-def _build(record: dict, dataset: Dataset) -> nn.Module:
-    section = FeatureSection(**record["architecture"])
-    return build_feature_network(section.type, dataset, section.width)
-
-
-@torch.no_grad()
-def held_out_accuracy(network: nn.Module, dataset: Dataset) -> float | None:
-    """Accuracy on the held-out part: of the classifier, or of CLIP by the nearest caption, which
-    must name what the image's own does, in whatever wording. None without such a part."""
-    held_out, correct = dataset.held_out, []
-    if not len(held_out):
-        return None
-    for pixels, labels in held_out.blocks(1024):
-        x = to_model_space(pixels)
-        if not hasattr(network, "class_features"):
-            correct.append(network(x).argmax(dim=1) == dataset.classes(labels))
-            continue
-        found = (network.features(x) @ network.class_features().T).argmax(dim=1)
-        if dataset.attributes:
-            meanings = dataset.attributes.meanings()
-            correct.append(meanings[found] == meanings[labels])
-        else:
-            correct.append(found == labels)
-    return torch.cat(correct).double().mean().item()
-
-
-def load_feature_network(folder: Path, dataset: Dataset) -> tuple[nn.Module, dict]:
-    """The network in `features/<name>/`, in evaluation mode, and its record."""
-    record = read_json(folder / "features.json")
-    path = folder / "features.safetensors"
-    network = _build(record, dataset)
-    try:
-        network.load_state_dict(load_tensors(path, record["sha256"], owner=folder))
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit its features.json: {str(error).splitlines()[-1]}"
-        ) from None
-    return network.eval().requires_grad_(False), record

@@ -1,0 +1,70 @@
+"""DINOv2 (Oquab et al. 2023) from timm: type `dinov2`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from harness.data.datasets import Dataset
+from harness.errors import Problem
+from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
+from harness.features.timm_backbones import import_timm, load_weights
+from harness.io.downloads import check_source, fetch
+
+NETWORKS = {"vitb14": "vit_base_patch14_dinov2", "vitl14": "vit_large_patch14_dinov2"}
+
+
+@FEATURES.register("dinov2")
+class DINOv2Extractor(PretrainedExtractor):
+    """The class token after the last norm, `(B, 768)` or `(B, 1024)`."""
+
+    class Settings(PretrainedSettings):
+        """weights: Meta's file, or an address with its sha256."""
+
+        type: Literal["dinov2"]
+        model: Literal["vitb14", "vitl14"]
+        weights: str
+        sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the weights")
+
+    size = 224
+    resize = f"to {size} x {size}, bicubic with antialiasing, 8 bits"
+    # The curated part of LVD-142M contains ImageNet-1k's training images (section 3).
+    pretraining = ("lvd-142m", "imagenet-1k")
+
+    @classmethod
+    def provides(cls, settings: Settings) -> frozenset[str]:
+        return frozenset({"features", "fd"})
+
+    @classmethod
+    def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
+        key = f"features.{name}"
+        return check_source(
+            f"{key}.weights", settings.weights, f"{key}.sha256", settings.sha256, files
+        )
+
+    @classmethod
+    def known_sha256(cls, settings: Settings) -> str | None:
+        return settings.sha256
+
+    @classmethod
+    def fetch(cls, settings: Settings) -> Path:
+        return fetch(settings.weights, settings.sha256)
+
+    @classmethod
+    def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
+        name = NETWORKS[settings.model]
+        return import_timm().create_model(name, img_size=cls.size, num_classes=0)
+
+    @classmethod
+    def load_network(cls, settings: Settings, path: Path, dataset: Dataset) -> nn.Module:
+        # timm renames the weights of Meta's file and resamples the position embeddings.
+        return load_weights(NETWORKS[settings.model], path, img_size=cls.size, num_classes=0)
+
+    def prepare(self, dataset: Dataset) -> None:
+        self.details = {"model": self.settings.model}
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        return {"features": self.network(x)}

@@ -1,0 +1,182 @@
+"""CLIPs of open_clip: type `open-clip`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from harness.data.datasets import Dataset
+from harness.errors import Problem, UserError
+from harness.features.aesthetic import LaionHead
+from harness.features.base import (
+    BLOCK,
+    FEATURES,
+    RESIZE,
+    PretrainedExtractor,
+    PretrainedSettings,
+    fetch_from_hub,
+)
+from harness.io.downloads import check_source, fetch
+
+PREFIX = "A photo depicts "  # before each caption in CLIPScore (Hessel et al. 2021)
+# OpenAI's weights, converted to safetensors by the authors of timm: model -> repository of the hub.
+OPENAI = {
+    "ViT-B-32-quickgelu": "timm/vit_base_patch32_clip_224.openai",
+    "ViT-L-14-quickgelu": "timm/vit_large_patch14_clip_224.openai",
+    "ViT-L-14-336-quickgelu": "timm/vit_large_patch14_clip_336.openai",
+}
+HUB_FILE = "open_clip_model.safetensors"
+AESTHETIC = "vit-l-14-quickgelu-openai"  # the network of LAION's heads
+
+
+@FEATURES.register("open-clip")
+class OpenCLIPExtractor(PretrainedExtractor):
+    """Image embeddings of length 1 `(B, D)`. With captions (one per class, or the prompts) also
+    each image's similarity to its own caption, plain and after Hessel's prefix; with LAION's
+    heads also their ratings."""
+
+    class Settings(PretrainedSettings):
+        """pretrained: open_clip's name of the weights. OpenAI's are downloaded; others are a file
+        or an address with its sha256. caption: of a class, by its name."""
+
+        type: Literal["open-clip"]
+        model: Literal[
+            *("ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu"),
+            *("ViT-H-14", "ViT-g-14", "ViT-bigG-14"),
+        ]
+        pretrained: str = "openai"
+        sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the weights")
+        caption: str = Field("a photo of a {}", pattern=r"^[^{}]*\{\}[^{}]*$")
+        aesthetic: list[Literal["v1", "v2"]] = Field([], description="LAION's heads, for ViT-L-14")
+
+        @property
+        def column(self) -> str:
+            """The name that tells the model and its weights in the tables."""
+            return f"{self.model}-{self.pretrained}".lower()
+
+    resize = RESIZE
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.captions: list[str] = []
+        self.heads: dict[str, nn.Module] = {}  # on the host
+        self._texts: dict[tuple[str, int], Tensor] = {}
+
+    @classmethod
+    def provides(cls, settings: Settings) -> frozenset[str]:
+        outputs = {"features", "text_similarity", "prefixed_similarity", "image-text", "fd"}
+        return frozenset(outputs | {f"aesthetic_{version}" for version in settings.aesthetic})
+
+    @classmethod
+    def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
+        key, problems = f"features.{name}", []
+        if settings.weights is not None:
+            problems += check_source(
+                f"{key}.weights", settings.weights, f"{key}.sha256", settings.sha256, files
+            )
+        elif settings.pretrained != "openai" or settings.model not in OPENAI:
+            message = "missing; only OpenAI's weights are downloaded without a file or an address"
+            problems.append(Problem(f"{key}.weights", "missing-key", message))
+        if not name.startswith(settings.column):
+            message = f"the name must begin with {settings.column}, the heading of its columns"
+            problems.append(Problem(key, "name", message))
+        if settings.aesthetic and settings.column != AESTHETIC:
+            message = "LAION's heads need ViT-L-14-quickgelu with OpenAI's weights"
+            problems.append(Problem(f"{key}.aesthetic", "unsupported", message))
+        return problems
+
+    @classmethod
+    def known_sha256(cls, settings: Settings) -> str | None:
+        return settings.sha256
+
+    @classmethod
+    def fetch(cls, settings: Settings) -> Path:
+        if settings.weights is not None:
+            return fetch(settings.weights, settings.sha256)
+        instead = "name a local copy under weights"
+        path = fetch_from_hub(OPENAI[settings.model], HUB_FILE, instead)
+        return fetch(str(path), settings.sha256)
+
+    @classmethod
+    def fetch_parts(cls, settings: Settings) -> dict[str, str]:
+        missing = {}
+        for version in settings.aesthetic:
+            try:
+                LaionHead.published(version)
+            except UserError as error:
+                missing[f"aesthetic_{version}"] = str(error)
+        return missing
+
+    @classmethod
+    def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
+        import open_clip
+
+        return open_clip.create_model(settings.model, pretrained=None)
+
+    @classmethod
+    def fill(cls, network: nn.Module, path: Path) -> None:
+        import open_clip
+
+        open_clip.load_checkpoint(network, str(path), weights_only=True)  # or safetensors
+
+    def prepare(self, dataset: Dataset) -> None:
+        settings, names, prompts = self.settings, dataset.class_names, dataset.evaluation_prompts
+        self.pretraining = (f"clip-{settings.pretrained}",)
+        caption = "the prompt" if prompts else settings.caption
+        self.details = settings.model_dump(include={"model", "pretrained"}) | {"caption": caption}
+        if self.network is None:
+            return
+        import open_clip
+
+        self.tokenizer = open_clip.get_tokenizer(settings.model)
+        if prompts:
+            self.captions = list(prompts.texts)
+        elif not any(name.isdigit() for name in names):  # a number is no description
+            self.captions = [settings.caption.format(name) for name in names]
+        for version in settings.aesthetic:
+            if (output := f"aesthetic_{version}") not in self.missing:
+                self.heads[output] = LaionHead.published(version)
+        if self.captions:
+            for key, prefix in (("truncated_captions", ""), ("truncated_after_prefix", PREFIX)):
+                self.details[key] = f"{self.truncated(prefix)} of {len(self.captions)}"
+
+    @property
+    def size(self) -> int:
+        size = self.network.visual.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def mean_and_std(self) -> tuple[Sequence[float], Sequence[float]]:
+        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+        return OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        return {"features": self.network.encode_image(x, normalize=True)}
+
+    def texts(self, prefix: str, labels: Tensor) -> Tensor:
+        """Embeddings of the captions `labels`, `(B, D)`. Each is computed once, in a fixed block of
+        captions, so that its rounding does not depend on the batch."""
+        for number in (labels // BLOCK).unique().tolist():
+            if (prefix, number) not in self._texts:
+                block = self.captions[number * BLOCK : (number + 1) * BLOCK]
+                tokens = self.tokenizer([prefix + caption for caption in block])
+                texts = self.network.encode_text(tokens.to(self.device), normalize=True)
+                self._texts[prefix, number] = texts.cpu()
+        return torch.stack([self._texts[prefix, i // BLOCK][i % BLOCK] for i in labels.tolist()])
+
+    def compare(self, features: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        outputs = {name: head(features) for name, head in self.heads.items()}
+        if self.captions and labels is not None:
+            for name, prefix in (("text_similarity", ""), ("prefixed_similarity", PREFIX)):
+                outputs[name] = (features * self.texts(prefix, labels)).sum(dim=1)
+        return outputs
+
+    def truncated(self, prefix: str = "") -> int:
+        """How many captions, after the prefix, are longer than the network's context."""
+        length = self.tokenizer.context_length - 2  # start and end of the text
+        return sum(len(self.tokenizer.encode(prefix + c)) > length for c in self.captions)
