@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from harness.data.datasets import Images
+from harness.data.datasets import Dataset, Images
 from harness.evaluation.agreement import Scored, registered, torch_fidelity_values, write_images
-from harness.evaluation.extractors import Extractor
 from harness.evaluation.frechet import frechet_distance, frechet_of_few, gaussian_statistics
+from harness.features.base import FEATURES, FeatureExtractor, parse_settings
 
 
 def timed(compute: Callable, repeats: int) -> tuple[float, object]:
@@ -65,20 +65,18 @@ def distances(dim: int, repeats: int) -> list[list]:
     return rows
 
 
-def stand_in(name: str, size: int) -> Extractor:
+def stand_in(name: str, size: int) -> FeatureExtractor:
     """An extractor with random weights, of images of a size."""
     torch.manual_seed(0)
-    if name == "inception":
-        from harness.features import inception
+    raw = {"type": name} if name == "inception" else {"type": name, "images": 1}
+    settings, dataset = parse_settings(raw), stand_in_dataset(size)
+    return FEATURES[name](name, settings, FEATURES[name].build(settings, dataset).eval())
 
-        network = inception.Inception(inception._untrained())
-        provides = frozenset({"features", "probabilities", "inception", "fid-edm"})
-        return Extractor("inception", "inception", network, "", provides=provides)
-    from harness.features.classifiers import CLASSIFIERS
 
-    provides = frozenset({"features", "probabilities", "data-classes", "fd"})
-    network = CLASSIFIERS["cnn"]((3, size, size), 10, 32)
-    return Extractor("cnn", "cnn", network, "", provides=provides)
+def stand_in_dataset(size: int) -> Dataset:
+    """No images, but their shape and ten classes."""
+    none = Images(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0))
+    return Dataset("none", none, none, tuple("0123456789"), "")
 
 
 def read(folder: Path) -> Images:

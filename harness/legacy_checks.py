@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import (
-    FETCHED,
-    ClipFeatures,
-    DataSection,
-    ImportedTeacher,
-    InceptionFeatures,
-    PretrainedFeatures,
-    TrainedTeacher,
-)
-from harness.config.schema import (
     PROMPT_KEYS as PROMPTS,
 )
+from harness.config.schema import (
+    DataSection,
+    ImportedTeacher,
+    TrainedTeacher,
+)
 from harness.errors import Problem, did_you_mean
+from harness.features.base import FEATURES
 from harness.io.downloads import is_address
 
 
@@ -56,9 +53,6 @@ def _check_claims(model: Any) -> list[str]:
         if claim.better == claim.worse:
             lines.append(f"claims.{i}: {claim.better!r} is both better and worse")
     return lines
-
-
-FLAT = ("clip", *FETCHED)  # feature networks without maps for a discriminator
 
 
 # The keys of `data` that mean something, by what the data set is.
@@ -113,49 +107,17 @@ def _check_data(data: DataSection, files: bool) -> list[str]:
 
 
 def _check_trained_here(model: Any) -> list[str]:
-    """Teachers and feature networks that cannot be trained on such data."""
+    """Teachers that cannot be trained on such data."""
     if model.data is None:
         return []
     lines = []
-    for section in ("teachers", "features"):
-        for name, item in _valid(getattr(model, section)):
-            if isinstance(item, ImportedTeacher | PretrainedFeatures):
-                continue
-            if not model.data.has_images:
-                lines.append(f"{section}.{name}: needs images to train on; data has none")
-            elif section == "features" and not model.data.labels:
-                lines.append(f"{section}.{name}: needs labels to train on; data.labels is false")
-            elif model.data.prompts is not None:
-                lines.append(f"{section}.{name}: cannot be trained on prompts; import one")
-    return lines
-
-
-# CLIPs that OpenAI published.
-OPENAI = ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu")
-
-
-def _check_fetched(name: str, section: PretrainedFeatures, files: bool) -> list[str]:
-    """A feature network from elsewhere: where its weights are, and what it is called."""
-    where, lines, weights = f"features.{name}", [], section.weights
-    if weights is not None:
-        if isinstance(section, InceptionFeatures):  # of a known hash
-            if not is_address(weights) and not Path(weights).expanduser().is_file():
-                lines.append(f"{where}.weights: {weights} does not exist")
-        else:
-            sha256 = f"{where}.sha256", section.sha256
-            lines += _check_file(f"{where}.weights", weights, sha256, files)
-    if isinstance(section, ClipFeatures):
-        if weights is None and (section.pretrained != "openai" or section.model not in OPENAI):
-            lines.append(
-                f"{where}.weights: missing; only OpenAI's are known, others are a file or an "
-                "address with its sha256"
-            )
-        if not name.startswith(section.column):
-            lines.append(f"{where}: call it {section.column}, so that its columns say what it is")
-        if section.aesthetic and section.column != "vit-l-14-quickgelu-openai":
-            lines.append(
-                f"{where}.aesthetic: the heads are for ViT-L-14-quickgelu with OpenAI's weights"
-            )
+    for name, item in _valid(model.teachers):
+        if isinstance(item, ImportedTeacher):
+            continue
+        if not model.data.has_images:
+            lines.append(f"teachers.{name}: needs images to train on; data has none")
+        elif model.data.prompts is not None:
+            lines.append(f"teachers.{name}: cannot be trained on prompts; import one")
     return lines
 
 
@@ -179,8 +141,8 @@ def _check_text(name: str, teacher: TrainedTeacher, model: Any) -> list[str]:
     elif teacher.text_encoder not in model.features:
         hint = did_you_mean(teacher.text_encoder, model.features)
         lines.append(f"{where}.text_encoder: {teacher.text_encoder!r} is not under features{hint}")
-    elif encoder is not None and encoder.type != "clip":
-        lines.append(f"{where}.text_encoder: a feature network of type clip, not {encoder.type}")
+    elif encoder is not None and FEATURES[encoder.type].text_shape(encoder) is None:
+        lines.append(f"{where}.text_encoder: {encoder.type} is no text encoder")
     return lines
 
 
@@ -224,9 +186,6 @@ def problems(model: Any, files: bool) -> list[Problem]:
         if kind not in ARCHITECTURES:
             hint = did_you_mean(kind, ARCHITECTURES)
             lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
-    for name, item in model.features.items():
-        if isinstance(item, PretrainedFeatures):
-            lines += _check_fetched(name, item, files)
     lines += _check_claims(model) + _check_guidance(model)
     if model.paper is not None:
         from harness.reporting.published.catalogue import mistakes

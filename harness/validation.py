@@ -15,13 +15,11 @@ from harness.config.experiment import Experiment
 from harness.config.loading import merge, read_experiment, read_yaml
 from harness.config.paths import Paths
 from harness.config.schema import (
-    FETCHED,
     NAME,
     ClaimSection,
     DataSection,
     EvaluationSection,
     ExperimentFile,
-    FeatureSection,
     FeatureSettings,
     ImportedTeacher,
     PaperSection,
@@ -33,6 +31,8 @@ from harness.config.schema import (
 )
 from harness.errors import ConfigError, Problem, did_you_mean
 from harness.evaluation import checks as evaluation_checks
+from harness.features import checks as feature_checks
+from harness.features.base import settings_class
 from harness.registry import load_plugin
 from harness.students import checks as student_checks
 
@@ -71,14 +71,9 @@ def _teacher_class(raw: Any) -> type[TeacherSection]:
     return ImportedTeacher if isinstance(raw, dict) and "source" in raw else TrainedTeacher
 
 
-def _features_class(raw: Any) -> type[FeatureSettings]:
-    kind = raw.get("type") if isinstance(raw, dict) else None
-    return FETCHED.get(kind, FeatureSection)
-
-
 # Of sections with named items: the class of an item, given its content.
 ITEMS: dict[str, Callable[[Any], type[Section]]] = {
-    "features": _features_class,
+    "features": settings_class,
     "teachers": _teacher_class,
     "students": lambda raw: StudentSection,
 }
@@ -130,6 +125,8 @@ def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         if item["type"] == "extra_forbidden":
             hint = did_you_mean(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
             problems.append(Problem(key, "unknown-key", f"unknown key{hint}"))
+        elif item["type"] == "unknown-name":
+            problems.append(Problem(key, "unknown-name", item["msg"]))
         elif item["type"] == "missing":
             problems.append(Problem(key, "missing-key", "missing"))
         else:
@@ -203,6 +200,7 @@ def _check(s: Sections, files: bool) -> list[Problem]:
     problems += evaluation_checks.check(
         s.evaluation, s.claims, s.data, s.features, s.names["features"], files
     )
+    problems += feature_checks.check(s.features, s.data, files)
     if s.training is not None:
         problems += _check_training(s.training)
         problems += student_checks.check(

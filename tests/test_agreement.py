@@ -10,7 +10,7 @@ import torch
 from harness.data.datasets import Images
 from harness.evaluation import agreement
 from harness.evaluation.agreement import compare, write_images
-from harness.evaluation.extractors import Extractor
+from harness.features.classifiers import CNNExtractor
 from harness.validation import load_experiment
 from tests.conftest import DATA
 from tests.test_html import Page, written
@@ -32,9 +32,6 @@ class Projection(torch.nn.Module):
         return features[:, :4]
 
 
-PROVIDES = frozenset({"features", "probabilities", "data-classes", "fd"})
-
-
 def images(n: int, seed: int, channels: int = 1) -> Images:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(60 * seed, 256, (n, channels, 4, 4), generator=generator)
@@ -48,7 +45,8 @@ def stub(folder: Path, channels: int = 1) -> tuple:
     for each, place in zip(sets, folders, strict=True):
         write_images(each.pixels, place)
     experiment = SimpleNamespace(evaluation=SimpleNamespace(neighbours=3))
-    return Extractor("stub", "cnn", Projection(), "", provides=PROVIDES), *sets, folders, experiment
+    settings = CNNExtractor.Settings(type="cnn", images=1)
+    return CNNExtractor("stub", settings, Projection(), ""), *sets, folders, experiment
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -14,8 +14,8 @@ from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.registry import METRICS
 from harness.fake_score import left_out
-from harness.features.small_clip import CaptionEncoder, SmallCLIP
-from harness.features.train import augmented, contrastive_loss
+from harness.features.small_clip import CaptionEncoder, SmallCLIP, contrastive_loss
+from harness.features.train import augmented
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
 from harness.sampling import heun, sample
 from harness.validation import parse_experiment

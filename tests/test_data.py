@@ -10,7 +10,7 @@ from harness.context import Context, Sources
 from harness.data import datasets as data
 from harness.errors import UserError
 from harness.features.aesthetic import KNOWN, UNSEEN
-from harness.features.train import held_out_accuracy, load_feature_network
+from harness.features.base import load_extractor
 from harness.streams import Stream
 from harness.students import run as runs
 
@@ -173,8 +173,8 @@ def test_without_a_held_out_part_there_is_no_floor_and_no_accuracy(workspace):
     assert workspace.stage("data").returncode == 0
     folder = workspace.results / "features" / "tiny-cnn"
     digits = data.load(workspace.results / "data")
-    network, _ = load_feature_network(folder, digits)
-    assert held_out_accuracy(network, digits) is None
+    extractor = load_extractor(folder, digits)
+    assert extractor.held_out_accuracy(extractor.network, digits) is None
     done = workspace.stage("score-references", "edm")
     assert done.returncode == 0, done.stderr
     record = json.loads((workspace.results / "scores" / "teachers" / "edm.json").read_text())

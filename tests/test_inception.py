@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from harness.evaluation.extractors import Extractor, Observer
 
 from harness.cli import main
 from harness.errors import UserError
 from harness.evaluation import score
 from harness.evaluation.agreement import write_images
-from harness.evaluation.extractors import Extractor, Observer
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.folder import score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics

@@ -5,7 +5,8 @@ import torch
 
 from harness.context import Context, Sources
 from harness.denoiser import clone_denoiser, one_step, to_pixels
-from harness.features.classifiers import FeatureMaps, ResNet
+from harness.features.base import FeatureMaps
+from harness.features.classifiers import ResNet
 from harness.freezing import freeze
 from harness.method import get_method, method_names
 from harness.networks import build_denoiser

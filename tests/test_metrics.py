@@ -9,10 +9,10 @@ import torch
 
 from harness.data.datasets import Images
 from harness.evaluation import neighbours
+from harness.evaluation.accumulate import FeatureAccumulator
 from harness.evaluation.checks import minimum_samples
 from harness.evaluation.columns import column_name, parse_column
 from harness.evaluation.estimates import jackknife
-from harness.evaluation.extractors import Observer
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.frechet import (
     Moments,
@@ -296,17 +296,17 @@ def test_features_are_never_held_twice(record_property):
     class Wide:
         name = "wide"
 
-        def see(self, pixels, labels):
+        def extract(self, pixels, labels):
             return {"features": torch.randn(len(pixels), 256)}
 
     reference = Reference(torch.randn(600, 256))
     assert reference.frechet(torch.randn(600, 256)) > 0  # what is loaded and kept comes first
     before = memory("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    observer, labels = Observer([Wide()]), torch.zeros(256, dtype=torch.int64)
+    observer, labels = FeatureAccumulator([Wide()]), torch.zeros(256, dtype=torch.int64)
     for _ in range(300):
         observer.add(labels, labels)
-    views = observer.views("wide", reference, 3)
+    views = observer.feature_set("wide", reference, 3)
     assert views.features.shape == (76_800, 256)
     assert reference.frechet(views.features) > 0
     ratio = (memory("VmHWM:") - before) / views.features.nbytes
@@ -412,7 +412,7 @@ def test_a_metric_name_is_taken_once():
 
 
 def test_an_aesthetic_head_looks_at_directions_only():
-    head, x = AestheticHead(6, hidden=0), torch.randn(5, 6)
+    head, x = AestheticHead(6), torch.randn(5, 6)
     torch.testing.assert_close(head(x), head(3 * x))
     assert head(x).shape == (5,)
     assert spearman(torch.arange(5.0), torch.arange(5.0) ** 3) == pytest.approx(1)

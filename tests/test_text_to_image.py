@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from harness import cli
 from harness.denoiser import one_step, to_pixels
 from harness.evaluation import score
-from harness.evaluation.extractors import load_extractor
+from harness.features.base import load_extractor
 from harness.io.artifacts import load_tensors, read_json
 from harness.networks import load_codec, load_denoiser
 from harness.reporting.prompt_comparison import by_prompt, paired
@@ -139,7 +139,7 @@ def test_each_image_is_compared_with_its_own_prompt(made, monkeypatch, capsys):
     monkeypatch.chdir(made)
     experiment = load_experiment(made / "pictures.yaml")
     scorer = score.Scorer(experiment)
-    extractor = load_extractor(experiment, CLIP, scorer.dataset)
+    extractor = load_extractor(experiment.paths.features(CLIP), scorer.dataset)
     file = made / "results" / "pictures" / "scores" / "dmd" / "seed0.prompts.csv"
     each = pd.read_csv(file)
     assert len(each) == 12 and sorted(each.prompt) == list(range(12))  # every prompt once
@@ -147,8 +147,8 @@ def test_each_image_is_compared_with_its_own_prompt(made, monkeypatch, capsys):
     tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")([PROMPTS[i] for i in each.prompt[:8]])
     network = extractor.network
     with torch.no_grad():
-        text = normalize(network.network.encode_text(tokens))
-        image = normalize(network.network.encode_image(network.inputs(pixels)))
+        text = normalize(network.encode_text(tokens))
+        image = normalize(network.encode_image(extractor.inputs(pixels)))
     found = torch.tensor(each[f"{CLIP}/text_similarity"][:8].to_numpy()).float()
     torch.testing.assert_close(found, (image * text).sum(dim=1), rtol=1e-2, atol=2e-3)
     rows = read_json(file.with_name("seed0.json"))["entries"][-1]["rows"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from harness.evaluation.extractors import load_extractor
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.evaluation.extractors import load_extractor
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.registry import METRICS
 from harness.evaluation.score import Scorer

@@ -37,9 +37,11 @@ class Legacy:
     def statistics_extractor(self):
         if self.evaluation.statistics is None:
             return None
-        kinds = {name: self.features[name].kind for name in self.evaluation.extractors}
-        found = [name for name, kind in kinds.items() if kind.startswith("inception")]
-        return next((name for name in found if kinds[name] == "inception"), found[0])
+        from harness.features.base import provides
+
+        names = [n for n in self.evaluation.extractors if "inception" in provides(self.features[n])]
+        edm = [name for name in names if "fid-edm" in provides(self.features[name])]
+        return (edm or names)[0]
 
     def fetch_pretrained(self):
         from harness.features.lpips import trunk_file

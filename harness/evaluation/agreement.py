@@ -26,11 +26,12 @@ from harness.config.experiment import Experiment
 from harness.data import datasets
 from harness.data.datasets import Images
 from harness.errors import UserError
-from harness.evaluation.extractors import Extractor, Observer, load_extractor
+from harness.evaluation.accumulate import FeatureAccumulator
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.kernels import SIGMA
 from harness.evaluation.metrics.classifier_scores import SPLITS
 from harness.evaluation.registry import FRECHET, METRICS
+from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import load_tensors, read_json, write_text
 from harness.streams import Stream
 
@@ -56,7 +57,7 @@ def write_agreement(experiment: Experiment) -> pd.DataFrame:
         for images, place in zip((generated, real), folders, strict=True):
             write_images(images.pixels, place)
         for name in experiment.evaluation.extractors:
-            extractor = load_extractor(experiment, name, dataset)
+            extractor = load_extractor(experiment.features_dir(name), dataset, experiment.device)
             if extractor.unavailable:
                 status = f"unavailable ({extractor.unavailable})"
                 rows.append({"extractor": name, "tolerance": TOLERANCE, "agrees": status})
@@ -95,16 +96,18 @@ def write_images(pixels: Tensor, folder: Path) -> None:
 class Scored:
     """What this project makes of two sets through one extractor."""
 
-    def __init__(self, extractor: Extractor, generated: Images, real: Images, neighbours: int):
+    def __init__(
+        self, extractor: FeatureExtractor, generated: Images, real: Images, neighbours: int
+    ):
         self.extractor, self.channels = extractor, generated.pixels.shape[1]
         self.reference = Reference(self._see(real, Reference(None), neighbours).features)
         self.views = self._see(generated, self.reference, neighbours)
 
     def _see(self, images: Images, reference: Reference, neighbours: int) -> FeatureSet:
-        observer = Observer([self.extractor])
+        observer = FeatureAccumulator([self.extractor])
         for pixels, _ in images.blocks():
             observer.add(pixels, None)
-        return observer.views(self.extractor.name, reference, neighbours)
+        return observer.feature_set(self.extractor.name, reference, neighbours)
 
     def values(self) -> dict[str, float]:
         """Every metric that one of the libraries has, too."""
@@ -113,7 +116,7 @@ class Scored:
         return {
             name: METRICS[name].estimate(views).value
             for name in (*FRECHET, "kd", "cmmd", "precision", "recall", *SPLITS_OF)
-            if METRICS[name].applies_to(self.extractor.provides)
+            if METRICS[name].applies_to(self.extractor.provided)
         }
 
 
@@ -122,7 +125,7 @@ SPLITS_OF = {"inception-score": SPLITS, "class-score": 1}
 
 
 def compare(
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     generated: Images,
     real: Images,
     folders: list[Path],
@@ -174,7 +177,7 @@ def hook(scored: Scored) -> type:
 
         def forward(self, images):
             pixels = _as_ours(images, scored.channels)
-            seen = extractor.see(pixels, torch.zeros(len(pixels), dtype=torch.int64))
+            seen = extractor.extract(pixels, torch.zeros(len(pixels), dtype=torch.int64))
             made = {
                 "exact": lambda: seen["features"].double(),
                 "features": lambda: seen["features"],
@@ -204,7 +207,7 @@ def registered(scored: Scored) -> tuple[str, dict]:
 
     name = f"onestep-{scored.extractor.name}-{id(scored)}"
     torch_fidelity.register_feature_extractor(name, hook(scored))
-    score = next((q for q in SPLITS_OF if METRICS[q].applies_to(scored.extractor.provides)), None)
+    score = next((q for q in SPLITS_OF if METRICS[q].applies_to(scored.extractor.provided)), None)
     return name, {
         "fid": True,
         "kid": True,
@@ -260,7 +263,7 @@ def with_clean_fid(scored: Scored, ours: dict, folders: list[Path]) -> dict[str,
     def network(images: Tensor) -> Tensor:
         pixels = _as_ours(images, scored.channels)
         labels = torch.zeros(len(pixels), dtype=torch.int64)
-        return scored.extractor.see(pixels, labels)["features"].double()
+        return scored.extractor.extract(pixels, labels)["features"].double()
 
     generated, real = (
         fid.get_folder_features(

@@ -9,7 +9,7 @@ from harness.errors import Problem, did_you_mean
 from harness.evaluation.estimates import GROUPS
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS
 from harness.evaluation.registry import METRICS, Metric
-from harness.features.provides import provides
+from harness.features.base import provides
 from harness.io.downloads import source_problems
 
 PATCH_SIZE = 299  # pixels of a patch FID

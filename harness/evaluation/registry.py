@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.config.schema import FeatureSettings
 from harness.evaluation.estimates import Estimate
 from harness.evaluation.feature_set import FeatureSet
-from harness.features.provides import provides
+from harness.features.base import provides
 from harness.registry import Registry
 
 # Names of the Fréchet distance. Each extractor provides one of them: "FID" is reserved for

@@ -24,14 +24,15 @@ from harness.config.experiment import Experiment
 from harness.data import datasets
 from harness.data.datasets import Dataset, Images
 from harness.errors import UserError
+from harness.evaluation.accumulate import FeatureAccumulator
 from harness.evaluation.checks import minimum_samples, small_sample_warning
 from harness.evaluation.estimates import mean_over_subsets
-from harness.evaluation.extractors import Extractor, Observer, load_extractor
 from harness.evaluation.feature_set import PAIRWISE_LIMIT, FeatureSet, Reference
 from harness.evaluation.frechet import Moments, load_statistics
 from harness.evaluation.neighbours import nearest
 from harness.evaluation.registry import METRICS, Metric
 from harness.features import inception
+from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import (
     digest,
     load_tensors,
@@ -184,7 +185,9 @@ class Watch:
     `closest`: that, and the extractor in whose features it looks.
     """
 
-    def __init__(self, observer: Observer, wanted: int, closest: tuple[Closest, str] | None):
+    def __init__(
+        self, observer: FeatureAccumulator, wanted: int, closest: tuple[Closest, str] | None
+    ):
         self.observer, self.wanted, self.closest = observer, wanted, closest
         self.counts: list[int] = []  # of images in each block
         self.pixels: list[Tensor] = []
@@ -237,8 +240,8 @@ class Scorer:
         self.experiment, self.first = experiment, processes().first
         self.dataset: Dataset = datasets.load(experiment.data_dir())
         datasets.check_sizes(self.dataset, minimum_samples(experiment.evaluation.neighbours))
-        self.extractors: list[Extractor] = [
-            load_extractor(experiment, name, self.dataset)
+        self.extractors: list[FeatureExtractor] = [
+            load_extractor(experiment.features_dir(name), self.dataset, experiment.device)
             for name in experiment.evaluation.extractors
             if self.first  # other processes help to make samples
         ]
@@ -260,7 +263,7 @@ class Scorer:
         path = fetch(evaluation.statistics, evaluation.statistics_sha256)
         return load_statistics(path, inception.DIM), sha256_file(path)
 
-    def _reference_of(self, extractor: Extractor) -> Reference:
+    def _reference_of(self, extractor: FeatureExtractor) -> Reference:
         """What an extractor sees of the real images. It is the same for all generators, so the
         first job that scores keeps it beside the extractor, and the others read it."""
         given = extractor.name == self.experiment.statistics_extractor
@@ -268,7 +271,11 @@ class Scorer:
         if not len(self.dataset.train):
             return Reference(None, published)
         folder = self.experiment.features_dir(extractor.name)
-        key = {"extractor": extractor.hashes, "kind": extractor.kind, "resize": extractor.resize}
+        key = {
+            "extractor": extractor.hashes,
+            "type": extractor.settings.type,
+            "resize": extractor.resize,
+        }
         key |= {"data": self.dataset.sha256, "draw": PAIRWISE_LIMIT, "moments": published is None}
         key |= {"torch": torch.__version__, "device": self.experiment.device}
         path = folder / f"reference-{digest(key)}.safetensors"
@@ -284,7 +291,7 @@ class Scorer:
             tensors["features"], published or own, tensors.get("held_out"), tensors["index"]
         )
 
-    def _see_reference(self, extractor: Extractor, moments: bool) -> dict[str, Tensor]:
+    def _see_reference(self, extractor: FeatureExtractor, moments: bool) -> dict[str, Tensor]:
         """Features of the training part: of a large one those of a fixed draw, and with `moments`
         the mean and covariance of all, which are summed while it streams by; and of the held-out
         part, if there is one."""
@@ -292,7 +299,7 @@ class Scorer:
         everything = torch.arange(len(train))
         drawn = Stream(0, "reference").uniform(everything).argsort()[:PAIRWISE_LIMIT].sort().values
         for index in (everything if moments else drawn).split(256):
-            features = extractor.see(train.pixels[index], None)["features"]
+            features = extractor.extract(train.pixels[index], None)["features"]
             parts.append(features[torch.isin(index, drawn)])
             if moments and len(drawn) < len(train):
                 sums = sums + Moments.of(features) if sums else Moments.of(features)
@@ -300,7 +307,7 @@ class Scorer:
         if sums:
             tensors |= dict(zip(("mean", "covariance"), sums.statistics(), strict=True))
         if len(held):
-            seen = [extractor.see(pixels, None)["features"] for pixels, _ in held.blocks()]
+            seen = [extractor.extract(pixels, None)["features"] for pixels, _ in held.blocks()]
             tensors["held_out"] = torch.cat(seen)
         return tensors
 
@@ -316,7 +323,7 @@ class Scorer:
             "pairs_unit": "held-out median" if reference.typical_nearest else "features",
         }
 
-    def _reference_record(self, metric: Metric, extractor: Extractor) -> dict:
+    def _reference_record(self, metric: Metric, extractor: FeatureExtractor) -> dict:
         """What of a protocol says what the metric compares with."""
         published = extractor.name == self.experiment.statistics_extractor
         if published and "reference.statistics" in metric.needs:
@@ -341,7 +348,7 @@ class Scorer:
         main, held_out = self.experiment.evaluation.num_samples, len(self.dataset.held_out)
         return min(main, held_out or main)
 
-    def _protocol(self, metric: Metric, extractor: Extractor, count: int) -> str:
+    def _protocol(self, metric: Metric, extractor: FeatureExtractor, count: int) -> str:
         """Register the record that identifies a number; returns its hash."""
         from importlib.metadata import version
 
@@ -350,7 +357,7 @@ class Scorer:
         evaluation, settings = self.experiment.evaluation, dict(metric.settings)
         prompts = self.dataset.evaluation_prompts
         library = f"harness {__version__}"
-        if "inception" in extractor.provides:
+        if "inception" in extractor.provided:
             library += f", torch-fidelity {version('torch-fidelity')}"
         if metric.name in ("precision", "recall"):
             settings["k"] = evaluation.neighbours
@@ -401,7 +408,7 @@ class Scorer:
                 pass
             return []
         available = [e for e in self.extractors if not e.unavailable]
-        observer = Observer(available, self.dataset.attributes)
+        observer = FeatureAccumulator(available, self.dataset.attributes)
         closest = None
         if kept is not None and self.pairs_in:
             reference = self._reference[self.pairs_in]
@@ -426,7 +433,7 @@ class Scorer:
         for extractor in self.extractors:
             views = None
             if not extractor.unavailable:
-                views = observer.views(
+                views = observer.feature_set(
                     extractor.name,
                     self._reference[extractor.name],
                     self.experiment.evaluation.neighbours,
@@ -435,7 +442,7 @@ class Scorer:
                     each |= {f"{extractor.name}/{k}": t for k, t in views.per_image().items()}
                     each["prompt"] = views.labels
             flag = ""
-            if {extractor.name, extractor.same_as} & set(against):
+            if {extractor.name, extractor.alias} & set(against):
                 flag = "trained-on-extractor"
             elif set(extractor.pretraining) & set(pretraining):
                 flag = "shares-pretraining"
@@ -470,13 +477,13 @@ class Scorer:
         return rows
 
     def _measurements(
-        self, extractor: Extractor, views: FeatureSet | None, counts: list[int], final: bool
+        self, extractor: FeatureExtractor, views: FeatureSet | None, counts: list[int], final: bool
     ) -> list[tuple[Metric, int]]:
         """Each metric that applies to an extractor, with the sample counts it is computed at.
         `views` None: the extractor is unavailable, and its metrics are those that would apply."""
 
         def applies(metric: Metric) -> bool:
-            if not metric.applies_to(extractor.provides) or (metric.final_only and not final):
+            if not metric.applies_to(extractor.provided) or (metric.final_only and not final):
                 return False
             if views is None:
                 there = {
@@ -514,7 +521,7 @@ class Scorer:
         them. `path`: of the score file."""
         key = [*source.made_of, *what, self.experiment.evaluation.block, self.dataset.sha256]
         key += [torch.__version__, self.experiment.device]
-        key += [[e.name, e.hashes, e.kind, e.resize, e.details] for e in self.extractors]
+        key += [[e.name, e.hashes, e.settings.type, e.resize, e.details] for e in self.extractors]
         folder = path.with_suffix(".parts") / digest(key)
         return Progress(folder, self.clock)
 

@@ -26,6 +26,7 @@ from harness.config.schema import FeatureSettings
 from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError, did_you_mean
 from harness.io.artifacts import sha256_file
+from harness.io.downloads import source_problems
 from harness.io.records import FeatureRecord
 from harness.registry import Registry
 
@@ -53,6 +54,7 @@ class FeatureExtractor(ABC):
 
     Class attributes:
     Settings: its keys in an experiment file, with `type` as a literal.
+    trained: its weights come from training on the experiment's data, in the workflow.
     has_feature_maps: the network has `maps(x)` and `map_channels`, so that a discriminator can use
     it (see `FeatureMaps`).
 
@@ -64,9 +66,11 @@ class FeatureExtractor(ABC):
     pretraining: data sets of the published weights' training.
     alias: its name in the records of students that were trained against it, if not `name`.
     details: further settings that belong to the protocol of its numbers.
+    provided: `provides` for its settings.
     """
 
     Settings: ClassVar[type[FeatureSettings]]
+    trained: ClassVar[bool] = False
     has_feature_maps: ClassVar[bool] = False
     resize: str = "none"
     pretraining: tuple[str, ...] = ()
@@ -83,6 +87,7 @@ class FeatureExtractor(ABC):
         self.unavailable: str | None = None
         self.missing: dict[str, str] = {}
         self.details: dict[str, Any] = {}
+        self.provided = self.provides(settings)
 
     @classmethod
     @abstractmethod
@@ -165,6 +170,11 @@ def parse_settings(raw: Any) -> FeatureSettings:
     """Settings of a feature network, validated by its own class; errors are a pydantic
     `ValidationError`."""
     return settings_class(raw).model_validate(raw)
+
+
+def provides(settings: FeatureSettings) -> frozenset[str]:
+    """Outputs and traits of a feature network (`FeatureExtractor.provides`)."""
+    return FEATURES[settings.type].provides(settings)
 
 
 def load_extractor(folder: Path, dataset: Dataset, device: str = "cpu") -> FeatureExtractor:
@@ -342,3 +352,10 @@ def fetch_from_hub(repository: str, file: str, instead: str) -> Path:
         raise UserError(
             f"could not download {file} of {repository} (Hugging Face); {instead}", "download"
         ) from None
+
+
+def check_weights(key: str, weights: str, sha256: str | None, files: bool) -> list[Problem]:
+    """Errors of the keys `weights` and `sha256` of a feature network's section `key`."""
+    return source_problems(
+        f"{key}.weights", weights, sha256, sha256_key=f"{key}.sha256", required=files
+    )

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from harness.config.schema import DataSection, FeatureSettings
 from harness.errors import Problem
 from harness.features.base import FEATURES
-from harness.features.train import TrainedExtractor
 
 
 def check(
@@ -18,7 +17,7 @@ def check(
     for name, settings in features.items():
         extractor = FEATURES[settings.type]
         problems += extractor.check(name, settings, files)
-        if issubclass(extractor, TrainedExtractor) and data is not None:
+        if extractor.trained and data is not None:
             problems += _check_training_data(f"features.{name}", data)
     return problems
 

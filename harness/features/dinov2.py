@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from harness.data.datasets import Dataset
 from harness.errors import Problem
-from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
+from harness.features.base import (
+    FEATURES,
+    PretrainedExtractor,
+    PretrainedSettings,
+    check_weights,
+)
 from harness.features.timm_backbones import import_timm, load_weights
-from harness.io.downloads import check_source, fetch
+from harness.io.downloads import fetch
 
 NETWORKS = {"vitb14": "vit_base_patch14_dinov2", "vitl14": "vit_large_patch14_dinov2"}
 
@@ -40,10 +45,7 @@ class DINOv2Extractor(PretrainedExtractor):
 
     @classmethod
     def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
-        key = f"features.{name}"
-        return check_source(
-            f"{key}.weights", settings.weights, f"{key}.sha256", settings.sha256, files
-        )
+        return check_weights(f"features.{name}", settings.weights, settings.sha256, files)
 
     @classmethod
     def known_sha256(cls, settings: Settings) -> str | None:

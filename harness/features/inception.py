@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError
-from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
-from harness.io.downloads import fetch, is_address, load_pickled
+from harness.features.base import (
+    FEATURES,
+    PretrainedExtractor,
+    PretrainedSettings,
+    check_weights,
+)
+from harness.io.downloads import fetch, load_pickled
 
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -48,10 +53,6 @@ class InceptionExtractor(PretrainedExtractor):
         type: Literal["inception"]
         resize: Literal["edm", "clean", "legacy-tensorflow", "coco", "patch"] = "edm"
 
-        @property
-        def kind(self) -> str:
-            return self.type if self.resize == "edm" else f"{self.type}-{self.resize}"
-
     size = SIZE
     pretraining = ("imagenet-1k",)
 
@@ -61,15 +62,9 @@ class InceptionExtractor(PretrainedExtractor):
 
     @classmethod
     def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
-        weights = settings.weights  # their hash is known, so an address needs none
-        if (
-            not files
-            or weights is None
-            or is_address(weights)
-            or Path(weights).expanduser().is_file()
-        ):
+        if settings.weights is None:
             return []
-        return [Problem(f"features.{name}.weights", "missing-file", f"{weights} does not exist")]
+        return check_weights(f"features.{name}", settings.weights, SHA256, files)
 
     @classmethod
     def known_sha256(cls, settings: Settings) -> str:

@@ -19,9 +19,10 @@ from harness.features.base import (
     RESIZE,
     PretrainedExtractor,
     PretrainedSettings,
+    check_weights,
     fetch_from_hub,
 )
-from harness.io.downloads import check_source, fetch
+from harness.io.downloads import fetch
 
 PREFIX = "A photo depicts "  # before each caption in CLIPScore (Hessel et al. 2021)
 # OpenAI's weights, converted to safetensors by the authors of timm: model -> repository of the hub.
@@ -76,9 +77,7 @@ class OpenCLIPExtractor(PretrainedExtractor):
     def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
         key, problems = f"features.{name}", []
         if settings.weights is not None:
-            problems += check_source(
-                f"{key}.weights", settings.weights, f"{key}.sha256", settings.sha256, files
-            )
+            problems += check_weights(key, settings.weights, settings.sha256, files)
         elif settings.pretrained != "openai" or settings.model not in OPENAI:
             message = "missing; only OpenAI's weights are downloaded without a file or an address"
             problems.append(Problem(f"{key}.weights", "missing-key", message))

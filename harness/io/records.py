@@ -164,18 +164,18 @@ class TeacherRecord(Record):
 
 
 class FeatureRecord(Record):
-    """`features.json`. Trained networks have the facts of their training, fetched ones a `file`.
+    """`features.json`. settings: of the network's class, with its `type`. Trained networks have the
+    facts of their training, fetched ones a `file`.
     unavailable: why there are no weights, in two words; reason: the error. missing: the same for
     heads. aesthetic: the trained aesthetic head."""
 
     name: str
-    type: str
+    settings: dict[str, Any]
     sha256: str | None = None
     file: str | None = None
     unavailable: str | None = None
     reason: str | None = None
     missing: dict[str, str] = {}
-    settings: dict[str, Any] | None = None
     harness: str | None = None
     torch: str | None = None
     run_id: str | None = None

@@ -14,7 +14,7 @@ from harness.config.experiment import Experiment
 from harness.errors import UserError
 from harness.evaluation.columns import column_name
 from harness.evaluation.registry import Metric, main_metric
-from harness.features.provides import provides
+from harness.features.base import provides
 from harness.io.artifacts import digest, read_json
 from harness.workflow import failures
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.config.schema import FeatureSection, Limit
+from harness.config.schema import Limit
 from harness.evaluation.checks import small_sample_warning
 from harness.evaluation.registry import FRECHET, METRICS
+from harness.features.base import FEATURES
 from harness.io.artifacts import read_json
 from harness.reporting.collect import is_unavailable, main_column, main_metric_in
 from harness.reporting.intervals import TRAINING_SEEDS, pairwise, ranks
@@ -191,7 +192,7 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
             + (f" {lost} non-finite steps skipped (seed {seeds[0]})." if lost else "")
         )
     # Networks of one experiment share their images and labels; from elsewhere, flags tell.
-    learned = [n for n, item in experiment.features.items() if isinstance(item, FeatureSection)]
+    learned = [n for n, item in experiment.features.items() if FEATURES[item.type].trained]
     scoring = [name for name in experiment.evaluation.extractors if name in learned]
     for critic, students in critics.items():
         others = [name for name in scoring if name != critic]
@@ -204,7 +205,7 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
         folder = experiment.features_dir(name)
         record = read_json(path) if (path := folder / "features.json").exists() else {}
         if "unavailable" in record:
-            notes.append(f"{name} is unavailable: {record['why']}; then delete {folder}.")
+            notes.append(f"{name} is unavailable: {record['reason']}; then delete {folder}.")
     distances = table[table.final & table.metric.isin(FRECHET)].drop_duplicates("column")
     floor = table[table.student == "floor"].num_samples
     for row in distances[distances.num_samples <= distances.features].itertuples():

@@ -18,6 +18,7 @@ from harness.config.schema import (
     micro_batch,
 )
 from harness.errors import Problem, UserError, did_you_mean
+from harness.features.base import FEATURES
 from harness.method import MethodConfig, get_method, method_names
 
 # Turns a pydantic error of a class into problems.
@@ -125,7 +126,7 @@ def check(
 
 def _has_maps(settings: Any) -> bool:
     """Whether a feature network has feature maps for a discriminator."""
-    return settings.type in ("cnn", "resnet")
+    return FEATURES[settings.type].has_feature_maps
 
 
 def _check_batch(

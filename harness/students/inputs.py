@@ -36,9 +36,9 @@ class Inputs:
 def load_inputs(experiment: Experiment, student: str) -> Inputs:
     """Read a student's data, teacher, feature network and pairs from the experiment's folder."""
     import methods
+    from harness.features.base import load_extractor
     from harness.features.lpips import TRUNK_SHA256, load_lpips
     from harness.features.timm_backbones import load_backbone
-    from harness.features.train import load_feature_network
     from harness.networks import load_codec, load_denoiser, parts_sha256
     from harness.teachers.pairs import load_pairs
 
@@ -62,10 +62,8 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     if parts := parts_sha256(folder):
         hashes["parts"] = parts
     if needs.features:
-        inputs.features, record = load_feature_network(
-            experiment.features_dir(needs.features), dataset
-        )
-        hashes["features"] = record["sha256"]
+        extractor = load_extractor(experiment.features_dir(needs.features), dataset)
+        inputs.features, hashes["features"] = extractor.network, extractor.sha256
     if needs.backbones:
         inputs.backbones = nn.ModuleList(map(load_backbone, needs.backbones))
         hashes["backbones"] = {b.name: b.sha256 for b in inputs.backbones}

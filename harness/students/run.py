@@ -28,7 +28,7 @@ def assemble(
 ) -> TrainingRun:
     """The run of a student: its networks, its method's phases, and what they draw from."""
     from harness.denoiser import clone_denoiser, set_dropout
-    from harness.features.classifiers import FeatureMaps
+    from harness.features.base import FeatureMaps
     from harness.freezing import freeze
     from harness.networks import save_denoiser
 

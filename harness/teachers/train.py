@@ -59,10 +59,11 @@ def make_teacher(experiment: Experiment, name: str) -> dict:
 
 def embed_captions(experiment: Experiment, name: str, dataset: Dataset) -> Embeddings:
     """What a teacher's text encoder, a CLIP of the experiment, makes of the data set's captions."""
-    from harness.features.small_clip import text_encoder
+    from harness.features.base import load_extractor
 
     section = experiment.teachers[name]
-    encoder = text_encoder(experiment.features_dir(section.text_encoder), dataset)
+    folder = experiment.features_dir(section.text_encoder)
+    encoder = load_extractor(folder, dataset).text_encoder()
     folder = experiment.teacher_dir(name) / "text"
     return Embeddings(embed_prompts(encoder, dataset.prompts, folder))
 

@@ -23,7 +23,7 @@ from harness.data.prompts import prompts_of
 from harness.data.torchvision_sets import OFFICIAL
 from harness.denoiser import Denoiser
 from harness.errors import UserError
-from harness.features.train import build_feature_network
+from harness.features.base import FEATURES
 from harness.io.artifacts import read_json
 from harness.networks import build_denoiser
 from harness.students.inputs import Inputs
@@ -107,10 +107,9 @@ def stand_in_text(experiment: Experiment, teacher: str) -> Callable | None:
     encoder = experiment.text_encoder_of(teacher)
     if encoder is None:
         return None
-    from harness.features.small_clip import CONTEXT_LENGTH, text_width
-
-    width = text_width(experiment.features[encoder].width)
-    return lambda numbers: {"embeddings": torch.zeros(len(numbers), CONTEXT_LENGTH, width)}
+    settings = experiment.features[encoder]
+    shape = FEATURES[settings.type].text_shape(settings)
+    return lambda numbers: {"embeddings": torch.zeros(len(numbers), *shape)}
 
 
 def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) -> Inputs:
@@ -127,8 +126,8 @@ def stand_in_inputs(experiment: Experiment, student: str, images: int = 1024) ->
     if not needs.pixels:
         teacher.codec = nn.Identity()
     if needs.features:
-        f = experiment.features[needs.features]
-        inputs.features = build_feature_network(f.type, dataset, f.width)
+        settings = experiment.features[needs.features]
+        inputs.features = FEATURES[settings.type].build(settings, dataset)
     if needs.backbones:
         import timm
 
