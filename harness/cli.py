@@ -186,7 +186,7 @@ def score_folder(experiment, args):
 def verify_teacher(experiment, args):
     args.teacher = args.teacher or next(iter(experiment.teachers))
     if call("reporting.collect.reference_scores", experiment, args.teacher) is None:
-        call("reporting.verify.check_made", experiment, args.teacher, args.configfile)
+        call("reporting.verify.check_inputs", experiment, args.teacher, args.configfile)
         score_references(args)
     if is_first():
         print(*call("reporting.verify.teacher_lines", experiment, args.teacher), sep="\n")
@@ -227,12 +227,14 @@ def export(experiment, args):
 
 @tool("compare finished experiments", "folders --out", configfile=False)
 def compare(args):
-    call("reporting.compare.print_side_by_side", args.folders, args.out)
+    call("reporting.compare.print_comparison", args.folders, args.out)
 
 
 @tool("print the papers' tables with the results of all experiments", configfile=False)
 def paper_tables(args):
-    call("reporting.published.tables.write_paper_tables")
+    from harness.validation import load_experiment, parse_experiment
+
+    call("reporting.published.tables.write_paper_tables", parse_experiment, load_experiment)
 
 
 @tool("convert an official EDM pickle without running it", "file folder", configfile=False)

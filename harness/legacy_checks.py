@@ -42,19 +42,6 @@ def _captioned(model: Any) -> bool:
     return model.data is not None and model.data.captioned
 
 
-def _check_claims(model: Any) -> list[str]:
-    lines = []
-    for i, claim in enumerate(model.claims or []):
-        for role in ("better", "worse"):
-            name = getattr(claim, role)
-            if name not in model.students:
-                hint = did_you_mean(name, model.students)
-                lines.append(f"claims.{i}.{role}: unknown student {name!r}{hint}")
-        if claim.better == claim.worse:
-            lines.append(f"claims.{i}: {claim.better!r} is both better and worse")
-    return lines
-
-
 # The keys of `data` that mean something, by what the data set is.
 FILES = {"source", "sha256", "labels"}
 
@@ -186,11 +173,7 @@ def problems(model: Any, files: bool) -> list[Problem]:
         if kind not in ARCHITECTURES:
             hint = did_you_mean(kind, ARCHITECTURES)
             lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
-    lines += _check_claims(model) + _check_guidance(model)
-    if model.paper is not None:
-        from harness.reporting.published.catalogue import mistakes
-
-        lines += mistakes(model)
+    lines += _check_guidance(model)
     return [Problem(*line.split(": ", 1)[:1], "invalid", line.split(": ", 1)[1]) for line in lines]
 
 

@@ -34,6 +34,7 @@ from harness.evaluation import checks as evaluation_checks
 from harness.features import checks as feature_checks
 from harness.features.base import settings_class
 from harness.registry import load_plugin
+from harness.reporting import checks as reporting_checks
 from harness.students import checks as student_checks
 
 RESERVED = {"teacher", "teacher-1step", "floor", "teachers"}  # rows of the tables, and a folder
@@ -201,6 +202,10 @@ def _check(s: Sections, files: bool) -> list[Problem]:
         s.evaluation, s.claims, s.data, s.features, s.names["features"], files
     )
     problems += feature_checks.check(s.features, s.data, files)
+    problems += reporting_checks.check_claims(s.claims, s.names["students"])
+    if s.paper is not None:
+        names = s.names
+        problems += reporting_checks.check_paper(s.paper, names["teachers"], names["students"])
     if s.training is not None:
         problems += _check_training(s.training)
         problems += student_checks.check(

@@ -1,4 +1,4 @@
-"""manifest.json: what made the results."""
+"""manifest.json: the commit, configuration, versions and hashes behind an experiment's results."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import joblib
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.io.artifacts import read_json, sha256_file
+from harness.io.artifacts import sha256_file
+from harness.reporting.collect import feature_record, student_record
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "safetensors", "open_clip_torch", "torch-fidelity"),
-    *("clean-fid", "scipy", "numpy", "pandas", "matplotlib", "snakemake", "pydantic"),
+    *("clean-fid", "scipy", "numpy", "pandas", "matplotlib", "altair", "snakemake", "pydantic"),
     "scikit-learn",
 )
-
-FEATURE_FACTS = ("sha256", "held_out_accuracy", "aesthetic", "unavailable")
+FEATURE_FACTS = {"sha256", "held_out_accuracy", "aesthetic", "unavailable"}
 
 
 def _git(*arguments: str) -> str | None:
@@ -52,33 +52,35 @@ def _processor() -> str:
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of some results, from here or elsewhere. Of a damaged one the results beside it
-    are no less worth: the way out names the file alone."""
+    """Read a manifest of any experiment; a damaged one raises a `UserError` (code "damaged")."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        why = "" if isinstance(value, dict) else "it holds no keys"
-    except (OSError, ValueError) as error:  # JSON's and UTF-8's own errors are ValueErrors
-        why = str(error)
-    if why:
+        reason = "" if isinstance(value, dict) else "not a JSON object"
+    except (OSError, ValueError) as error:  # includes JSON's and UTF-8's own errors
+        reason = str(error)
+    if reason:
         raise UserError(
-            f"{path} is damaged ({why}); delete this one file: `python -m harness report "
-            "--configfile …` makes it again from the scores"
+            f"{path} is damaged ({reason}); delete this file: `python -m harness report "
+            "--configfile …` writes it again from the scores",
+            "damaged",
         )
     return value
 
 
-def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) -> dict:
-    """Commit, configuration, versions, device, protocols, and hashes of weights and outputs."""
-    root, status = experiment.root, _git("status", "--porcelain")
-    runs = {}
-    for student, seed in experiment.runs:
-        path = experiment.run_dir(student, seed) / "student.json"
-        if path.exists():
-            record = read_json(path)
-            runs[f"{student}/seed{seed}"] = {
-                k: record[k] for k in ("key", "sha256", "stop", "device")
-            }
-    # What the runs had: on a cluster reports are written where there may be no GPU.
+def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[Path]) -> dict:
+    """The contents of manifest.json."""
+    root, status = experiment.paths.root, _git("status", "--porcelain")
+    runs = {
+        f"{student}/seed{seed}": record.model_dump(include={"run_id", "sha256", "stop", "device"})
+        for student, seed in experiment.runs
+        if (record := student_record(experiment, student, seed))
+    }
+    features = {
+        name: record.model_dump(include=FEATURE_FACTS, exclude_none=True)
+        for name in experiment.features
+        if (record := feature_record(experiment, name))
+    }
+    # The devices of the runs: a cluster may write the report on a machine without a GPU.
     used = ", ".join(sorted({run["device"] for run in runs.values()}))
     return {
         "schema": 1,
@@ -97,12 +99,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list) 
         },
         "config": experiment.raw,
         "runs": runs,
-        "features": {
-            name: {k: record[k] for k in FEATURE_FACTS if k in record}
-            for name in experiment.features
-            if (path := experiment.features_dir(name) / "features.json").exists()
-            and (record := read_json(path))
-        },
+        "features": features,
         "protocols": protocols,
         "outputs": {str(path.relative_to(root)): sha256_file(path) for path in outputs},
     }

@@ -1,50 +1,51 @@
-"""The report stage: metrics.csv, comparison tables, figures, report.html, manifest."""
+"""The report stage: metrics.csv, the tables, the figures, report.html and manifest.json."""
 
 from __future__ import annotations
 
 import sys
 
 from harness.config.experiment import Experiment
-from harness.evaluation.registry import METRICS
 from harness.io.artifacts import sha256_file, write_json, write_text
 from harness.reporting.claims import write_claims
-from harness.reporting.collect import COLUMNS, collect, is_unavailable, main_column, main_metric_in
+from harness.reporting.collect import COLUMNS, collect, is_unavailable
+from harness.reporting.formatting import markdown
 from harness.reporting.intervals import write_pairwise
 from harness.reporting.manifest import manifest
-from harness.reporting.tables import Comparison, compare, formatted, to_latex, to_markdown
+from harness.reporting.summary import COLUMNS as SUMMARY_COLUMNS
+from harness.reporting.summary import summarise, wide
+from harness.reporting.tables import headline, text_table, to_latex, to_markdown
 
 
 def write_report(experiment: Experiment, partial: bool = False) -> None:
-    """Write everything under tables/ and figures/, report.html and manifest.json.
+    """Write tables/, figures/, report.html and manifest.json.
 
-    `partial`: after a failure. Runs without scores become rows `failed (reason)`, and the manifest,
-    which vouches for a complete comparison, goes; so the workflow will write the report again.
+    partial: write the report although runs failed; they become rows `failed (reason)`. An
+    incomplete report has no manifest, so the workflow will write the report again.
     """
-    root = experiment.root
+    root = experiment.paths.root
     (root / "manifest.json").unlink(missing_ok=True)
     table, protocols = collect(experiment, partial)
-    tables = root / "tables"
-    comparison = compare(experiment, table)
-    failing = (table.status != "ok") & ~is_unavailable(table.status)
-    complete = not failing.any()
+    summary = summarise(experiment, table)
+    failed = (table.status != "ok") & ~is_unavailable(table.status)
     title = f"One-step students on {experiment.name}"
-    if not complete:
-        failed = int((table.seed.notna() & failing).sum())
-        title += f" (incomplete: {failed} of {len(experiment.runs)} runs failed)"
-    write_text(tables / "metrics.csv", table[list(COLUMNS)].to_csv(index=False))
-    write_text(tables / "comparison.csv", comparison.values.to_csv(index=False))
-    # To be read, and with rows that fit: report.html and comparison.csv have all columns.
-    metric_of = comparison.identity.metric
-    to_read = [c for c in comparison.main if not METRICS[metric_of[c]].final_only]
-    write_text(tables / "comparison.md", to_markdown(comparison, title, to_read))
-    write_text(tables / "comparison.tex", to_latex(comparison, title, to_read))
-    write_text(tables / "headline.md", headline(experiment, comparison))
-    outputs = [tables / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
-    outputs += [tables / "metrics.csv", tables / "headline.md"]
-    # Written by a stage of its own, where there are real images; the page shows it.
-    agreement = [tables / f"agreement.{kind}" for kind in ("csv", "md")]
-    outputs += [path for path in agreement if path.exists()]
-    outputs += write_pairwise(comparison.pairs, tables, experiment.name)
+    if failed.any():
+        count = int((table.seed.notna() & failed).sum())
+        title += f" (incomplete: {count} of {len(experiment.runs)} runs failed)"
+    tables = experiment.paths.tables
+    files = {
+        "comparison.csv": wide(summary).to_csv(index=False),
+        "comparison.md": to_markdown(summary, title),
+        "comparison.tex": to_latex(summary, title),
+        "metrics.csv": table[list(COLUMNS)].to_csv(index=False),
+        "headline.md": headline(experiment, summary),
+        "summary.csv": summary.scores[list(SUMMARY_COLUMNS)].to_csv(index=False),
+    }
+    for name, text in files.items():
+        write_text(tables / name, text)
+    outputs = [tables / name for name in files]
+    # The agreement stage writes these, where there are real images.
+    outputs += [path for path in sorted(tables.glob("agreement.*"))]
+    outputs += write_pairwise(summary.pairs, tables, experiment.name)
     if experiment.claims:
         outputs += write_claims(experiment, table, tables)
     if experiment.paper:
@@ -52,52 +53,31 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
 
         outputs += write_paper(experiment, table, tables)
     from harness.reporting.figures import draw
-    from harness.reporting.page.page import write_html
+    from harness.reporting.page.page import write_page
 
-    outputs += draw(experiment, table, root / "figures")
-    made = manifest(experiment, protocols, outputs)
-    page = write_html(experiment, table, comparison, made)
-    if complete:
-        made["outputs"][page.name] = sha256_file(page)
-        write_json(root / "manifest.json", made)
-
-
-# In the headline of experiments with texts, whichever extractor they are of.
-TEXT_SCORES = ("clip-score", "clip-score-100-plain", "aesthetic", "aesthetic-v2")
-
-
-def headline(experiment: Experiment, comparison: Comparison) -> str:
-    """The few columns that README shows: quality in the first extractor that was to be had, how
-    well images show their texts, and what it cost."""
-    extractors, there = experiment.evaluation.extractors, comparison.values.notna().any()
-    seen = [name for name in extractors if there.get(main_column(experiment, name))]
-    extractor = (seen or extractors)[0]
-    accuracy = "attribute-accuracy" if experiment.data.captioned else "accuracy"
-    names = (main_metric_in(experiment, extractor).name, "recall", accuracy)
-    identity = comparison.identity.loc[comparison.main]
-    chosen = (identity.extractor == extractor) & identity.metric.isin(names)
-    if experiment.data.texts:
-        chosen |= identity.metric.isin(TEXT_SCORES)
-    text = formatted(comparison, list(identity[chosen].index), ranked=False)
-    text = text.drop(columns=["parameters", "frozen"])
-    return text.to_markdown(index=False, disable_numparse=True) + "\n"
+    outputs += draw(experiment, table, experiment.paths.figures)
+    record = manifest(experiment, protocols, outputs)
+    page = write_page(experiment, table, summary, record)
+    if not failed.any():
+        record["outputs"][page.name] = sha256_file(page)
+        write_json(root / "manifest.json", record)
 
 
 def print_summary(experiment: Experiment) -> None:
-    """The comparison table for a terminal, and where the rest is, once it is complete."""
-    if not (experiment.root / "manifest.json").exists():
+    """Print the comparison, transposed, and where the results are, if the report is complete."""
+    root = experiment.paths.root
+    if not (root / "manifest.json").exists():
         return
     table, _ = collect(experiment, partial=True)
-    comparison = compare(experiment, table)
-    columns = [c for c in comparison.main if comparison.identity.metric[c] != "recall"]
-    text = formatted(comparison, columns).drop(columns="status", errors="ignore")
-    text = text.set_index("student").T
+    summary = summarise(experiment, table)
+    columns = [name for name in summary.main if summary.columns.metric[name] != "recall"]
+    text = text_table(summary, columns).drop(columns="status", errors="ignore").T
     seeds, noise = experiment.training.seeds, experiment.evaluation.sampling_seeds
     print(f"\n{experiment.name}: mean ± std over training seeds {seeds}, sampling seeds {noise}\n")
-    print(text.to_markdown(tablefmt="simple", disable_numparse=True))
-    for _, row in comparison.values[comparison.values.status != "ok"].iterrows():
+    print(markdown(text.rename_axis("student").reset_index(), tablefmt="simple"))
+    for row in summary.students[summary.students.status != "ok"].itertuples():
         print(f"\n{row.student}: {row.status}")
-    print(f"\nTables:  {experiment.root / 'tables'}/comparison.md, .csv, .tex and metrics.csv")
-    print(f"Figures: {experiment.root / 'figures'}/")
-    print(f"Report:  {experiment.root / 'report.html'}")
+    print(f"\nTables:  {root / 'tables'}/comparison.md, .csv, .tex, summary.csv and metrics.csv")
+    print(f"Figures: {root / 'figures'}/")
+    print(f"Report:  {root / 'report.html'}")
     sys.stdout.flush()

@@ -1,188 +1,211 @@
-"""The charts of report.html: inline SVG, drawn by matplotlib, in the page's colours and fonts."""
+"""The charts of report.html: Vega-Lite specifications, built with Altair.
+
+Their text and axes take the page's colour, so one specification serves light, dark and print.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
-import re
-from html import escape
+import functools
+import math
+from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
+import altair as alt
 import pandas as pd
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from harness.config.experiment import Experiment
-from harness.reporting import figures
+from harness.reporting.figures.style import COLOURS, DASHES, PHASE_COLOURS, PHASE_DASHES
 
-# What matplotlib draws in -> the page's variable, which differs between light and dark.
-PAGE_COLOURS = {colour.lower(): f"var(--series-{i})" for i, colour in enumerate(figures.COLOURS)}
-PAGE_COLOURS |= {"#000000": "currentColor", "#b0b0b0": "var(--grid)"}
-PAGE_COLOURS |= {"#595959": "var(--muted)", "#404040": "var(--muted)"}
-SETTINGS = {
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and restyled
-    "svg.hashsalt": "report",  # the same numbers give the same file
-    "savefig.bbox": None,
-    "axes.linewidth": 0.8,
-    "grid.alpha": 1.0,
-    "font.size": 10.5,
-    "legend.fontsize": 10.5,
+SHAPES = ("circle", "cross", "square", "triangle-up", "diamond", "triangle-down", "triangle-left")
+GLYPHS = dict(zip(SHAPES, "●✚■▲◆▼◀", strict=True))
+DASH_LENGTHS = {"-": [1, 0], "--": [6, 4], ":": [1, 3], "-.": [6, 3, 1, 3]}
+MAX_POINTS = 300  # of one line of training health
+AXIS = {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"}
+AXIS |= {"gridColor": "currentColor", "domainColor": "currentColor", "tickColor": "currentColor"}
+CONFIG = {
+    "background": None,
+    "font": "inherit",
+    "view": {"stroke": None},
+    "axis": AXIS
+    | {"gridOpacity": 0.1, "domainOpacity": 0.4, "tickOpacity": 0.4, "labelLimit": 160},
 }
-WIDE, HIGH = 4.5, 3.1  # inches of one chart: on a phone its text is as large as the page's notes
-FRACTION = re.compile(r"\d+\.\d{3,}")
-TILE = 96  # sample images are shown at most that large
 
 
-def inline(figure: Figure, name: str, text: str) -> Markup:
-    """A figure as an `<svg>` for the middle of a page; `text` is its alternative.
+@functools.cache
+def javascript() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script for a `<script>` element."""
+    import vl_convert
 
-    Its ids begin with `name`, and those that nothing refers to go.
-    """
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    _, width, height = re.search(r'viewBox="0 0 ((\S+) (\S+))"', svg).groups()
-    body = svg[svg.index("</defs>") + len("</defs>") : svg.rindex("</svg>")]
-    body = body.replace("xlink:href", "href")
-    body = re.sub(r'<g id="(series-\d+)"', r'<g class="\1"', body)
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
-    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
-    body = re.sub(r'(href="|url\()#', rf"\1#{name}-", body)
-    body = re.sub(
-        r"(fill|stroke): (#\w{6})", lambda m: f"{m[1]}: {PAGE_COLOURS.get(m[2], m[2])}", body
-    )
-    body = re.sub(r"font-family: [^;\"]+;? ?", "", body)
-    body = re.sub(r"<[^>]+>", lambda m: FRACTION.sub(lambda n: f"{float(n[0]):.2f}", m[0]), body)
-    body = re.sub(r"\s+", " ", body)
-    return Markup(
-        f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" '
-        f'aria-label="{escape(text)}">{body}</svg>'
-    )
+    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
 
 
-def _axes(wide: float = WIDE, high: float = HIGH, left: float = 0.62, low: float = 0.52):
-    """A figure with one panel at fixed margins (inches): a layout engine would draw it twice."""
-    figure = Figure(figsize=(wide, high))
-    box = (left / wide, low / high, 1 - (left + 0.12) / wide, 1 - (low + 0.1) / high)
-    return figure, figure.add_axes(box)
+def legend(names: list[str], drawn: set[str]) -> list[dict]:
+    """Name, colour and glyph of each student that is drawn."""
+    marks = [
+        {"name": name, "colour": _cycle(COLOURS, i), "glyph": GLYPHS[_cycle(SHAPES, i)]}
+        for i, name in enumerate(names)
+    ]
+    return [mark for mark in marks if mark["name"] in drawn]
 
 
-def swatch(name: str, style: dict) -> Markup:
-    """A student's (or phase's) line and marker, for a legend in HTML."""
-    figure = Figure(figsize=(0.42, 0.17))
-    panel = figure.add_axes((0, 0, 1, 1))
-    panel.set_axis_off()
-    panel.plot([0.04, 0.96], [0, 0], **(style | {"marker": "", "linewidth": 1.6}))
-    panel.plot([0.5], [0], color=style["color"], marker=style.get("marker", ""), markersize=6)
-    panel.set_xlim(0, 1)
-    svg = str(inline(figure, name, ""))
-    return Markup(svg.replace('role="img"', 'aria-hidden="true"').replace(' aria-label=""', ""))
+def phase_legend(phases: list[str]) -> list[dict]:
+    return [{"name": p, "colour": _cycle(PHASE_COLOURS, i)} for i, p in enumerate(phases)]
 
 
 def quality(
-    experiment: Experiment, table: pd.DataFrame, axis: str, metric: str, extractor: str, text: str
-) -> Markup:
-    """One (metric, extractor) against "images" or "flops"."""
-    figure, panel = _axes()
-    figures.quality_panel(panel, experiment, table, axis, metric, extractor, inside=True)
-    return inline(figure, f"{axis}-{metric}-{extractor}", text)
+    curves: pd.DataFrame,
+    reference: dict[str, float],
+    names: list[str],
+    x_title: str,
+    log_y: bool,
+    description: str,
+) -> dict:
+    """One metric against a budget; `curves` and `reference` as `figures.quality` gives them."""
+    chosen, encoding = _highlight(), _student_encoding(names)
+    y = _axis("mean", None, log_y, [*curves.low, *curves.high, *reference.values()], alt.Y)
+    base = alt.Chart().encode(
+        x=_axis("x", x_title, True, curves.x, alt.X),
+        color=encoding["color"],
+        tooltip=_tooltips(
+            "student:N", x=x_title, mean="mean", low="lowest seed", high="highest seed"
+        ),
+    )
+    bands = base.mark_area().encode(y="low:Q", y2="high:Q", opacity=_when(chosen, 0.15))
+    lines = base.mark_line().encode(y=y, opacity=_when(chosen, 1.0), strokeDash=encoding["dash"])
+    points = base.mark_point(filled=True, size=45)
+    points = points.encode(y=y, opacity=_when(chosen, 1.0), shape=encoding["shape"])
+    labels = {f"{name}: {value:.3g}": value for name, value in reference.items()}
+    rule, text = _reference(labels, "y", align="right", dy=-6)
+    layers = [alt.layer(bands, lines, points, data=_data(curves)), rule, text]
+    return _specification(layers, chosen, description, height=230)
 
 
-def final(
-    experiment: Experiment, rows: pd.DataFrame, metric: str, extractor: str, text: str
-) -> Markup:
-    """The final value of every training seed, with two standard errors of its sampling.
-
-    `rows`: the final numbers of one column, one per student and training seed.
-    """
-    styles = figures.students_style(experiment)
-    names = [name for name in styles if (rows.student == name).any()]
-    widest = max([0, *map(len, names)])
-    figure, panel = _axes(high=0.95 + 0.27 * max(3, len(names)), left=0.3 + 0.082 * widest)
-    for y, name in enumerate(names):
-        mine = rows[rows.student == name].sort_values("seed")
-        # Seeds lie a little apart, so that their bars can be told apart.
-        at = y + (np.arange(len(mine)) - (len(mine) - 1) / 2) * min(0.22, 0.7 / len(mine))
-        style = styles[name]
-        panel.errorbar(
-            mine.value.astype(float),
-            at,
-            xerr=2 * mine.stderr.astype(float).fillna(0),
-            fmt=style["marker"],
-            color=style["color"],
-            markersize=5,
-            elinewidth=1.2,
-        )
-    column = figures.drawn_column(experiment, metric, extractor)
-    if figures.on_log_scale(metric) and (rows.value.astype(float) > 0).all():
-        panel.set_xscale("log")
-    for name in experiment.scale_rows:
-        scale = rows[rows.student == name]
-        # The teacher's one step is so far off that it would push the students together.
-        if name.startswith("teacher-1step") or scale.empty:
-            continue
-        value = scale.value.iloc[0]
-        panel.axvline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
-        at = panel.transAxes.inverted().transform(panel.transData.transform((value, 0)))[0]
-        right = at > 0.6
-        panel.annotate(
-            name,
-            (value, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3 if right else 3, -2),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            va="top",
-            fontsize=9,
-            color="0.25",
-        )
-    if panel.get_xscale() == "log":
-        figures.plain_log(panel.xaxis)
-        low, high = panel.get_xlim()
-        shown = [tick for tick in panel.xaxis.get_majorticklocs() if low <= tick <= high]
-        if not 2 <= len(shown) <= 5:  # within one decade they may be too few or too many
-            panel.xaxis.set_major_locator(MaxNLocator(4))
-    panel.set_ylim(len(names) - 0.4, -1.1)
-    panel.set_yticks(range(len(names)), names)
-    panel.tick_params(axis="y", length=0)
-    panel.spines["left"].set_visible(False)
-    panel.grid(False, axis="y")
-    panel.set_xlabel(f"{column} ({figures.direction(metric)})")
-    return inline(figure, f"final-{metric}-{extractor}", text)
+def final_scores(
+    scores: pd.DataFrame,
+    reference: dict[str, float],
+    names: list[str],
+    x_title: str,
+    log_x: bool,
+    description: str,
+) -> dict:
+    """The final score of every training seed (student, seed, value, stderr) with two standard
+    errors of its sampling to each side."""
+    chosen, encoding = _highlight(), _student_encoding(names)
+    error = 2 * scores.stderr.fillna(0)
+    scores = scores.assign(low=scores.value - error, high=scores.value + error)
+    log_x = log_x and (scores.low > 0).all()
+    x = _axis("value", x_title, log_x, [*scores.low, *scores.high, *reference.values()], alt.X)
+    base = alt.Chart().encode(
+        y=alt.Y("student:N", sort=names, title=None, axis=alt.Axis(grid=False, ticks=False)),
+        yOffset=alt.YOffset("seed:N"),
+        color=encoding["color"],
+        opacity=_when(chosen, 1.0),
+        tooltip=_tooltips("student:N", "seed:N", value="score", stderr="sampling error"),
+    )
+    points = base.mark_point(filled=True, size=50).encode(x=x, shape=encoding["shape"])
+    bars = base.mark_rule(strokeWidth=1.3).encode(x="low:Q", x2="high:Q")
+    rule, text = _reference(reference, "x", dy=-8)
+    layers = [alt.layer(bars, points, data=_data(scores)), rule, text]
+    height = 30 * max(3, scores.student.nunique())
+    return _specification(layers, chosen, description, height)
 
 
-def health(student: str, seeds: dict, prefix: str, order: list[str], text: str) -> Markup:
-    figure, panel = _axes(3.6, 1.9, left=0.5, low=0.3)
-    figures.health_panel(panel, seeds, prefix, order)
-    return inline(figure, f"health-{prefix.strip('/')}-{student}", text)
+def health(log: pd.DataFrame, phases: list[str], log_y: bool, description: str) -> dict:
+    """One student's losses or gradient norms (images, seed, phase, value), a line per phase and
+    seed."""
+    lines = log.groupby(["phase", "seed"], sort=False)
+    log = lines.nth(slice(None, None, max(1, len(log) // (MAX_POINTS * lines.ngroups))))
+    log_y = log_y and (log.value.dropna() > 0).all()
+    dashes = [DASH_LENGTHS[dash] for dash in _cycled(PHASE_DASHES, phases)]
+    scale = alt.Scale(domain=phases, range=_cycled(PHASE_COLOURS, phases))
+    chart = alt.Chart(_data(log)).mark_line(strokeWidth=1.3)
+    chart = chart.encode(
+        x=_axis("images", None, False, log.images, alt.X, form=".3~s", tickCount=4),
+        y=_axis("value", None, log_y, log.value.dropna(), alt.Y, tickCount=4),
+        detail="seed:N",
+        color=alt.Color("phase:N", legend=None, scale=scale),
+        strokeDash=alt.StrokeDash(
+            "phase:N", legend=None, scale=alt.Scale(domain=phases, range=dashes)
+        ),
+        tooltip=_tooltips("phase:N", "seed:N", images="images", value="value"),
+    )
+    return _specification([chart], None, description, height=120)
 
 
-def strip(images: np.ndarray) -> str:
-    """Images `(N, C, H, W)` uint8 side by side, as the address of a PNG inside the page.
-
-    The gaps between them are transparent.
-    """
-    from PIL import Image
-
-    count, _, height, width = images.shape
-    gap = max(1, width // 12)
-    canvas = np.zeros((height, count * (width + gap) - gap, 4), np.uint8)
-    for i, image in enumerate(images):
-        left = i * (width + gap)
-        # Grey images have one channel, which fills all three.
-        canvas[:, left : left + width, :3] = image.transpose(1, 2, 0)
-        canvas[:, left : left + width, 3] = 255
-    picture = Image.fromarray(canvas)
-    if height > TILE:
-        size = (round(picture.width * TILE / height), TILE)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+# -- parts --------------------------------------------------------------------------------------
 
 
-def settings():
-    """The context in which charts are drawn."""
-    return plt.rc_context(SETTINGS)
+def _cycle(values: tuple | str, index: int):
+    return values[index % len(values)]
+
+
+def _cycled(values: tuple | str, names: list[str]) -> list:
+    return [_cycle(values, i) for i in range(len(names))]
+
+
+def _data(table: pd.DataFrame) -> alt.Data:
+    """A table's rows as inline data; NaN becomes null."""
+    table = table.astype(object).where(table.notna(), None)
+    return alt.Data(values=table.to_dict("records"))
+
+
+def _student_encoding(names: list[str]) -> dict[str, Any]:
+    def options(values: list) -> dict:
+        return {"legend": None, "scale": alt.Scale(domain=names, range=values)}
+
+    dashes = [DASH_LENGTHS[dash] for dash in _cycled(DASHES, names)]
+    return {
+        "color": alt.Color("student:N", **options(_cycled(COLOURS, names))),
+        "shape": alt.Shape("student:N", **options(_cycled(SHAPES, names))),
+        "dash": alt.StrokeDash("student:N", **options(dashes)),
+    }
+
+
+def _highlight() -> alt.Parameter:
+    """The parameter that the page's legend sets to a student's name."""
+    return alt.param(name="highlight", value=None)
+
+
+def _when(chosen: alt.Parameter, opacity: float):
+    shown = (chosen == None) | (alt.datum.student == chosen)  # noqa: E711 (a Vega expression)
+    return alt.when(shown).then(alt.value(opacity)).otherwise(alt.value(opacity * 0.12))
+
+
+def _axis(field: str, title: str | None, log: bool, values, channel, form=None, **options):
+    """A quantitative channel; a logarithmic one has ticks at 1, 2 and 5 of each decade, or at 1 if
+    there are many."""
+    values = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    if log and values:
+        low, high = min(values), max(values)
+        steps = (1, 2, 5) if high < 200 * low else (1,)
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        options["values"] = [tick for tick in ticks if low <= tick <= high]
+    form = form or (".3~s" if values and max(values) >= 1000 else ".3~r")
+    scale = alt.Scale(nice=False, padding=8, **({"type": "log"} if log else {"zero": False}))
+    axis = alt.Axis(format=form, labelOverlap=True, **options)
+    return channel(f"{field}:Q", title=title, scale=scale, axis=axis)
+
+
+def _tooltips(*names: str, **titles: str) -> list[alt.Tooltip]:
+    numbers = [alt.Tooltip(f"{k}:Q", title=title, format=".4~g") for k, title in titles.items()]
+    return [*map(alt.Tooltip, names), *numbers]
+
+
+def _reference(values: dict[str, float], axis: str, **text) -> tuple[alt.Chart, alt.Chart]:
+    """Dotted lines across the chart at some values of an axis, and their labels."""
+    rows = [{"label": label, "value": value} for label, value in values.items()]
+    chart = alt.Chart(alt.Data(values=rows))
+    rule = chart.mark_rule(strokeDash=[1, 2], color="currentColor", opacity=0.7)
+    label = chart.mark_text(color="currentColor", opacity=0.8, fontSize=10, **text)
+    end = {"y": {"x": alt.value("width")}, "x": {"y": alt.value(0)}}[axis]
+    at = {axis: "value:Q"}
+    return rule.encode(**at), label.encode(text="label:N", **at, **end)
+
+
+def _specification(
+    layers: list[alt.Chart], chosen: alt.Parameter | None, description: str, height: int
+) -> dict:
+    chart = alt.layer(*layers)
+    if chosen is not None:
+        chart = chart.add_params(chosen)
+    chart = chart.properties(width="container", height=height, description=description)
+    return chart.to_dict() | {"config": CONFIG}

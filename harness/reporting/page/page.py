@@ -1,15 +1,16 @@
-"""report.html: everything about an experiment on one page that needs nothing beside it.
+"""report.html: an experiment's results on one self-contained page.
 
-What is drawn and tabled comes from the scores; claims, pairwise differences, agreement and
-published numbers come from their tables, and their sections are left out where those are missing.
+Scores come from the summary; claims, pairwise differences, agreement and published numbers come
+from their tables in tables/, and their sections are left out if a table is missing.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -19,813 +20,646 @@ import yaml
 from markupsafe import Markup, escape
 
 from harness.config.experiment import Experiment
-from harness.config.schema import Limit
 from harness.errors import UserError
 from harness.evaluation.columns import column_name
 from harness.evaluation.registry import METRICS
-from harness.io.artifacts import read_json, write_text
-from harness.reporting import figures
-from harness.reporting.claims import multiplicity
-from harness.reporting.collect import flat, is_unavailable, main_column, main_metric_in
+from harness.io.artifacts import write_text
+from harness.io.records import StudentRecord
+from harness.reporting.claims import multiplicity_note
+from harness.reporting.collect import (
+    flatten,
+    is_unavailable,
+    main_column,
+    main_metric_in,
+    student_record,
+)
+from harness.reporting.figures import health, quality, samples
+from harness.reporting.formatting import (
+    FLAGS,
+    MISSING,
+    flagged,
+    is_known,
+    number_text,
+    spread_text,
+)
 from harness.reporting.page import charts
-from harness.reporting.tables import FLAGS, Comparison, cell, marked
+from harness.reporting.summary import Summary
+from harness.reporting.tables import text_table
 
 TEMPLATE = Path(__file__).with_name("template.html.j2")
-# Tables that other stages write, and the columns without which their sections cannot be shown.
+# Tables of other stages, and the columns that their sections need.
 TABLES = {
     "claims": "claim source reported better worse column difference low high verdict",
     "pairwise": "column a b difference low high verdict",
-    "agreement": "quantity extractor ours library theirs relative_difference tolerance agrees",
+    "agreement": "quantity extractor library relative_difference agrees",
     "paper": "paper method metric reported reproduced",
 }
-FACTS = ("student", "method", "seeds", "nfe", "parameters", "frozen", "data_free", "status")
-UNITS = ("images", "flops", "seconds")
-MISSING = "–"
+NUMBER = re.compile(r"(tie )?[-−+]?\d")
+THUMBNAIL = 96  # pixels: larger sample images are scaled down
+PIXELATED = 32  # images up to this size are enlarged without smoothing
 
 
-@dataclass
-class Cell:
-    """`key`: what a click on the heading sorts by, a number or a text; None comes last."""
-
-    text: object
-    key: float | str | None = None
-    small: str = ""
-    kind: str = ""
-
-
-@dataclass
-class Column:
-    label: str
-    note: str = ""  # a second line
-    title: str = ""  # the exact name, where the label is another
-    number: bool = True
-
-
-@dataclass
-class Table:
-    """`fixed`: rows that stay above the others however these are sorted."""
-
-    name: str
-    caption: object
-    columns: list[Column]
-    rows: list[list[Cell]]
-    fixed: list[list[Cell]] = field(default_factory=list)
-    sortable: bool = True
-
-
-def minus(text: str) -> str:
-    """A number's text with the sign that is as wide as a plus."""
-    return text.replace("-", "−")
-
-
-def known(value) -> bool:
-    return value is not None and not pd.isna(value)
-
-
-def number(value, std=None, form: str = "") -> Cell:
-    """A number: three significant digits and its spread, or `form`."""
-    if not known(value) or not math.isfinite(value):
-        return Cell(MISSING)
-    small = value and not form and (abs(value) < 1e-4 or abs(value) >= 1e6)
-    form = form or (".2e" if small else "")
-    return Cell(minus(format(value, form) if form else cell(value, std)), float(value))
-
-
-def count(value, scale: float = 1) -> Cell:
-    return number(value / scale if known(value) else value, form=",.0f")
-
-
-def words(value, form: str = "") -> Cell:
-    """A text, or whatever else a table holds; `form`: how numbers are shown."""
-    if isinstance(value, bool | np.bool_):
-        return Cell("yes" if value else "no", str(value))
-    if isinstance(value, int | float | np.number):
-        return number(value, form=form)
-    text = str(value) if known(value) else ""
-    return Cell(text or MISSING, text or None, kind="long" if len(text) > 40 else "")
-
-
-def code_spans(text: str) -> Markup:
-    """`name` as code; everything else escaped."""
-    parts = text.split("`")
-    return Markup("").join(
-        Markup("<code>{}</code>").format(part) if i % 2 else escape(part)
-        for i, part in enumerate(parts)
+def write_page(
+    experiment: Experiment, table: pd.DataFrame, summary: Summary, manifest: dict
+) -> Path:
+    """Write report.html from `collect`'s table, its summary and the manifest; returns its path."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-
-
-def seeds_text(seeds: Iterable) -> str:
-    return ", ".join(str(seed) for seed in sorted({int(seed) for seed in seeds if known(seed)}))
-
-
-def budget_text(limits: Iterable[Limit]) -> str:
-    return ", ".join(
-        f"{limit.amount:,.0f} {limit.unit}"
-        if limit.amount < 1e9
-        else f"{limit.amount:g} {limit.unit}"
-        for limit in limits
+    environment.filters |= {"numeric": is_numeric, "cells": cells, "code": code_spans}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page = Page(experiment, table, summary, manifest)
+    sections = {name: getattr(page, name)() for name in SECTIONS}
+    specifications = json.dumps(page.specifications, separators=(",", ":")).replace("</", "<\\/")
+    text = template.render(
+        page=page,
+        titles=SECTIONS,
+        missing=MISSING,
+        specifications=Markup(specifications),
+        javascript=Markup(charts.javascript()),
+        **sections,
     )
+    path = experiment.paths.root / "report.html"
+    write_text(path, text)
+    return path
 
 
-def read_table(folder: Path, name: str) -> pd.DataFrame | None:
-    """A table of TABLES, or None where it has not been written."""
-    path = folder / f"{name}.csv"
-    if not path.exists():
-        return None
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); delete it, and it is made again"
-        ) from None
-    if lacking := [column for column in TABLES[name].split() if column not in table]:
-        raise UserError(
-            f"{path} has no column {lacking[0]!r}, so another version wrote it; delete it, and it "
-            "is made again"
-        )
-    return table if len(table) else None
+# Method of `Page` and name in the template -> title in the contents.
+SECTIONS = {
+    "scores": "Summary",
+    "curves": "Quality against budget",
+    "sample_rows": "Samples",
+    "neighbours": "Nearest training images",
+    "training": "Training health",
+    "claims": "Claims of the papers",
+    "pairwise": "Pairwise differences",
+    "agreement": "Agreement with libraries",
+    "paper": "Published numbers",
+    "protocol": "Protocol",
+    "provenance": "Provenance",
+}
 
 
-class Report:
-    """What the template shows, section by section; each method gives one, or None."""
+class Page:
+    """The contents of the page: one method per section, which returns what the template shows, or
+    None for no section. Tables are data frames of texts, the first column heading each row."""
 
     def __init__(
-        self, experiment: Experiment, table: pd.DataFrame, comparison: Comparison, manifest: dict
+        self, experiment: Experiment, table: pd.DataFrame, summary: Summary, manifest: dict
     ):
-        self.experiment, self.comparison, self.manifest = experiment, comparison, manifest
+        self.experiment, self.summary, self.manifest = experiment, summary, manifest
         self.table = table[~is_unavailable(table.status)]
-        self.final = table[table.final]
-        self.values = comparison.values
-        evaluation = experiment.evaluation
-        self.samples_count = evaluation.num_samples
-        self.main = {name: main_column(experiment, name) for name in evaluation.extractors}
-        self.styles = figures.students_style(experiment)
-        stderr = self.final.stderr.astype(float)
-        self.stated = stderr.groupby([self.final.student, self.final.column]).mean()
-        self.identity = self.final.drop_duplicates("column").set_index("column")
-        self.tables = {name: read_table(experiment.root / "tables", name) for name in TABLES}
-        self.scored = figures.scored_samples(experiment, self.table)
-
-    # -- words ---------------------------------------------------------------------------------
-
-    def column(self, name: str) -> Column:
-        """The heading of a metric column."""
-        row = self.identity.loc[name]
-        metric = METRICS[row.metric]
-        more = f", n {row.num_samples:,}" if row.num_samples != self.samples_count else ""
-        return Column(
-            metric.label + metric.arrow.replace(" ", "\u00a0"), f"{row.extractor}{more}", name
+        self.final = self.table[self.table.final]
+        self.main = {
+            name: main_column(experiment, name) for name in experiment.evaluation.extractors
+        }
+        self.students = summary.students
+        self.failures = self.students[self.students.status != "ok"]
+        self.reference_count = int(
+            self.students.student.isin(list(experiment.reference_rows)).sum()
         )
+        self.samples = samples.read_samples(experiment, self.table)
+        self.specifications: list[dict] = []
 
-    def other_column(self, name: str) -> Column:
-        """A column of comparison.csv that is about a metric column, or quite unknown."""
-        for column in self.comparison.columns:
-            if name.startswith(f"{column}_"):
-                return Column(name[len(column) + 1 :].replace("_", " "), column, name)
-        return Column(name.replace("_", " "), title=name)
+    def chart(self, specification: dict, title: str, note: str = "") -> dict:
+        """A chart with its caption."""
+        self.specifications.append(specification)
+        index, text = len(self.specifications) - 1, specification["description"]
+        return {"index": index, "title": title, "note": note, "text": text}
 
-    def value(self, row: pd.Series, column: str, sampling: bool = True) -> Cell:
-        """A metric's cell: mean ± std over training seeds, small its sampling error, flags."""
-        status = row.get(f"{column}_status")
-        if isinstance(status, str):
-            return Cell(status, kind="absent")
-        shown = number(row[column], row.get(f"{column}_std"))
-        spread = row.get(f"{column}_sampling_std")
-        spread = spread if known(spread) else self.stated.get((row.student, column))
-        if sampling and known(spread) and shown.key is not None:
-            shown.small = "± " + minus(format(spread, ".1g" if spread < 1 else ".3g"))
-        shown.text = marked(shown.text, row.get(f"{column}_flag"))
-        return shown
+    # -- header -----------------------------------------------------------------------------------
 
     @property
-    def flags(self) -> list[tuple[str, str]]:
-        flags = " ".join(self.final.flag.dropna().unique())
-        return [told for flag, told in FLAGS.items() if flag in flags]
-
-    @property
-    def failures(self) -> list[tuple[str, str]]:
-        bad = self.values[self.values.status != "ok"]
-        return list(zip(bad.student, bad.status, strict=True))
-
-    @property
-    def lede(self) -> str:
+    def introduction(self) -> str:
         e, seeds = self.experiment, len(self.experiment.training.seeds)
-        teachers = []
-        for name in e.teachers:
-            nfe = self.table[self.table.student == e.teacher_row(name)].nfe.dropna()
-            teachers.append(f"{name} ({nfe.iloc[0]} evaluations an image)" if len(nfe) else name)
-        n = len(e.students)
+        budget = ", ".join(f"{limit.amount:,.0f} {limit.unit}" for limit in e.training.budget)
+        own = any(list(s.budget) != e.training.budget for s in e.students.values())
         return (
-            f"{n} one-step student{'s' * (n > 1)} of the teacher{'s' * (len(teachers) > 1)} "
-            f"{' and '.join(teachers)}, each with {budget_text(e.training.budget)} of training"
-            f"{'' if self.same_budgets else ' unless said otherwise'} and {seeds} training "
-            f"seed{'s' * (seeds > 1)}; scored on {self.samples_count:,} samples in the features of "
+            f"{_plural(len(e.students), 'one-step student')} of the teacher "
+            f"{' and '.join(e.teachers)}, trained for {budget}"
+            f"{' unless noted otherwise' * own} with {_plural(seeds, 'training seed')}, scored on "
+            f"{e.evaluation.num_samples:,} samples in the features of "
             f"{' and '.join(e.evaluation.extractors)}."
         )
 
     @property
-    def same_budgets(self) -> bool:
-        plain = budget_text(self.experiment.training.budget)
-        return all(
-            budget_text(self.experiment.budget(s)) == plain for s in self.experiment.students
-        )
-
-    @property
     def finding(self) -> Markup | None:
-        """Who leads in each feature space, and how far that can be trusted."""
-        students = self.values[self.values.student.isin(list(self.experiment.students))]
+        """The leader in each feature space, and how reliable the lead is."""
         leaders: dict[str, list[Markup]] = {}
         for extractor, column in self.main.items():
-            if column not in students or students[column].isna().all():
+            scores = self.summary.scores
+            scores = scores[
+                (scores.column == column) & scores.student.isin(self.experiment.students)
+            ]
+            if scores["mean"].isna().all():
                 continue
-            metric, key = main_metric_in(self.experiment, extractor), students[column].astype(float)
-            best = students.loc[key.idxmax() if metric.higher_is_better else key.idxmin()]
+            metric = main_metric_in(self.experiment, extractor)
+            best = scores["mean"].idxmax() if metric.higher_is_better else scores["mean"].idxmin()
+            row = scores.loc[best]
+            title = f"{'Highest' if metric.higher_is_better else 'Lowest'} {metric.label}"
             text = Markup("<strong>{}</strong> in {} ({})")
-            value = cell(best[column], best.get(f"{column}_std"))
-            of = f"{'Highest' if metric.higher_is_better else 'Lowest'} {metric.label}"
-            leaders.setdefault(of, []).append(text.format(best.student, extractor, minus(value)))
+            value = minus(spread_text(row["mean"], row["std"]))
+            leaders.setdefault(title, []).append(text.format(row.student, extractor, value))
         if not leaders:
             return None
-        trust = (
-            " No ranks are given: they need at least three training seeds, and intervals of the "
+        reliability = (
+            "The ranks show which leads exceed the noise."
+            if self.is_ranked
+            else "No ranks are given: they need at least three training seeds and intervals of the "
             "differences that exclude zero."
         )
-        if self.ranks:
-            trust = " Whether a lead is more than noise is what the rank says."
-        who = [
-            Markup("{}: {}.").format(of, Markup(" and ").join(them)) for of, them in leaders.items()
+        texts = [
+            Markup("{}: {}.").format(title, Markup(" and ").join(rows))
+            for title, rows in leaders.items()
         ]
-        return Markup(" ").join(who) + trust
+        return Markup(" ").join([*texts, reliability])
 
     @property
-    def ranks(self) -> list[str]:
-        """The columns of ranks in which anything is ranked."""
-        named = [c for c in self.values.columns if c == "rank" or str(c).endswith("_rank")]
-        return [c for c in named if any(known(rank_key(rank)) for rank in self.values[c])]
+    def is_ranked(self) -> bool:
+        return self.summary.scores["rank"].map(lambda rank: bool(NUMBER.match(str(rank)))).any()
 
     @property
-    def keys(self) -> list[tuple[str, object]]:
-        """The few facts that stand under the title."""
-        m = self.manifest
-        commit = (m["commit"] or "unknown")[:10] + (", changed" if m["dirty"] else "")
-        reference = ", ".join(self.final.reference.dropna().unique()) or "missing"
-        device = m["device"]
-        where = device["processor"] if device["used"] == "cpu" else device["used"]
-        return [
-            ("Reference", reference),
-            ("Training seeds", seeds_text(self.experiment.training.seeds)),
-            ("Sampling seeds", seeds_text(self.final.sample_seed) or "none"),
-            ("Device", f"{where}, {device['usable_cpus']} CPUs"),
-            ("Commit", commit),
-            ("Written", m["written"][:16].replace("T", " ") + " UTC"),
-        ]
-
-    # -- summary -------------------------------------------------------------------------------
-
-    def _table(self, name: str, caption, columns: list[Column], make) -> Table:
-        """A table of students under the rows that give it its scale; `make`: row -> cells."""
-        scale = self.values.student.isin(list(self.experiment.scale_rows))
-        fixed, rows = (
-            [[self._student(row), *make(row)] for _, row in self.values[mask].iterrows()]
-            for mask in (scale, ~scale)
-        )
-        return Table(name, caption, [Column("student", number=False), *columns], rows, fixed)
-
-    def _student(self, row: pd.Series) -> Cell:
-        failed = row.status != "ok"
-        small = row.status if failed else "data-free" if row.get("data_free") == "yes" else ""
-        return Cell(row.student, row.student, small=small, kind="failed" if failed else "")
-
-    def summary(self) -> Table:
-        seen = set(self.table.extractor)  # by those that were to be had
-        first = next((name for name in self.main if name in seen), next(iter(self.main)))
-        main = list(self.main.values())
-        # The floor stands at the held-out size only, so one column is of that size.
-        wanted = main + [
-            column_name(metric, METRICS[metric].count(self.samples_count), first)
-            for metric in ("recall", "accuracy")
-        ]
-        floor = self.final[(self.final.student == "floor") & (self.final.extractor == first)]
-        wanted += list(floor[floor.metric == main_metric_in(self.experiment, first).name].column)
-        wanted = [c for c in dict.fromkeys(wanted) if c in self.comparison.columns]
-        ranks = self.ranks
-        columns = [Column("rank")] if "rank" in ranks else []
-        for c in wanted:
-            columns += [self.column(c)]
-            columns += [Column("rank", self.identity.extractor[c])] * (f"{c}_rank" in ranks)
-        columns += [
-            Column("NFE", title="evaluations of the network per image"),
-            Column("images", title="that received a generator update"),
-            Column("TFLOPs", title="of training, every network and teacher pairs included"),
-            Column("seconds", title="of training"),
-        ]
-
-        def make(row: pd.Series) -> list[Cell]:
-            cells = [ranking(row["rank"])] if "rank" in ranks else []
-            for c in wanted:
-                cells += [self.value(row, c, sampling=c in main)]
-                cells += [ranking(row[f"{c}_rank"])] if f"{c}_rank" in ranks else []
-            seconds = count(row.get("seconds"))
-            seconds.text = marked(seconds.text, row.get("seconds_flag"))
-            flops = row.get("flops")
-            tera = flops / 1e12 if known(flops) else None
-            return [*cells, count(row.get("nfe")), count(row.get("images")), number(tera), seconds]
-
-        seeds = len(self.experiment.training.seeds)
-        caption = (
-            f"Mean ± standard deviation over {seeds} training seeds. "
-            if seeds > 1
-            else "One training seed, so no spread over training. "
-        )
-        caption += (
-            "Small: the sampling error of one evaluation; data-free: trained without real images. "
-            "The teacher's rows and the floor (the real held-out images, at their own number) give "
-            "the scale and stay on top. Choose a heading to sort the students."
-        )
-        return self._table("summary-table", caption, columns, make)
-
-    def everything(self) -> Table:
-        """All columns of comparison.csv, those of other versions included."""
-        metrics = self.comparison.columns
-        tails = ("_std", "_status", "_sampling_std", "_flag")
-        told = {
-            *FACTS,
-            *UNITS,
-            "seconds_flag",
-            "rank",
-            *metrics,
-            *(c + tail for c in metrics for tail in tails),
+    def facts(self) -> dict[str, str]:
+        m, device = self.manifest, self.manifest["device"]
+        seeds = self.final.sample_seed.dropna().unique()
+        return {
+            "Reference": ", ".join(self.final.reference.dropna().unique()) or "missing",
+            "Training seeds": ", ".join(map(str, sorted(self.experiment.training.seeds))),
+            "Sampling seeds": ", ".join(map(str, sorted(seeds))) or "none",
+            "Device": f"{device['processor'] if device['used'] == 'cpu' else device['used']}, "
+            f"{device['usable_cpus']} CPUs",
+            "Commit": f"{(m['commit'] or 'unknown')[:10]}{', modified' * bool(m['dirty'])}",
+            "Written": m["written"][:16].replace("T", " ") + " UTC",
         }
-        extra = [c for c in self.values.columns if c not in told and self.values[c].notna().any()]
-        columns = [self.column(c) for c in metrics] + [self.other_column(c) for c in extra]
-        columns += [Column("parameters"), Column("frozen", "%"), Column("seeds")]
 
-        def make(row: pd.Series) -> list[Cell]:
-            frozen = row.get("frozen")
-            share = frozen * 100 if known(frozen) else None
-            cells = [self.value(row, c) for c in metrics] + [words(row[c]) for c in extra]
-            return [*cells, count(row.get("parameters")), count(share), count(row.get("seeds"))]
+    # -- summary ----------------------------------------------------------------------------------
 
-        caption = (
-            f"Every column of tables/comparison.csv; of {self.samples_count:,} samples, but where "
-            "n says otherwise."
-        )
-        return self._table("all-metrics", caption, columns, make)
+    def scores(self) -> dict:
+        table = self._students_table(self._summary_columns())
+        hidden = [h for h in table if "best of" in h or h in ("seeds", "parameters", "frozen")]
+        flags = " ".join(self.final.flag.dropna().unique())
+        return {
+            "table": table.drop(columns=hidden),
+            "all": self._students_table(list(self.summary.columns.index)),
+            "flags": [text for flag, text in FLAGS.items() if flag in flags],
+            "finals": self._final_charts(),
+        }
 
-    def finals(self) -> list[dict]:
-        """One chart per extractor: each training seed's final value."""
-        drawn = []
+    def _summary_columns(self) -> list[str]:
+        """The main columns; recall, accuracy and the floor's column of the first extractor that is
+        available."""
+        scored, count = set(self.table.extractor), self.experiment.evaluation.num_samples
+        first = next((name for name in self.main if name in scored), next(iter(self.main)))
+        names = [column_name(m, METRICS[m].count(count), first) for m in ("recall", "accuracy")]
+        floor = self.final[(self.final.student == "floor") & (self.final.extractor == first)]
+        main = main_metric_in(self.experiment, first).name
+        names = [*self.main.values(), *names, *floor[floor.metric == main].column]
+        return [name for name in dict.fromkeys(names) if name in self.summary.columns.index]
+
+    def _students_table(self, columns: list[str]) -> pd.DataFrame:
+        table = text_table(self.summary, columns, self.is_ranked, score_cell, self._heading)
+        notes = [
+            row.status if row.status != "ok" else "data-free" if row.data_free == "yes" else ""
+            for row in self.students.itertuples()
+        ]
+        names = [
+            Markup("{}<small>{}</small>").format(name, note) if note else name
+            for name, note in zip(table.index, notes, strict=True)
+        ]
+        table.insert(0, "student", pd.Series(names, table.index, dtype=object))
+        return table.drop(columns=["data-free", "status"], errors="ignore")
+
+    def _heading(self, column, part: str = "") -> Markup:
+        metric, count = METRICS[column.metric], column.num_samples
+        size = f", n {count:,}" if count != self.experiment.evaluation.num_samples else ""
+        label = part or metric.label + metric.arrow.replace(" ", "\u00a0")
+        note = f"{metric.label}, {column.extractor}" if part else column.extractor
+        return Markup("{}<small>{}{}</small>").format(label, note, size)
+
+    def _final_charts(self) -> list[dict]:
+        """One chart per extractor: the final score of each training seed."""
+        drawn, names = [], list(self.experiment.students)
         for extractor, column in self.main.items():
-            rows = per_training_seed(self.final[(self.final.column == column)])
-            if not rows.student.isin(list(self.experiment.students)).any():
+            rows = per_training_seed(self.final[self.final.column == column])
+            students = rows[rows.student.isin(names)]
+            if students.empty:
                 continue
-            text = f"Final {self.column(column).label} ({column}): " + "; ".join(
-                f"{name} " + ", ".join(f"{v:.3g}" for v in mine.value)
-                for name, mine in rows.groupby("student", sort=False)
-            )
+            metric = main_metric_in(self.experiment, extractor)
             listed = [
-                [
-                    Cell(r.student, r.student),
-                    number(r.seed if known(r.seed) else None, form=".0f"),
-                    number(r.value),
-                    number(r.stderr),
-                ]
-                for r in rows.itertuples()
+                f"{name} {', '.join(number_text(v) for v in group.value)}"
+                for name, group in rows.groupby("student", sort=False)
             ]
-            columns = [Column("row", number=False), Column("seed"), Column("value")]
-            data = Table(
-                f"data-final-{extractor}", column, [*columns, Column("sampling error")], listed
+            log = quality.has_log_scale(metric.name)
+            reference = quality.reference_lines(self.experiment, self.final, column, log)
+            # The teacher's single step is far off and would squeeze the students together.
+            reference = {k: v for k, v in reference.items() if not k.endswith(", 1 NFE")}
+            drawn.append(
+                self.chart(
+                    charts.final_scores(
+                        students,
+                        reference,
+                        names,
+                        f"{column} ({quality.direction(metric.name)})",
+                        log,
+                        f"Final {metric.label} ({column}): {'; '.join(listed)}",
+                    ),
+                    extractor,
+                )
             )
-            metric = self.identity.metric[column]
-            svg = charts.final(self.experiment, rows, metric, extractor, text)
-            drawn.append({"title": extractor, "svg": svg, "data": data})
         return drawn
 
-    # -- curves --------------------------------------------------------------------------------
+    # -- curves -----------------------------------------------------------------------------------
 
-    def curves(self) -> list[dict]:
-        """Groups of charts: against images, against compute."""
-        pairs = figures.quality_metrics(self.experiment, self.table)
-        if not pairs or not self.table.student.isin(list(self.experiment.students)).any():
-            return []
-        return [
-            {"title": title, "charts": [self._curve(axis, *pair) for pair in pairs]}
+    def curves(self) -> dict | None:
+        metrics = quality.drawn_metrics(self.experiment, self.table)
+        scored, names = set(self.table.student), list(self.experiment.students)
+        if not metrics or not scored & set(names):
+            return None
+        groups = {
+            title: [self._curve(axis, *pair) for pair in metrics]
             for axis, title in (("images", "At equal images"), ("flops", "At equal compute"))
-        ]
+        }
+        return {"legend": charts.legend(names, scored), "groups": groups}
 
     def _curve(self, axis: str, metric: str, extractor: str) -> dict:
-        column = figures.drawn_column(self.experiment, metric, extractor)
-        lines = figures.quality_lines(self.experiment, self.table, axis, column)
-        scale = self.table[
-            (self.table.column == column) & self.table.student.isin(self.experiment.scale_rows)
-        ]
-        ends = [f"{name} {line['mean'].iloc[-1]:.3g}" for name, line in lines.items()]
-        means = scale.value.astype(float).groupby(scale.student, sort=False).mean()
-        ends += [f"{name} {value:.3g}" for name, value in means.items()]
+        column = quality.drawn_column(self.experiment, metric, extractor)
+        curves = quality.curves(self.experiment, self.table, axis, column)
+        log, names = quality.has_log_scale(metric), list(self.experiment.students)
+        reference = quality.reference_lines(self.experiment, self.table, column, log)
+        last = curves.groupby("student", sort=False)["mean"].last()
+        ends = [f"{name} {value:.3g}" for name, value in [*last.items(), *reference.items()]]
         text = (
-            f"{METRICS[metric].label} in {extractor} ({figures.direction(metric)}) against "
-            f"{figures.AXES[axis]}; at the end: {', '.join(ends)}"
+            f"{METRICS[metric].label} in {extractor} ({quality.direction(metric)}) against "
+            f"{quality.AXES[axis]}; at the end: {', '.join(ends)}"
         )
-        unit = "images" if axis == "images" else "TFLOPs"
-        rows = [
-            [
-                Cell(name, name),
-                number(point.x, form=",.0f" if axis == "images" else ".3g"),
-                number(point.mean),
-                number(point.min),
-                number(point.max),
-            ]
-            for name, line in lines.items()
-            for point in line.itertuples()
-        ]
-        columns = [Column("student", number=False), Column(unit)]
-        columns += [Column("mean"), Column("lowest seed"), Column("highest seed")]
-        return {
-            "title": METRICS[metric].label,
-            "note": f"{extractor}, {figures.direction(metric)}",
-            "svg": charts.quality(self.experiment, self.table, axis, metric, extractor, text),
-            "data": Table(f"data-{axis}-{metric}-{extractor}", column, columns, rows),
-        }
+        x_title = quality.AXES[axis]
+        specification = charts.quality(curves, reference, names, x_title, log, text)
+        note = f"{extractor}, {quality.direction(metric)}"
+        return self.chart(specification, METRICS[metric].label, note)
 
-    def legend(self) -> list[dict]:
-        drawn = set(self.table.student)
-        return [
-            {"series": i, "name": name, "svg": charts.swatch(f"key-{i}", style)}
-            for i, (name, style) in enumerate(self.styles.items())
-            if name in drawn
-        ]
+    # -- samples ----------------------------------------------------------------------------------
 
-    # -- samples -------------------------------------------------------------------------------
-
-    def samples(self) -> dict | None:
-        texts = figures.prompts(self.experiment)
-        images, asked_for = figures.samples(self.scored, texts)
+    def sample_rows(self) -> dict | None:
+        texts = samples.prompt_texts(self.experiment)
+        images, conditions = samples.select_samples(self.samples, texts)
         if not images:
             return None
-        what = "prompts" if texts else "classes"
-        asked = f" of the {what} {(', ' if texts else ' ').join(asked_for)}" if asked_for else ""
         first = next(iter(images.values()))
-        rows = [
-            {
-                "name": name,
-                "source": charts.strip(pixels),
-                "alt": f"{len(pixels)} images by {name}{asked}",
-            }
-            for name, pixels in images.items()
-        ]
+        kind = "prompt" if texts else "class"
         return {
-            "rows": rows,
-            "asked": asked_for,
-            "what": "prompt" if texts else "class",
+            "rows": [
+                {"name": name, "image": strip(row), "alt": f"{len(row)} images by {name}"}
+                for name, row in images.items()
+            ],
+            "conditions": conditions,
+            "kind": kind,
             "count": len(first),
-            "pixelated": first.shape[-1] <= 32,
+            "pixelated": first.shape[-1] <= PIXELATED,
             "seed": self.experiment.training.seeds[0],
         }
 
     def neighbours(self) -> dict | None:
-        pairs, reading = figures.closest(self.scored)
-        if not pairs:
+        rows, description = samples.nearest_neighbours(self.samples)
+        if not rows:
             return None
-        first = next(iter(pairs.values()))
-        rows = [
-            {
-                "name": name,
-                "distances": [f"{distance:.2f}" for distance in pair.distance],
-                "images": charts.strip(pair.images),
-                "training": charts.strip(pair.training),
-                "alt": f"The {len(pair.images)} images of {name} that come nearest to a training "
-                f"image, at {pair.distance[0]:.2f} to {pair.distance[-1]:.2f}",
-            }
-            for name, pair in pairs.items()
-        ]
         return {
-            "rows": rows,
-            "reading": reading,
-            "floor": "floor" in pairs,
-            "count": max(len(pair.images) for pair in pairs.values()),
-            "pixelated": first.images.shape[-1] <= 32,
+            "rows": [
+                {
+                    "name": name,
+                    "distances": [f"{distance:.2f}" for distance in row.distance],
+                    "image": strip(row.images),
+                    "training": strip(row.training),
+                    "alt": f"The {len(row.images)} images of {name} nearest to a training image, "
+                    f"at distances {row.distance[0]:.2f} to {row.distance[-1]:.2f}",
+                }
+                for name, row in rows.items()
+            ],
+            "description": description,
+            "count": max(len(row.images) for row in rows.values()),
+            "pixelated": next(iter(rows.values())).images.shape[-1] <= PIXELATED,
             "seed": self.experiment.training.seeds[0],
         }
 
-    # -- training ------------------------------------------------------------------------------
+    # -- training ---------------------------------------------------------------------------------
 
-    def _record(self, student: str, seed: int) -> dict | None:
-        path = self.experiment.run_dir(student, seed) / "student.json"
-        scored = (student, seed) in figures.present(self.table)
-        return read_json(path) if scored and path.exists() else None
-
-    def health(self) -> dict | None:
-        logs = figures.training_logs(self.experiment, self.table)
+    def training(self) -> dict | None:
+        logs = health.training_logs(self.experiment, self.table)
         if not any(logs.values()):
             return None
-        order = figures.phases(logs)
-        rows, drawn = [], []
+        phases, rows, drawn = health.phases_of(logs), [], []
         for student, seeds in logs.items():
             for seed, log in seeds.items():
-                record = self._record(student, seed) or {}
-                lost = sum(record.get("nonfinite", {}).values())
-                ledger = record.get("ledger", {})
-                memory = ledger.get("peak_memory")
+                record = student_record(self.experiment, student, seed)
+                ledger, speed = record.ledger, log.images_per_second.median()
                 rows.append(
-                    [
-                        Cell(student, student),
-                        number(seed, form=".0f"),
-                        count(log.images.iloc[-1] if len(log) else None),
-                        Cell(f"{lost:,}", lost, kind="warning" if lost else ""),
-                        number(log.images_per_second.median() if len(log) else None),
-                        count(ledger.get("seconds")),
-                        number(memory / 2**30 if memory else None, form=".2f"),
-                    ]
+                    {
+                        "student": student,
+                        "seed": seed,
+                        "images": number_text(log.images.iloc[-1] if len(log) else None, ",.0f"),
+                        "skipped steps (non-finite)": _warning(record),
+                        "images/s (median)": number_text(speed),
+                        "training, s": number_text(ledger.seconds, ",.0f"),
+                        "peak memory, GiB": number_text(ledger.peak_memory, ".2f", 2**30),
+                    }
                 )
-            panels = [
-                {
-                    "title": title,
-                    "svg": charts.health(
-                        student, seeds, prefix, order, self._health_text(student, seeds, prefix)
-                    ),
-                }
-                for prefix, title in list(figures.HEALTH.items())[:2]
-                if seeds
-            ]
-            drawn.append({"student": student, "panels": panels})
-        columns = [
-            Column("student", number=False),
-            Column("seed"),
-            Column("images"),
-            Column("skipped steps", "non-finite"),
-            Column("images/s", "median"),
-            Column("seconds", "training"),
-            Column("peak memory", "GiB"),
-        ]
-        keys = [
-            {"name": phase, "svg": charts.swatch(f"phase-{k}", figures.phase_style(k))}
-            for k, phase in enumerate(order)
-        ]
-        caption = "One row per run. A non-finite step is skipped and counted, never hidden."
-        return {
-            "table": Table("health-table", caption, columns, rows),
-            "students": drawn,
-            "legend": keys,
-        }
+            for prefix in ("loss/", "grad_norm/") if seeds else ():
+                drawn.append(self._health_chart(student, seeds, phases, prefix))
+        legend = charts.phase_legend(phases)
+        return {"table": pd.DataFrame(rows), "charts": drawn, "legend": legend}
 
-    def _health_text(self, student: str, seeds: dict, prefix: str) -> str:
-        """First and last value of each line of a panel."""
-        lines = [
-            f"{column.removeprefix(prefix)} of seed {seed} from {log[column].iloc[0]:.3g} to "
-            f"{log[column].iloc[-1]:.3g}"
-            for seed, log in seeds.items()
-            for column in log.columns
-            if column.startswith(prefix) and len(log)
+    def _health_chart(self, student: str, seeds: dict, phases: list[str], prefix: str) -> dict:
+        log, title = health.tidy_log(seeds, prefix), health.PANELS[prefix]
+        listed = [
+            f"{phase} of seed {seed} from {line.value.iloc[0]:.3g} to {line.value.iloc[-1]:.3g}"
+            for (phase, seed), line in log.groupby(["phase", "seed"], sort=False)
         ]
-        return f"{figures.HEALTH[prefix]} of {student} against images: {'; '.join(lines)}"
+        text = f"{title} of {student} against images: {'; '.join(listed)}"
+        return self.chart(charts.health(log, phases, prefix == "grad_norm/", text), student, title)
 
-    # -- tables of other stages ----------------------------------------------------------------
+    # -- tables of other stages -------------------------------------------------------------------
+
+    def _read(self, name: str) -> pd.DataFrame | None:
+        """One of TABLES; None if it was not written."""
+        path = self.experiment.paths.tables / f"{name}.csv"
+        if not path.exists():
+            return None
+        try:
+            table = pd.read_csv(path)
+            missing = [column for column in TABLES[name].split() if column not in table]
+            reason = f"it lacks the column {missing[0]!r}" if missing else ""
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            reason = str(error)
+        if reason:
+            raise UserError(
+                f"{path} cannot be read ({reason}); delete it and run the workflow again", "damaged"
+            )
+        return table if len(table) else None
 
     def claims(self) -> dict | None:
-        table = self.tables["claims"]
+        table = self._read("claims")
         if table is None:
             return None
         cards: dict[str, dict] = {}
         for row in table.itertuples():
-            difference, bounds = interval(row)
-            found = f"{difference} ({bounds})" if bounds else difference or "no number"
-            card = cards.setdefault(row.claim, {"row": row, "found": []})
-            card["found"].append({"column": row.column, "text": found, "verdict": row.verdict})
+            difference, bounds = interval_text(row)
+            text = f"{difference} ({bounds})" if bounds else difference or "no score"
+            card = cards.setdefault(row.claim, {"row": row, "results": []})
+            card["results"].append({"column": row.column, "text": text, "verdict": row.verdict})
+        counts = [f"{count} {name}" for name, count in table.verdict.value_counts().items()]
         return {
             "cards": list(cards.values()),
-            "counts": table.verdict.value_counts().to_dict(),
-            "multiplicity": multiplicity(table),
+            "counts": ", ".join(counts),
+            "multiplicity": multiplicity_note(table),
         }
 
     def pairwise(self) -> dict | None:
-        table = self.tables["pairwise"]
+        table = self._read("pairwise")
         if table is None:
             return None
-        shown = [c for c in self.main.values() if (table.column == c).any()] or list(
-            table.column.unique()[:1]
-        )
-        return {
-            "matrices": [self._matrix(table[table.column == column], column) for column in shown],
-            "all": csv_table("pairwise-table", "All pairs: a minus b, with its interval.", table),
-        }
+        columns = [c for c in self.main.values() if (table.column == c).any()]
+        columns = columns or list(table.column.unique()[:1])
+        matrices = {column: self._matrix(table[table.column == column]) for column in columns}
+        return {"matrices": matrices, "all": text_frame(table)}
 
-    def _matrix(self, pairs: pd.DataFrame, column: str) -> dict:
-        """Row minus column of every two students, with the verdict of the table."""
-        kinds = {"a better": ("better", "worse"), "b better": ("worse", "better")}
-        cells = {}
+    def _matrix(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        """Row minus column of every two students, with the verdict."""
+        cells, verdicts = {}, {"a better": ("better", "worse"), "b better": ("worse", "better")}
+        marks = {"better": "▲ ", "worse": "▼ ", "": ""}
         for row in pairs.itertuples():
-            back = row._replace(
+            swapped = row._replace(
                 a=row.b, b=row.a, difference=-row.difference, low=-row.high, high=-row.low
             )
-            for pair, kind in zip((row, back), kinds.get(row.verdict, ("", "")), strict=True):
-                difference, bounds = interval(pair)
-                cells[pair.a, pair.b] = {"difference": difference, "bounds": bounds, "kind": kind}
-        known_names = {name for pair in cells for name in pair}
-        order = [*self.experiment.scale_rows, *self.experiment.students]
-        names = [n for n in order if n in known_names] + sorted(known_names - set(order))
-        heading = self.column(column) if column in self.identity.index else Column(column)
-        return {"heading": heading, "name": column, "names": names, "cells": cells}
+            kinds = verdicts.get(row.verdict, ("", ""))
+            for pair, kind in zip((row, swapped), kinds, strict=True):
+                text = Markup('<span class="{}">{}{}<small>{}</small></span>')
+                difference, bounds = interval_text(pair)
+                cells[pair.a, pair.b] = text.format(kind, marks[kind], difference, bounds)
+        present = {name for pair in cells for name in pair}
+        names = [name for name in self.experiment.students if name in present]
+        names += sorted(present - set(names))
+        rows = [[a, *(cells.get((a, b), "") for b in names)] for a in names]
+        return pd.DataFrame(rows, columns=["row − column", *names], dtype=object)
 
     def agreement(self) -> dict | None:
-        table = self.tables["agreement"]
+        table = self._read("agreement")
         if table is None:
             return None
-        # Anything else than a yes or a no is why there is no number.
-        tried, disagreeing = table[table.agrees.isin(["yes", "no"])], table[table.agrees == "no"]
-        difference = tried.relative_difference.astype(float).abs()
-        worst = tried.loc[difference.idxmax()] if difference.notna().any() else None
-        signs = table.agrees.map({"yes": "✓ yes", "no": "✗ no"})
-        caption = "The same images, scored here and by each library."
+        # Other values of `agrees` give the reason for a missing number.
+        compared, failed = table[table.agrees.isin(["yes", "no"])], table[table.agrees == "no"]
+        largest = compared.relative_difference.astype(float).abs().max()
+        text = f"{len(compared) - len(failed)} of {len(compared)} quantities agree within tolerance"
+        if is_known(largest):
+            text += f"; the largest relative difference is {largest:.1e}"
+        names = [f"{r.quantity} in {r.extractor} ({r.library})" for r in failed.itertuples()]
+        marks = table.agrees.map({"yes": "✓ yes", "no": "✗ no"}).fillna(table.agrees)
         return {
-            "tried": len(tried),
-            "agreeing": len(tried) - len(disagreeing),
-            "worst": worst,
-            "largest": number(difference.max(), form=".1e").text,
-            "disagreeing": [
-                f"{row.quantity} in {row.extractor} ({row.library})"
-                for row in disagreeing.itertuples()
-            ],
-            "table": csv_table(
-                "agreement-table", caption, table.assign(agrees=signs.fillna(table.agrees))
-            ),
+            "text": text,
+            "failed": ", ".join(names),
+            "table": text_frame(table.assign(agrees=marks)),
         }
 
-    def paper(self) -> Table | None:
-        table = self.tables["paper"]
-        caption = "Reported: as each source says it. Difference: reproduced minus reported."
-        return None if table is None else csv_table("paper-table", caption, table)
+    def paper(self) -> pd.DataFrame | None:
+        table = self._read("paper")
+        return None if table is None else text_frame(table)
 
-    # -- protocol and provenance ---------------------------------------------------------------
+    # -- protocol and provenance ------------------------------------------------------------------
 
-    def notes(self) -> dict:
-        students, others = [], []
-        for note in self.comparison.notes:
+    def protocol(self) -> dict:
+        """The notes, what all columns' protocols share, and a table of their differences."""
+        students, general = {}, []
+        for note in self.summary.notes:
             name, _, text = note.partition(": ")
-            known_student = name in self.experiment.students
-            (students if known_student else others).append(
-                (name, code_spans(text)) if known_student else code_spans(note)
-            )
-        return {"students": students, "others": others}
-
-    def protocols(self) -> dict | None:
-        """What all columns share, and a table of what they do not."""
+            if name in self.experiment.students:
+                students[name] = text
+            else:
+                general.append(note)
         used = self.final[self.final.column != ""].drop_duplicates("column")
+        hash_of = dict(zip(used.column, used.protocol, strict=True))
         records = {
-            row.column: (row.protocol, self.manifest["protocols"][row.protocol])
-            for row in used.itertuples()
-            if row.protocol in self.manifest["protocols"]
+            column: flatten(self.manifest["protocols"][hash_of[column]])
+            for column in self.summary.columns.index
+            if hash_of.get(column) in self.manifest["protocols"]
         }
-        if not records:
-            return None
-        records = {c: records[c] for c in self.comparison.columns if c in records}
-        every = [flat(record) for _, record in records.values()]
-        keys = list(dict.fromkeys(key for record in every for key in record))
-        shared = {
-            key: every[0][key]
-            for key in keys
-            if all(record.get(key) == every[0].get(key) for record in every)
+        frame = pd.DataFrame.from_dict(records, orient="index", dtype=object)
+        texts = frame.map(_short).where(frame.notna(), MISSING)
+        shared = [key for key in texts if texts[key].nunique() == 1]
+        table = texts.drop(columns=[*shared, "metric", "extractor", "num_samples"], errors="ignore")
+        settings = [key for key in table if key.startswith("settings.")]
+        joined = [
+            "; ".join(f"{_spaced(k[9:])} {v}" for k, v in row.items() if v != MISSING) or MISSING
+            for row in table[settings].to_dict("records")
+        ]
+        table = table.drop(columns=settings).rename(columns=_spaced)
+        table["settings"] = joined
+        table["protocol"] = [_code(hash_of[column]) for column in table.index]
+        return {
+            "general": general,
+            "students": students,
+            "shared": {_spaced(key): frame[key].iloc[0] for key in shared},
+            "table": table.rename_axis("column").reset_index(),
+            "features": self._features_table(),
         }
-        hidden = ("metric", "extractor", "num_samples")  # they are the column's name
-        own = [k for k in keys if k not in shared and k not in hidden]
-        settings = [k for k in own if k.startswith("settings.")]
-        rest = [k for k in own if k not in settings]
-        rows = []
-        for (column, (key, _)), record in zip(records.items(), every, strict=True):
-            said = "; ".join(
-                f"{k.removeprefix('settings.')} {record[k]}" for k in settings if k in record
-            )
-            cells = [Cell(short(record.get(k, MISSING)), str(record.get(k, ""))) for k in rest]
-            rows.append([Cell(column, column), Cell(said or MISSING, said), *cells, Cell(key, key)])
-        names = [k.replace("_", " ").replace(".", " ") for k in rest]
-        columns = [Column(c, number=False) for c in ("column", "settings", *names, "protocol")]
-        caption = "A column holds one protocol; its hash stands in each row of metrics.csv."
-        return {"shared": shared, "table": Table("protocols", caption, columns, rows)}
 
-    def runs(self) -> Table:
+    def _features_table(self) -> pd.DataFrame:
+        scoring = self.experiment.evaluation.extractors
+        rows = [
+            {
+                "network": name,
+                "role": "scores" if name in scoring else "trains students",
+                "held-out accuracy, %": number_text(record.get("held_out_accuracy"), scale=0.01),
+                "weights (sha256)": _code(record.get("sha256") or record.get("unavailable")),
+            }
+            for name, record in self.manifest["features"].items()
+        ]
+        return pd.DataFrame(rows)
+
+    def _runs_table(self) -> pd.DataFrame:
         rows = []
         for student, seed in self.experiment.runs:
-            mine = self.final[(self.final.student == student) & (self.final.seed == seed)]
-            record = self._record(student, seed) or {}
-            bad = mine[(mine.status != "ok") & ~is_unavailable(mine.status)]
-            stop = record.get("stop", {})
-            ledger = record.get("ledger", {})
+            scored = self.final[(self.final.student == student) & (self.final.seed == seed)]
+            failed = scored[scored.status != "ok"]
+            finished = (student, seed) in samples.scored_runs(self.table)
+            record = student_record(self.experiment, student, seed) if finished else None
+            stop, ledger = record and record.stop, record and record.ledger
             rows.append(
-                [
-                    Cell(student, student),
-                    number(seed, form=".0f"),
-                    Cell("ok", "ok") if bad.empty else Cell(bad.status.iloc[0], kind="failed"),
-                    Cell(f"{stop['amount']:,.0f} {stop['unit']}" if stop else MISSING),
-                    count(ledger.get("images")),
-                    number(ledger["flops"] / 1e12 if ledger else None),
-                    count(ledger.get("seconds")),
-                    words(record.get("device")),
-                    Cell((record.get("sha256") or MISSING)[:12], kind="hash"),
-                ]
+                {
+                    "student": student,
+                    "seed": seed,
+                    "status": "ok" if failed.empty else failed.status.iloc[0],
+                    "stopped at": f"{stop.amount:,.0f} {stop.unit}" if stop else MISSING,
+                    "images": number_text(ledger and ledger.images, ",.0f"),
+                    "TFLOPs": number_text(ledger and ledger.flops, scale=1e12),
+                    "seconds": number_text(ledger and ledger.seconds, ",.0f"),
+                    "device": record.device if record else MISSING,
+                    "weights (sha256)": _code(record and record.sha256),
+                }
             )
-        texts = {"student", "status", "stopped at", "device", "weights (sha256)"}
-        names = ("student", "seed", "status", "stopped at", "images", "TFLOPs", "seconds")
-        columns = [
-            Column(name, number=name not in texts)
-            for name in (*names, "device", "weights (sha256)")
-        ]
-        return Table("runs-table", "Every run of the experiment.", columns, rows)
-
-    def features(self) -> Table | None:
-        rows = []
-        for name, record in self.manifest["features"].items():
-            accuracy = record.get("held_out_accuracy")
-            rows.append(
-                [
-                    Cell(name, name),
-                    Cell("scores" if name in self.experiment.evaluation.extractors else "trains"),
-                    number(100 * accuracy if known(accuracy) else None),
-                    Cell(str(record.get("sha256") or record.get("unavailable") or MISSING)[:12]),
-                ]
-            )
-        names = ("network", "role", "held-out accuracy, %", "weights (sha256)")
-        columns = [Column(n, number=n.startswith("held")) for n in names]
-        caption = (
-            "Feature networks: those that score, and those that students were trained against."
-        )
-        return Table("features-table", caption, columns, rows) if rows else None
+        return pd.DataFrame(rows)
 
     def provenance(self) -> dict:
         m = self.manifest
+        device = ", ".join(f"{_spaced(k)} {v}" for k, v in m["device"].items())
+        packages = ", ".join(f"{name} {v}" for name, v in m["packages"].items() if v)
         return {
-            "facts": [
-                ("Command", m["command"]),
-                (
-                    "Commit",
-                    f"{m['commit'] or 'unknown'}{' (with local changes)' * bool(m['dirty'])}",
-                ),
-                ("Python", m["python"]),
-                ("Device", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in m["device"].items())),
-            ],
-            "packages": {k: v for k, v in m["packages"].items() if v},
-            "config": yaml.safe_dump(m["config"], sort_keys=False, allow_unicode=True),
+            "facts": {
+                "Command": m["command"],
+                "Commit": f"{m['commit'] or 'unknown'}{' (with local changes)' * bool(m['dirty'])}",
+                "Python": m["python"],
+                "Device": device,
+                "Packages": packages,
+            },
+            "runs": self._runs_table(),
+            "configuration": yaml.safe_dump(m["config"], sort_keys=False, allow_unicode=True),
             "outputs": m["outputs"],
         }
 
 
+# -- texts ----------------------------------------------------------------------------------------
+
+
+def score_cell(row) -> str:
+    """A row of `Summary.scores`: mean ± std over training seeds, below it the sampling error."""
+    if row.status != "ok":
+        return row.status
+    text = flagged(minus(spread_text(row.mean, row.std)), row.flag)
+    error = row.sampling_std if is_known(row.sampling_std) else row.stderr
+    if text == MISSING or not is_known(error):
+        return text
+    error = format(error, ".1g" if error < 1 else ".3g")
+    return Markup("{}<small>± {}</small>").format(text, minus(error))
+
+
+def minus(text: str) -> str:
+    """A number's text with a typographic minus sign."""
+    return text.replace("-", "−")
+
+
+def code_spans(text: str) -> Markup:
+    """A note with its `code` marked up and all else escaped."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def cells(table: pd.DataFrame) -> list[list]:
+    return table.astype(object).to_numpy().tolist()
+
+
+def is_numeric(table: pd.DataFrame) -> list[bool]:
+    """For each column whether its first known text is a number."""
+    texts = [[str(v) for v in table.iloc[:, i] if v != MISSING] for i in range(table.shape[1])]
+    return [bool(column and NUMBER.match(column[0])) for column in texts]
+
+
+def text_frame(table: pd.DataFrame) -> pd.DataFrame:
+    """A CSV table as texts; empty columns are dropped."""
+
+    def text(value) -> str:
+        if not is_known(value):
+            return MISSING
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    table = table.dropna(axis="columns", how="all").rename(columns=_spaced)
+    return table.astype(object).map(text)
+
+
+def interval_text(row) -> tuple[str, str]:
+    """A difference and its interval, rounded to the decimals that the interval's width supports."""
+    if not is_known(row.difference):
+        return "", ""
+    bounded = is_known(row.low) and is_known(row.high) and row.high > row.low
+    size = (row.high - row.low) / 2 if bounded else abs(row.difference) / 10
+    decimals = max(0, 1 - math.floor(math.log10(size))) if size else 2
+    form = f"+.{decimals}f" if decimals <= 6 else "+.1e"
+    bounds = [minus(format(bound, form)) for bound in (row.low, row.high) if is_known(bound)]
+    return minus(format(row.difference, form)), " to ".join(bounds)
+
+
 def per_training_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per student and training seed: its mean over the sampling seeds, whose draws are
-    independent, and the standard error of that."""
+    """One row per student and training seed: student, seed, value, stderr of the mean over the
+    sampling seeds, whose draws are independent."""
     rows = rows[rows.status == "ok"].astype({"value": float, "stderr": float})
     grouped = rows.groupby(["student", "seed"], dropna=False, sort=False)
     errors = grouped.stderr.agg(lambda e: math.sqrt((e**2).sum(min_count=1)) / len(e))
     return grouped.value.mean().to_frame().assign(stderr=errors).reset_index()
 
 
-def rank_key(rank) -> int | None:
-    """What a rank is sorted by: "2", "tie 2–4"; None where nothing is ranked."""
-    found = re.search(r"\d+", str(rank)) if known(rank) else None
-    return int(found[0]) if found else None
+def strip(images: np.ndarray) -> str:
+    """Images `(N, C, H, W)` uint8 side by side as the data URL of a PNG with transparent gaps."""
+    from PIL import Image
+
+    count, _, height, width = images.shape
+    gap = max(1, width // 12)
+    canvas = np.zeros((height, count * (width + gap) - gap, 4), np.uint8)
+    for i, image in enumerate(images):
+        left = i * (width + gap)
+        canvas[:, left : left + width, :3] = image.transpose(1, 2, 0)  # grey fills three channels
+        canvas[:, left : left + width, 3] = 255
+    picture = Image.fromarray(canvas)
+    if height > THUMBNAIL:
+        size = (round(picture.width * THUMBNAIL / height), THUMBNAIL)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def ranking(rank) -> Cell:
-    return Cell(rank if known(rank) else "", rank_key(rank), kind="rank")
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def short(value) -> str:
-    """A hash by its beginning."""
+def _spaced(key: str) -> str:
+    return str(key).replace("_", " ").replace(".", " ")
+
+
+def _short(value) -> str:
+    """A hash by its first digits, all else in full."""
     text = str(value)
-    return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
-def interval(row) -> tuple[str, str]:
-    """A difference and its interval, to the decimals that the interval's width leaves."""
-    if not known(row.difference):
-        return "", ""
-    bounded = known(row.low) and known(row.high) and row.high > row.low
-    size = (row.high - row.low) / 2 if bounded else abs(row.difference) / 10
-    decimals = max(0, 1 - math.floor(math.log10(size))) if size else 2
-    form = f"+.{decimals}f" if decimals <= 6 else "+.1e"
-    bounds = [minus(format(bound, form)) for bound in (row.low, row.high) if known(bound)]
-    return minus(format(row.difference, form)), " to ".join(bounds)
+def _code(value: str | None) -> Markup:
+    return Markup("<code>{}</code>").format(str(value)[:12]) if value else Markup(MISSING)
 
 
-def csv_table(name: str, caption: str, table: pd.DataFrame) -> Table:
-    """A table as it was written, columns that this version does not know included."""
-    table = table.dropna(axis="columns", how="all")
-    columns = [
-        Column(str(c).replace("_", " "), number=pd.api.types.is_numeric_dtype(table[c]))
-        for c in table.columns
-    ]
-    rows = [[words(value, ".6g") for value in row] for row in table.itertuples(index=False)]
-    return Table(name, caption, columns, rows)
-
-
-def write_html(
-    experiment: Experiment, table: pd.DataFrame, comparison: Comparison, manifest: dict
-) -> Path:
-    """results/<experiment>/report.html, from the tidy table of `collect`, its comparison, and what
-    will be the manifest; returns its path."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    with charts.settings():
-        text = template.render(report=Report(experiment, table, comparison, manifest))
-    path = experiment.root / "report.html"
-    write_text(path, text)
-    return path
+def _warning(record: StudentRecord) -> Markup | str:
+    count = sum(record.skipped_steps.values())
+    return Markup('<span class="warning">{:,}</span>').format(count) if count else "0"

@@ -1,13 +1,14 @@
-"""Published numbers beside those of this project's runs.
+"""Tables of published numbers with those that this project's runs reproduce.
 
-`reported` comes from published.yaml, `reproduced` from an experiment's final scores, and only from
-a metric whose name is `fid` or `fid-…`: a Fréchet distance in another network's features is no FID.
+`reported` comes from numbers.yaml, `reproduced` from an experiment's final scores in a metric `fid`
+or `fid-…`. Fréchet distances in other features than Inception's are never compared with FIDs.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -18,49 +19,46 @@ from harness.evaluation.columns import column_name
 from harness.io.artifacts import write_text
 from harness.method import get_method
 from harness.reporting.collect import collect
+from harness.reporting.formatting import latex, markdown, spread_text
 from harness.reporting.manifest import read_manifest
-from harness.reporting.published.catalogue import (
-    PAPERS,
-    STATISTIC,
-    base,
+from harness.reporting.published.catalogue import PAPERS, STATISTIC, base, is_own, published
+from harness.reporting.published.match import (
     changed_settings,
     concerning,
-    is_own,
     official_network,
-    published,
     runs_of,
     same_data,
 )
-from harness.reporting.tables import cell, latex
-from harness.validation import load_experiment, parse_experiment
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = (
     *("paper", "table", "method", "variant", "nfe", "metric", "reported", "evidence", "source"),
     *("reproduced", "difference", "setting_match", "note"),
 )
-# A published table may hold several data sets.
+# A published table may cover several data sets.
 TABLE_COLUMNS = (*COLUMNS[:2], "dataset", "conditioning", *COLUMNS[2:])
-# The tables that `paper-tables` writes, by the beginning of their names.
+# The tables that `paper-tables` writes: paper -> prefixes of the tables' names.
 TABLES = {name: ("",) for name in PAPERS} | {
     "DMD": ("Table 1", "Table 2", "Table 3", "Table 4", "Table 6")
 }
 FID_SAMPLES, COCO_SAMPLES = 50_000, 30_000
-# Why a published metric is shown and not compared, where a column here has a similar name.
+# Published metrics that are not compared with columns of a similar name here, and why.
 NOT_COMPARED = {
-    "CLIP-FID": "not compared: the source names neither CLIP's weights nor a library; Fréchet "
-    "distances here are between embeddings of length 1",
-    "CLIP score (OpenCLIP-G)": "not compared: the paper says OpenCLIP-G, its successor's code "
-    "loads ViT-g-14 and puts words before each prompt",
-    "LAION aesthetic score": "not compared: which of LAION's predictors and which prompts it is "
-    "of was not said",
+    "CLIP-FID": "not compared: the source names neither the CLIP weights nor a library; Fréchet "
+    "distances here use embeddings of unit length",
+    "CLIP score (OpenCLIP-G)": "not compared: the paper names OpenCLIP-G, but its successor's "
+    "code loads ViT-g-14 and adds a prefix to each prompt",
+    "LAION aesthetic score": "not compared: the source names neither LAION's predictor nor the "
+    "prompts",
 }
 CAPTION = (
     "Reported: harness/reporting/published/numbers.yaml, as in each source. Reproduced: one FID "
     "per training seed (the mean over sampling seeds), EMA weights at the end of the budget, "
-    "mean ± std over training seeds; a teacher's is one mean. Difference: reproduced - reported. "
+    "mean ± std over training seeds; one mean for a teacher. Difference: reproduced - reported. "
     "Setting match: exact (settings, budget, teacher and sample count are the published ones), "
-    "changed (not all of them), unknown (nobody published them), scaled or toy (as the experiment "
-    "declares)."
+    "changed (some differ), unknown (the published settings are unknown), scaled or toy (as the "
+    "experiment declares)."
 )
 
 
@@ -68,12 +66,12 @@ def is_fid(metric) -> bool:
     return isinstance(metric, str) and re.fullmatch(r"fid(-.*)?", metric) is not None
 
 
-def measured(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.Series, str]:
-    """The FIDs of a row of the tables, one per training seed (each the mean over its sampling
-    seeds), and the column they stand in.
+def fids_of(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.Series, str]:
+    """The FIDs of a table row, one per training seed (each the mean over its sampling seeds), and
+    the name of their column.
 
-    Final weights, the experiment's main sample count. Where several FIDs were computed: EDM's own
-    protocol, which all papers of `PAPERS` use.
+    Final weights, the experiment's main sample count. If several FIDs were computed: EDM's
+    protocol, which all of PAPERS use.
     """
     rows = table[table.final & (table.student == name) & table.metric.map(is_fid)]
     rows = rows[(rows.num_samples == experiment.evaluation.num_samples) & (rows.status == "ok")]
@@ -90,7 +88,7 @@ def measured(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd
 
 
 def _row(entry: dict) -> dict:
-    """A published number by itself."""
+    """A published number without a reproduction."""
     row = {key: entry[key] for key in TABLE_COLUMNS if key in entry}
     row |= {"reported": entry["value"], "reproduced": "", "difference": None, "setting_match": ""}
     statistic = STATISTIC.get((entry["paper"], base(entry["method"])))
@@ -100,44 +98,44 @@ def _row(entry: dict) -> dict:
 
 
 def _setting_match(experiment: Experiment, name: str, entry: dict) -> tuple[str, list[str]]:
-    """How far a run's settings are those of a published number, and notes on it. It is the
-    experiment's word, but for `exact`: that needs published settings, and all of them."""
+    """The setting match of a run with a published number, and notes: as the experiment declares,
+    but `exact` only if all published settings are known and equal."""
     setting, notes = experiment.paper.setting, []
     if name in experiment.students:
         changed = changed_settings(experiment, name, entry)
     else:
-        official = official_network(experiment, experiment.scale_rows[name])
+        official = official_network(experiment, experiment.reference_rows[name])
         changed = [] if official else ["network"]
     if changed is None:
-        notes.append("the published settings are not known")
+        notes.append("the published settings are unknown")
     elif changed:
-        notes.append(f"not as published: {', '.join(changed)}")
+        notes.append(f"different from the published run: {', '.join(changed)}")
     papers = COCO_SAMPLES if entry["dataset"].startswith("COCO-2014-30k") else FID_SAMPLES
     if experiment.evaluation.num_samples != papers:
-        notes.append(f"papers use {papers} samples, and fewer raise an FID")
+        notes.append(f"papers use {papers} samples; fewer raise the FID")
     if setting == "exact" and notes:
         setting = "unknown" if changed is None else "changed"
     return setting, notes
 
 
 def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry: dict) -> dict:
-    """What a run adds to the row of a published FID."""
-    values, label = measured(experiment, table, name)
+    """The columns that a run adds to the row of a published FID."""
+    values, label = fids_of(experiment, table, name)
     who = f"{name} of {experiment.name}"
-    mine = table[table.final & (table.student == name)]
-    # What another network could not see is no failure of an FID.
-    failed = mine[(mine.status != "ok") & (mine.metric.isna() | mine.metric.map(is_fid))]
+    rows = table[table.final & (table.student == name)]
+    # An unavailable network affects only its own metrics.
+    failed = rows[(rows.status != "ok") & (rows.metric.isna() | rows.metric.map(is_fid))]
     if len(failed):
-        who += f", {len(failed)} not counted: {failed.status.iloc[0]}"
+        who += f", {len(failed)} excluded: {failed.status.iloc[0]}"
     if values.empty:
-        return {"note": f"{who}: no run scored by an FID"}
+        return {"note": f"{who}: no run has an FID"}
     setting, notes = _setting_match(experiment, name, entry)
     notes = [f"{who}: {label}", *notes]
     if name in experiment.students:
-        method = get_method(experiment.students[name].method)
-        notes += method.deviations_under(experiment.method_config(name))
+        student = experiment.students[name]
+        notes += get_method(student.method).deviations_under(student.settings)
     return {
-        "reproduced": cell(values.mean(), values.std(ddof=1) if len(values) > 1 else None),
+        "reproduced": spread_text(values.mean(), values.std(ddof=1) if len(values) > 1 else None),
         "difference": round(values.mean() - entry["value"], 4),
         "setting_match": setting,
         "note": "; ".join(notes),
@@ -145,17 +143,16 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
 
 
 def paper_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    """The published numbers that concern an experiment, beside its own.
+    """The published numbers on an experiment's data with its own, from `collect`'s table.
 
-    `table`: the tidy table of `collect`. Columns: COLUMNS; the index is the position of the number
-    in `published()`. A number that two students reproduce has two rows, and one that none does
-    has one, as context.
+    Columns: COLUMNS; the index is the position of the number in `published()`. A number has one row
+    for each student that reproduces it, or one row without a reproduction.
     """
     rows, index = [], []
     for i in concerning(experiment.paper):
-        mine = _rows(experiment, table, published()[i])
-        rows += mine
-        index += [i] * len(mine)
+        new = _rows(experiment, table, published()[i])
+        rows += new
+        index += [i] * len(new)
     return _frame(rows, COLUMNS, index)
 
 
@@ -173,21 +170,21 @@ def _frame(rows: list[dict], columns: tuple, index: list[int] | None = None) -> 
 
 
 def _text(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as text, empty where nothing is known."""
+    """The table as text, empty where unknown."""
     text = table.astype(object).where(table.notna(), "")
     return text.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _markdown(table: pd.DataFrame, title: str, stage: str) -> str:
-    body = _text(table).to_markdown(index=False, disable_numparse=True)
-    return f"# {title}\n\n{body}\n\n{CAPTION} Written by `python -m harness {stage}`.\n"
+    caption = f"{CAPTION} Written by `python -m harness {stage}`."
+    return f"# {title}\n\n{markdown(_text(table))}\n\n{caption}\n"
 
 
 def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
-    """`paper.{csv,md,tex}` in a folder; returns their paths."""
+    """Write paper.{csv,md,tex} to a folder; returns their paths."""
     paper = experiment.paper
     rows = paper_table(experiment, table)
-    title = f"Published numbers on {paper.dataset} and those of {experiment.name}"
+    title = f"Published numbers on {paper.dataset}, and those of {experiment.name}"
     wide = "".join("p{4cm}" if name in ("source", "note") else "l" for name in COLUMNS)
     files = {
         folder / "paper.csv": rows.to_csv(index=False),
@@ -202,42 +199,50 @@ def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> li
 # -- all experiments --------------------------------------------------------------------------
 
 
-def find_experiments(results: Path, configs: Path) -> list[Experiment]:
-    """The experiments with a `paper:` section: as their manifests in `results` say, and those of
-    the files in `configs` that have no manifest. One that cannot be read is left out, aloud; data
-    and checkpoints need not be there, since runs may have been made elsewhere, or not yet."""
+def find_experiments(
+    results: Path,
+    configs: Path,
+    parse: Callable[..., Experiment],
+    load: Callable[..., Experiment],
+) -> list[Experiment]:
+    """The experiments with a section `paper`: those of the manifests in `results`, and those of the
+    files in `configs` without a manifest.
+
+    parse, load: `parse_experiment` and `load_experiment` of `harness.validation`. Experiments that
+    cannot be read are skipped with a warning; their data and checkpoints need not exist.
+    """
 
     def of_manifest(path: Path) -> Experiment | None:
         config = read_manifest(path).get("config")
         if not isinstance(config, dict) or not config.get("paper"):
             return None
-        return parse_experiment(config, str(path), results, files=False)
+        return parse(config, str(path), results, files=False)
 
     def of_file(path: Path) -> Experiment | None:
-        return load_experiment(path, results=results, files=False)
+        return load(path, results=results, files=False)
 
-    found: dict[str, Experiment] = {}
+    experiments: dict[str, Experiment] = {}
     sources = [(of_manifest, path) for path in sorted(results.glob("*/manifest.json"))]
     sources += [(of_file, path) for path in sorted(configs.glob("*.yaml"))]
-    for load, path in sources:
+    for read, path in sources:
         try:
-            experiment = load(path)
+            experiment = read(path)
         except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            logger.warning("skipped: %s", error)
             continue
         if experiment and experiment.paper:
-            found.setdefault(experiment.name, experiment)
-    return list(found.values())
+            experiments.setdefault(experiment.name, experiment)
+    return list(experiments.values())
 
 
-def _tables(experiments: list[Experiment]) -> list[tuple[Experiment, pd.DataFrame]]:
-    """The tidy table of each experiment, as far as its runs go."""
+def _collect_all(experiments: list[Experiment]) -> list[tuple[Experiment, pd.DataFrame]]:
+    """The tidy table of each experiment, complete or not."""
     tables = []
     for experiment in experiments:
         try:
             tables.append((experiment, collect(experiment, partial=True)[0]))
         except UserError as error:
-            print(f"left out: {experiment.name}: {error}", file=sys.stderr)
+            logger.warning("skipped: %s: %s", experiment.name, error)
     return tables
 
 
@@ -247,11 +252,15 @@ def _file_name(paper: str, table: str) -> str:
 
 
 def write_paper_tables(
-    results: Path = Path("results"), configs: Path = Path("configs/paper")
+    parse: Callable[..., Experiment],
+    load: Callable[..., Experiment],
+    results: Path = Path("results"),
+    configs: Path = Path("configs/paper"),
 ) -> None:
-    """One file per published table of DMD, SiD, SIM and GDD, from whatever runs exist; prints the
-    cells (FIDs of the methods here and their teachers) that no run has filled."""
-    tables = _tables(find_experiments(results, configs))
+    """Write one file per published table of PAPERS, with the runs in `results`; print the cells
+    (FIDs of the methods here and their teachers) without a run. parse, load: of
+    `find_experiments`."""
+    tables = _collect_all(find_experiments(results, configs, parse, load))
     files: dict[str, list[dict]] = {}
     empty, cells, others = [], 0, 0
     for entry in published():
@@ -279,10 +288,10 @@ def write_paper_tables(
     count = "1 experiment" if len(tables) == 1 else f"{len(tables)} experiments"
     print(f"{len(files)} tables in {folder}/ (.csv, .md), from {count}")
     print(
-        f"{len(empty)} of {cells} FIDs of the methods here and their teachers have no run yet"
-        f" ({others} numbers in other metrics are shown as reported)"
+        f"{len(empty)} of {cells} FIDs of the methods here and their teachers have no run yet "
+        f"({others} numbers in other metrics are listed as reported)"
     )
     for entry in empty:
-        what = " ".join(filter(None, [entry["method"], entry["variant"]]))
-        where = f"{entry['paper']}, {entry['table']}: {entry['dataset']} {entry['conditioning']}"
-        print(f"  {where}: {what}: {entry['value']:g}")
+        name = " ".join(filter(None, [entry["method"], entry["variant"]]))
+        table = f"{entry['paper']}, {entry['table']}: {entry['dataset']} {entry['conditioning']}"
+        print(f"  {table}: {name}: {entry['value']:g}")

@@ -1,0 +1,63 @@
+"""Numbers as text, and text tables as markdown and LaTeX."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+MISSING = "–"
+# Flags of scores: the mark after the number, and its meaning.
+FLAGS = {
+    "trained-on-extractor": ("†", "the student was trained against this column's network"),
+    "shares-pretraining": (
+        "‡",
+        "the student was trained against a network pretrained on the same images as this column's "
+        "(its lead may not hold in other features)",
+    ),
+    "contended": ("§", "other jobs shared the machine: do not compare its seconds"),
+}
+LATEX = {
+    **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--"},
+    **{"†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}"},
+}
+
+
+def is_known(value: object) -> bool:
+    return value is not None and not pd.isna(value)
+
+
+def spread_text(value: float | None, std: float | None = None, digits: int = 3) -> str:
+    """A value to `digits` significant digits and its spread to the same decimals."""
+    if not is_known(value):
+        return MISSING
+    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    decimals = max(0, digits - 1 - magnitude)
+    text = f"{value:.{decimals}f}"
+    return f"{text} ± {std:.{decimals}f}" if is_known(std) else text
+
+
+def number_text(value: object, form: str = ".3g", scale: float = 1) -> str:
+    """A number in a format, divided by `scale`; "–" if unknown."""
+    return format(value / scale, form) if is_known(value) else MISSING
+
+
+def flagged(text: str, flags: object) -> str:
+    """A number's text with the marks of its space-separated flags."""
+    if text == MISSING or not isinstance(flags, str):
+        return text
+    return text + "".join(FLAGS[flag][0] for flag in flags.split())
+
+
+def markdown(table: pd.DataFrame, **options) -> str:
+    """A table of texts, unchanged (tabulate would reformat texts that look like numbers)."""
+    return table.to_markdown(index=False, disable_numparse=True, **options)
+
+
+def latex(table: pd.DataFrame, comment: str, column_format: str) -> str:
+    """A booktabs table (requires \\usepackage{booktabs}) after a comment line."""
+    body = table.to_latex(index=False, escape=True, column_format=column_format)
+    body = f"% {comment}\n{body}"
+    for symbol, command in LATEX.items():
+        body = body.replace(symbol, command)
+    return body

@@ -1,0 +1,175 @@
+"""Which published numbers an experiment's runs reproduce, and which settings differ."""
+
+from __future__ import annotations
+
+import re
+
+from harness.config.experiment import Experiment
+from harness.config.jobs import Student
+from harness.config.schema import ImportedTeacher, PaperSection
+from harness.io.artifacts import read_json
+from harness.reporting.published.catalogue import (
+    PAPERS,
+    base,
+    is_teacher,
+    published,
+    published_settings,
+)
+
+# Settings that distinguish DMD from its ablations.
+DMD = {"regression": "lpips", "distribution_matching": True, "weighting": "eq8"}
+# Names of students in the published tables: method, the freeze and settings it must have, the
+# published method and its variants. The first line that fits counts. None: a row without a variant,
+# by which a table means the paper's own configuration.
+NAMES = (
+    ("dmd", DMD | {"teacher_guidance": 3.0}, "DMD", ("SDv1.5, guidance 3",)),
+    (
+        *("dmd", DMD | {"teacher_guidance": 8.0}, "DMD"),
+        ("guidance 8, LAION-Aesthetic 6+",),
+    ),
+    ("dmd", DMD, "DMD", (None, "full", "sample weighting Eq. 8 (ours)")),
+    ("dmd", DMD | {"regression": "none"}, "DMD", ("w/o regression loss",)),
+    ("dmd", DMD | {"regression": "l2"}, "DMD", ("L2 instead of LPIPS in the regression loss",)),
+    (
+        *("dmd", DMD | {"distribution_matching": False}, "DMD"),
+        ("w/o distribution matching (regression only)",),
+    ),
+    ("dmd", DMD | {"weighting": "sigma/alpha"}, "DMD", ("sample weighting sigma_t/alpha_t",)),
+    ("dmd", DMD | {"weighting": "sigma^3/alpha"}, "DMD", ("sample weighting sigma_t^3/alpha_t",)),
+    ("sid", {"alpha": 1.2}, "SiD", (None, "alpha=1.2")),
+    ("sid", {"alpha": 1.0}, "SiD", ("alpha=1.0",)),
+    ("sim", {}, "SIM", (None,)),
+    ("gdd", {"freeze": "innate"}, "GDD-I", (None,)),
+    ("gdd", {}, "GDD", (None,)),
+)
+# (method, data set) whose own configuration is a variant: SiD's script for AFHQv2 uses alpha 1.0.
+UNNAMED = {("sid", "AFHQv2-64"): "alpha=1.0"}
+# (paper, dataset) of teachers with a stochastic sampler whose name does not say so (NVlabs/edm).
+STOCHASTIC = {("EDM", "ImageNet-64")}
+
+
+def same_data(paper: PaperSection, entry: dict) -> bool:
+    return entry["dataset"] == paper.dataset and (
+        paper.conditioning in (None, entry["conditioning"])
+    )
+
+
+def concerning(paper: PaperSection) -> list[int]:
+    """Positions in `published()` of the numbers on an experiment's data: all one-step and teacher
+    numbers, and every other row of PAPERS' tables."""
+    return [
+        i
+        for i, entry in enumerate(published())
+        if same_data(paper, entry)
+        and (entry["nfe"] == 1 or is_teacher(entry) or entry["paper"] in PAPERS)
+    ]
+
+
+def _name_line(student: Student, entry: dict) -> tuple | None:
+    """The line of NAMES that fits a student, if an entry has its name."""
+    settings = student.settings.model_dump() | {"freeze": student.freeze, "lora": student.lora}
+    entry_name = base(entry["method"])
+    variant = entry["variant"] or UNNAMED.get((entry_name, entry["dataset"]))
+    for line in NAMES:
+        method, conditions, name, variants = line
+        conditions = {"freeze": "none", "lora": None} | conditions
+        if method == student.method and all(settings.get(k) == v for k, v in conditions.items()):
+            return line if entry_name == name.lower() and variant in variants else None
+    return None
+
+
+def _is_student(experiment: Experiment, student: Student, entry: dict) -> bool:
+    if entry["nfe"] not in (1, None):
+        return False
+    if student.name in experiment.paper.methods:
+        name = experiment.paper.methods[student.name]
+        return (entry["method"], entry["variant"]) == (name.method, name.variant)
+    return _name_line(student, entry) is not None
+
+
+def changed_settings(experiment: Experiment, name: str, entry: dict) -> list[str] | None:
+    """Settings in which a student differs from the published run of an entry: keys of its settings,
+    `budget`, `teacher`. None if the published settings are unknown."""
+    student = experiment.students[name]
+    line = _name_line(student, entry)
+    candidates = [
+        settings
+        for settings in published_settings()
+        if line
+        and settings["method"] == line[0]
+        and all(settings[key] == entry[key] for key in ("dataset", "conditioning"))
+        and settings["variant"] in (None, entry["variant"])
+    ]
+    if not candidates:
+        return None
+    original = max(candidates, key=lambda settings: settings["variant"] is not None)
+    settings = student.settings
+    expected = type(settings)(**original["settings"])
+    changed = [k for k, v in settings if k not in line[1] and v != getattr(expected, k)]
+    limit, *more = student.budget
+    # Budgets are whole batches, so up to one batch more than published.
+    if (
+        more
+        or limit.unit != "images"
+        or not 0 <= limit.amount - original["images"] < settings.batch
+    ):
+        changed.append("budget")
+    if official_network(experiment, student.teacher) != original["teacher"]:
+        changed.append("teacher")
+    return changed
+
+
+def official_network(experiment: Experiment, teacher: str) -> str | None:
+    """The network of an imported teacher; None for one that was trained here."""
+    section = experiment.teachers[teacher]
+    return network(experiment, teacher) if isinstance(section, ImportedTeacher) else None
+
+
+def network(experiment: Experiment, teacher: str) -> str | None:
+    """A teacher's network in EDM's terms: `vp` (DDPM++), `ve` (NCSN++) or `adm`; or `sd` (Stable
+    Diffusion 1), `pixart`. None for another network, or if neither the experiment nor the teacher's
+    config.json defines it."""
+    path = experiment.paths.teacher(teacher) / "config.json"
+    config = experiment.teachers[teacher].network or (read_json(path) if path.exists() else {})
+    kind = config.get("type", config.get("_class_name"))
+    if kind == "SongUNet":
+        return "ve" if config.get("embedding_type") == "fourier" else "vp"
+    if kind == "UNet2DConditionModel":
+        return "sd" if config.get("cross_attention_dim") == 768 else None
+    return {"DhariwalUNet": "adm", "PixArtTransformer2DModel": "pixart"}.get(kind)
+
+
+def same_network(experiment: Experiment, teacher: str, entry: dict) -> bool:
+    """Whether an entry can be of this teacher's network: VE if its note says so, else another."""
+    is_ve = re.search(r"\bVE\b", entry["note"] or "") is not None
+    return is_ve == (network(experiment, teacher) == "ve")
+
+
+def is_number_of(experiment: Experiment, teacher: str, entry: dict) -> bool:
+    """Whether an entry is EDM's teacher with this teacher's network and sampler: the same number of
+    evaluations (DMD counts 512 for 511) and both stochastic or both deterministic."""
+    sampler = experiment.teachers[teacher].sampler
+    name = experiment.paper.methods.get(experiment.teacher_row(teacher))
+    if name:
+        if (entry["method"], entry["variant"]) != (name.method, name.variant):
+            return False
+    elif base(entry["method"]) != "edm" or not same_network(experiment, teacher, entry):
+        return False
+    stochastic = "SDE" in entry["method"] or (entry["paper"], entry["dataset"]) in STOCHASTIC
+    nfe = 2 * sampler.steps - 1  # guidance is not counted
+    counts = [entry["nfe"]]
+    if counts == [None]:  # then one of the counts of other teacher numbers on this data
+        others = (e for e in published() if e["dataset"] == entry["dataset"])
+        counts = [e["nfe"] for e in others if is_teacher(e)]
+    return stochastic == (sampler.s_churn > 0) and bool({nfe, nfe + 1} & set(counts))
+
+
+def runs_of(experiment: Experiment, entry: dict) -> list[str]:
+    """The table rows (students and teachers) of an experiment that measure the same as an entry."""
+    students = experiment.students.values()
+    names = [student.name for student in students if _is_student(experiment, student, entry)]
+    return names + [
+        experiment.teacher_row(teacher)
+        for teacher in experiment.teachers
+        if is_number_of(experiment, teacher, entry)
+    ]
