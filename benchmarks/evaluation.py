@@ -20,7 +20,12 @@ import torch
 from tabulate import tabulate
 
 from harness.data.datasets import Dataset, Images
-from harness.evaluation.agreement import Scored, registered, torch_fidelity_values, write_images
+from harness.evaluation.agreement import (
+    ImagePair,
+    register_in_torch_fidelity,
+    torch_fidelity_values,
+    write_images,
+)
 from harness.evaluation.frechet import frechet_distance, frechet_of_few, gaussian_statistics
 from harness.features.base import FEATURES, FeatureExtractor, parse_settings
 
@@ -99,9 +104,10 @@ def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
             write_images(pixels.to(torch.uint8), place)
 
         def ours() -> dict:
-            return Scored(extractor, *map(read, folders), neighbours=3).values()
+            return ImagePair.extract(extractor, *map(read, folders), neighbours=3).values()
 
-        hooked, options = registered(Scored(extractor, *map(read, folders), neighbours=3))
+        pair = ImagePair.extract(extractor, *map(read, folders), neighbours=3)
+        hooked, options = register_in_torch_fidelity(pair)
 
         def theirs() -> dict:
             # Its own way to read images: four processes.

@@ -161,17 +161,18 @@ def train(experiment, args):
 
 @stage("score every snapshot of a run", "student seed", label="scoring", many=True)
 def score(experiment, args):
-    call("evaluation.score.score_run", experiment, args.student, args.seed)
+    call("evaluation.stage.score_run", experiment.run_scoring(args.student, args.seed))
 
 
 @stage("score a teacher and the floor", "teacher", label="scoring", many=True)
 def score_references(experiment, args):
-    call("evaluation.score.score_references", experiment, args.teacher)
+    call("evaluation.stage.score_references", experiment.reference_scoring(args.teacher))
 
 
 @stage("score the same images here, by torch-fidelity and by clean-fid")
 def agreement(experiment, args):
-    table = call("evaluation.agreement.write_agreement", experiment)
+    job = experiment.reference_scoring(next(iter(experiment.teachers)))
+    table = call("evaluation.agreement.write_agreement", job, experiment.paths.root / "tables")
     for row in table[table.agrees == "no"].itertuples():
         values = f"{row.ours:.8g} here, {row.theirs:.8g} by {row.library}"
         logger.warning("%s in %s: %s", row.quantity, row.extractor, values)
@@ -179,7 +180,7 @@ def agreement(experiment, args):
 
 @stage("score a folder or zip of images from elsewhere", "folder")
 def score_folder(experiment, args):
-    call("evaluation.folder.print_folder", experiment, args.folder)
+    call("evaluation.folder.print_folder", experiment.scoring(), args.folder)
 
 
 @tool("compare a teacher with its published FIDs", "teacher?")

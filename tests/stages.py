@@ -16,7 +16,7 @@ _server.set_forkserver_preload(
     [
         "harness.cli",
         "harness.validation",
-        "harness.evaluation.score",
+        "harness.evaluation.stage",
         "harness.features.small_clip",
         "harness.reporting.report",
         "harness.students.run",

@@ -1,7 +1,6 @@
-"""The agreement with the libraries: on a stub network, and on the finished tiny experiment."""
+"""Agreement with the libraries: on a stub network, and in the finished tiny experiment."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from harness.data.datasets import Images
 from harness.evaluation import agreement
-from harness.evaluation.agreement import compare, write_images
+from harness.evaluation.agreement import ImagePair, compare_with_libraries, write_images
 from harness.features.classifiers import CNNExtractor
 from harness.validation import load_experiment
 from tests.conftest import DATA
@@ -17,11 +16,11 @@ from tests.test_html import Page, written
 
 
 class Projection(torch.nn.Module):
-    """A classifier's contract: float images -> few features -> logits."""
+    """A classifier: float images -> few features -> logits."""
 
     def __init__(self):
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)  # tells the device
+        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
 
     def features(self, x):
         generator = torch.Generator().manual_seed(1)
@@ -38,21 +37,21 @@ def images(n: int, seed: int, channels: int = 1) -> Images:
     return Images(pixels.to(torch.uint8), torch.zeros(n, dtype=torch.int64))
 
 
-def stub(folder: Path, channels: int = 1) -> tuple:
-    """What `compare` takes: an extractor, two sets of images, their folders, an experiment."""
+def stub(folder: Path, channels: int = 1) -> tuple[ImagePair, list[Path]]:
+    """The arguments of `compare_with_libraries`."""
     sets = [images(120, seed, channels) for seed in (0, 1)]
     folders = [folder / "generated", folder / "real"]
-    for each, place in zip(sets, folders, strict=True):
-        write_images(each.pixels, place)
-    experiment = SimpleNamespace(evaluation=SimpleNamespace(neighbours=3))
+    for part, place in zip(sets, folders, strict=True):
+        write_images(part.pixels, place)
     settings = CNNExtractor.Settings(type="cnn", images=1)
-    return CNNExtractor("stub", settings, Projection(), ""), *sets, folders, experiment
+    extractor = CNNExtractor("stub", settings, Projection(), "")
+    return ImagePair.extract(extractor, *sets, neighbours=3), folders
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_number_agrees_and_a_wrong_one_does_not(channels, tmp_path, monkeypatch):
+def test_all_quantities_agree_and_wrong_ones_are_detected(channels, tmp_path, monkeypatch):
     given = stub(tmp_path, channels)
-    rows = compare(*given)
+    rows = compare_with_libraries(*given)
     table = pd.DataFrame(rows)
     assert list(table.quantity[table.library == "torch-fidelity"]) == [
         *("fd", "kd", "precision", "recall", "class-score")
@@ -60,16 +59,16 @@ def test_every_number_agrees_and_a_wrong_one_does_not(channels, tmp_path, monkey
     assert list(table.quantity[table.library == "clean-fid"]) == ["fd", "kd"]
     assert set(table.agrees) == {"yes"} and table.relative_difference.max() < 1e-5
     monkeypatch.setattr(
-        agreement.Scored,
+        agreement.ImagePair,
         "values",
         lambda self: dict.fromkeys(("fd", "kd", "precision", "recall", "class-score"), 0.5),
     )
-    wrong = pd.DataFrame(compare(*given))
+    wrong = pd.DataFrame(compare_with_libraries(*given))
     assert "no" in set(wrong.agrees)
 
 
-def test_the_agreement_is_counted_as_it_is_written_and_what_disagrees_is_named(tmp_path):
-    rows = compare(*stub(tmp_path))
+def test_report_counts_agreeing_quantities_and_names_others(tmp_path):
+    rows = compare_with_libraries(*stub(tmp_path))
     experiment = load_experiment(DATA / "tiny.yaml", results=tmp_path)
     folder = experiment.root / "tables"
     folder.mkdir(parents=True)
@@ -82,7 +81,7 @@ def test_the_agreement_is_counted_as_it_is_written_and_what_disagrees_is_named(t
     count = len(rows)
     assert f"{count} of {count} quantities agree within" in text()
     assert "Disagreeing" not in text() and "✗ no" not in text()
-    wrong = agreement.verdict(rows[0]["ours"], 2 * rows[0]["ours"])
+    wrong = agreement.difference(rows[0]["ours"], 2 * rows[0]["ours"])
     rows[0] |= {"theirs": 2 * rows[0]["ours"]} | wrong
     rows.append({"extractor": "inception", "tolerance": 1e-4, "agrees": "unavailable (no weights)"})
     said = text()
@@ -92,7 +91,7 @@ def test_the_agreement_is_counted_as_it_is_written_and_what_disagrees_is_named(t
     assert "unavailable (no weights)" in said
 
 
-def test_the_experiments_table(finished):
+def test_table_of_the_experiment(finished):
     table = pd.read_csv(finished.results / "tables" / "agreement.csv")
     assert list(table.columns) == list(agreement.COLUMNS)
     assert set(table.agrees) == {"yes"}

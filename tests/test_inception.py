@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from harness.evaluation.extractors import Extractor, Observer
+from harness.evaluation.score import Scorer, Source
 
 from harness.cli import main
 from harness.errors import UserError
@@ -21,7 +22,6 @@ from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.folder import score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.registry import METRICS
-from harness.evaluation.score import Scorer, Source
 from harness.features import inception
 from harness.features.classifiers import CLASSIFIERS
 from harness.io.artifacts import digest, save_tensors, write_json

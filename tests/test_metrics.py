@@ -9,7 +9,7 @@ import torch
 
 from harness.data.datasets import Images
 from harness.evaluation import neighbours
-from harness.evaluation.accumulate import FeatureAccumulator
+from harness.evaluation.accumulate import NEAREST, FeatureAccumulator, NearestImages
 from harness.evaluation.checks import minimum_samples
 from harness.evaluation.columns import column_name, parse_column
 from harness.evaluation.estimates import jackknife
@@ -22,7 +22,6 @@ from harness.evaluation.frechet import (
     gaussian_statistics,
 )
 from harness.evaluation.registry import METRICS, register
-from harness.evaluation.score import CLOSEST, Closest
 from harness.features.aesthetic import AestheticHead, spearman
 
 
@@ -227,13 +226,12 @@ def test_without_a_unit_memorisation_is_no_number():
     assert reference.typical_nearest is None
     value, error = compute("memorisation", feature_set(features(40, seed=2), reference))
     assert math.isnan(value) and math.isnan(error)
-    closest = Closest(
-        reference, Images(torch.zeros(60, 1, 1, 1, dtype=torch.uint8), torch.zeros(60))
-    )
+    images = Images(torch.zeros(60, 1, 1, 1, dtype=torch.uint8), torch.zeros(60))
+    search = NearestImages("x", reference, images)
     x = features(40, seed=2)
-    closest.add(torch.zeros(40, 1, 1, 1, dtype=torch.uint8), x)
-    nearest = torch.cdist(x, train).amin(dim=1).sort().values[:CLOSEST]
-    torch.testing.assert_close(closest.tensors()["closest_distance"], nearest, rtol=1e-4, atol=0)
+    search.add(torch.zeros(40, 1, 1, 1, dtype=torch.uint8), x)
+    nearest = torch.cdist(x, train).amin(dim=1).sort().values[:NEAREST]
+    torch.testing.assert_close(search.tensors()["closest_distance"], nearest, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("neighbours", [3, 20])
@@ -269,12 +267,12 @@ def test_the_pairs_of_the_figure_are_the_nearest_of_all():
     reference = Reference(train[drawn], held_out=features(50, seed=1), index=drawn)
     found = []
     for block in (90, 7):
-        closest = Closest(reference, Images(images, torch.zeros(120)))
+        search = NearestImages("x", reference, Images(images, torch.zeros(120)))
         for part in torch.arange(90).split(block):
-            closest.add(part.view(-1, 1, 1, 1), x[part])
-        found.append(closest.tensors())
+            search.add(part.view(-1, 1, 1, 1), x[part])
+        found.append(search.tensors())
     distance = torch.cdist(x.double(), train.double())
-    order = distance.amin(dim=1).argsort()[:CLOSEST]
+    order = distance.amin(dim=1).argsort()[:NEAREST]
     for tensors in found:
         assert set(tensors["closest"][:2].flatten().tolist()) == {11, 70}
         assert tensors["closest"][2:].flatten().tolist() == order[2:].tolist()
@@ -300,16 +298,16 @@ def test_features_are_never_held_twice(record_property):
             return {"features": torch.randn(len(pixels), 256)}
 
     reference = Reference(torch.randn(600, 256))
-    assert reference.frechet(torch.randn(600, 256)) > 0  # what is loaded and kept comes first
+    assert reference.frechet(torch.randn(20_000, 256)) > 0  # loads libraries and fills caches
     before = memory("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    observer, labels = FeatureAccumulator([Wide()]), torch.zeros(256, dtype=torch.int64)
+    accumulator, labels = FeatureAccumulator([Wide()]), torch.zeros(256, dtype=torch.int64)
     for _ in range(300):
-        observer.add(labels, labels)
-    views = observer.feature_set("wide", reference, 3)
-    assert views.features.shape == (76_800, 256)
-    assert reference.frechet(views.features) > 0
-    ratio = (memory("VmHWM:") - before) / views.features.nbytes
+        accumulator.add(labels, labels)
+    features = accumulator.feature_set("wide", reference, 3).features
+    assert features.shape == (76_800, 256)
+    assert reference.frechet(features) > 0
+    ratio = (memory("VmHWM:") - before) / features.nbytes
     record_property("times the features' memory", round(ratio, 2))
     assert ratio < 2
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from harness.evaluation.extractors import load_extractor
+from harness.evaluation.score import Scorer
 
 from harness.cli import main
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.registry import METRICS
-from harness.evaluation.score import Scorer
 from harness.features import aesthetic, towers
 from harness.features import timm_backbones as backbones
 from harness.features.aesthetic import LaionHead

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from harness.evaluation.score import one_step_generator, sample
+from harness.sampling import one_step_generator, sample
 from harness.students.run import assemble
 from harness.training.distributed import processes
 from harness.training.trainer import Trainer

@@ -85,17 +85,14 @@ class Legacy:
         return [limit.model_dump() for limit in self.budget(student)]
 
     def score_spec(self):
-        from harness.evaluation.registry import metric_names
+        from harness.evaluation.protocol import fingerprint
 
-        names = metric_names(self.features[name] for name in self.evaluation.extractors)
-        return self.scoring().fingerprint | {"metrics": names}
+        return fingerprint(self.scoring())
 
     def reference_score_spec(self, teacher):
-        return self.score_spec() | {"sampler": self.teachers[teacher].sampler.model_dump()}
+        from harness.evaluation.protocol import reference_fingerprint
 
-    def agreement_spec(self):
-        spec = {"neighbours": self.evaluation.neighbours}
-        return spec | {name: self.features_spec(name) for name in self.evaluation.extractors}
+        return reference_fingerprint(self.reference_scoring(teacher))
 
     def report_spec(self):
         return self.report_fingerprint()

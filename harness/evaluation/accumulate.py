@@ -1,19 +1,172 @@
-"""Collect the outputs of all extractors while images stream by."""
+"""Accumulate the outputs of all extractors while images stream by."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from harness.data.datasets import Attributes
+from harness.data.datasets import Attributes, Images
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.frechet import BLOCK
+from harness.evaluation.neighbours import nearest
+from harness.evaluation.sample_stream import SampleStream
 from harness.features.base import FeatureExtractor
 
+NEAREST = 10  # image pairs in the figure of nearest neighbours
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Concatenate parts `(n, ...)`; empties the list and frees each part when it is copied."""
+
+class NearestImages:
+    """The generated images that are nearest to a training image, in one extractor's features.
+
+    train: the training part; images of another size are ignored.
+    """
+
+    def __init__(self, extractor: str, reference: Reference, train: Images):
+        self.extractor, self.reference, self.train = extractor, reference, train
+        self.best: dict[str, Tensor] = {}  # pixels, distance and neighbour (in `reference`)
+
+    def add(self, pixels: Tensor, features: Tensor) -> None:
+        if pixels.shape[1:] != self.train.pixels.shape[1:]:
+            return
+        distance, neighbour = (t.cpu() for t in nearest(features, self.reference.features))
+        candidates = {"pixels": pixels, "distance": distance, "neighbour": neighbour}
+        if self.best:
+            candidates = {k: torch.cat([self.best[k], t]) for k, t in candidates.items()}
+        order = candidates["distance"].argsort(stable=True)[:NEAREST]
+        self.best = {name: tensor[order] for name, tensor in candidates.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`closest`: the images, nearest first; `closest_training`: their nearest training images;
+        `closest_distance`: in units of `Reference.typical_nearest` if that is known."""
+        if not self.best:
+            return {}
+        index = self.reference.index[self.best["neighbour"]]
+        return {
+            "closest": self.best["pixels"],
+            "closest_training": self.train.pixels[index],
+            "closest_distance": self.best["distance"] / (self.reference.typical_nearest or 1.0),
+        }
+
+
+class FeatureAccumulator:
+    """Outputs of every extractor for a stream of images.
+
+    attributes: checker of a data set whose prompts name attributes that a program can check.
+    keep: how many images to store themselves, from the first. nearest: which images to search for.
+    stream: where to resume from, and to save to; None: in memory only.
+    """
+
+    def __init__(
+        self,
+        extractors: Sequence[FeatureExtractor],
+        attributes: Attributes | None = None,
+        keep: int = 0,
+        nearest: NearestImages | None = None,
+        stream: SampleStream | None = None,
+    ):
+        self.extractors, self.attributes = extractors, attributes
+        self.keep, self.nearest, self.stream = keep, nearest, stream
+        self.count = 0
+        # Names: "pixels", "pixel_labels", "labels", "attributes" and "<extractor>/<output>".
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._saved: dict[str, int] = {}  # how many of the parts are on disk
+        self._saved_count = 0
+        if stream is not None:
+            self._resume()
+
+    def add(self, pixels: Tensor, labels: Tensor | None) -> None:
+        """Process one block: uint8 pixels `(B, C, H, W)`, labels int64 `(B,)`."""
+        for extractor in self.extractors:
+            outputs = extractor.extract(pixels, labels)
+            for name, output in outputs.items():
+                self._parts[f"{extractor.name}/{name}"].append(output)
+            if self.nearest and extractor.name == self.nearest.extractor:
+                self.nearest.add(pixels, outputs["features"])
+        if self.count < self.keep:
+            self._parts["pixels"].append(pixels)
+        if labels is not None:
+            self._parts["labels"].append(labels)
+            if self.attributes:
+                self._parts["attributes"].append(self.attributes.check(pixels, labels))
+            if self.count < self.keep:
+                self._parts["pixel_labels"].append(labels)
+        self.count += len(pixels)
+        self._save(ended=False)
+
+    def finish(self) -> None:
+        """Call it when the stream has ended."""
+        self._save(ended=True)
+
+    def _save(self, ended: bool) -> None:
+        """Append everything that is not on disk yet to the stream's shards, if it is time."""
+        images = self.count - self._saved_count
+        if self.stream is None or not images or not self.stream.checkpoints.due(ended):
+            return
+        tensors = {
+            name: torch.cat(parts[self._saved.get(name, 0) :])
+            for name, parts in self._parts.items()
+            if len(parts) > self._saved.get(name, 0)
+        }
+        if self.nearest:
+            tensors |= {f"nearest/{name}": tensor for name, tensor in self.nearest.best.items()}
+        self.stream.shards.append(tensors, images=images)
+        self._mark_saved()
+        self.stream.checkpoints.saved()
+
+    def _resume(self) -> None:
+        for record, tensors in zip(self.stream.shards.records, self.stream.shards, strict=True):
+            best = {name: tensors.pop(f"nearest/{name}", None) for name in self._NEAREST}
+            if self.nearest and best["pixels"] is not None:
+                self.nearest.best = best
+            for name, tensor in tensors.items():
+                self._parts[name].append(tensor)
+            self.count += record["images"]
+        self._mark_saved()
+
+    _NEAREST = ("pixels", "distance", "neighbour")
+
+    def _mark_saved(self) -> None:
+        self._saved = {name: len(parts) for name, parts in self._parts.items()}
+        self._saved_count = self.count
+
+    def images(self) -> dict[str, Tensor]:
+        """`pixels` and `labels` of the first images, and the nearest ones."""
+        tensors = {}
+        for name, stored in (("pixels", "pixels"), ("labels", "pixel_labels")):
+            if self._parts[stored]:
+                tensors[name] = torch.cat(self._parts[stored])[: self.keep]
+        return tensors | (self.nearest.tensors() if self.nearest else {})
+
+    def feature_set(self, name: str, reference: Reference, neighbours: int) -> FeatureSet:
+        """Join an extractor's outputs; call it once per extractor. Blocks are freed as they are
+        joined, so that memory holds all features only once."""
+        # Shards list tensors by name, so that a resumed job has the same order.
+        names = sorted(key for key in self._parts if key.startswith(f"{name}/"))
+        outputs = {key.removeprefix(f"{name}/"): _join(self._parts.pop(key)) for key in names}
+        blocks = outputs["features"].split(BLOCK)  # a mask of all features would double the memory
+        bad = sum((~block.isfinite().all(dim=1)).sum().item() for block in blocks)
+        if bad:
+            raise UserError(
+                f"{name}: the features of {bad} of {self.count} images are not finite; are its "
+                "weights damaged?",
+                "not-finite",
+            )
+        labels = torch.cat(self._parts["labels"]) if self._parts["labels"] else None
+        classes = None
+        if self._parts["attributes"]:
+            classes, correct = self.attributes.classes(labels), torch.cat(self._parts["attributes"])
+            outputs["attributes_correct"] = correct.all(dim=1)
+            names = self.attributes.names
+            outputs |= {f"{key}_correct": correct[:, i] for i, key in enumerate(names)}
+        return FeatureSet(outputs, reference, labels, classes, neighbours)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Concatenate parts `(n, ...)`, freeing each part when it is copied; empties the list."""
     whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
     end = len(whole)
     while parts:
@@ -21,72 +174,3 @@ def _joined(parts: list[Tensor]) -> Tensor:
         whole[end - len(part) : end] = part
         end -= len(part)
     return whole
-
-
-class FeatureAccumulator:
-    """Outputs of every extractor for a stream of images; pixels are not stored.
-
-    attributes: of a data set whose prompts name attributes that a program can check.
-    """
-
-    def __init__(self, extractors: list[FeatureExtractor], attributes: Attributes | None = None):
-        self.extractors, self.attributes = extractors, attributes
-        self._shown: list[Tensor] = []
-        self._seen: dict[str, list[dict[str, Tensor]]] = {e.name: [] for e in extractors}
-        self._labels: list[Tensor] = []
-
-    def add(self, pixels: Tensor, labels: Tensor | None) -> dict[str, dict[str, Tensor]]:
-        """Extract and store one block; returns each extractor's outputs."""
-        seen = {e.name: e.extract(pixels, labels) for e in self.extractors}
-        shown = None
-        if self.attributes and labels is not None:
-            shown = self.attributes.check(pixels, labels)
-        self._take(seen, labels, shown)
-        return seen
-
-    def _take(self, seen: dict[str, dict[str, Tensor]], labels, shown) -> None:
-        for name, parts in seen.items():
-            self._seen[name].append(parts)
-        self._labels += [labels] if labels is not None else []
-        self._shown += [shown] if shown is not None else []
-
-    def last(self, blocks: int) -> dict[str, Tensor]:
-        """Everything stored for the last blocks, as tensors by name."""
-        tensors = {}
-        for name, parts in self._seen.items():
-            for key in parts[0]:
-                tensors[f"seen/{name}/{key}"] = torch.cat([p[key] for p in parts[-blocks:]])
-        for name, parts in (("labels", self._labels), ("shown", self._shown)):
-            if parts:
-                tensors[name] = torch.cat(parts[-blocks:])
-        return tensors
-
-    def again(self, tensors: dict[str, Tensor]) -> None:
-        """Store what `last` returned."""
-        seen = {}
-        for name in self._seen:
-            prefix = f"seen/{name}/"
-            found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            seen[name] = found
-        self._take(seen, tensors.get("labels"), tensors.get("shown"))
-
-    def feature_set(self, name: str, reference: Reference, neighbours: int) -> FeatureSet:
-        """Join an extractor's outputs; call it once per extractor. Blocks are freed as they are
-        joined, so that memory holds features once."""
-        parts = self._seen.pop(name)
-        joined = {key: _joined([part.pop(key) for part in parts]) for key in list(parts[0])}
-        blocks = joined["features"].split(BLOCK)  # a mask of all features would double the memory
-        bad = sum((~block.isfinite().all(dim=1)).sum().item() for block in blocks)
-        if bad:
-            raise UserError(
-                f"{name}: features of {bad} of {len(joined['features'])} images are not finite; are "
-                "its weights damaged?",
-                "not-finite",
-            )
-        labels = torch.cat(self._labels) if self._labels else None
-        classes = None
-        if self._shown:
-            classes, correct = self.attributes.classes(labels), torch.cat(self._shown)
-            joined["attributes_correct"] = correct.all(dim=1)
-            joined |= {f"{n}_correct": correct[:, i] for i, n in enumerate(self.attributes.names)}
-        return FeatureSet(joined, reference, labels, classes, neighbours)

@@ -1,28 +1,28 @@
 """The same images scored by this project, torch-fidelity and clean-fid: tables/agreement.{csv,md}.
 
-Each library reads the images from disk and sees them through this project's network by its own
-hook for networks; what is compared is everything after that. Where the libraries would differ by
-definition, they are asked for ours:
+Each library reads the images from disk and extracts features with this project's network, through
+its hook for custom networks; everything after that is compared. Where definitions differ, the
+libraries are set to this project's:
 
-* clean-fid resizes to 299 x 299 even for a network of one's own: it gets an identity.
-* Kernel distances are on standardised features and all samples: the libraries' subset is the whole
-  set, for which both sets have the same size.
-* torch-fidelity keeps features under a name that the images are no part of: its cache is off.
+* clean-fid resizes to 299 x 299 even for custom networks: its resize is replaced by the identity.
+* Kernel distances use standardised features and all samples: the libraries' subset is the whole
+  set, so both sets have the same size.
+* torch-fidelity's cache of features is keyed by a name, not by the images: it is off.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import replace
+import uuid
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from harness.config.experiment import Experiment
+from harness.config.jobs import ReferenceScoring
 from harness.data import datasets
 from harness.data.datasets import Images
 from harness.errors import UserError
@@ -32,7 +32,8 @@ from harness.evaluation.kernels import SIGMA
 from harness.evaluation.metrics.classifier_scores import SPLITS
 from harness.evaluation.registry import FRECHET, METRICS
 from harness.features.base import FeatureExtractor, load_extractor
-from harness.io.artifacts import load_tensors, read_json, write_text
+from harness.io.artifacts import load_tensors, write_text
+from harness.io.records import ScoreRecord
 from harness.streams import Stream
 
 TOLERANCE = 1e-4
@@ -40,51 +41,55 @@ COLUMNS = (
     *("quantity", "extractor", "ours", "library", "theirs"),
     *("relative_difference", "tolerance", "agrees"),
 )
+CLASS_SCORES = {"inception-score": SPLITS, "class-score": 1}  # -> torch-fidelity's splits
+COMPARED = (*FRECHET, "kd", "cmmd", "precision", "recall", *CLASS_SCORES)
 
 
-def write_agreement(experiment: Experiment) -> pd.DataFrame:
-    """Score samples of the first teacher against as many training images; write both tables."""
-    teacher = next(iter(experiment.teachers))
-    dataset = datasets.load(experiment.data_dir())
-    generated = _samples(experiment, teacher)
+def write_agreement(job: ReferenceScoring, folder: Path):
+    """Score samples of a teacher against as many training images and write both tables in
+    `folder`; returns them as a data frame with COLUMNS."""
+    import pandas as pd
+
+    scoring, rows = job.scoring, []
+    dataset = datasets.load(scoring.data)
+    generated = _samples(job.output)
     count = min(len(generated), len(dataset.train))
     generated = Images(generated.pixels[:count], generated.labels[:count])
     drawn = Stream(0, "agreement").uniform(torch.arange(len(dataset.train))).argsort()[:count]
     real = Images(dataset.train.pixels[drawn], dataset.train.labels[drawn])
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="onestep-agreement-") as folder:
-        folders = [Path(folder) / name for name in ("generated", "real")]
+    with tempfile.TemporaryDirectory(prefix="onestep-agreement-") as temporary:
+        folders = [Path(temporary) / name for name in ("generated", "real")]
         for images, place in zip((generated, real), folders, strict=True):
             write_images(images.pixels, place)
-        for name in experiment.evaluation.extractors:
-            extractor = load_extractor(experiment.features_dir(name), dataset, experiment.device)
+        for name, (_, extractor_folder) in scoring.extractors.items():
+            extractor = load_extractor(extractor_folder, dataset, scoring.device)
             if extractor.unavailable:
                 status = f"unavailable ({extractor.unavailable})"
                 rows.append({"extractor": name, "tolerance": TOLERANCE, "agrees": status})
             else:
-                rows += compare(extractor, generated, real, folders, experiment)
+                pair = ImagePair.extract(extractor, generated, real, scoring.evaluation.neighbours)
+                rows += compare_with_libraries(pair, folders)
     table = pd.DataFrame(rows, columns=COLUMNS)
-    tables = experiment.root / "tables"
-    write_text(tables / "agreement.csv", table.to_csv(index=False))
+    write_text(folder / "agreement.csv", table.to_csv(index=False))
     caption = (
-        f"{count:,} samples of teacher {teacher} against {count:,} training images, read from disk "
-        "by each library and seen through the same networks."
+        f"{count:,} samples of teacher {job.name} against {count:,} training images, read from "
+        "disk by each library and processed by the same networks."
     )
-    write_text(tables / "agreement.md", _markdown(experiment.name, table, caption))
+    write_text(folder / "agreement.md", _markdown(scoring.experiment, table, caption))
     return table
 
 
-def _samples(experiment: Experiment, teacher: str) -> Images:
-    """Those that the teacher's scores were made of, or the first of them."""
-    path = experiment.reference_score_path(teacher)
-    kept = read_json(path).get("kept")
+def _samples(scores: Path) -> Images:
+    """The samples that a teacher's score file stores."""
+    kept = ScoreRecord.read(scores).kept
     if kept is None:
-        raise UserError(f"{path} names no samples; delete it and run the workflow again")
-    return Images(**load_tensors(path.with_name(kept["file"]), kept["sha256"]))
+        message = f"{scores} has no samples; delete it and run the workflow again"
+        raise UserError(message, "missing-file")
+    return Images(**load_tensors(scores.with_name(kept.file), kept.sha256))
 
 
 def write_images(pixels: Tensor, folder: Path) -> None:
-    """PNG files whose names sort as the images stand."""
+    """PNG files whose names sort in the order of the images."""
     from PIL import Image
 
     folder.mkdir()
@@ -93,79 +98,98 @@ def write_images(pixels: Tensor, folder: Path) -> None:
         Image.fromarray(array).save(folder / f"{i:06d}.png")
 
 
-class Scored:
-    """What this project makes of two sets through one extractor."""
+@dataclass(frozen=True)
+class ImagePair:
+    """Generated images with their reference in the features of one extractor."""
 
-    def __init__(
-        self, extractor: FeatureExtractor, generated: Images, real: Images, neighbours: int
-    ):
-        self.extractor, self.channels = extractor, generated.pixels.shape[1]
-        self.reference = Reference(self._see(real, Reference(None), neighbours).features)
-        self.views = self._see(generated, self.reference, neighbours)
+    extractor: FeatureExtractor
+    channels: int
+    features: FeatureSet
 
-    def _see(self, images: Images, reference: Reference, neighbours: int) -> FeatureSet:
-        observer = FeatureAccumulator([self.extractor])
-        for pixels, _ in images.blocks():
-            observer.add(pixels, None)
-        return observer.feature_set(self.extractor.name, reference, neighbours)
+    @classmethod
+    def extract(
+        cls, extractor: FeatureExtractor, generated: Images, real: Images, neighbours: int
+    ) -> ImagePair:
+        def extracted(images: Images, reference: Reference) -> FeatureSet:
+            accumulator = FeatureAccumulator([extractor])
+            for pixels, _ in images.blocks():
+                accumulator.add(pixels, None)
+            return accumulator.feature_set(extractor.name, reference, neighbours)
+
+        reference = Reference(extracted(real, Reference(None)).features)
+        channels = generated.pixels.shape[1]
+        return cls(extractor, channels, extracted(generated, reference))
+
+    @property
+    def reference(self) -> Reference:
+        return self.features.reference
 
     def values(self) -> dict[str, float]:
         """Every metric that one of the libraries has, too."""
-        # As one of several subsets, so that no time goes into errors.
-        views = replace(self.views, is_subset=True)
+        # As one of several subsets, to skip the standard errors.
+        features = replace(self.features, is_subset=True)
         return {
-            name: METRICS[name].estimate(views).value
-            for name in (*FRECHET, "kd", "cmmd", "precision", "recall", *SPLITS_OF)
+            name: METRICS[name].estimate(features).value
+            for name in COMPARED
             if METRICS[name].applies_to(self.extractor.provided)
         }
 
+    def class_score(self) -> str | None:
+        """The class score that the extractor has, if any."""
+        provided = self.extractor.provided
+        return next((q for q in CLASS_SCORES if METRICS[q].applies_to(provided)), None)
 
-# Class scores -> the number of torch-fidelity's splits.
-SPLITS_OF = {"inception-score": SPLITS, "class-score": 1}
+    def distance(self) -> str:
+        """The name of the extractor's Fréchet distance."""
+        return next(name for name in FRECHET if name in self.extractor.provided)
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """The extractor's outputs for a library's batch `(B, 3, H, W)` of 8-bit values."""
+        pixels = images.round().to(torch.uint8)[:, : self.channels]
+        return self.extractor.extract(pixels, torch.zeros(len(pixels), dtype=torch.int64))
 
 
-def compare(
-    extractor: FeatureExtractor,
-    generated: Images,
-    real: Images,
-    folders: list[Path],
-    experiment: Experiment,
-) -> list[dict]:
-    """The table's rows for one extractor; `folders`: the generated and the real images on disk."""
-    scored = Scored(extractor, generated, real, experiment.evaluation.neighbours)
-    ours = scored.values()
-    rows = []
+def compare_with_libraries(pair: ImagePair, folders: list[Path]) -> list[dict]:
+    """The table's rows for one extractor. folders: the generated and the real images on disk."""
+    ours, rows = pair.values(), []
     for library, theirs in (
-        ("torch-fidelity", with_torch_fidelity(scored, ours, folders)),
-        ("clean-fid", with_clean_fid(scored, ours, folders)),
+        ("torch-fidelity", with_torch_fidelity(pair, folders)),
+        ("clean-fid", with_clean_fid(pair, folders)),
     ):
         for quantity, value in theirs.items():
-            row = {"quantity": quantity, "extractor": extractor.name, "ours": ours[quantity]}
-            row |= {"library": library, "theirs": value} | verdict(ours[quantity], value)
-            rows.append(row)
+            row = {"quantity": quantity, "extractor": pair.extractor.name, "ours": ours[quantity]}
+            row |= {"library": library, "theirs": value}
+            rows.append(row | difference(ours[quantity], value))
     return rows
 
 
-def verdict(ours: float, theirs: float) -> dict:
-    """The columns of a row that say how far two numbers agree."""
-    difference = abs(ours - theirs) / max(abs(theirs), 1e-12)
+def difference(ours: float, theirs: float) -> dict:
+    """The last three columns of a row."""
+    relative = abs(ours - theirs) / max(abs(theirs), 1e-12)
     if ours == theirs:  # both may be 0
-        difference = 0.0
-    agrees = "yes" if difference <= TOLERANCE else "no"
-    return {"relative_difference": difference, "tolerance": TOLERANCE, "agrees": agrees}
+        relative = 0.0
+    agrees = "yes" if relative <= TOLERANCE else "no"
+    return {"relative_difference": relative, "tolerance": TOLERANCE, "agrees": agrees}
 
 
-def _as_ours(images: Tensor, channels: int) -> Tensor:
-    """A library's batch `(B, 3, H, W)` as uint8 with the data set's own channels."""
-    return images.round().to(torch.uint8)[:, :channels]
+def torch_fidelity_values(folders: list[Path], name: str, **options) -> dict[str, float]:
+    """`torch_fidelity.calculate_metrics` of two folders with a registered network, on the CPU, in
+    this process, without cache."""
+    import torch_fidelity
+
+    common = {"feature_extractor": name, "cuda": False, "cache": False, "verbose": False}
+    common["save_cpu_ram"] = True  # otherwise it starts four processes
+    return torch_fidelity.calculate_metrics(
+        input1=str(folders[0]), input2=str(folders[1]), **common | options
+    )
 
 
-def hook(scored: Scored) -> type:
-    """The extractor as a class that torch-fidelity can register. Its features: `exact` (float64),
-    `features` as this project has them, `standardised` and, with probabilities, `logits`."""
+def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict]:
+    """Register the extractor in torch-fidelity; returns its name there and the options that select
+    this project's definitions. Its features: `exact` (float64), `features`, `standardised` and,
+    with probabilities, `logits`."""
+    import torch_fidelity
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-    extractor, reference = scored.extractor, scored.reference
 
     class Hook(FeatureExtractorBase):
         def __init__(self, name, features_list, **_):
@@ -176,38 +200,18 @@ def hook(scored: Scored) -> type:
             return ("exact", "features", "standardised", "logits")
 
         def forward(self, images):
-            pixels = _as_ours(images, scored.channels)
-            seen = extractor.extract(pixels, torch.zeros(len(pixels), dtype=torch.int64))
-            made = {
-                "exact": lambda: seen["features"].double(),
-                "features": lambda: seen["features"],
-                "standardised": lambda: reference.standardise(seen["features"]),
-                "logits": lambda: seen["probabilities"].log(),
+            outputs = pair.outputs(images)
+            features = {
+                "exact": lambda: outputs["features"].double(),
+                "features": lambda: outputs["features"],
+                "standardised": lambda: pair.reference.standardise(outputs["features"]),
+                "logits": lambda: outputs["probabilities"].log(),
             }
-            return tuple(made[name]() for name in self.features_list)
+            return tuple(features[name]() for name in self.features_list)
 
-    return Hook
-
-
-def torch_fidelity_values(folders: list[Path], name: str, **options) -> dict[str, float]:
-    """`torch_fidelity.calculate_metrics` of two folders through a registered network, on CPU, in
-    this process, without its cache."""
-    import torch_fidelity
-
-    common = {"feature_extractor": name, "cuda": False, "cache": False, "verbose": False}
-    common["save_cpu_ram"] = True  # keeps it from starting four processes
-    return torch_fidelity.calculate_metrics(
-        input1=str(folders[0]), input2=str(folders[1]), **common | options
-    )
-
-
-def registered(scored: Scored) -> tuple[str, dict]:
-    """The extractor under a name in torch-fidelity, and the options that make its metrics ours."""
-    import torch_fidelity
-
-    name = f"onestep-{scored.extractor.name}-{id(scored)}"
-    torch_fidelity.register_feature_extractor(name, hook(scored))
-    score = next((q for q in SPLITS_OF if METRICS[q].applies_to(scored.extractor.provided)), None)
+    name = f"onestep-{pair.extractor.name}-{uuid.uuid4().hex}"
+    torch_fidelity.register_feature_extractor(name, Hook)
+    score = pair.class_score()
     return name, {
         "fid": True,
         "kid": True,
@@ -217,38 +221,34 @@ def registered(scored: Scored) -> tuple[str, dict]:
         "feature_layer_kid": "standardised",
         "feature_layer_prc": "features",
         "feature_layer_isc": "logits",
-        "isc_splits": SPLITS_OF.get(score, 1),
+        "isc_splits": CLASS_SCORES.get(score, 1),
         "samples_shuffle": False,
         "kid_subsets": 1,
-        "kid_subset_size": len(scored.views.features),
-        "prc_neighborhood": scored.views.neighbours,
+        "kid_subset_size": len(pair.features.features),
+        "prc_neighborhood": pair.features.neighbours,
     }
 
 
-def with_torch_fidelity(scored: Scored, ours: dict, folders: list[Path]) -> dict[str, float]:
+def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
     import torch_fidelity
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    count = len(scored.views.features)
-    name, options = registered(scored)
+    name, options = register_in_torch_fidelity(pair)
     found = torch_fidelity_values(folders, name, **options)
-    distance = next(q for q in FRECHET if q in ours)
     values = {
-        distance: found[torch_fidelity.KEY_METRIC_FID],
+        pair.distance(): found[torch_fidelity.KEY_METRIC_FID],
         "kd": 1000 * found[torch_fidelity.KEY_METRIC_KID_MEAN],
         "precision": found[torch_fidelity.KEY_METRIC_PRECISION],
         "recall": found[torch_fidelity.KEY_METRIC_RECALL],
     }
-    if score := next((q for q in SPLITS_OF if q in ours), None):
+    if score := pair.class_score():
         values[score] = found[torch_fidelity.KEY_METRIC_ISC_MEAN]
-    if "cmmd" in ours:
-        embeddings = [
-            normalize(t.double(), dim=1) for t in (scored.views.features, scored.reference.features)
-        ]
+    if METRICS["cmmd"].applies_to(pair.extractor.provided):
+        both = (pair.features.features, pair.reference.features)
         found = kid_features_to_metric(
-            *embeddings,
+            *(normalize(features.double(), dim=1) for features in both),
             kid_subsets=1,
-            kid_subset_size=count,
+            kid_subset_size=len(both[0]),
             kid_kernel="rbf",
             kid_kernel_rbf_sigma=SIGMA,
             verbose=False,
@@ -257,18 +257,13 @@ def with_torch_fidelity(scored: Scored, ours: dict, folders: list[Path]) -> dict
     return values
 
 
-def with_clean_fid(scored: Scored, ours: dict, folders: list[Path]) -> dict[str, float]:
+def with_clean_fid(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
     from cleanfid import fid
-
-    def network(images: Tensor) -> Tensor:
-        pixels = _as_ours(images, scored.channels)
-        labels = torch.zeros(len(pixels), dtype=torch.int64)
-        return scored.extractor.extract(pixels, labels)["features"].double()
 
     generated, real = (
         fid.get_folder_features(
             str(folder),
-            network,
+            lambda images: pair.outputs(images)["features"].double(),
             num_workers=0,
             device=torch.device("cpu"),
             custom_fn_resize=lambda image: image,
@@ -277,29 +272,24 @@ def with_clean_fid(scored: Scored, ours: dict, folders: list[Path]) -> dict[str,
         for folder in folders
     )
     standardised = [
-        scored.reference.standardise(torch.from_numpy(t)).numpy() for t in (generated, real)
+        pair.reference.standardise(torch.from_numpy(t)).numpy() for t in (generated, real)
     ]
-    distance = next(q for q in FRECHET if q in ours)
     return {
-        distance: float(fid.fid_from_feats(generated, real)),
+        pair.distance(): float(fid.fid_from_feats(generated, real)),
         "kd": 1000 * fid.kernel_distance(*standardised, num_subsets=1, max_subset_size=len(real)),
     }
 
 
-def _markdown(name: str, table: pd.DataFrame, caption: str) -> str:
+def _markdown(name: str, table, caption: str) -> str:
     compared = table.relative_difference.dropna()
     largest = f"{compared.max():.1e}" if len(compared) else "none"
     text = table.copy()
-    for column, form in (
-        ("ours", "{:.8g}"),
-        ("theirs", "{:.8g}"),
-        ("relative_difference", "{:.1e}"),
-    ):
+    formats = {"ours": "{:.8g}", "theirs": "{:.8g}", "relative_difference": "{:.1e}"}
+    for column, form in formats.items():
         text[column] = [
             "–" if math.isnan(v) else form.format(v) for v in table[column].astype(float)
         ]
-    text = text.fillna("–").astype(str)
-    body = text.to_markdown(index=False, disable_numparse=True)
+    body = text.fillna("–").astype(str).to_markdown(index=False, disable_numparse=True)
     return (
         f"# Agreement with the libraries on {name}\n\n{body}\n\n{caption} Largest relative "
         f"difference: {largest}.\n"

@@ -1,52 +1,58 @@
-"""Images from elsewhere by an experiment's protocol: a folder or zip of samples, no run of ours."""
+"""Score images from a folder or zip file by an experiment's protocol."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from harness.config.experiment import Experiment
+from harness.config.jobs import Scoring
 from harness.data.datasets import Images
 from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
 from harness.evaluation.checks import minimum_samples
 from harness.evaluation.columns import column_name
-from harness.evaluation.score import Scorer
+from harness.evaluation.scorer import Scorer
+from harness.io.records import ScoreRow
 
 
-def score_folder(experiment: Experiment, path: Path) -> list[dict]:
-    """Rows for the images in `path`, which lie as a data set's would (`image_archive`), with
-    labels where the experiment has classes. At the experiment's sample counts that they suffice
-    for, else all of them."""
-    scorer = Scorer(experiment)
-    d = scorer.dataset
-    # Of texts there need not be any, and networks from elsewhere bring images to their own size.
-    texts = d.evaluation_prompts is not None and not d.attributes
-    known = d.num_evaluated > 0 and (not texts or has_labels(path))
-    pixels, labels, _ = read_images(path, known, d.num_evaluated or None)
-    if not texts and tuple(pixels.shape[1:]) != d.image_shape:
-        mine, theirs = ("x".join(map(str, shape)) for shape in (pixels.shape[1:], d.image_shape))
-        raise UserError(f"{path}: its images are {mine}, those of data {d.name} {theirs}")
-    least = minimum_samples(experiment.evaluation.neighbours)[1]
-    if len(pixels) < least:
-        raise UserError(f"{path}: {len(pixels)} images; the metrics need {least} or more")
-    counts = [n for n in scorer.counts() if n <= len(pixels)] or [len(pixels)]
+def score_folder(scoring: Scoring, path: Path) -> list[ScoreRow]:
+    """Rows for the images in `path`, in the layout of a data set (`harness.data.image_archive`).
+
+    Labels are required if the experiment has classes, and optional for prompts. The sample counts
+    are the experiment's as far as there are enough images, otherwise the number of images.
+    """
+    scorer = Scorer(scoring)
+    data = scorer.dataset
+    # With prompts labels are optional, and pretrained networks resize the images.
+    prompted = data.evaluation_prompts is not None and data.attributes is None
+    labelled = data.num_evaluated > 0 and (not prompted or has_labels(path))
+    pixels, labels, _ = read_images(path, labelled, data.num_evaluated or None)
+    if not prompted and tuple(pixels.shape[1:]) != data.image_shape:
+        size, expected = ("x".join(map(str, s)) for s in (pixels.shape[1:], data.image_shape))
+        raise UserError(f"{path}: images are {size}; those of {data.name} are {expected}", "shape")
+    minimum = minimum_samples(scoring.evaluation.neighbours)[1]
+    if len(pixels) < minimum:
+        message = f"{path}: {len(pixels)} images; the metrics need at least {minimum}"
+        raise UserError(message, "too-few")
+    counts = [n for n in scorer.counts if n <= len(pixels)] or [len(pixels)]
     blocks = Images(pixels, labels).blocks()
-    return scorer.score(((x, y if known or not texts else None) for x, y in blocks), counts)
+    if prompted and not labelled:
+        blocks = ((block, None) for block, _ in blocks)
+    return scorer.score(blocks, counts).rows
 
 
-def print_folder(experiment: Experiment, path: Path) -> None:
+def print_folder(scoring: Scoring, path: Path) -> None:
     from tabulate import tabulate
 
     rows = [
         (
-            column_name(row["metric"], row["num_samples"], row["extractor"]),
-            row.get("status", row["value"]),
-            row["stderr"],
+            column_name(row.metric, row.num_samples, row.extractor),
+            row.value if row.status is None else row.status,
+            row.stderr,
         )
-        for row in score_folder(experiment, path)
+        for row in score_folder(scoring, path)
     ]
     print(tabulate(rows, ("column", "value", "standard error"), tablefmt="github", floatfmt=".4g"))
     print(
-        f"\n{path} against the training part of {experiment.data.name}, as {experiment.name} "
-        "scores its students; how these images were chosen and labelled, nothing here can tell."
+        f"\n{path} against the training part of {scoring.data_section.name}, scored like the "
+        f"students of {scoring.experiment}. How these images were selected is unknown."
     )

@@ -1,7 +1,7 @@
-"""Distances between samples: what the metrics of neighbours need of all pairs, in two passes.
+"""Nearest neighbours among samples, from the matrix of all distances in two passes.
 
-A pass takes the matrix of distances a few rows at a time and keeps vectors, so that 10,000 samples
-need no 400 MB, and precision, recall, density, coverage and memorisation share its cost.
+A pass computes a few rows at a time and stores vectors only (the matrix of 10,000 samples has 400
+MB). Precision, recall, density and coverage share the passes.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 1024  # of a matrix of distances at a time
+ROWS = 1024  # of a distance matrix at a time
 
 
 def _distances(points: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows `(<= ROWS, M)` of the matrix of Euclidean distances, and which rows they are."""
+    """Yield slices of the points with their Euclidean distances to all others, `(<= ROWS, M)`."""
     for start in range(0, len(points), ROWS):
         rows = slice(start, start + ROWS)
         yield rows, torch.cdist(points[rows], others)
 
 
 def neighbour_radii(points: Tensor, k: int) -> Tensor:
-    """Distance of each point `(N, D)` to its k-th neighbour, itself not counted: `(N,)`."""
+    """Distance of each point `(N, D)` to its k-th nearest neighbour, itself excluded: `(N,)`."""
     smallest = [d.topk(k + 1, dim=1, largest=False).values for _, d in _distances(points, points)]
     return torch.cat(smallest)[:, -1]
 
 
 def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance of each point `(N, D)` to the nearest of the others `(M, D)`, `(N,)`, and which one
-    that is, `(N,)`.
+    """Distance of each point `(N, D)` to the nearest of the others `(M, D)`, and its index; both
+    `(N,)`.
 
-    The distance is taken again from the difference of the two: in `torch.cdist` that of a copy is
-    what rounding leaves of two large squares, and copies are what this looks for.
+    The distance is recomputed from the difference: `torch.cdist` subtracts large squares, whose
+    rounding hides exact copies.
     """
     index = torch.cat([d.argmin(dim=1) for _, d in _distances(points, others)])
     return (points - others[index]).norm(dim=1), index
@@ -41,12 +41,11 @@ def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """Generated samples `(N,)` and reference samples `(M,)` as each other's neighbours.
+    """Overlap of the balls around generated samples `(N,)` and reference samples `(M,)`.
 
-    `precise`: which generated samples lie in some ball of the reference; `recalled`: which
-    reference samples lie in some ball of the generated ones; `balls`: how many balls of the
-    reference (of `wide` neighbours) hold each generated sample; `covered`: which of these balls
-    hold some.
+    precise: whether a generated sample lies in a reference ball. recalled: whether a reference
+    sample lies in a generated ball. balls: number of reference balls of the wide radius that
+    contain a generated sample. covered: whether the ball of a reference sample contains one.
     """
 
     precise: Tensor
@@ -58,7 +57,8 @@ class Neighbourhood:
 def neighbourhood(
     features: Tensor, reference: Tensor, k: int, radii: Tensor, wide_radii: Tensor
 ) -> Neighbourhood:
-    """`radii`: of the reference's balls, to the k-th neighbour; `wide_radii`: to another's."""
+    """Compare features `(N, D)` with the reference `(M, D)`. radii: of the reference's balls, to
+    the k-th neighbour; wide_radii: those of density and coverage."""
     own = neighbour_radii(features, k)
     precise, balls = [], []
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)

@@ -1,4 +1,6 @@
 # Scores: one job per run for all its snapshots, one per teacher (with the floor).
+from harness.evaluation import protocol
+
 EXTRACTORS = expand(
     f"{E.paths.root}/features/{{features}}/features.json", features=E.evaluation.extractors
 )
@@ -20,7 +22,7 @@ rule score:
     resources:
         gpu=GPU,
     params:
-        spec=spec(E.score_spec()),
+        spec=spec(protocol.fingerprint(E.scoring())),
     shell:
         "{HARNESS} score {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"
 
@@ -38,7 +40,7 @@ rule score_references:
     resources:
         gpu=GPU,
     params:
-        spec=lambda w: spec(E.reference_score_spec(w.teacher)),
+        spec=lambda w: spec(protocol.reference_fingerprint(E.reference_scoring(w.teacher))),
     shell:
         "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
 
@@ -63,6 +65,6 @@ rule agreement:
     resources:
         gpu=GPU,
     params:
-        spec=spec(E.agreement_spec()),
+        spec=spec(protocol.agreement_fingerprint(E.scoring())),
     shell:
         "{HARNESS} agreement --configfile {CONFIG} > {log} 2>&1"

@@ -1,0 +1,243 @@
+"""Score streams of images against an experiment's reference, the training part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.config.jobs import Scoring
+from harness.data import datasets
+from harness.evaluation.accumulate import FeatureAccumulator, NearestImages
+from harness.evaluation.checks import minimum_samples, small_sample_warning
+from harness.evaluation.estimates import Estimate, mean_over_subsets
+from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.protocol import protocol
+from harness.evaluation.references import load_reference, published_statistics
+from harness.evaluation.registry import METRICS, Metric
+from harness.evaluation.sample_stream import Checkpoints, SampleSource, SampleStream
+from harness.features.base import FeatureExtractor, load_extractor
+from harness.io.artifacts import digest
+from harness.io.records import ScoreRow
+from harness.training.distributed import processes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Scores:
+    """The result for one stream of images.
+
+    images: the first images (`pixels`, `labels`) and those nearest to training images. per_image:
+    "<extractor>/<output>" `(N,)` of the scalar outputs, and the `prompt` of each image.
+    """
+
+    rows: list[ScoreRow] = field(default_factory=list)
+    images: dict[str, Tensor] = field(default_factory=dict)
+    per_image: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Scorer:
+    """Computes all metrics in the features of all extractors.
+
+    protocols: digest -> protocol, and dimensions: extractor -> number of features, of everything
+    that was scored. With several processes, all of them must make the same calls: they share the
+    generation of samples, and the first one computes the scores.
+    """
+
+    def __init__(self, scoring: Scoring):
+        self.scoring, self.first = scoring, processes().first
+        self.dataset = datasets.load(scoring.data)
+        datasets.check_sizes(self.dataset, minimum_samples(scoring.evaluation.neighbours))
+        self.published = published_statistics(scoring)
+        self.extractors: list[FeatureExtractor] = []
+        self.references = {}
+        for name, (_, folder) in scoring.extractors.items() if self.first else ():
+            extractor = load_extractor(folder, self.dataset, scoring.device)
+            self.extractors.append(extractor)
+            if not extractor.unavailable:
+                given = self.published and name == self.published.extractor
+                statistics = self.published.statistics if given else None
+                self.references[name] = load_reference(
+                    extractor, self.dataset, folder, scoring.device, statistics
+                )
+        # The features in which the figure of nearest neighbours searches.
+        self.nearest_in = next(iter(self.references), None) if len(self.dataset.train) else None
+        self.checkpoints = Checkpoints(scoring.checkpoint_seconds)
+        self.protocols: dict[str, dict] = {}
+        self.dimensions: dict[str, int] = {}
+
+    @property
+    def available(self) -> list[FeatureExtractor]:
+        return [extractor for extractor in self.extractors if not extractor.unavailable]
+
+    @property
+    def labels_known(self) -> bool:
+        """Whether the labels of real images are those that samples are requested with."""
+        data = self.dataset
+        if data.prompts is None:
+            return True
+        return self.scoring.data_section.labels and data.prompts is data.evaluation_prompts
+
+    @property
+    def floor_count(self) -> int:
+        """Samples of the floor: the held-out images, at most the main sample count; of a larger
+        held-out part the floor is the mean over disjoint subsets."""
+        main, held_out = self.scoring.evaluation.num_samples, len(self.dataset.held_out)
+        return min(main, held_out or main)
+
+    @property
+    def counts(self) -> list[int]:
+        """Sample counts to score at: the main one and the floor's."""
+        return list(dict.fromkeys([self.scoring.evaluation.num_samples, self.floor_count]))
+
+    def stream(
+        self, source: SampleSource, seed: int, folder: Path, *identity: object
+    ) -> SampleStream:
+        """The samples of one sampling seed. `folder`: for unfinished work; `identity`: what decides
+        the samples, and what is stored of them, besides the source and the seed."""
+        evaluation, device = self.scoring.evaluation, self.scoring.device
+        key = [*source.hashes, *identity, seed, evaluation.block, self.dataset.sha256]
+        key += [torch.__version__, device]
+        key += [
+            [e.name, e.hashes, e.settings.model_dump(), e.resize, e.details]
+            for e in self.extractors
+        ]
+        return SampleStream(
+            source,
+            seed,
+            max(self.counts),
+            self.dataset.num_evaluated,
+            evaluation.block,
+            device,
+            folder / digest(key),
+            self.checkpoints,
+        )
+
+    def score(
+        self,
+        blocks: Iterable[tuple[Tensor, Tensor | None]],
+        counts: list[int] | None = None,
+        *,
+        seed: int | None = None,
+        final: bool = True,
+        trained_against: Collection[str] = (),
+        pretraining: Collection[str] = (),
+        keep: int = 0,
+        nearest: bool = False,
+        per_image: bool = False,
+    ) -> Scores:
+        """Score a `SampleStream`, or uint8 images with labels `(B,)`, at each of `counts`.
+
+        seed: the sampling seed, for the rows. final: whether they are of the last snapshot, which
+        gets every metric. trained_against: feature networks in the generator's losses, and
+        pretraining: the data sets of their training; rows of such extractors are flagged. keep: how
+        many images to return. nearest: also return those nearest to training images. per_image:
+        also return the values of each image.
+        """
+        if not self.first:
+            for _ in blocks:
+                pass
+            return Scores()
+        search = None
+        if nearest and self.nearest_in is not None:
+            reference = self.references[self.nearest_in]
+            search = NearestImages(self.nearest_in, reference, self.dataset.train)
+        accumulator = FeatureAccumulator(
+            self.available,
+            self.dataset.attributes,
+            keep,
+            search,
+            blocks if isinstance(blocks, SampleStream) else None,
+        )
+        for pixels, labels in blocks:
+            if labels is None and self.labels_known:  # as `Images` has them without classes
+                labels = torch.zeros(len(pixels), dtype=torch.int64)
+            accumulator.add(pixels, labels)
+        accumulator.finish()
+        result, counts = Scores(images=accumulator.images()), counts or self.counts
+        for extractor in self.extractors:
+            name, features = extractor.name, None
+            if not extractor.unavailable:
+                neighbours = self.scoring.evaluation.neighbours
+                features = accumulator.feature_set(name, self.references[name], neighbours)
+                self._record_dimension(name, features, counts)
+                if per_image:
+                    values = features.per_image()
+                    result.per_image |= {f"{name}/{key}": t for key, t in values.items()}
+                    result.per_image["prompt"] = features.labels
+            flag = ""
+            if {name, extractor.alias} & set(trained_against):
+                flag = "trained-on-extractor"
+            elif set(extractor.pretraining) & set(pretraining):
+                flag = "shares-pretraining"
+            for metric, count in self._measurements(extractor, features, counts, final):
+                row = self._row(metric, extractor, features, count)
+                result.rows.append(row.model_copy(update={"sample_seed": seed, "flag": flag}))
+        return result
+
+    def _record_dimension(self, name: str, features: FeatureSet, counts: list[int]) -> None:
+        if name in self.dimensions:
+            return
+        dim = self.dimensions[name] = features.features.shape[1]
+        floor = self.floor_count if len(self.dataset.held_out) else None
+        for count in (count for count in counts if count <= dim):
+            logger.warning(small_sample_warning(name, dim, count, floor))
+
+    def _measurements(
+        self,
+        extractor: FeatureExtractor,
+        features: FeatureSet | None,
+        counts: list[int],
+        final: bool,
+    ) -> list[tuple[Metric, int]]:
+        """Each metric that applies to an extractor, with each of its sample counts. For an
+        unavailable extractor (no features) these are the metrics that would apply."""
+        without_features = {
+            "reference.features": len(self.dataset.train) > 0,
+            "reference.held_out": len(self.dataset.held_out) > 0,
+        }
+
+        def has(need: str) -> bool:
+            if features is None:
+                return without_features.get(need, True)
+            return need in extractor.missing or features.has(need)
+
+        metrics = [
+            metric
+            for metric in map(METRICS.__getitem__, METRICS)
+            if metric.applies_to(extractor.provided)
+            and (final or not metric.final_only)
+            and all(map(has, metric.needs))
+        ]
+        dim = 0 if features is None else features.features.shape[1]
+        pairs = dict.fromkeys((m.name, m.count(n)) for n in counts for m in metrics)
+        return [(METRICS[name], n) for name, n in pairs if n >= METRICS[name].samples_per_dim * dim]
+
+    def _row(
+        self, metric: Metric, extractor: FeatureExtractor, features: FeatureSet | None, count: int
+    ) -> ScoreRow:
+        """The number of a metric, or a row with a `status` if a network is unavailable."""
+        missing = [extractor.missing[name] for name in metric.requires if name in extractor.missing]
+        unavailable = extractor.unavailable or next(iter(missing), None)
+        value = Estimate(None, None)
+        if unavailable is None:
+            parts = [metric.estimate(subset) for subset in features.subsets(count)]
+            value = mean_over_subsets(parts)
+        record = protocol(metric, extractor, count, self.dataset, self.scoring, self.published)
+        key = digest(record)
+        self.protocols[key] = record
+        return ScoreRow(
+            metric=metric.name,
+            extractor=extractor.name,
+            num_samples=count,
+            value=value.value,
+            stderr=value.stderr,
+            leave_out=list(value.leave_out),
+            protocol=key,
+            status=f"unavailable ({unavailable})" if unavailable else None,
+        )
