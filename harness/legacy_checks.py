@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import (
-    PROMPT_KEYS as PROMPTS,
-)
-from harness.config.schema import (
-    DataSection,
     ImportedTeacher,
     TrainedTeacher,
 )
+from harness.data import checks as data_checks
+from harness.data.registry import has_captions, has_texts
 from harness.errors import Problem, did_you_mean
 from harness.features.base import FEATURES
 from harness.io.downloads import is_address
@@ -39,58 +37,7 @@ def _check_file(
 
 
 def _captioned(model: Any) -> bool:
-    return model.data is not None and model.data.captioned
-
-
-# The keys of `data` that mean something, by what the data set is.
-FILES = {"source", "sha256", "labels"}
-
-
-DATA_KEYS = {
-    "an embedded data set": {"name", "held_out"},
-    "a data set with a test set of its own": {"name"} | FILES,
-    "a source": {"name", "held_out", "num_classes", "resolution"} | FILES,
-    "a data set without images": {"name", "num_classes", "image_shape"},
-    "prompts and a source": {"name", "held_out", "resolution"} | FILES | PROMPTS,
-    "prompts without images": {"name", "image_shape"} | PROMPTS,
-}
-
-
-def _check_data(data: DataSection, files: bool) -> list[str]:
-    from harness.data.datasets import EMBEDDED
-    from harness.data.torchvision_sets import OFFICIAL, recognises
-
-    lines = []
-    if data.source is not None:
-        official = recognises(data.name, Path(data.source).expanduser())
-        kind = "a data set with a test set of its own" if official else "a source"
-        if data.prompts is not None and not official:
-            kind = "prompts and a source"
-    elif data.name in EMBEDDED:
-        kind = "an embedded data set"
-    elif data.image_shape is None and data.name in OFFICIAL:
-        kind = "a data set with a test set of its own"
-    elif (shape := data.image_shape) is not None:
-        kind = "prompts without images" if data.prompts else "a data set without images"
-        if shape[1] != shape[2]:
-            lines.append(f"data.image_shape: channels, height, width, not {list(shape)}")
-    elif data.prompts is not None:
-        return ["data.image_shape: missing; it says what is made of the prompts"]
-    else:
-        hint = did_you_mean(data.name, [*EMBEDDED, *OFFICIAL])
-        return [f"data.name: unknown data set {data.name!r} without a source{hint}"]
-    for key in sorted(data.model_fields_set - DATA_KEYS[kind]):
-        lines.append(f"data.{key}: means nothing for {kind}")
-    for key, (file, sha256) in data.prompt_files.items():
-        lines += _check_file(f"data.{key}", file, (f"data.{key}_sha256", sha256), files)
-    if not data.labels and data.num_classes is not None:
-        lines.append("data.num_classes: means nothing with labels: false")
-    if data.source is not None:
-        sha256 = "data.sha256", data.sha256
-        lines += _check_file("data.source", data.source, sha256, files, folder=True)
-        if data.sha256 and Path(data.source).expanduser().is_dir():
-            lines.append("data.sha256: a folder has none")
-    return lines
+    return model.data is not None and has_captions(model.data)
 
 
 def _check_trained_here(model: Any) -> list[str]:
@@ -143,7 +90,7 @@ def _check_imported(name: str, teacher: ImportedTeacher, model: Any) -> list[str
             lines.append(f"{where}.sha256: means nothing for a pipeline's folder")
         if model.data is not None and model.data.prompts is None:
             lines.append(f"{where}: a text-to-image pipeline; data.prompts: missing")
-    elif model.data is not None and model.data.texts:
+    elif model.data is not None and has_texts(model.data):
         lines.append(f"{where}: data has texts; a text-to-image pipeline of diffusers reads them")
     if teacher.network is not None:
         kind = str(teacher.network.get("type"))
@@ -157,8 +104,6 @@ def _check_imported(name: str, teacher: ImportedTeacher, model: Any) -> list[str
 def problems(model: Any, files: bool) -> list[Problem]:
     lines = []
     model.students_names = model.names["students"]
-    if model.data is not None:
-        lines += _check_data(model.data, files)
     lines += _check_trained_here(model)
     from harness.networks import ARCHITECTURES
 
@@ -174,7 +119,10 @@ def problems(model: Any, files: bool) -> list[Problem]:
             hint = did_you_mean(kind, ARCHITECTURES)
             lines.append(f"teachers.{name}.network.type: unknown network {kind!r}{hint}")
     lines += _check_guidance(model)
-    return [Problem(*line.split(": ", 1)[:1], "invalid", line.split(": ", 1)[1]) for line in lines]
+    found = data_checks.check(model.data, files) if model.data else []
+    return found + [
+        Problem(*line.split(": ", 1)[:1], "invalid", line.split(": ", 1)[1]) for line in lines
+    ]
 
 
 def _check_guidance(model: Any) -> list[str]:

@@ -177,8 +177,8 @@ def test_user_error_has_no_traceback(tmp_path, tiny, capsys):
         (["teacher", "end"], "unknown teacher 'end'; did you mean 'edm'?"),
         (["features", "tiny-cn"], "unknown feature network 'tiny-cn'; did you mean 'tiny-cnn'?"),
         (["pairs", "x"], "unknown pair set 'x'; known: edm_n64_steps3"),
-        (["train", "sid", "0"], "data.json is missing; run the workflow"),
-        (["score", "sid", "0"], "student.json is missing; run the workflow"),
+        (["train", "sid", "0"], "data.json does not exist; run the workflow"),
+        (["score", "sid", "0"], "student.json does not exist; run the workflow"),
         (["report"], "edm.json is missing or belongs to other weights or settings; run the"),
     ],
 )

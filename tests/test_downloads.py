@@ -1,4 +1,4 @@
-"""Downloads: hash-checked, resumable, cached; mistakes are one clear line."""
+"""Downloads and local files."""
 
 import hashlib
 import os
@@ -19,104 +19,102 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of one file that knows ranges; `server.requests` holds what was asked for."""
+    """A server of one file; `server.requests` counts requests, `server.limit` truncates the file."""
     monkeypatch.setenv("ONESTEP_CACHE", str(tmp_path / "cache"))
-    requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked = self.headers.get("Range")
-            requests.append(asked)
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-            if self.path != "/net.pkl" or start >= len(CONTENT):
-                return self.send_error(404 if self.path != "/net.pkl" else 416)
-            self.send_response(206 if asked else 200)
-            self.send_header("Content-Length", str(len(CONTENT) - start))
+            http.requests += 1
+            if self.path != "/net.pkl":
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
             self.end_headers()
-            self.wfile.write(CONTENT[start:][: http.limit])
+            self.wfile.write(CONTENT[: http.limit])
 
         def log_message(self, *arguments):
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.limit = None
-    http.requests, http.address = requests, f"http://127.0.0.1:{http.server_port}/net.pkl"
+    http.limit, http.requests = None, 0
+    http.address = f"http://127.0.0.1:{http.server_port}/net.pkl"
     yield http
     http.shutdown()
     http.server_close()
 
 
-def part_of(address):
-    return cache_dir() / f"{SHA256[:16]}-net.pkl.part"
+def fails(source, sha256) -> tuple[str, str]:
+    with pytest.raises(UserError) as error:
+        fetch(str(source), sha256)
+    assert "\n" not in str(error.value)
+    return error.value.code, str(error.value)
 
 
-def test_a_download_is_cached_and_then_needs_no_network(server):
+def cached_files() -> list:
+    return [path for path in cache_dir().iterdir() if path.suffix != ".lock"]
+
+
+def test_downloads_are_cached(server):
     path = fetch(server.address, SHA256)
-    assert path.read_bytes() == CONTENT
+    assert path.read_bytes() == CONTENT and cached_files() == [path]
     server.shutdown()
     server.server_close()
     assert fetch(server.address, SHA256) == path
-    assert server.requests == [None]
+    assert server.requests == 1
 
 
-@pytest.mark.parametrize("have", [1000, len(CONTENT)])
-def test_an_interrupted_download_goes_on(server, have):
-    cache_dir().mkdir(parents=True)
-    part_of(server.address).write_bytes(CONTENT[:have])
-    assert fetch(server.address, SHA256).read_bytes() == CONTENT
-    assert server.requests == [f"bytes={have}-"]
-
-
-def test_a_broken_connection_loses_nothing(server):
+def test_incomplete_download_leaves_nothing(server):
     server.limit = 300_000
-    with pytest.raises(UserError, match=r"broke off after 300000 of 1280000 bytes.*run again"):
-        fetch(server.address, SHA256)
+    assert fails(server.address, SHA256)[0] == "checksum"
+    assert cached_files() == []
+    (cache_dir() / f"{SHA256[:16]}-net.pkl.1234.partial").touch()  # of a killed process
     server.limit = None
-    assert fetch(server.address, SHA256).read_bytes() == CONTENT
-    assert server.requests == [None, "bytes=300000-"]
+    path = fetch(server.address, SHA256)
+    assert path.read_bytes() == CONTENT and cached_files() == [path]
 
 
-def test_a_wrong_hash_leaves_nothing(server):
-    wrong = "0" * 64
-    with pytest.raises(UserError, match=f"of sha256 {SHA256}, not {wrong}"):
-        fetch(server.address, wrong)
-    assert [p for p in cache_dir().iterdir() if p.suffix != ".lock"] == []
+def test_download_with_another_hash_leaves_nothing(server):
+    assert fails(server.address, "0" * 64)[0] == "checksum"
+    assert cached_files() == []
 
 
-def test_mistakes_are_one_line(server, tmp_path):
-    with pytest.raises(UserError, match=r"404 Not Found.*or name it as a local file") as caught:
-        fetch(server.address + "x", SHA256)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="needs its sha256"):
-        fetch(server.address, None)
-    with pytest.raises(UserError, match="does not exist"):
-        fetch(str(tmp_path / "none"), None)
+def test_unreachable_host_names_file_hash_and_place(server, monkeypatch):
+    code, message = fails(server.address + "x", SHA256)
+    assert code == "download" and "404" in message and SHA256 in message
+    assert str(cache_dir()) in message and "local path" in message
+    server.shutdown()
+    server.server_close()
+    assert fails(server.address, SHA256)[0] == "download"
+
+
+def test_local_files_are_verified(server, tmp_path):
+    assert fails(server.address, None)[0] == "no-checksum"
+    assert fails(tmp_path / "none", None)[0] == "missing-file"
     local = tmp_path / "local.pkl"
     local.write_bytes(CONTENT)
     assert fetch(str(local), SHA256) == local
-    with pytest.raises(UserError, match="has sha256"):
-        fetch(str(local), "0" * 64)
+    assert fails(local, "0" * 64)[0] == "checksum"
 
 
-def test_a_damaged_cache_is_noticed(server):
+def test_damaged_cache_is_detected(server):
     path = fetch(server.address, SHA256)
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(UserError, match="delete it and run again"):
-        fetch(server.address, SHA256)
+    code, message = fails(server.address, SHA256)
+    assert code == "checksum" and f"{path}" in message and "delete" in message
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps(os.getcwd, 2), "it asks for posix.getcwd, which weights do not need"),
-        (pickle.dumps(Fraction, 2), "it asks for fractions.Fraction, which weights do not need"),
-        (pickle.dumps(Fraction, 4), "it is damaged or holds other things than weights"),
-        (b"no weights", "it is damaged or holds other things than weights"),
-        (b"", "it is damaged or holds other things than weights"),
+        (pickle.dumps(os.getcwd, 2), "it contains posix.getcwd, which is not a tensor"),
+        (pickle.dumps(Fraction, 2), "it contains fractions.Fraction, which is not a tensor"),
+        (pickle.dumps(Fraction, 4), "it is damaged or contains other objects than tensors"),
+        (b"no weights", "it is damaged or contains other objects than tensors"),
+        (b"", "it is damaged or contains other objects than tensors"),
     ],
 )
-def test_a_foreign_pickle_is_refused_without_a_way_around_it(tmp_path, content, message):
+def test_pickles_of_other_objects_are_rejected(tmp_path, content, message):
     torch.save({"weight": torch.ones(2)}, tmp_path / "good.pth")
     assert torch.equal(load_pickled(tmp_path / "good.pth")["weight"], torch.ones(2))
     (tmp_path / "bad.pth").write_bytes(content)

@@ -299,8 +299,8 @@ def test_resume_equals_uninterrupted(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("truncate", "state-00000008.safetensors is damaged or from another run"),
-        ("remove", "state-00000008.safetensors is missing"),
+        ("truncate", "state-00000008.safetensors is damaged"),
+        ("remove", "state-00000008.safetensors does not exist"),
         ("foreign", "belongs to another run"),
         ("garbage", "state.json is damaged"),
         ("version", "another version"),

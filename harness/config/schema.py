@@ -53,16 +53,6 @@ class DataSection(Section):
         files = {key: (getattr(self, key), getattr(self, f"{key}_sha256")) for key in PROMPT_SETS}
         return {key: file for key, file in files.items() if file[0] is not None}
 
-    @property
-    def captioned(self) -> bool:
-        """Whether a program can check the images' captions."""
-        return self.name == "captioned-digits" and self.source is None
-
-    @property
-    def texts(self) -> bool:
-        """Whether images are generated from texts."""
-        return self.captioned or self.prompts is not None
-
 
 class Limit(Section):
     unit: Literal["images", "flops", "seconds"]

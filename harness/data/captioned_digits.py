@@ -1,8 +1,8 @@
-"""Digits in colour with captions: a text-to-image data set whose images a program can check.
+"""Coloured digits with captions: a text-to-image data set whose images a program can check.
 
 Each image shows one of scikit-learn's handwritten digits, 10 of the 16 pixels high, in one of four
-inks on one of two grounds, on the left or on the right. A caption names all four attributes in one
-of several wordings. Every digit is drawn several times with other attributes, always the same ones.
+ink colours, on a black or white ground, on the left or on the right. A caption names all four
+attributes in one of three wordings. Each digit is drawn eight times, with fixed random attributes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from harness.data.digits import DIGIT_WORDS, Digits, read_digits
+from harness.data.registry import DATASETS, Images, stratified_split
 from harness.streams import Stream
 
 SIZE, DIGIT = 16, 10  # pixels
@@ -26,60 +28,67 @@ INKS = {
 }
 GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255)}
 SIDES = ("left", "right")
-DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDINGS = (
     "a {ink} {digit} on the {side} of a {ground} picture",
     "{ground} ground with a {digit} in {ink} ink to the {side}",
     "the number {digit}, {side}, {ink} on {ground}",
 )
-CHECKED = ("ink", "ground", "side")  # attributes that `seen` measures
 ATTRIBUTES = {"digit": DIGIT_WORDS, "ink": tuple(INKS), "ground": tuple(GROUNDS), "side": SIDES}
-
-
-# Captions of a class by its name, for sets of single digits; the first one is for scoring.
-TEMPLATES = ("a handwritten digit {}", "the digit {}", "a scan of the number {}")
+CHECKED = ("ink", "ground", "side")  # the attributes that `measure` finds
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What the captions name, and a program that checks images for it (`Dataset.attributes`).
+    """Checker of images against captions (an `AttributeChecker`).
 
-    names: the attributes that `check` measures. values: int64 `(captions, 4)`, what each caption
-    names, in the order of `ATTRIBUTES`.
+    values: int64 `(captions, 4)`, the attributes in each caption, in the order of `ATTRIBUTES`.
     """
 
     values: Tensor
     names: tuple[str, ...] = CHECKED
 
     def check(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Whether images uint8 `(B, C, H, W)` have the attributes that captions `labels` `(B,)`
-        name: bool `(B, len(names))`."""
-        return seen(pixels) == self.values[labels, 1:]
+        """Whether images have the ink, ground and side in captions `labels`: bool `(B, 3)`."""
+        return measure(pixels) == self.values[labels, 1:]
 
     def classes(self, labels: Tensor) -> Tensor:
-        """The class that each caption names, int64 `(B,)`."""
+        """The digit in each caption."""
         return self.values[labels, 0]
 
     def meanings(self) -> Tensor:
-        """int64 `(captions,)`: equal numbers for captions that differ in wording only."""
+        """int64 `(captions,)`, equal for captions that differ in wording only."""
         return self.values.unique(dim=0, return_inverse=True)[1]
 
 
 def captions() -> tuple[tuple[str, ...], Attributes]:
-    """All combinations of attributes, each in all wordings."""
+    """All captions: each combination of attributes in each wording; and their checker."""
     texts, rows = [], []
     for row in product(*(range(len(values)) for values in ATTRIBUTES.values())):
-        named = {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
-        texts += [wording.format(**named) for wording in WORDINGS]
+        words = {n: values[i] for (n, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
+        texts += [wording.format(**words) for wording in WORDINGS]
         rows += [row] * len(WORDINGS)
     return tuple(texts), Attributes(torch.tensor(rows))
+
+
+@DATASETS.register("captioned-digits")
+class CaptionedDigits(Digits):
+    shape = (3, SIZE, SIZE)
+
+    captions = staticmethod(captions)
+
+    def read(self):
+        """All drawings of a handwritten digit are in the same part."""
+        pixels, labels = read_digits()
+        parts = stratified_split(labels, self.section.held_out)
+        train, held = (Images(*draw(pixels[part], labels[part], part)) for part in parts)
+        return train, held, self.class_names
 
 
 def draw(digits: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Images uint8 `(COPIES N, 3, 16, 16)` and the numbers of their captions.
 
-    `digits`: uint8 `(N, 1, 8, 8)`, `labels` `(N,)`; `numbers` `(N,)`: theirs in the whole set, by
-    which attributes and places are drawn.
+    `digits`: uint8 `(N, 1, 8, 8)`; `labels` `(N,)`; `numbers` `(N,)`: positions in the whole data
+    set, which seed the attributes and positions.
     """
     index = (numbers[:, None] * COPIES + torch.arange(COPIES)).flatten()
     stream = Stream(0, "captioned digits")
@@ -92,46 +101,43 @@ def draw(digits: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tenso
             ("wording", len(WORDINGS)),
         )
     )
-    digit = labels.repeat_interleave(COPIES)
-    number = digit
+    caption = labels.repeat_interleave(COPIES)
     for part, values in ((ink, INKS), (ground, GROUNDS), (side, SIDES), (wording, WORDINGS)):
-        number = number * len(values) + part
+        caption = caption * len(values) + part
     strength = interpolate(digits.float() / 255, size=(DIGIT, DIGIT), mode="bilinear")
     strength = strength.repeat_interleave(COPIES, dim=0)
     room = SIZE - DIGIT + 1
     top = stream.child("top").integers(index, room)
     left = stream.child("left").integers(index, 2) + side * (room - 2)
+    rows = (top[:, None] + torch.arange(DIGIT))[:, :, None]
+    columns = (left[:, None] + torch.arange(DIGIT))[:, None]
     mask = torch.zeros(len(index), 1, SIZE, SIZE)
-    rows = top[:, None] + torch.arange(DIGIT)
-    columns = left[:, None] + torch.arange(DIGIT)
-    mask[torch.arange(len(index))[:, None, None], 0, rows[:, :, None], columns[:, None]] = strength[
-        :, 0
-    ]
+    mask[torch.arange(len(index))[:, None, None], 0, rows, columns] = strength[:, 0]
     inks, grounds = (
         torch.tensor(list(colours.values())).float()[chosen][:, :, None, None]
         for colours, chosen in ((INKS, ink), (GROUNDS, ground))
     )
-    return (grounds + mask * (inks - grounds)).round().to(torch.uint8), number
+    return (grounds + mask * (inks - grounds)).round().to(torch.uint8), caption
 
 
-def seen(pixels: Tensor) -> Tensor:
-    """What images uint8 `(B, 3, 16, 16)` show of ink, ground and side: int64 `(B, 3)`.
+def measure(pixels: Tensor) -> Tensor:
+    """Ink, ground and side of images uint8 `(B, 3, 16, 16)`: int64 `(B, 3)`.
 
-    The ground is the colour nearest to the border's median; the ink, the one nearest to the mean of
-    the tenth of the pixels that are furthest from the ground; the side, where their weight lies.
+    The ground is the colour nearest to the median of the border. The ink is the colour nearest to
+    the mean of the tenth of the pixels furthest from the ground, by direction: strokes mix with the
+    ground at their edges. The side is that of the centre of the distances from the ground.
     """
     x = pixels.float()
     border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2)
     grounds = torch.tensor(list(GROUNDS.values())).float()
     ground = torch.cdist(border.median(dim=2).values, grounds).argmin(dim=1)
-    away = (x - grounds[ground][:, :, None, None]).norm(dim=1)
-    strongest = away.flatten(1).topk(SIZE * SIZE // 10, dim=1).indices
+    distance = (x - grounds[ground][:, :, None, None]).norm(dim=1)
+    strongest = distance.flatten(1).topk(SIZE * SIZE // 10, dim=1).indices
     ink = x.flatten(2).gather(2, strongest[:, None].expand(-1, 3, -1)).mean(dim=2)
     inks = torch.tensor(list(INKS.values())).float()
-    # Strokes mix with the ground at their edges: what counts is the direction away from it.
     step = ink - grounds[ground]
-    towards = inks[None] - grounds[ground][:, None]
-    along = (step[:, None] * towards).sum(dim=2) / towards.norm(dim=2)
+    directions = inks[None] - grounds[ground][:, None]
+    projection = (step[:, None] * directions).sum(dim=2) / directions.norm(dim=2)
     columns = (torch.arange(SIZE) + 0.5)[None, None]
-    centre = (away * columns).sum(dim=(1, 2)) / away.sum(dim=(1, 2)).clamp_min(1e-6)
-    return torch.stack([along.argmax(dim=1), ground, (centre > SIZE / 2).long()], dim=1)
+    centre = (distance * columns).sum(dim=(1, 2)) / distance.sum(dim=(1, 2)).clamp_min(1e-6)
+    return torch.stack([projection.argmax(dim=1), ground, (centre > SIZE / 2).long()], dim=1)

@@ -1,39 +1,79 @@
-"""Image files in the layout that EDM's dataset tool writes (Karras et al. 2022, arXiv 2206.00364).
+"""Image files in the layout of EDM's dataset tool (Karras et al. 2022, arXiv 2206.00364).
 
-A zip or a folder of PNG files such as `00000/img00000000.png`, grey or RGB, square and all of one
-size, and `dataset.json`, which holds `{"labels": [["00000/img00000000.png", 6], ...]}` or null for
-labels. It may also be called `labels`. Images come in the order of their names; hidden files do not
-count. Nothing is extracted to disk.
+A zip or a folder of square PNG files of one size, grey or RGB, such as `00000/img00000000.png`, and
+`dataset.json` (or `labels`) with `{"labels": [["00000/img00000000.png", 6], ...]}`, or null for
+labels. Images are sorted by name; hidden files are ignored. Nothing is extracted to disk.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import struct
-import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import joblib
 import numpy as np
 import torch
 from torch import Tensor
 
+from harness.config.schema import PROMPT_KEYS
+from harness.data.prompts import read_prompts
+from harness.data.registry import FILE_KEYS, FORMS, DataSource, split
 from harness.errors import UserError
+from harness.io.downloads import fetch, is_address
 
+logger = logging.getLogger(__name__)
 INDEXES = ("dataset.json", "labels")
-# Bounds on what one file may make of itself when it is unpacked.
+# Limits on the unpacked size of a file.
 MAX_SIDE = 2048
 MAX_IMAGE_BYTES = 1 << 25
 MAX_INDEX_BYTES = 1 << 30
 MAX_CLASSES = 1 << 16
 
 
+@FORMS.register("image-files")
+class ImageArchive(DataSource):
+    """A `data.source` of image files. With prompts, labels are line numbers of prompts."""
+
+    @property
+    def description(self) -> str:
+        return "prompts with a source" if self.section.prompts else "a source of image files"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        keys = FILE_KEYS | {"held_out", "resolution"}
+        return keys | (PROMPT_KEYS if self.section.prompts else {"num_classes"})
+
+    @property
+    def image_shape(self):
+        side = self.section.resolution
+        return (3, side, side) if side else None
+
+    @property
+    def num_classes(self) -> int:
+        return (self.section.num_classes or 0) if self.section.labels else 0
+
+    def read(self):
+        section = self.section
+        path = Path(section.source).expanduser()
+        if is_address(section.source) or not path.is_dir():
+            path = fetch(section.source, section.sha256)
+        if section.prompts is None:
+            pixels, labels, names = read_images(
+                path, section.labels, section.num_classes, section.resolution
+            )
+            return *split(pixels, labels, section.held_out), names
+        count = len(read_prompts(fetch(section.prompts, section.prompts_sha256), quiet=True))
+        pixels, labels, _ = read_images(path, section.labels, count, section.resolution)
+        return *split(pixels, labels, section.held_out, torch.zeros_like(labels)), ()
+
+
 class Files:
-    """The files of a zip or a folder by name; threads may read them at the same time."""
+    """The files in a zip or a folder, by name. Threads may read at the same time."""
 
     def __init__(self, path: Path):
         self.path, self._zip = path, None
@@ -44,94 +84,103 @@ class Files:
             try:
                 self._zip = zipfile.ZipFile(path)
             except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-                raise UserError(f"{path} is no zip file, or was cut off ({error})") from None
+                raise UserError(
+                    f"{path} is not a zip file, or is incomplete ({error})", "damaged"
+                ) from None
             found = [(i.filename, i.file_size) for i in self._zip.infolist() if not i.is_dir()]
         self.sizes = {n: size for n, size in found if not any(p[:1] == "." for p in n.split("/"))}
 
     def read(self, name: str, limit: int) -> bytes:
         """The content of a file of at most `limit` bytes."""
-        if self.sizes[name] > limit:
-            raise UserError(f"{self.path}: {name} has {self.sizes[name]} bytes, more than {limit}")
+        where, size = f"{self.path}: {name}", self.sizes[name]
+        if size > limit:
+            raise UserError(f"{where} has {size} bytes, more than {limit}", "too-large")
         try:
             return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
         except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({error})") from None
+            raise UserError(f"{where} could not be read ({error})", "damaged") from None
 
 
 def has_labels(path: Path) -> bool:
-    """Whether a list of labels lies beside the images."""
+    """Whether a zip or a folder has a list of labels."""
     return any(name in Files(path).sizes for name in INDEXES)
 
 
 def _labels(files: Files, names: list[str], num_classes: int) -> Tensor:
-    """The label of each image, int64 `(N,)`, below `num_classes`."""
+    """The label of each image: int64 `(N,)`, below `num_classes`."""
     index = next((name for name in INDEXES if name in files.sizes), None)
     if index is None:
-        raise UserError(f"{files.path} has no {INDEXES[0]} with labels; without any: labels: false")
+        raise UserError(
+            f"{files.path} has no {INDEXES[0]} with labels; for images without labels set "
+            "data.labels: false",
+            "no-labels",
+        )
     where = f"{files.path}: {index}"
-    form = f'{where} is not of the form {{"labels": [[file name, class], ...]}}'
+    form = f'{where}: expected {{"labels": [[file name, class], ...]}}'
     try:
         entries = json.loads(files.read(index, MAX_INDEX_BYTES))["labels"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(form) from None
+        raise UserError(form, "labels") from None
     if entries is None:
-        raise UserError(f"{where} says that the images have no labels; set labels: false")
+        raise UserError(f"{where} has no labels; set data.labels: false", "no-labels")
     labels = {}
     for entry in entries if isinstance(entries, list) else [entries]:
         match entry:
             case [str(name), int(label)] if not isinstance(label, bool):
                 if not 0 <= label < num_classes:
                     raise UserError(
-                        f"{where}: label {label} of {name} is not in 0..{num_classes - 1}"
+                        f"{where}: label {label} of {name} is not in 0..{num_classes - 1}",
+                        "label-range",
                     )
                 labels[name] = label
             case _:
-                raise UserError(f"{form}: {str(entry)[:80]}")
+                raise UserError(f"{form}, got {str(entry)[:80]}", "labels")
     if len(entries) != len(names):
-        raise UserError(f"{where} has {len(entries)} labels for {len(names)} images")
+        raise UserError(f"{where} has {len(entries)} labels for {len(names)} images", "labels")
     for name in names:
         if name not in labels:
-            raise UserError(f"{where} has no label for {name}")
+            raise UserError(f"{where} has no label for {name}", "labels")
     return torch.tensor([labels[name] for name in names])
 
 
 def _decode(files: Files, name: str) -> np.ndarray:
-    """A PNG as uint8 `(H, H, C)`, C being 1 or 3. Its header is checked before it is unpacked."""
+    """A PNG file as uint8 `(H, H, C)`, C = 1 or 3. The header is checked before unpacking."""
     from PIL import Image, UnidentifiedImageError
 
     where, data = f"{files.path}: {name}", files.read(name, MAX_IMAGE_BYTES)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            depth = data[24]  # of IHDR, always the first chunk: 16-bit RGB would lose its low bits
+            depth = data[24]  # of IHDR, the first chunk: PIL would truncate 16-bit RGB
             if image.mode not in ("L", "RGB") or depth != 8:
-                raise UserError(
-                    f"{where} is {image.mode}, {depth} bits; images are 8-bit RGB or grey"
-                )
-            if image.width != image.height:
-                raise UserError(f"{where} is {image.width} x {image.height}; images are square")
-            if image.width > MAX_SIDE:
-                raise UserError(f"{where} is {image.width} wide; images are at most {MAX_SIDE}")
-            return np.asarray(image).reshape(image.height, image.width, -1)
+                message = f"is {image.mode} with {depth} bits, not 8-bit RGB or grey"
+            elif image.width != image.height:
+                message = f"is {image.width} x {image.height}, not square"
+            elif image.width > MAX_SIDE:
+                message = f"is {image.width} pixels wide; the limit is {MAX_SIDE}"
+            else:
+                return np.asarray(image).reshape(image.height, image.width, -1)
+            raise UserError(f"{where} {message}", "image-format")
     except UnidentifiedImageError:
-        raise UserError(f"{where} is no PNG file") from None
+        raise UserError(f"{where} is not a PNG file", "image-format") from None
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} is a damaged PNG file ({error})") from None
+        raise UserError(f"{where} is a damaged PNG file ({error})", "damaged") from None
 
 
 def read_images(
     path: Path, labelled: bool = True, num_classes: int | None = None, resolution: int | None = None
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 `(N, C, H, H)`, labels int64 `(N,)` and class names "0", "1", ... of a zip or a
-    folder.
+    """Images uint8 `(N, C, H, H)`, labels int64 `(N,)` and class names ("0", "1", ...) of a zip or
+    a folder.
 
-    With `labelled` false labels are not looked at: all are 0, and there are no class names.
-    `num_classes` defaults to the largest label + 1; `resolution` is the H that images must have.
-    A mistake in the files is a `UserError` that names the file.
+    labelled: False ignores labels: all are 0, without class names. num_classes: default: the
+    largest label + 1. resolution: the required H. Errors name the file.
     """
+    from joblib import cpu_count
+
     files = Files(path)
     names = sorted(name for name in files.sizes if name not in INDEXES)
     if not names:
-        raise UserError(f"{path} has no images")
+        raise UserError(f"{path} has no images", "no-images")
     if labelled:
         labels = _labels(files, names, num_classes or MAX_CLASSES)
         class_names = tuple(str(i) for i in range(num_classes or int(labels.max()) + 1))
@@ -139,23 +188,27 @@ def read_images(
         labels, class_names = torch.zeros(len(names), dtype=torch.int64), ()
     first = _decode(files, names[0]).shape
     if resolution is not None and first[0] != resolution:
-        raise UserError(f"{path}: {names[0]} is {first[0]} wide; data.resolution is {resolution}")
+        raise UserError(
+            f"{path}: {names[0]} is {first[0]} pixels wide, but data.resolution is {resolution}",
+            "shape",
+        )
     pixels = np.empty((len(names), first[2], *first[:2]), np.uint8)
 
-    def place(i: int) -> None:
+    def read_into_place(i: int) -> None:
         image = _decode(files, names[i])
         if image.shape != first:
             raise UserError(
-                f"{path}: {names[i]} is {_size(image.shape)}, but {names[0]} is {_size(first)}"
+                f"{path}: {names[i]} is {_size(image.shape)}, but {names[0]} is {_size(first)}",
+                "shape",
             )
         pixels[i] = image.transpose(2, 0, 1)
 
     step = max(1024, -(-len(names) // 20))
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         for start in range(0, len(names), step):
             stop = min(start + step, len(names))
-            list(pool.map(place, range(start, stop)))
-            print(f"{path}: {stop} of {len(names)} images", file=sys.stderr, flush=True)
+            list(pool.map(read_into_place, range(start, stop)))
+            logger.info("%s: %d of %d images", path, stop, len(names))
     return torch.from_numpy(pixels), labels, class_names
 
 

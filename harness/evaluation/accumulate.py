@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.data.datasets import Attributes, Images
+from harness.data.registry import AttributeChecker, Images
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.frechet import BLOCK
@@ -63,7 +63,7 @@ class FeatureAccumulator:
     def __init__(
         self,
         extractors: Sequence[FeatureExtractor],
-        attributes: Attributes | None = None,
+        attributes: AttributeChecker | None = None,
         keep: int = 0,
         nearest: NearestImages | None = None,
         stream: SampleStream | None = None,

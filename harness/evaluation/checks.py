@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.config.schema import ClaimSection, DataSection, EvaluationSection, FeatureSettings
+from harness.data.registry import has_captions
 from harness.errors import Problem, did_you_mean
 from harness.evaluation.estimates import GROUPS
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS
@@ -136,7 +137,7 @@ def _check_metric(
     if name not in METRICS:
         message = f"unknown metric {name!r}{did_you_mean(name, METRICS)}"
         return [Problem(key, "unknown-name", message)]
-    metric, captioned = METRICS[name], data is not None and data.captioned
+    metric, captioned = METRICS[name], data is not None and has_captions(data)
 
     def usable(other: Metric) -> bool:
         provided = any(other.applies_to(provides(settings)) for settings in used.values())

@@ -1,34 +1,35 @@
-"""Locks: one process per run, and the machine alone for budgets in seconds."""
+"""Locks: one process per run, and exclusive use of the machine for budgets in seconds."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep two processes from working on the same run; the system frees it when a process dies.
+    """Allow one process at a time to work on a folder; the system frees the lock of a dead process.
 
-    A second process waits: it may be the orphan of a killed Snakemake, and when it is done the
-    work is done.
+    A second process waits: the first one may be the orphan of a killed Snakemake and finish the
+    work.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
-    waited = False
-    while True:
+    timeout = 0
+    while not lock.is_locked:
         try:
-            lock.acquire(timeout=0 if not waited else 60)
-            break
+            lock.acquire(timeout=timeout)
         except Timeout:
-            print(f"waiting: another process works on {folder}", file=sys.stderr, flush=True)
-            waited = True
+            logger.info("waiting for another process to finish with %s", folder)
+            timeout = 60
     try:
         yield
     finally:
@@ -37,11 +38,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def machine_slot(exclusive: bool = False) -> Iterator[bool]:
-    """Share the machine with other stages, or have it alone for a budget counted in seconds.
+    """Share the machine with other stages, or reserve it for a budget in seconds.
 
-    Yields True if the wish was granted: a stage that asks for the machine alone and finds another
-    at work goes on beside it, and its timing is to be flagged `contended`. Stages that start
-    while one has the machine alone wait for it.
+    Yields whether the request was granted. An exclusive stage runs even if other stages do; its
+    timing must then be flagged `contended`. Other stages wait for a running exclusive one.
     """
     import fcntl
 
@@ -57,6 +57,6 @@ def machine_slot(exclusive: bool = False) -> Iterator[bool]:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                print("waiting: a run with a budget in seconds has the machine", file=sys.stderr)
+                logger.info("waiting: a run with a budget in seconds has reserved the machine")
                 fcntl.flock(file, fcntl.LOCK_SH)
         yield granted

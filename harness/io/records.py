@@ -93,16 +93,16 @@ class Stop(_Part):
 
 
 class TrainingFacts(Record):
-    """What the records of all trained networks share. run_id: the run's folder below `runs/`.
-    skipped_steps: phase -> steps with a gradient that is not finite."""
+    """What the records of trained networks share; None in those of imported ones. run_id: name of
+    the folder below `runs/`. skipped_steps: phase -> steps with a gradient that is not finite."""
 
-    harness: str
-    torch: str
-    run_id: str
-    sha256: str
-    stop: Stop
-    skipped_steps: dict[str, int]
-    ledger: Costs
+    harness: str | None = None
+    torch: str | None = None
+    run_id: str | None = None
+    sha256: str | None = None
+    stop: Stop | None = None
+    skipped_steps: dict[str, int] | None = None
+    ledger: Costs | None = None
 
 
 class StudentRecord(TrainingFacts):
@@ -110,6 +110,7 @@ class StudentRecord(TrainingFacts):
     pretraining: data sets that pretrained networks in the losses were trained on. inputs: sha256 of
     each input. contended: whether other work ran during a run with a budget in seconds."""
 
+    sha256: str
     fingerprint: str
     experiment: str
     student: str
@@ -142,46 +143,32 @@ class File(_Part):
     sha256: str
 
 
-class TeacherRecord(Record):
-    """`teacher.json`. Trained teachers have the facts of their training, imported ones `imported`
-    (source, sha256). text, evaluation_text: embeddings of the prompts. codec: the decoder."""
+class TeacherRecord(TrainingFacts):
+    """`teacher.json`. imported: source and sha256 of an imported teacher. text, evaluation_text:
+    embeddings of the prompts. codec: the decoder."""
 
     teacher: str
-    fingerprint: str
-    run_id: str
     sha256: str
+    fingerprint: str
     parameters: int
     device: str | None = None
-    harness: str | None = None
-    torch: str | None = None
-    stop: Stop | None = None
-    skipped_steps: dict[str, int] | None = None
-    ledger: Costs | None = None
     imported: dict[str, str] | None = None
     text: File | None = None
     evaluation_text: File | None = None
     codec: dict[str, str] | None = None
 
 
-class FeatureRecord(Record):
-    """`features.json`. settings: of the network's class, with its `type`. Trained networks have the
-    facts of their training, fetched ones a `file`.
-    unavailable: why there are no weights, in two words; reason: the error. missing: the same for
-    heads. aesthetic: the trained aesthetic head."""
+class FeatureRecord(TrainingFacts):
+    """`features.json`. settings: of the network's class, with its `type`. file: of a fetched
+    network. unavailable: why it has no weights, in two words; reason: the error; missing: the same
+    for heads. aesthetic: the trained aesthetic head."""
 
     name: str
     settings: dict[str, Any]
-    sha256: str | None = None
     file: str | None = None
     unavailable: str | None = None
     reason: str | None = None
     missing: dict[str, str] = {}
-    harness: str | None = None
-    torch: str | None = None
-    run_id: str | None = None
-    stop: Stop | None = None
-    skipped_steps: dict[str, int] | None = None
-    ledger: Costs | None = None
     held_out_accuracy: float | None = None
     aesthetic: dict[str, Any] | None = None
 

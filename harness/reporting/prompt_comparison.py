@@ -8,6 +8,7 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.data import datasets
+from harness.data.registry import has_texts
 from harness.errors import UserError
 from harness.io.artifacts import verify
 from harness.io.records import ScoreRecord
@@ -23,7 +24,7 @@ def read_per_image(experiment: Experiment, name: str, seed: int) -> pd.DataFrame
     path = experiment.paths.scores(name, seed)
     if name == "teacher":
         path = experiment.paths.reference_scores(next(iter(experiment.teachers)))
-    if not experiment.data.texts:
+    if not has_texts(experiment.data):
         raise UserError(f"{experiment.name} has no prompts", "no-prompts")
     file = ScoreRecord.read(path).per_image
     if file is None:

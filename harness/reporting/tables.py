@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from harness.config.experiment import Experiment
+from harness.data.registry import has_captions, has_texts
 from harness.evaluation.registry import METRICS
 from harness.reporting.collect import main_column, main_metric_in
 from harness.reporting.formatting import (
@@ -101,11 +102,11 @@ def headline(experiment: Experiment, summary: Summary) -> str:
     scored = set(summary.scores.column[summary.scores["mean"].notna()])
     available = [name for name in extractors if main_column(experiment, name) in scored]
     extractor = (available or extractors)[0]
-    accuracy = "attribute-accuracy" if experiment.data.captioned else "accuracy"
+    accuracy = "attribute-accuracy" if has_captions(experiment.data) else "accuracy"
     names = (main_metric_in(experiment, extractor).name, "recall", accuracy)
     columns = summary.columns.loc[summary.main]
     chosen = (columns.extractor == extractor) & columns.metric.isin(names)
-    if experiment.data.texts:
+    if has_texts(experiment.data):
         chosen |= columns.metric.isin(TEXT_METRICS)
     table = text_table(summary, list(columns.index[chosen]), ranked=False)
     return markdown(table.drop(columns=["parameters", "frozen"]).reset_index()) + "\n"

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from harness.config.experiment import Experiment
 from harness.config.schema import ImportedTeacher
-from harness.data import datasets
 from harness.data.datasets import ON_DEVICE, Dataset, Images
 from harness.data.prompts import prompts_of
-from harness.data.torchvision_sets import OFFICIAL
+from harness.data.registry import data_source
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.features.base import FEATURES
@@ -41,20 +40,12 @@ COPIES = 4
 
 def stand_in_dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images of the experiment's shape and labels, read from no file but an embedded one."""
-    data = experiment.data
-    if data.name in datasets.EMBEDDED and data.source is None and data.has_images:
-        known = datasets.EMBEDDED[data.name]
-        shape, classes = known.image_shape, len(known.class_names)
-    elif data.name in OFFICIAL and data.source is None and data.has_images:
-        known = OFFICIAL[data.name]
-        shape, classes = known.image_shape, len(known.class_names) * data.labels
-    else:
-        if data.image_shape is None and data.resolution is None:
-            raise UserError("data.resolution: missing; it tells what the images will be")
-        shape = data.image_shape or (3, data.resolution, data.resolution)
-        classes = (data.num_classes or 0) if data.labels else 0
-    captions, attributes = datasets.captions() if data.captioned else (None, None)
-    texts = prompts_of(captions) if captions else None
+    data, source = experiment.data, data_source(experiment.data)
+    shape, classes = source.image_shape, source.num_classes
+    if shape is None:
+        raise UserError("data.resolution: required for the shape of the images", "missing-key")
+    texts, attributes = source.captions() or (None, None)
+    texts = prompts_of(texts) if texts else None
     if data.prompts is not None:
         texts, classes = prompts_of(("a prompt",) * 256), 0
     conditions = len(texts) if texts else classes

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from harness.data.captioned_digits import CHECKED
+from harness.data.registry import attribute_names
 from harness.evaluation.estimates import Estimate, jackknife, mean_estimate, without_each_group
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.registry import register
@@ -76,7 +76,7 @@ def attribute_accuracy(features: FeatureSet) -> Estimate:
     return mean_estimate(100.0 * (features.class_correct & features.outputs["attributes_correct"]))
 
 
-for _name in CHECKED:
+for _name in attribute_names():
     register(
         f"{_name}-accuracy",
         f"{_name.capitalize()} accuracy (%)",

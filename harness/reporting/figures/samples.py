@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from harness.config.experiment import Experiment
 from harness.data.datasets import load
+from harness.data.registry import has_texts
 from harness.io.artifacts import load_tensors
 from harness.io.records import Samples, ScoreRecord
 from harness.reporting.figures.style import message_figure
@@ -92,7 +93,7 @@ def select_samples(
 
 def prompt_texts(experiment: Experiment) -> tuple[str, ...]:
     """The evaluation prompts that sample labels index; empty for data without texts."""
-    if not experiment.data.texts or not (experiment.paths.data / "data.json").exists():
+    if not has_texts(experiment.data) or not (experiment.paths.data / "data.json").exists():
         return ()
     return load(experiment.paths.data, images=False).evaluation_prompts.texts
 

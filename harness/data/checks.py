@@ -1,0 +1,37 @@
+"""Checks of the `data` section of an experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.config.schema import DataSection
+from harness.data.registry import data_source
+from harness.errors import Problem, UserError
+from harness.io.downloads import source_problems
+
+
+def check(section: DataSection, files: bool = True) -> list[Problem]:
+    """All errors in a `data` section. `files`: whether the files that it names must exist."""
+    try:
+        source = data_source(section)
+    except UserError as error:
+        return [Problem("data.name", error.code, str(error))]
+    problems = source.check()
+    for key, (file, sha256) in section.prompt_files.items():
+        problems += source_problems(f"data.{key}", file, sha256, required=files)
+    if not section.labels and section.num_classes is not None:
+        problems.append(
+            Problem("data.num_classes", "not-allowed", "not allowed together with labels: false")
+        )
+    if section.source is not None:
+        problems += source_problems(
+            "data.source",
+            section.source,
+            section.sha256,
+            sha256_key="data.sha256",
+            required=files,
+            folder=True,
+        )
+        if section.sha256 and Path(section.source).expanduser().is_dir():
+            problems.append(Problem("data.sha256", "not-allowed", "not allowed for a folder"))
+    return problems

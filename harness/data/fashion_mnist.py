@@ -1,0 +1,60 @@
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): 70,000 images, 28 x 28, grey, 10 classes.
+
+The source is a folder with the four official files, compressed or not, such as
+`/usr/share/datasets/fashion-mnist` of Debian's package `dataset-fashion-mnist`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+from harness.data.registry import DATASETS
+from harness.data.torchvision_sets import TorchvisionSet
+from harness.io.downloads import cache_dir, fetch
+
+URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FILES = {
+    "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+
+
+@DATASETS.register("fashion-mnist")
+class FashionMnist(TorchvisionSet):
+    name, dataset = "fashion-mnist", "FashionMNIST"
+    shape = (1, 28, 28)
+    class_names = (
+        *("t-shirt", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    )
+    hashes = (
+        "308c6213870624505959c710712dbe6debc9c2041d98fda2dccb47bcffbd3d84",
+        "b7f140f1222993c13e87dc8277a29fffab35bf5fa0777d972356122e7320f6c6",
+    )
+
+    @classmethod
+    def accepts_official(cls, path: Path) -> bool:
+        return path.is_dir() and any(path.glob("t10k-images-idx3-ubyte*"))
+
+    def download(self) -> Path:
+        """Fetch the compressed files into one folder of the cache."""
+        folder = cache_dir() / "fashion-mnist"
+        for name, sha256 in FILES.items():
+            place = folder / f"{name}.gz"
+            if not place.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                fetch(f"{URL}{name}.gz", sha256).replace(place)
+        return folder
+
+    def unpack(self, source: Path, root: Path) -> None:
+        raw = root / self.dataset / "raw"
+        raw.mkdir(parents=True)
+        for name in FILES:
+            if (source / name).exists():
+                shutil.copy(source / name, raw)
+            else:
+                (raw / name).write_bytes(gzip.decompress((source / f"{name}.gz").read_bytes()))

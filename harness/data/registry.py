@@ -1,0 +1,183 @@
+"""The registry of data sets, and their base class.
+
+A data set is one file in this package or a plug-in: a subclass of `DataSource`, registered under
+the name that `data.name` in an experiment gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from harness.config.schema import DataSection
+from harness.errors import Problem, UserError, did_you_mean
+from harness.registry import Registry
+from harness.streams import Stream
+
+FILE_KEYS = frozenset({"source", "sha256", "labels"})
+
+
+@dataclass(frozen=True)
+class Images:
+    """`pixels` uint8 `(N, C, H, W)`; `labels` int64 `(N,)`, all 0 in a data set without classes."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def blocks(self, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and labels of at most `size` images at a time."""
+        return zip(self.pixels.split(size), self.labels.split(size), strict=True)
+
+
+class AttributeChecker(Protocol):
+    """A program that checks images against the captions of a data set; a label is the number of a
+    caption. names: the attributes that `check` measures."""
+
+    names: tuple[str, ...]
+
+    def check(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Whether uint8 images `(B, C, H, W)` have the attributes in captions `labels` `(B,)`: bool
+        `(B, len(names))`."""
+
+    def classes(self, labels: Tensor) -> Tensor:
+        """The class in each caption: int64 `(B,)`."""
+
+    def meanings(self) -> Tensor:
+        """int64 `(captions,)`, equal for captions that differ in wording only."""
+
+
+class DataSource:
+    """A data set as configured by the `data` section.
+
+    Subclasses set `shape` and `class_names` and implement `read`.
+
+    description: for error messages ("data.x: not allowed for <description>"). keys: keys of the
+    `data` section that apply, besides `name`. caption_templates: captions of a class by its name,
+    for networks that compare images with texts; the first one is for scoring.
+    """
+
+    description: ClassVar[str] = "an embedded data set"
+    shape: ClassVar[tuple[int, int, int] | None] = None  # (C, H, W)
+    class_names: ClassVar[tuple[str, ...]] = ()
+    keys: ClassVar[frozenset[str]] = frozenset({"held_out"})
+    caption_templates: ClassVar[tuple[str, ...]] = (
+        "a photo of a {}",
+        "a {}",
+        "a small picture of the {}",
+    )
+
+    def __init__(self, section: DataSection):
+        self.section = section
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Whether a `data.source` holds this data set; otherwise it is read as image files."""
+        return "source" in cls.keys
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """`(C, H, W)`, without reading files; None if unknown."""
+        return self.shape
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, without reading files; 0 without classes or if unknown."""
+        return len(self.class_names) if self.section.labels else 0
+
+    @classmethod
+    def captions(cls) -> tuple[tuple[str, ...], AttributeChecker] | None:
+        """All captions, and their checker, of a text-to-image data set."""
+        return None
+
+    def read(self) -> tuple[Images, Images, tuple[str, ...]]:
+        """The training part, the held-out part and the class names."""
+        raise NotImplementedError
+
+    def check(self) -> list[Problem]:
+        """Errors in the `data` section, apart from its files."""
+        extra = sorted(self.section.model_fields_set - self.keys - {"name"})
+        return [
+            Problem(f"data.{key}", "not-allowed", f"not allowed for {self.description}")
+            for key in extra
+        ]
+
+
+DATASETS: Registry[type[DataSource]] = Registry("data set", "harness.data")
+# Forms of unregistered data sets.
+FORMS: Registry[type[DataSource]] = Registry("form of data", "harness.data")
+
+
+def data_source(section: DataSection) -> DataSource:
+    """The data set that a `data` section describes.
+
+    A registered name wins, unless the section gives a source of another form, or only a shape for a
+    data set that would have to be downloaded.
+    """
+    if section.name in DATASETS:
+        known = DATASETS[section.name]
+        if section.source is not None:
+            fits = known.accepts(Path(section.source).expanduser())
+        else:
+            fits = section.image_shape is None or "source" not in known.keys
+        if fits:
+            return known(section)
+    if section.source is not None:
+        return FORMS["image-files"](section)
+    if section.image_shape is not None or section.prompts is not None:
+        return FORMS["no-images"](section)
+    hint = did_you_mean(section.name, DATASETS.names())
+    raise UserError(f"unknown data set {section.name!r} without a source{hint}", "unknown-name")
+
+
+def has_captions(section: DataSection) -> bool:
+    """Whether a program can check images of the data set against captions."""
+    try:
+        return data_source(section).captions() is not None
+    except UserError:
+        return False
+
+
+def has_texts(section: DataSection) -> bool:
+    """Whether the conditions of the data set are texts: captions or prompts."""
+    return section.prompts is not None or has_captions(section)
+
+
+def attribute_names() -> list[str]:
+    """The names of the attributes that registered data sets can check."""
+    captions = [DATASETS[name].captions() for name in DATASETS]
+    return [name for found in captions if found for name in found[1].names]
+
+
+def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the held-out part: the fraction `held_out` of each class.
+
+    The split depends on the labels only.
+    """
+    rank = Stream(0, "split").uniform(torch.arange(len(labels)))
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        order = members[rank[members].argsort()]
+        chosen.append(order[: round(held_out * len(order))])
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[torch.cat(chosen)] = True
+    if mask.all():
+        raise UserError(f"data.held_out: {held_out} leaves no image for training", "too-few-images")
+    return (~mask).nonzero().flatten(), mask.nonzero().flatten()
+
+
+def split(
+    pixels: Tensor, labels: Tensor, held_out: float, classes: Tensor | None = None
+) -> tuple[Images, Images]:
+    """Split images by `stratified_split`. `classes`: for the split; default `labels`."""
+    train, held = stratified_split(labels if classes is None else classes, held_out)
+    train_pixels = pixels[train] if len(held) else pixels  # avoid a copy of possibly gigabytes
+    return Images(train_pixels, labels[train]), Images(pixels[held], labels[held])
