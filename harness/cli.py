@@ -144,7 +144,7 @@ def features(experiment, args):
 
 @stage("train or import a teacher", "teacher", many=True)
 def teacher(experiment, args):
-    call("teachers.train.make_teacher", experiment, args.teacher)
+    call("teachers.train.make_teacher", experiment.teacher_job(args.teacher))
 
 
 @stage("generate a set of teacher pairs", "pairs", slot=False, many=True)
@@ -156,7 +156,7 @@ def pairs(experiment, args):
 
 @stage("distil one student", "student seed", label="training", slot=False, many=True)
 def train(experiment, args):
-    call("students.run.train_student", experiment, args.student, args.seed)
+    call("students.run.train_student", experiment.student_run(args.student, args.seed))
 
 
 @stage("score every snapshot of a run", "student seed", label="scoring", many=True)
@@ -247,8 +247,10 @@ def import_edm(args):
 
 @tool("list the methods and the origin of each default", configfile=False)
 def methods(args):
-    for name in call("method.method_names"):
-        method = call("method.get_method", name)
+    from harness.method import METHODS
+
+    for name in METHODS:
+        method = METHODS[name]
         print(f"{name}: {method.paper}{'' if method.data_free else ' (needs real images)'}")
         for key, field in method.Config.model_fields.items():
             origin = field.json_schema_extra["origin"]

@@ -1,20 +1,19 @@
-"""What a phase's loss sees: networks, named random numbers, data and generated images."""
+"""What a phase's loss works with: networks, named random numbers, data and generated images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from harness.denoiser import Condition, each_part, one_step, to_model_space
+from harness.denoiser import Condition, map_condition, one_step, to_model_space
 from harness.streams import PAIR_NOISE, Stream
-from harness.teachers.text_embeddings import Embeddings
 
 
 @dataclass
-class Generated:
+class GeneratedBatch:
     """A generated batch: `x = G(z, condition)`, `(B, C, H, W)` in the model's space."""
 
     x: Tensor
@@ -23,41 +22,41 @@ class Generated:
 
 
 class Context:
-    """What a phase's loss may see: networks, this iteration's randomness, data, and its images.
+    """Networks, random numbers, data and generated images of one micro-batch in one iteration.
 
-    All draws are named: the same name within one phase and iteration gives the same numbers, and
-    sample `index[i]` (a number that counts through the whole run) gets the same numbers whatever
-    the batch is split into.
+    Random draws are named: within one phase and iteration, the same name gives the same numbers.
+    `index` numbers the samples through the whole run. The numbers of a sample depend on its index,
+    not on how the batch is split into micro-batches and processes.
     """
 
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
-        sources: Sources,
+        data: TrainingData,
         seed: int,
         step: int,
         samples: range,
         device: str | torch.device = "cpu",
     ):
-        """`samples`: their numbers; what is drawn of them comes on `device`."""
+        """`samples`: indices of the micro-batch; everything is drawn on `device`."""
         self.networks, self.step, self._samples = networks, step, samples
         self.index = self._index_on(device)
         self.logs: dict[str, Tensor] = {}
-        self._sources, self._seed = sources, seed
+        self._data, self._seed = data, seed
         self._phase: tuple[str, int] = ("", 0)
         self._with_graph = True
-        self._generated: dict[tuple[str, int], Generated] = {}
+        self._generated: dict[tuple[str, int], GeneratedBatch] = {}
 
     def __len__(self) -> int:
         return len(self.index)
 
     def enter(self, phase: str, repeat: int, with_graph: bool) -> None:
-        """Called by the trainer as a phase begins; `with_graph`: this iteration's student update
-        can use the images generated in this phase."""
+        """Begin a phase (called by the trainer). `with_graph`: keep the graph of generated images,
+        because the student's update in this iteration can use it."""
         self._phase, self._with_graph = (phase, repeat), with_graph
 
     def forget_generated(self) -> None:
-        """Called by the trainer when the student has changed."""
+        """Drop the generated images (called by the trainer after the student's update)."""
         self._generated.clear()
 
     def _stream(self, name: str) -> Stream:
@@ -75,96 +74,93 @@ class Context:
         """`x + sigma n` with fresh standard normal n; `sigma` `(B,)`."""
         return x + sigma.view(-1, *[1] * (x.dim() - 1)) * self.normal(name, tuple(x.shape[1:]))
 
-    def generated(self, stream: str = "shared") -> Generated:
-        """Images of the student for fresh noise and conditions.
+    def generated(self, stream: str = "shared") -> GeneratedBatch:
+        """Generate images from fresh noise and conditions.
 
-        Phases that name the same stream share one batch as long as the student has not been
-        updated in between. The gradient to the student is kept where its update can use it.
+        Phases that name the same stream share one batch until the student is updated. The graph to
+        the student is kept if the student's update can use it.
         """
         key = stream, self._phase[1]
         if key not in self._generated:
             noise = Stream(self._seed, "generated", *key)
-            z = noise.normal(self.index, self._sources.shape)
-            numbers = self._index_on("cpu") if self._sources.embeddings else self.index
-            condition = self._sources.condition(numbers, noise, self.index.device)
+            z = noise.normal(self.index, self._data.shape)
+            index = self._index_on("cpu") if self._data.embeddings else self.index
+            condition = self._data.condition(index, noise, self.index.device)
             with torch.set_grad_enabled(self._with_graph):
-                x = one_step(self.networks["student"], z, condition, self._sources.sigma_init)
-            self._generated[key] = Generated(x, z, condition)
+                x = one_step(self.networks["student"], z, condition, self._data.sigma_init)
+            self._generated[key] = GeneratedBatch(x, z, condition)
         return self._generated[key]
 
     def real(self, name: str = "real") -> tuple[Tensor, Condition]:
-        """Real training images, pixels in [-1, 1], and their conditions."""
-        index = self._index_on(self._sources.pixels.device)
-        return self._sources.real(index, self._stream(name), self.index.device)
+        """Draw real training images, `(B, C, H, W)` pixels in [-1, 1], with their conditions."""
+        index = self._index_on(self._data.pixels.device)
+        return self._data.real(index, self._stream(name), self.index.device)
 
     def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Condition]:
-        """The teacher's noise, images and conditions: `z`, `x`, `condition`."""
-        index = self._index_on(self._sources.pair_tensors["x"].device)
-        return self._sources.pairs(index, self._stream(name), self.index.device)
+        """Draw teacher pairs: noise `z`, image `x`, `condition`."""
+        index = self._index_on(self._data.pair_tensors["x"].device)
+        return self._data.pairs(index, self._stream(name), self.index.device)
 
     def _index_on(self, device: str | torch.device) -> Tensor:
-        """Made where it is needed: a copy would wait for the device."""
+        """The indices, created on the device: a copy would wait for it."""
         return torch.arange(self._samples.start, self._samples.stop, device=device)
 
     def log(self, name: str, value: Tensor) -> None:
-        """Record a scalar; the trainer reads it back every tick."""
+        """Record a scalar for train.csv; the trainer averages it over each tick."""
         self.logs[name] = value.detach()
 
 
 @dataclass
-class Sources:
-    """Where a run's data and conditions come from.
+class TrainingData:
+    """Real images, teacher pairs and conditions that a run draws from.
 
-    Tensors lie on the run's device or, if they are large, on the host: the chosen images alone are
-    brought to the device, and uint8 ones to the model's space. A condition is known by its number:
-    a class label, or the number of a prompt with its `embeddings`, and then everything that is
-    chosen from lies on the host, where they are read.
+    A condition is stored as a number: a class label, or the number of a prompt, which `embeddings`
+    maps to the condition on the host. Tensors lie on the run's device, or on the host if they are
+    large or there are embeddings; only the drawn rows move to the device, images as uint8.
     """
 
-    shape: tuple[int, int, int]  # of what the denoiser denoises: images, or latents
-    num_classes: int  # or prompts; 0: nothing is asked for
+    shape: tuple[int, int, int]  # (C, H, W) in the model's space
+    num_classes: int  # or the number of prompts; 0: unconditional
     sigma_init: float
     pixels: Tensor | None = None  # uint8 (N, C, H, W)
     labels: Tensor | None = None  # int64 (N,)
     pair_tensors: dict[str, Tensor] | None = None  # x and, with classes, condition
-    embeddings: Embeddings | None = None
+    embeddings: Callable[[Tensor], Condition] | None = None
 
-    def _asked(self, numbers: Tensor, device: str | torch.device) -> Condition:
+    def _embed(self, numbers: Tensor, device: str | torch.device) -> Condition:
         condition = self.embeddings(numbers) if self.embeddings else numbers
-        return each_part(lambda part: _moved(part, device), condition)
+        return map_condition(lambda part: _to_device(part, device), condition)
 
     def condition(
         self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
     ) -> Condition:
-        """`index` lies on the device, or on the host if there are embeddings."""
+        """Draw conditions for samples `index` (on the host if there are embeddings)."""
         if not self.num_classes:
             return None
-        # A child, since the stream's own numbers are the noise of the same samples.
-        return self._asked(stream.child("label").integers(index, self.num_classes), device)
+        # A child, since the stream itself gives the noise of the same samples.
+        return self._embed(stream.child("label").integers(index, self.num_classes), device)
 
     def real(
         self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
     ) -> tuple[Tensor, Condition]:
-        """`index` lies beside the data."""
-        chosen = stream.integers(index, len(self.pixels))
-        condition = self._asked(self.labels[chosen], device) if self.num_classes else None
-        return to_model_space(_moved(self.pixels[chosen], device)), condition
+        """Draw real images in [-1, 1] and conditions; `index` lies where `pixels` lies."""
+        rows = stream.integers(index, len(self.pixels))
+        condition = self._embed(self.labels[rows], device) if self.num_classes else None
+        return to_model_space(_to_device(self.pixels[rows], device)), condition
 
     def pairs(
         self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
     ) -> tuple[Tensor, Tensor, Condition]:
-        """`z`, `x`, condition; `index` lies beside the data."""
+        """Draw `z`, `x` and condition of teacher pairs; `index` lies where the pairs lie."""
         tensors = self.pair_tensors
-        chosen = stream.integers(index, len(tensors["x"]))
-        z = PAIR_NOISE.normal(_moved(chosen, device), self.shape)
-        condition = None
-        if self.num_classes:
-            condition = self._asked(tensors["condition"][chosen], device)
-        return z, _moved(tensors["x"][chosen], device), condition
+        rows = stream.integers(index, len(tensors["x"]))
+        z = PAIR_NOISE.normal(_to_device(rows, device), self.shape)
+        condition = self._embed(tensors["condition"][rows], device) if self.num_classes else None
+        return z, _to_device(tensors["x"][rows], device), condition
 
 
-def _moved(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """On the device; from pinned memory, so that the host need not wait."""
+def _to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Copy to the device, from pinned memory so that the host does not wait."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

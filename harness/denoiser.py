@@ -15,7 +15,7 @@ from harness.schedules import edm_weight, karras_sigma
 Condition = Tensor | Mapping[str, Tensor] | None
 
 
-def each_part(function: Callable[..., Tensor], *conditions: Condition) -> Condition:
+def map_condition(function: Callable[..., Tensor], *conditions: Condition) -> Condition:
     """`function` of conditions of the same kind, part by part."""
     if isinstance(conditions[0], Mapping):
         return {name: function(*(c[name] for c in conditions)) for name in conditions[0]}
@@ -95,7 +95,7 @@ class GuidedDenoiser(Denoiser):
         none = self.null_condition(len(x))
         if condition is None or none is None:
             return self.denoiser(x, sigma, condition, **extras)
-        both = each_part(lambda *parts: torch.cat(parts), none, condition)
+        both = map_condition(lambda *parts: torch.cat(parts), none, condition)
         extras = {name: torch.cat([value, value]) for name, value in extras.items()}
         out = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **extras)
         plain, conditional = out.chunk(2)

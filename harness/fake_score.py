@@ -1,4 +1,4 @@
-"""The denoising loss, as a teacher's training and as the fake-score phase of DMD, SIM and SiD."""
+"""The denoising loss, and methods that train a fake score with it (DMD, SiD, SIM)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from torch import Tensor, nn
 
 from harness.augment import LABELS, edm_augment
 from harness.context import Context
-from harness.denoiser import Condition, Denoiser, clone_denoiser, each_part, guided, set_dropout
+from harness.denoiser import Condition, Denoiser, clone_denoiser, guided, map_condition, set_dropout
 from harness.errors import UserError
-from harness.method import Method, MethodConfig, OptimizerConfig, Phase, ours
+from harness.method import Method, MethodConfig, OptimizerConfig, Phase, TeacherFacts, ours
 from harness.schedules import lognormal_sigma
 
 
 class ScoreConfig(MethodConfig):
     """Settings of methods that compare two scores: classifier-free guidance of each, for teachers
-    that take texts (or were trained with labels left out)."""
+    that read texts or were trained with label dropout."""
 
-    LATER: ClassVar = frozenset({"teacher_guidance", "fake_guidance", "fake_dropout"})
-    teacher_guidance: float = ours(1.0, "scale of the real score's guidance; 1: none", ge=0)
-    fake_guidance: float = ours(1.0, "scale of the fake score's guidance; 1: none", ge=0)
+    teacher_guidance: float = ours(1.0, "guidance scale of the real score; 1: none", ge=0)
+    fake_guidance: float = ours(1.0, "guidance scale of the fake score; 1: none", ge=0)
     fake_dropout: float = ours(
-        0.0, "conditions left out of the fake score's training, for its guidance", ge=0, lt=1
+        0.0, "fraction of conditions dropped in the fake score's training, for guidance", ge=0, lt=1
     )
 
     @model_validator(mode="after")
@@ -36,48 +35,63 @@ class ScoreConfig(MethodConfig):
 
 
 class FakeScoreMethod(Method):
-    """A method that trains, beside the student, a denoiser of the student's own images."""
+    """A method with a fake score: a denoiser trained on the student's own images."""
+
+    Config: ClassVar[type[ScoreConfig]] = ScoreConfig
+
+    def __init_subclass__(cls) -> None:
+        if not issubclass(cls.Config, ScoreConfig):
+            raise TypeError(f"{cls.__name__}.Config must be a subclass of ScoreConfig")
 
     def __init__(
         self,
-        config: MethodConfig,
+        config: ScoreConfig,
         teacher: Denoiser,
         features: nn.Module | None = None,
         dropout: float = 0.0,
         augment: float = 0.0,
     ):
-        """`dropout` and `augment`: of the fake score's training, if the method has them."""
+        """`dropout` and `augment`: of the fake score's training, if the method uses them."""
         super().__init__(config, teacher, features)
         self.fake_score = clone_denoiser(teacher)
         set_dropout(self.fake_score, dropout)
         if augment and self.fake_score.augment_labels != LABELS:
             raise UserError(
                 f"this teacher takes {self.fake_score.augment_labels} augmentation labels, not "
-                f"{LABELS}: set augment: 0 under settings"
+                f"{LABELS}: set augment: 0 under settings",
+                "augment-labels",
             )
+
+    @classmethod
+    def check(cls, config: ScoreConfig, teacher: TeacherFacts) -> list[tuple[str, str, str]]:
+        if config.teacher_guidance == 1 or teacher.unconditional:
+            return []
+        message = "needs a teacher trained with label_dropout"
+        return [("teacher_guidance", "unsupported", message)]
 
     def networks(self) -> dict[str, nn.Module]:
         return {"fake_score": self.fake_score}
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        scale = getattr(self.config, "teacher_guidance", 1.0)
-        return {"teacher": guided(self.teacher, scale)}
+        return {"teacher": guided(self.teacher, self.config.teacher_guidance)}
 
-    def fake(self, context: Context, noised: Tensor, sigma: Tensor, condition) -> Tensor:
-        """What the fake score takes the student's noised images for, with its guidance."""
-        scale = getattr(self.config, "fake_guidance", 1.0)
-        return guided(context.networks["fake_score"], scale)(noised, sigma, condition)
+    def fake_x0(self, context: Context, noised: Tensor, sigma: Tensor, condition) -> Tensor:
+        """Denoise with the fake score, under its guidance."""
+        fake_score = guided(context.networks["fake_score"], self.config.fake_guidance)
+        return fake_score(noised, sigma, condition)
 
 
 class ScoreIdentityMethod(FakeScoreMethod):
-    """SiD's frame, which SIM shares: noise levels, optimisers, the fake score's training. A
-    subclass gives `sample_loss`; its `Config` has the settings that are used here."""
+    """SiD's noise levels, optimisers and fake-score training, which SIM shares.
 
-    def __init__(self, config: MethodConfig, teacher: Denoiser, features: nn.Module | None = None):
+    A subclass defines `sample_loss`, and its `Config` the settings that are used here.
+    """
+
+    def __init__(self, config: ScoreConfig, teacher: Denoiser, features: nn.Module | None = None):
         super().__init__(config, teacher, features, config.dropout, config.augment)
 
     def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
-        """The generator's loss of each sample, `(B,)`; gradients flow through all but `sigma`."""
+        """The generator's loss per sample, `(B,)`, differentiable in all arguments but `sigma`."""
         raise NotImplementedError
 
     def phases(self) -> list[Phase]:
@@ -105,7 +119,7 @@ class ScoreIdentityMethod(FakeScoreMethod):
         sigma = self.teacher.sigma_at(self.config.t_max * context.uniform("sigma"))
         noised = context.noised(images.x, sigma)
         x0_teacher = context.networks["teacher"](noised, sigma, images.condition)
-        x0_fake = self.fake(context, noised, sigma, images.condition)
+        x0_fake = self.fake_x0(context, noised, sigma, images.condition)
         return self.sample_loss(images.x, x0_teacher, x0_fake, sigma).mean()
 
 
@@ -114,7 +128,7 @@ def denoising_loss(
     clean: Tensor,
     noised: Tensor,
     sigma: Tensor,
-    condition,
+    condition: Condition,
     weight: Tensor,
     **extras: Tensor,
 ) -> Tensor:
@@ -124,14 +138,16 @@ def denoising_loss(
     return (weight * squared).mean()
 
 
-def left_out(context: Context, denoiser: Denoiser, condition: Condition, share: float) -> Condition:
-    """Conditions of a batch, a share of them replaced by "none given"."""
-    drop = context.uniform("label_dropout") < share
+def drop_condition(
+    context: Context, denoiser: Denoiser, condition: Condition, probability: float
+) -> Condition:
+    """Replace each sample's condition by the null condition with a probability."""
+    drop = context.uniform("label_dropout") < probability
 
-    def choose(none: Tensor, part: Tensor) -> Tensor:
-        return torch.where(drop.view(-1, *[1] * (part.dim() - 1)), none, part)
+    def choose(null: Tensor, part: Tensor) -> Tensor:
+        return torch.where(drop.view(-1, *[1] * (part.dim() - 1)), null, part)
 
-    return each_part(choose, denoiser.null_condition(len(context)), condition)
+    return map_condition(choose, denoiser.null_condition(len(context)), condition)
 
 
 def denoising_phase(
@@ -143,13 +159,12 @@ def denoising_phase(
     summed: bool = False,
     dropout: float = 0.0,
 ) -> Phase:
-    """Teach network `fake_score` to denoise the student's present images, as `teacher` was taught;
-    `sigma` draws `(B,)`.
+    """Train network `fake_score` to denoise the student's current images, with the teacher's loss
+    weight; `sigma` draws noise levels `(B,)`.
 
-    `augment`: the probability of EDM's augmentations of these images (`harness.augment`).
-    `summed`: the loss over pixels, as EDM and SiD have it, in place of their mean. Adam's steps
-    differ by nothing but its eps, which counts the more the smaller the gradients are. `dropout`:
-    the share of conditions that are left out.
+    `augment`: probability of EDM's augmentations (`harness.augment`). `summed`: sum the loss over
+    pixels, as EDM and SiD do, instead of averaging; to Adam this is a change of eps alone.
+    `dropout`: fraction of conditions to drop.
     """
 
     def loss(context: Context) -> Tensor:
@@ -157,7 +172,7 @@ def denoising_phase(
         clean, levels = images.x.detach(), sigma(context)
         condition = images.condition
         if dropout:
-            condition = left_out(context, context.networks["fake_score"], condition, dropout)
+            condition = drop_condition(context, context.networks["fake_score"], condition, dropout)
         if augment:
             clean, extras["augment_labels"] = edm_augment(context, clean, augment)
         loss = denoising_loss(

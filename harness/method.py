@@ -1,7 +1,8 @@
-"""What a method is: settings, the networks it trains beside the student, and its phases.
+"""What a method is: settings, the networks that it trains beside the student, and its phases.
 
-A method is one file `methods/<name>.py` with one subclass of `Method`. It owns no loop, reads no
-file and knows no workflow; `harness.training.trainer` runs its phases.
+A method is one file `methods/<name>.py` with one subclass of `Method`, or such a class in a
+plug-in file under `@METHODS.register("<name>")`. It contains no loop and reads no file: the trainer
+runs its phases (`harness.training.trainer`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,26 +24,26 @@ from torch import Tensor, nn
 from harness.context import Context
 from harness.denoiser import Denoiser
 from harness.errors import UserError, did_you_mean
-from harness.io.artifacts import settings_but
+from harness.registry import Registry
 
 
 def paper(default, source: str, **limits) -> Any:
-    """A setting whose default was read in the paper; `source` says where."""
+    """A setting whose default is in the paper; `source` says where."""
     return Field(default, description=source, json_schema_extra={"origin": "paper"}, **limits)
 
 
 def code(default, source: str, **limits) -> Any:
-    """A setting whose default was read in the authors' code."""
+    """A setting whose default is in the authors' code; `source` says where."""
     return Field(default, description=source, json_schema_extra={"origin": "code"}, **limits)
 
 
 def ours(default, reason: str, **limits) -> Any:
-    """A setting that no source gives; `reason` says why this value."""
+    """A setting without a published default; `reason` explains this one."""
     return Field(default, description=reason, json_schema_extra={"origin": "ours"}, **limits)
 
 
 class OptimizerConfig(BaseModel):
-    """Adam, or AdamW where `weight_decay` is above 0."""
+    """Adam, or AdamW if `weight_decay` is positive."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lr: float = Field(gt=0)
@@ -46,11 +51,11 @@ class OptimizerConfig(BaseModel):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0, description="cosine to 0 over so many updates; 0: constant")
+    decay_steps: int = Field(0, ge=0, description="cosine decay to 0 over so many updates; 0: none")
     clip: float | None = Field(None, gt=0, description="largest gradient norm")
 
     def rate(self, update: int) -> float:
-        """The learning rate of update 1, 2, …: linear warm-up, times the cosine decay."""
+        """The learning rate of update 1, 2, …: linear warm-up times cosine decay."""
         rate = self.lr * min(1.0, update / max(self.warmup_steps, 1))
         if self.decay_steps:
             rate *= (1 + math.cos(math.pi * min(1.0, (update - 1) / self.decay_steps))) / 2
@@ -58,7 +63,7 @@ class OptimizerConfig(BaseModel):
 
 
 class MethodConfig(BaseModel):
-    """Settings that every method has; a method's own class gives the paper's defaults."""
+    """Settings of every method; each method's own class overrides the defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     batch: int = ours(256, "images per iteration", gt=0)
@@ -66,37 +71,38 @@ class MethodConfig(BaseModel):
     ema_half_life: int = ours(500_000, "images; 0 evaluates the raw weights", ge=0)
     ema_ramp_up: float = ours(0.05, "half-life is at most this fraction of the images seen", gt=0)
 
-    # Settings that came later: finished runs outlive them where they keep their defaults.
-    LATER: ClassVar[frozenset[str]] = frozenset()
-
-    def spec(self) -> dict:
-        """What of the settings decides a run's weights."""
-        return settings_but(self, self.LATER)
-
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a student needs made before it trains."""
+    """What must exist before a student trains."""
 
     pairs: int = 0  # teacher noise -> image pairs
-    pair_steps: int = 18  # the sampler's steps for them
+    pair_steps: int = 18  # sampler steps per pair
     features: str | None = None  # a feature network of the experiment, by name
-    backbones: tuple[str, ...] = ()  # pretrained networks of timm, in place of `features`
-    lpips: bool = False  # LPIPS-VGG, pretrained
+    backbones: tuple[str, ...] = ()  # pretrained networks of timm, instead of `features`
+    lpips: bool = False  # pretrained LPIPS-VGG
     real_images: bool = False
 
     @property
     def pixels(self) -> bool:
-        """Whether a loss looks at pixels: the student's images must be decoded."""
+        """Whether a loss works on pixels, so that the student's images must be decoded."""
         return self.lpips or self.real_images
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One update of one network.
+class TeacherFacts:
+    """What an experiment file tells about a teacher. unconditional: it also denoises without a
+    condition (its training dropped labels), as guidance requires."""
 
-    network: the network it updates. loss: context -> scalar. It runs `repeat` times in every
-    `every`-th iteration. variant: step -> a name for what costs differently at that step.
+    unconditional: bool = True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The update of one network.
+
+    network: the network that it updates. loss: context -> scalar. It runs `repeat` times in every
+    `every`-th iteration. variant: step -> a name for updates of different cost ("r1").
     """
 
     name: str
@@ -109,7 +115,7 @@ class Phase:
 
 
 class Method:
-    """Base class. A subclass sets `Config`, `paper`, `data_free` and gives `phases`."""
+    """Base class. A subclass sets `Config`, `paper` and `data_free`, and defines `phases`."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     paper: ClassVar[str] = ""
@@ -117,7 +123,7 @@ class Method:
     deviations: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: MethodConfig, teacher: Denoiser, features: nn.Module | None = None):
-        """`features`: what `requirements` asks for, the feature network (its maps), a ModuleList of
+        """`features`: the network of `requirements`: a feature network's maps, a ModuleList of
         backbones, or LPIPS."""
         self.config, self.teacher = config, teacher
 
@@ -126,40 +132,75 @@ class Method:
         return Requirements()
 
     @classmethod
+    def check(cls, config: MethodConfig, teacher: TeacherFacts) -> list[tuple[str, str, str]]:
+        """Settings that do not fit the teacher: (setting, error code, message) of each."""
+        return []
+
+    @classmethod
     def deviations_under(cls, config: MethodConfig) -> tuple[str, ...]:
-        """What differs from the paper with these settings."""
+        """Deviations from the paper with these settings."""
         return cls.deviations
 
     def prepare_student(self, student: Denoiser) -> None:
-        """Change the copy of the teacher that the student begins as, in place."""
+        """Change the student, a copy of the teacher, in place before training."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks trained beside the student."""
         return {}
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """Networks that losses go through and that are never updated."""
+        """Networks that losses pass through and that are never updated."""
         return {"teacher": self.teacher}
 
     def phases(self) -> list[Phase]:
-        """In the order in which they run in an iteration."""
+        """Phases in the order in which they run in an iteration."""
         raise NotImplementedError
 
 
-def method_names() -> list[str]:
-    """The files in methods/."""
-    import methods
+class MethodRegistry(Registry[type[Method]]):
+    """Methods by name: the files in methods/ (imported when looked up) and those of plug-ins.
 
-    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__))
+    Files whose names begin with an underscore are not methods.
+    """
+
+    def __init__(self):
+        super().__init__("method")
+
+    @staticmethod
+    def _files() -> set[str]:
+        import methods
+
+        names = {module.name for module in pkgutil.iter_modules(methods.__path__)}
+        return {name for name in names if not name.startswith("_")}
+
+    def add(self, name: str, entry: type[Method], source: Path | None = None) -> None:
+        if name in self._files() and entry.__module__ != f"methods.{name}":
+            raise ValueError(f"method {name!r} is already defined in methods/{name}.py")
+        super().add(name, entry, source)
+
+    def names(self) -> list[str]:
+        return sorted({*super().names(), *self._files()})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __getitem__(self, name: str) -> type[Method]:
+        if name not in self:
+            hint = did_you_mean(name, self.names())
+            raise UserError(f"unknown method {name!r}{hint}", "unknown-name")
+        if name in self._files():
+            self.add(name, _only_method(importlib.import_module(f"methods.{name}")))
+        return super().__getitem__(name)
 
 
-def get_method(name: str) -> type[Method]:
-    """The one `Method` class in `methods/<name>.py`."""
-    if name not in method_names():
-        raise UserError(
-            f"unknown method {name!r}{did_you_mean(name, method_names())}", "unknown-name"
-        )
-    module = importlib.import_module(f"methods.{name}")
+METHODS = MethodRegistry()
+
+
+def _only_method(module: ModuleType) -> type[Method]:
+    """The one `Method` class that a module defines."""
     classes = [
         value
         for value in vars(module).values()
@@ -169,6 +210,20 @@ def get_method(name: str) -> type[Method]:
     ]
     if len(classes) != 1:
         raise UserError(
-            f"methods/{name}.py must define exactly one Method class, not {len(classes)}"
+            f"{module.__file__} must define exactly one Method class, not {len(classes)}", "method"
         )
     return classes[0]
+
+
+def method_source(name: str) -> tuple[Path, ...]:
+    """The files that define a method: its own, and the files in methods/ that it refers to."""
+    import methods
+
+    (folder,) = methods.__path__
+    files = [Path(sys.modules[METHODS[name].__module__].__file__)]
+    for file in files:
+        for other in re.findall(r"\bmethods(?:\.| import )(\w+)", file.read_text(encoding="utf-8")):
+            path = Path(folder) / f"{other}.py"
+            if path.is_file() and path not in files:
+                files.append(path)
+    return tuple(files)

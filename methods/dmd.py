@@ -173,7 +173,7 @@ class DMD(FakeScoreMethod):
         noised = context.noised(images.x.detach(), sigma)
         with no_grad():
             teacher = context.networks["teacher"](noised, sigma, images.condition)
-            fake = self.fake(context, noised, sigma, images.condition)
+            fake = self.fake_x0(context, noised, sigma, images.condition)
             if c.weighting == "eq8":
                 gradient = dmd_gradient(images.x, teacher, fake)
             else:

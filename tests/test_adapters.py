@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 from harness.denoiser import Denoiser, clone_denoiser
 from harness.errors import UserError
 from harness.method import OptimizerConfig, Phase
@@ -64,7 +64,7 @@ def run(teacher: Denoiser, folder, images: int) -> TrainingRun:
         frozen={"teacher": teacher},
         main="student",
         phases=[Phase("generator", "student", pull, optimizer)],
-        sources=Sources(teacher.image_shape, 0, 2.5),
+        sources=TrainingData(teacher.image_shape, 0, 2.5),
         batch=2,
         budget=[{"unit": "images", "amount": images}],
         export=lambda ema, to: {"sha256": save_denoiser(ema, to)},

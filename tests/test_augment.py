@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from harness.augment import LABELS, edm_augment
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 
 
 class Chosen(Context):
     """A context whose draws are given."""
 
     def __init__(self, uniform, normal):
-        super().__init__({}, Sources((1, 8, 8), 10, 1.0), 0, 0, range(len(uniform)))
+        super().__init__({}, TrainingData((1, 8, 8), 10, 1.0), 0, 0, range(len(uniform)))
         self._uniform, self._normal = torch.tensor(uniform), torch.tensor(normal)
 
     def uniform(self, name, shape=()):
@@ -70,7 +70,7 @@ def test_scaling_magnifies_by_its_label():
 
 
 def test_how_often_each_is_drawn():
-    context = Context({}, Sources((1, 8, 8), 10, 1.0), 0, 0, range(4000))
+    context = Context({}, TrainingData((1, 8, 8), 10, 1.0), 0, 0, range(4000))
     context.enter("fake_score", 0, False)
     _, labels = edm_augment(context, torch.zeros(4000, 1, 8, 8), 0.12)
     share = (labels != 0).float().mean(dim=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.config.schema import DataSection, Sampler
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 from harness.data import captioned_digits
 from harness.data import datasets as data
 from harness.data.captioned_digits import ATTRIBUTES, COPIES, Attributes, captions, draw, measure
@@ -15,7 +15,7 @@ from harness.denoiser import TextDenoiser
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.registry import METRICS
-from harness.fake_score import left_out
+from harness.fake_score import drop_condition
 from harness.features.small_clip import CaptionEncoder, SmallCLIP, contrastive_loss
 from harness.features.train import augmented
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
@@ -130,7 +130,7 @@ def test_a_text_denoiser_s_folder_is_whole(denoiser, tmp_path):
 def test_prompts_reach_the_network_by_number(denoiser):
     """In training and in sampling: the embeddings of the numbers that are drawn."""
     pixels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
-    sources = Sources((3, 16, 16), 6, 2.5, pixels, torch.arange(6), embeddings=embeddings)
+    sources = TrainingData((3, 16, 16), 6, 2.5, pixels, torch.arange(6), embeddings=embeddings)
     sources.pair_tensors = {"x": torch.zeros(6, 3, 16, 16), "condition": torch.arange(6)}
     context = Context({"student": denoiser}, sources, 0, 0, range(8))
     for _, condition in (context.real(), context.pairs()[1:]):
@@ -150,9 +150,9 @@ def test_prompts_reach_the_network_by_number(denoiser):
 
 
 def test_a_share_of_conditions_is_left_out(denoiser):
-    context = Context({}, Sources((3, 16, 16), 6, 2.5), 0, 0, range(4000))
+    context = Context({}, TrainingData((3, 16, 16), 6, 2.5), 0, 0, range(4000))
     asked = embeddings(torch.zeros(4000))
-    found = left_out(context, denoiser, asked, 0.1)["embeddings"][:, 0, 0]
+    found = drop_condition(context, denoiser, asked, 0.1)["embeddings"][:, 0, 0]
     assert set(found.tolist()) == {0.0, -5.0}
     assert float((found == -5).float().mean()) == pytest.approx(0.1, abs=0.02)
 
@@ -207,7 +207,7 @@ def test_captions_that_say_the_same_in_other_words_match(parts):
     clip.set_captions(captioned_dataset())
     labels = torch.tensor([0, 1, 2, 3, 0, 479])  # three wordings of one meaning, and others
     pixels = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
-    sources = Sources((3, 16, 16), 480, 1.0, pixels, labels)
+    sources = TrainingData((3, 16, 16), 480, 1.0, pixels, labels)
     context = Context({"features": clip}, sources, seed=0, step=0, samples=range(12))
     images, drawn = context.real()
     x, named = augmented(context, images), captions()[1].values[drawn]

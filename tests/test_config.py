@@ -281,10 +281,10 @@ def test_micro_batch_is_the_largest_divisor_up_to_the_limit(tiny):
 
 
 def test_every_default_has_a_source():
-    from harness.method import get_method, method_names
+    from harness.method import METHODS
 
-    for name in method_names():
-        for key, field in get_method(name).Config.model_fields.items():
+    for name in METHODS:
+        for key, field in METHODS[name].Config.model_fields.items():
             assert field.json_schema_extra["origin"] in ("paper", "code", "ours"), (name, key)
             assert field.description, (name, key)
 

@@ -7,7 +7,7 @@ import yaml
 
 from harness.cli import main
 from harness.config.schema import DataSection
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 from harness.data import datasets as data
 from harness.data.registry import DATASETS, DataSource, data_source, has_texts, stratified_split
 from harness.denoiser import to_model_space, to_pixels
@@ -99,7 +99,7 @@ def test_large_data_sets_stay_on_the_host(monkeypatch):
     monkeypatch.setattr(data, "ON_DEVICE", pixels.nbytes - 1)
     assert data.placement(pixels, "meta").type == "cpu"
     pairs = {"x": torch.zeros(50, 3, 8, 8), "condition": labels}
-    sources = Sources((3, 8, 8), 10, 1.0, pixels, labels, pairs)
+    sources = TrainingData((3, 8, 8), 10, 1.0, pixels, labels, pairs)
     context = Context({}, sources, 0, 0, range(4), "meta")
     for tensors in (context.real(), context.pairs()):
         assert all(t.device.type == "meta" and len(t) == 4 for t in tensors)
@@ -123,7 +123,7 @@ def test_pixels_and_model_space():
 def test_converting_a_batch_equals_converting_all_images(tmp_path):
     data.prepare(DIGITS, tmp_path)
     train = data.load(tmp_path).train
-    sources = Sources((1, 8, 8), 10, 1.0, pixels=train.pixels, labels=train.labels)
+    sources = TrainingData((1, 8, 8), 10, 1.0, pixels=train.pixels, labels=train.labels)
     index, stream = torch.arange(500), Stream(3, "real")
     images, labels = sources.real(index, stream)
     chosen = stream.integers(index, len(train))
@@ -134,7 +134,7 @@ def test_converting_a_batch_equals_converting_all_images(tmp_path):
 def test_labels_are_none_without_classes():
     pixels, labels = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
     pairs = {"x": torch.zeros(5, 1, 8, 8)}
-    sources = Sources((1, 8, 8), 0, 1.0, pixels, labels, pairs)
+    sources = TrainingData((1, 8, 8), 0, 1.0, pixels, labels, pairs)
     index, stream = torch.arange(3), Stream(3, "real")
     assert sources.real(index, stream)[1] is None
     assert sources.pairs(index, stream)[2] is None

@@ -10,9 +10,9 @@ from harness.io.artifacts import write_json
 from harness.networks import WEIGHTS, build_denoiser, load_denoiser, save_denoiser
 from harness.sampling import (
     BLOCK,
-    ahead,
     heun,
     noise_and_labels,
+    prefetch,
     one_step_generator,
     sample,
     step_noise,
@@ -180,10 +180,10 @@ def test_foreign_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_what_is_made_ahead_comes_in_order_and_one_at_a_time_more(device, count):
     made = []
-    stream = ahead(lambda item: made.append(item) or -item, list(range(count)), device)
+    stream = prefetch(lambda item: made.append(item) or -item, list(range(count)), device)
     for i, value in enumerate(stream):
         assert value == -i
         assert len(made) <= i + 2  # the next one at most is there already
     assert made == list(range(count))
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda item: 1 / item, [1, 0, 2], device))
+        list(prefetch(lambda item: 1 / item, [1, 0, 2], device))

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 from harness.denoiser import clone_denoiser, one_step, to_pixels
 from harness.features.base import FeatureMaps
 from harness.features.classifiers import ResNet
 from harness.freezing import freeze
-from harness.method import get_method, method_names
+from harness.method import METHODS
 from harness.networks import build_denoiser
 from harness.schedules import edm_weight, karras_sigma
 from harness.streams import PAIR_NOISE
-from harness.training.trainer import TrainingRun, train
+from harness.training.loop import train
+from harness.training.run import LoopSettings, TrainingRun
 from tests.test_denoiser import tiny_denoiser
 
 PLAIN = {"augment": 0.0, "dropout": 0.0}
@@ -28,11 +29,11 @@ SETTINGS = {
 @pytest.mark.parametrize(("name", "scale"), [("sid", 3 * 64), ("sim", 3 * 64), ("dmd", 1)])
 def test_the_fake_scores_loss_is_in_the_authors_units(name, scale):
     """SiD's code sums over pixels, DMD's takes their mean; Adam's eps counts in these units."""
-    kind, teacher = get_method(name), tiny_denoiser(channels=3)
+    kind, teacher = METHODS[name], tiny_denoiser(channels=3)
     method = kind(kind.Config(**SETTINGS[name]), teacher)
     phase = next(phase for phase in method.phases() if phase.network == "fake_score")
     networks = {"student": clone_denoiser(teacher), **method.networks()}
-    context = Context(networks, Sources((3, 8, 8), 10, 2.5), 0, 0, range(4))
+    context = Context(networks, TrainingData((3, 8, 8), 10, 2.5), 0, 0, range(4))
     context.enter("fake_score", 0, False)
     loss, images, sigma = phase.loss(context), context.generated(), method.fake_sigma(context)
     noised = context.noised(images.x, sigma)
@@ -46,7 +47,7 @@ def run_method(
     name: str, folder, iterations=3, freezing="none", critic=None, channels=1, **settings
 ):
     """Train a tiny denoiser with noise for images; `critic`: what GDD's discriminator sees by."""
-    method_class = get_method(name)
+    method_class = METHODS[name]
     config = method_class.Config(**({"batch": 8} | SETTINGS.get(name, {}) | settings))
     teacher = tiny_denoiser(channels=channels)
     with torch.random.fork_rng():
@@ -64,22 +65,22 @@ def run_method(
     run = TrainingRun(
         name=name,
         folder=folder,
-        key="k",
+        run_id="k",
         seed=0,
         networks={"student": student, **method.networks()},
         frozen=method.frozen_networks(),
         main="student",
         phases=method.phases(),
-        sources=Sources((channels, 8, 8), 10, config.sigma_init, to_pixels(z), condition, pairs),
+        data=TrainingData((channels, 8, 8), 10, config.sigma_init, to_pixels(z), condition, pairs),
         batch=config.batch,
         budget=[{"unit": "images", "amount": config.batch * iterations}],
         export=lambda ema, to: {"sha256": ""},
-        progress=False,
+        loop=LoopSettings(progress=False),
     )
     return train(lambda: run), run, teacher
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_a_method_trains_its_networks_and_leaves_the_teacher_alone(name, tmp_path):
     teacher = tiny_denoiser()
     outcome, run, used = run_method(name, tmp_path)
@@ -182,7 +183,7 @@ def test_innate_freezes_convolutions_and_attention_outputs_inside_the_blocks():
 
 def test_dmds_bins_are_drawn_alike():
     """Karras levels 20 to 979 of 0 to 999, the ends as often as the others."""
-    dmd = get_method("dmd")
+    dmd = METHODS["dmd"]
     method = dmd(dmd.Config(regression="none"), tiny_denoiser())
     u = (torch.arange(960 * 8) + 0.5) / (960 * 8)
     levels = method._bin(torch.cat([u, torch.tensor([0.0, 1.0])]), 0.02, 0.98)

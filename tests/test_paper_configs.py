@@ -13,7 +13,7 @@ from harness.teachers.pipelines import fresh
 from harness.training.ledger import measure
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment, parse_experiment
-from harness.workflow.plan import Tally, estimate, everything, stand_in_inputs
+from harness.workflow.plan import Tally, estimate, stand_in_inputs
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs" / "paper"
@@ -154,9 +154,9 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     experiment = parse_experiment(raw, name, files=False)
     inputs = stand_in_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
-    trainer, tally = Trainer(assemble(experiment, student, 0, inputs, tmp_path, "step")), Tally()
-    with tally.hooks(everything(trainer)):
-        trainer._iteration()
+    trainer, tally = Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")), Tally()
+    with tally.hooks(trainer.all_networks.values()):
+        trainer.step()
     assert tally.now == 0 and tally.most > 0
     assert all(count == 0 for count in trainer.nonfinite.values())
     student_net = trainer.networks["student"]
@@ -208,9 +208,9 @@ def test_a_text_to_image_step_on_a_narrow_copy(name, student, lora, tmp_path, mo
     experiment = narrow(name, student, lora, monkeypatch)
     inputs = stand_in_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
-    trainer, tally = Trainer(assemble(experiment, student, 0, inputs, tmp_path, "step")), Tally()
-    with tally.hooks(everything(trainer)):
-        trainer._iteration()
+    trainer, tally = Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")), Tally()
+    with tally.hooks(trainer.all_networks.values()):
+        trainer.step()
     assert all(count == 0 for count in trainer.nonfinite.values()) and tally.now == 0
     after = inputs.teacher.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -230,10 +230,10 @@ def test_computing_again_changes_no_number_and_keeps_less(tmp_path, monkeypatch)
         experiment.training = experiment.training.model_copy(update=update)
         torch.manual_seed(0)
         inputs = stand_in_inputs(experiment, "sim", images=4)
-        run = assemble(experiment, "sim", 0, inputs, tmp_path / str(checkpointing), "step")
+        run = assemble(experiment.student_run("sim", 0), inputs, tmp_path / str(checkpointing), "step")
         trainer, tally = Trainer(run), Tally()
-        with tally.hooks(everything(trainer)):
-            trainer._iteration()
+        with tally.hooks(trainer.all_networks.values()):
+            trainer.step()
         weights.append([p.detach() for p in trainer.trainable["student"]])
         kept.append(tally.most)
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

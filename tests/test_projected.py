@@ -312,13 +312,13 @@ def test_the_record_names_the_networks_and_their_pretraining(tiny):
     tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0, "vgg16_bn"]}
     experiment = parse_experiment(tiny, "x")
     assert experiment.requirements("gdd").features is None
-    record = describe(experiment, "gdd", 0)
+    record = describe(experiment.student_run("gdd", 0))
     assert record["trained_against"] == ["timm/tf_efficientnet_lite0", "timm/vgg16_bn"]
     assert record["pretraining"] == ["imagenet-1k"]
     assert record["deviations"] == [
         "discriminator heads with GroupNorm and learned class embeddings"
     ]
-    digits = describe(experiment, "gdd-i", 0)
+    digits = describe(experiment.student_run("gdd-i", 0))
     assert digits["trained_against"] == ["tiny-critic"] and digits["pretraining"] == []
     assert digits["deviations"] == [
         "another feature network and simpler heads in the discriminator"

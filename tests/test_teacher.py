@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.config.schema import TrainedTeacher
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 from harness.teachers.train import teacher_phase
 from harness.validation import parse_experiment
 from tests.test_config import mistakes, put
@@ -20,7 +20,7 @@ class Recorder(torch.nn.Module):
 
 def seen(**settings) -> tuple[Recorder, Context]:
     network, pixels = Recorder(), torch.arange(200, dtype=torch.uint8).view(4, 2, 5, 5)
-    sources = Sources((2, 5, 5), 10, 0.0, pixels, torch.arange(4))
+    sources = TrainingData((2, 5, 5), 10, 0.0, pixels, torch.arange(4))
     context = Context({"teacher": network}, sources, 0, 0, range(64))
     section = TrainedTeacher(network={}, images=64, **settings)
     assert teacher_phase(section).loss(context).isfinite()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.io.artifacts import save_tensors
@@ -49,7 +49,7 @@ def run_of(folder, **settings) -> TrainingRun:
         "frozen": {},
         "main": "student",
         "phases": [Phase("generator", "student", loss, ADAM)],
-        "sources": Sources((1, 1, 8), 0, 1.0),
+        "sources": TrainingData((1, 1, 8), 0, 1.0),
         "batch": 8,
         "budget": [{"unit": "images", "amount": 64}],
         "export": lambda ema, to: {"sha256": save_tensors(to / "w.safetensors", ema.state_dict())},

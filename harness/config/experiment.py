@@ -20,7 +20,7 @@ from harness.config.jobs import (
     StudentRun,
     TeacherJob,
 )
-from harness.config.legacy import Legacy, method_source
+from harness.config.legacy import Legacy
 from harness.config.paths import Paths
 from harness.config.schema import (
     ClaimSection,
@@ -36,6 +36,7 @@ from harness.config.schema import (
 from harness.errors import UserError
 from harness.io.artifacts import digest, write_json
 from harness.io.downloads import is_address
+from harness.method import method_source
 
 
 @dataclass(frozen=True, eq=False)

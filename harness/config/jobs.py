@@ -68,7 +68,7 @@ class StudentRun:
     device: str
     exclusive: bool
     fingerprint: dict
-    method_source: Path  # the method's file
+    method_source: tuple[Path, ...]  # the files that define the method
 
     @property
     def name(self) -> str:

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-
-def method_source(name: str) -> Path:
-    import methods
-
-    return Path(methods.__path__[0]) / f"{name}.py"
 
 
 class Legacy:

@@ -189,6 +189,9 @@ class TrainingSection(Switches):
     max_nonfinite: int = Field(20, ge=0)
     tick_images: Positive = 1024
     checkpoint_seconds: float = Field(15.0, ge=0)
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(
+        ["csv"], description="where ticks are logged; train.csv is always written"
+    )
 
 
 class EvaluationSection(Section):

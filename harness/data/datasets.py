@@ -185,6 +185,6 @@ def placement(data: Tensor, device: str) -> torch.device:
 
 
 def placed(images: Images, device: str) -> dict[str, Tensor]:
-    """Pixels and labels at their placement, as `Sources` takes them."""
+    """Pixels and labels at their placement, as `TrainingData` takes them."""
     place = placement(images.pixels, device)
     return {"pixels": images.pixels.to(place), "labels": images.labels.to(place)}

@@ -104,6 +104,7 @@ class SampleStream:
             self.source.embeddings,
             self.block,
             self.start,
+            processes(),
         ):
             yield pixels, labels
             done += len(pixels)

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from harness.config.jobs import FeatureJob
 from harness.config.schema import FeatureSettings, Positive
-from harness.context import Context, Sources
+from harness.context import Context, TrainingData
 from harness.data import datasets
 from harness.data.datasets import Dataset, Images, placed
 from harness.denoiser import to_model_space
@@ -24,7 +24,8 @@ from harness.io.locks import run_lock
 from harness.io.records import FeatureRecord
 from harness.method import OptimizerConfig, Phase
 from harness.streams import seeded
-from harness.training.trainer import TrainingRun, train, training_record
+from harness.training.loop import train
+from harness.training.run import TrainingRun, loop_settings
 
 WEIGHTS = "features.safetensors"
 
@@ -102,7 +103,7 @@ class TrainedExtractor(FeatureExtractor):
             return TrainingRun(
                 name=f"features {job.name}",
                 folder=folder / "runs" / run_id,
-                key=run_id,
+                run_id=run_id,
                 seed=settings.seed,
                 networks={"features": network},
                 frozen={},
@@ -111,7 +112,7 @@ class TrainedExtractor(FeatureExtractor):
                     # The name belongs to the random streams.
                     Phase("classify", "features", cls.loss(settings), cls.optimizer(settings))
                 ],
-                sources=Sources(
+                data=TrainingData(
                     dataset.image_shape,
                     dataset.num_conditions,
                     sigma_init=0.0,
@@ -121,26 +122,26 @@ class TrainedExtractor(FeatureExtractor):
                 budget=[{"unit": "images", "amount": settings.images}],
                 export=lambda ema, to: {"sha256": save_tensors(to / WEIGHTS, ema.state_dict())},
                 ema_half_life=settings.images // 20,
-                device=job.device,
-                checkpoint_seconds=job.training.checkpoint_seconds,
-                max_nonfinite=job.training.max_nonfinite,
-                tick_images=max(settings.images // 20, 1),
+                loop=loop_settings(
+                    job.training,
+                    job.device,
+                    settings.batch,
+                    tick_images=max(settings.images // 20, 1),
+                ),
             )
 
         with run_lock(folder):
             outcome = train(start)
             final = folder / "runs" / run_id / "snapshots" / outcome.snapshots[-1]["name"]
             link(folder / WEIGHTS, final / WEIGHTS)
-            facts = training_record(outcome, run_id)
+            facts = outcome.record(run_id)
             network = cls.load_network(settings, folder, facts["sha256"], dataset)
             record = FeatureRecord(
                 name=job.name,
                 settings=settings.model_dump(),
                 held_out_accuracy=cls.held_out_accuracy(network, dataset),
                 aesthetic=cls.train_head(network, dataset, folder),
-                run_id=facts.pop("key"),
-                skipped_steps=facts.pop("nonfinite"),
-                **{key: facts[key] for key in ("harness", "torch", "sha256", "stop", "ledger")},
+                **facts,
             )
             record.write(folder / "features.json")
         return record

@@ -19,7 +19,7 @@ from harness.config.schema import (
 )
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
-from harness.method import MethodConfig, get_method, method_names
+from harness.method import METHODS, MethodConfig, TeacherFacts
 
 # Turns a pydantic error of a class into problems.
 Translate = Callable[[ValidationError, type], list[Problem]]
@@ -27,7 +27,7 @@ Translate = Callable[[ValidationError, type], list[Problem]]
 
 def method_settings(section: StudentSection, shared: dict[str, Any]) -> MethodConfig:
     """The method's settings: shared ones that it has, overridden by the student's own."""
-    config_class = get_method(section.method).Config
+    config_class = METHODS[section.method].Config
     common = {k: v for k, v in shared.items() if k in config_class.model_fields}
     return config_class(**common | section.settings)
 
@@ -37,7 +37,7 @@ def resolve(
 ) -> Student:
     """A student with its validated settings. Raises `ValidationError` or `UserError`."""
     settings = method_settings(section, training.settings)
-    requirements = get_method(section.method).requirements(settings)
+    requirements = METHODS[section.method].requirements(settings)
     teacher = section.teacher or next(iter(teachers))
     pairs = None
     if requirements.pairs:
@@ -78,7 +78,7 @@ def check(
             message = f"unknown teacher {section.teacher!r}{hint}"
             problems.append(Problem(f"{where}.teacher", "unknown-name", message))
         try:
-            method = get_method(section.method)
+            method = METHODS[section.method]
             settings = method_settings(section, training.settings)
         except UserError as error:
             problems.append(Problem(f"{where}.method", error.code, str(error)))
@@ -110,16 +110,11 @@ def check(
             problems += [Problem(where, "needs-images", message)] if message else []
         teacher = teachers.get(section.teacher or next(iter(names["teachers"]), None))
         trained = isinstance(teacher, TrainedTeacher)
-        unconditional = not trained or teacher.label_dropout > 0
-        scale = getattr(settings, "teacher_guidance", 1)
-        if scale != 1 and not unconditional:
-            problems.append(
-                Problem(
-                    f"{where}.settings.teacher_guidance",
-                    "unsupported",
-                    "needs a teacher trained with label_dropout",
-                )
-            )
+        facts = TeacherFacts(unconditional=not trained or teacher.label_dropout > 0)
+        problems += [
+            Problem(f"{where}.settings.{setting}", code, message)
+            for setting, code, message in method.check(settings, facts)
+        ]
         problems += _check_batch(where, settings.batch, section.budget, training)
     return problems
 
@@ -156,11 +151,11 @@ def _check_shared_settings(
     """A shared setting must exist in some method, of this experiment or another."""
     used = {section.method for section in students.values()}
     known: set[str] = set()
-    for name in sorted(method_names(), key=lambda name: name not in used):
+    for name in sorted(METHODS, key=lambda name: name not in used):
         if name not in used and known >= set(training.settings):
             break  # do not import methods without need: an unused file may be unfinished
         try:
-            known |= set(get_method(name).Config.model_fields)
+            known |= set(METHODS[name].Config.model_fields)
         except Exception:
             if name in used:
                 raise

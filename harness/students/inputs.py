@@ -1,25 +1,29 @@
-"""What a student's run is made from, read from the experiment's folder."""
+"""The inputs of a student's training: data, teacher, feature networks, teacher pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor, nn
 
-from harness.config.experiment import Experiment
+from harness.config.jobs import StudentRun
 from harness.data import datasets
 from harness.data.datasets import Dataset
-from harness.denoiser import Denoiser
+from harness.denoiser import Condition, Denoiser
 from harness.io.artifacts import read_json, sha256_file
-from harness.teachers.text_embeddings import Embeddings, load_embeddings
+from harness.teachers.text_embeddings import load_embeddings
 from harness.training.ledger import Cost
 
 
 @dataclass
 class Inputs:
-    """What a student's run is made from. `charge`: what its teacher pairs cost (name, cost,
-    seconds). `hashes`: of everything here that came from a file."""
+    """Inputs of a student's training.
+
+    features, backbones, lpips: what the method requires. embeddings: map prompt numbers to
+    conditions. charge: name, cost and seconds of the teacher pairs. hashes: of everything that came
+    from a file. shared_machine: the pairs' seconds were measured while other work was running.
+    """
 
     dataset: Dataset
     teacher: Denoiser
@@ -27,42 +31,39 @@ class Inputs:
     backbones: nn.ModuleList | None = None
     lpips: nn.Module | None = None
     pairs: dict[str, Tensor] | None = None
-    embeddings: Embeddings | None = None  # of prompts, if the teacher takes some
+    embeddings: Callable[[Tensor], Condition] | None = None
     charge: tuple[str, Cost, float] | None = None
     hashes: dict[str, str | dict | None] | None = None
-    contended: bool = False  # the pairs' seconds were measured beside other work
+    shared_machine: bool = False
 
 
-def load_inputs(experiment: Experiment, student: str) -> Inputs:
-    """Read a student's data, teacher, feature network and pairs from the experiment's folder."""
-    import methods
+def load_inputs(run: StudentRun) -> Inputs:
+    """Read the inputs of a student's run from the experiment's folders."""
     from harness.features.base import load_extractor
     from harness.features.lpips import TRUNK_SHA256, load_lpips
     from harness.features.timm_backbones import load_backbone
     from harness.networks import load_codec, load_denoiser, parts_sha256
     from harness.teachers.pairs import load_pairs
 
-    needs = experiment.requirements(student)
-    folder = experiment.teacher_dir(experiment.teacher_of(student))
-    dataset = datasets.load(experiment.data_dir(), images=needs.real_images)
-    source = Path(methods.__path__[0]) / f"{experiment.students[student].method}.py"
+    needs, folder = run.student.requirements, run.teacher
+    dataset = datasets.load(run.data, images=needs.real_images)
     hashes: dict[str, str | dict | None] = {
         "data": dataset.images_sha256,
         "teacher": read_json(folder / "teacher.json")["sha256"],
-        "method": sha256_file(source),
+        "method": {path.name: sha256_file(path) for path in run.method_source},
         "pairs": None,
         "features": None,
     }
-    teacher = load_denoiser(folder, hashes["teacher"], experiment.device)
+    teacher = load_denoiser(folder, hashes["teacher"], run.device)
     if needs.pixels:
-        teacher.codec = load_codec(folder, experiment.device)
+        teacher.codec = load_codec(folder, run.device)
     inputs = Inputs(dataset, teacher, embeddings=load_embeddings(folder), hashes=hashes)
     if inputs.embeddings:
         hashes["prompts"] = inputs.embeddings.record["sha256"]
     if parts := parts_sha256(folder):
         hashes["parts"] = parts
     if needs.features:
-        extractor = load_extractor(experiment.features_dir(needs.features), dataset)
+        extractor = load_extractor(run.features, dataset)
         inputs.features, hashes["features"] = extractor.network, extractor.sha256
     if needs.backbones:
         inputs.backbones = nn.ModuleList(map(load_backbone, needs.backbones))
@@ -70,9 +71,9 @@ def load_inputs(experiment: Experiment, student: str) -> Inputs:
     if needs.lpips:
         inputs.lpips, hashes["lpips"] = load_lpips(), TRUNK_SHA256
     if needs.pairs:
-        record, inputs.pairs = load_pairs(experiment.pairs_dir(experiment.pairs_name(student)))
+        record, inputs.pairs = load_pairs(run.pairs)
         cost = Cost(record["flops"], {"teacher": [record["evaluations"], 0]})
         inputs.charge = ("pairs", cost, record["seconds"])
-        inputs.contended = record["contended"]
+        inputs.shared_machine = record["contended"]
         hashes["pairs"] = record["sha256"]
     return inputs

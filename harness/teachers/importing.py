@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.config.experiment import Experiment
+from harness.config.jobs import TeacherJob
 from harness.data import datasets
 from harness.data.datasets import Dataset
 from harness.denoiser import Denoiser
@@ -33,16 +33,16 @@ def _check_fit(name: str, denoiser: Denoiser, dataset: Dataset) -> None:
         raise UserError(f"teacher {name} makes {said[0]}, but data {dataset.name} has {said[1]}")
 
 
-def import_teacher(experiment: Experiment, name: str) -> dict:
+def import_teacher(job: TeacherJob) -> dict:
     """Bring a teacher in: a denoiser folder, an official EDM pickle, the address of one, or a
     pipeline's folder."""
     from harness.io.downloads import fetch
     from harness.networks import load_denoiser
     from harness.teachers.edm_pickle import read_edm_pickle
 
-    section, folder = experiment.teachers[name], experiment.teacher_dir(name)
+    name, section, folder = job.name, job.section, job.folder
     if section.pipeline:
-        return import_pipeline(experiment, name)
+        return import_pipeline(job)
     if Path(section.source).is_dir():
         origin = Path(section.source) / WEIGHTS
         denoiser = load_denoiser(section.source, section.sha256)
@@ -50,25 +50,25 @@ def import_teacher(experiment: Experiment, name: str) -> dict:
         origin = fetch(section.source, section.sha256)
         denoiser = read_edm_pickle(origin)
     _check_network(name, denoiser, section.network or {})
-    _check_fit(name, denoiser, datasets.load(experiment.data_dir()))
+    _check_fit(name, denoiser, datasets.load(job.data))
     source = {"source": section.source, "sha256": sha256_file(origin)}
     with run_lock(folder):
-        return _bring_in(experiment, name, denoiser, source)
+        return _bring_in(job, denoiser, source)
 
 
 def _bring_in(
-    experiment: Experiment, name: str, denoiser: Denoiser, source: dict, codec=None, **text: dict
+    job: TeacherJob, denoiser: Denoiser, source: dict, codec=None, **text: dict
 ) -> dict:
     """Write an imported teacher's folder: its weights, its codec, if it has one, and its record.
     `text`: what its prompts became."""
-    folder = experiment.teacher_dir(name)
-    key = digest([experiment.teacher_spec(name), source])
+    folder = job.folder
+    key = digest([job.fingerprint, source])
     final, files = folder / "runs" / key, list(FILES)
     with atomic_folder(final) as temporary:
         record = {
             "schema": 1,
-            "teacher": name,
-            "spec": digest(experiment.teacher_spec(name)),
+            "teacher": job.name,
+            "spec": digest(job.fingerprint),
             "key": key,
             "sha256": save_denoiser(denoiser, temporary, {"imported": source}),
             "imported": source,
@@ -87,22 +87,22 @@ def _bring_in(
     return record
 
 
-def import_pipeline(experiment: Experiment, name: str) -> dict:
+def import_pipeline(job: TeacherJob) -> dict:
     """Bring a text-to-image pipeline in: its denoiser, its decoder, and what its text encoder makes
     of the experiment's prompts, which is not needed again."""
     from harness.teachers.pipelines import PipelineFolder
 
-    section, folder = experiment.teachers[name], experiment.teacher_dir(name)
-    dataset = datasets.load(experiment.data_dir(), images=False)
+    name, section, folder = job.name, job.section, job.folder
+    dataset = datasets.load(job.data, images=False)
     pipeline = PipelineFolder(Path(section.source).expanduser())
     # Real images may be of another size: whatever looks at both brings them to its own.
-    shape = None if experiment.data.has_images else dataset.image_shape
+    shape = None if job.data_section.has_images else dataset.image_shape
     pipeline.check(name, shape, section.sampler.sigma_max)
     with run_lock(folder):
         sets = {"text": dataset.prompts, "evaluation_text": dataset.evaluation_prompts}
         if sets["text"] is sets["evaluation_text"]:
             del sets["evaluation_text"]
-        encoder = pipeline.text_encoder().to(experiment.device)
+        encoder = pipeline.text_encoder().to(job.device)
         made = {
             key: Embeddings(embed_prompts(encoder, prompts, folder / "text"))
             for key, prompts in sets.items()
@@ -112,7 +112,7 @@ def import_pipeline(experiment: Experiment, name: str) -> dict:
         _check_network(name, denoiser, section.network or {})
         source = {"source": section.source, "pipeline": pipeline.kind, "sha256": pipeline.sha256()}
         text = {key: text_record(embeddings, folder) for key, embeddings in made.items()}
-        return _bring_in(experiment, name, denoiser, source, codec, **text)
+        return _bring_in(job, denoiser, source, codec, **text)
 
 
 def text_record(embeddings: Embeddings, folder: Path) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.config.experiment import Experiment
 from harness.config.schema import Sampler
 from harness.data import datasets
-from harness.denoiser import Denoiser, each_part
+from harness.denoiser import Denoiser, map_condition
 from harness.errors import UserError
 from harness.io.artifacts import digest, load_tensors, read_json, save_tensors, write_json
 from harness.io.locks import run_lock
@@ -100,7 +100,7 @@ def _make_shard(
         if classes:
             labels = balanced_labels(index, classes, PAIR_NOISE.child("label"))
             condition = embeddings(labels) if embeddings else labels
-            condition = each_part(lambda part: part.to(device), condition)
+            condition = map_condition(lambda part: part.to(device), condition)
         if not flops_per_image:
             with measure({}) as cost:
                 teacher(z.to(device), torch.ones(block, device=device), condition)

@@ -1,17 +1,17 @@
-"""The stage that leaves a teacher's folder: trained in the workflow, or from elsewhere."""
+"""The stage that makes a teacher, and the training of one."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from harness.augment import LABELS, edm_augment
-from harness.config.experiment import Experiment
-from harness.config.schema import ImportedTeacher, TrainedTeacher, micro_batch
-from harness.context import Context, Sources
+from harness.config.jobs import TeacherJob
+from harness.config.schema import ImportedTeacher, TrainedTeacher
+from harness.context import Context, TrainingData
 from harness.data import datasets
 from harness.data.datasets import Dataset, placed
 from harness.errors import UserError
-from harness.fake_score import denoising_loss, left_out
+from harness.fake_score import denoising_loss, drop_condition
 from harness.io.artifacts import digest, link, write_json
 from harness.io.locks import run_lock
 from harness.method import OptimizerConfig, Phase
@@ -21,18 +21,27 @@ from harness.streams import seeded
 from harness.teachers.importing import import_teacher, text_record
 from harness.teachers.text_embeddings import Embeddings, embed_prompts
 from harness.training.distributed import processes
-from harness.training.trainer import TrainingRun, train, training_record
+from harness.training.loop import train
+from harness.training.run import TrainingRun, loop_settings
+
+
+def make_teacher(job: TeacherJob) -> dict:
+    """Train or import a teacher, write its folder with `teacher.json`, and return the record."""
+    imported = isinstance(job.section, ImportedTeacher)
+    return import_teacher(job) if imported else train_teacher(job)
 
 
 def teacher_phase(section: TrainedTeacher) -> Phase:
-    """EDM's training (Karras et al. 2022): denoise real images at lognormal noise levels. Labels or
-    captions are left out now and then, so that the network knows both scores of a guided one."""
+    """EDM's training (Karras et al. 2022): denoise real images at lognormal noise levels.
+
+    With `label_dropout` the network also learns the unconditional score, for guidance.
+    """
 
     def loss(context: Context) -> Tensor:
         clean, condition = context.real()
         teacher = context.networks["teacher"]
         if section.label_dropout and condition is not None:
-            condition = left_out(context, teacher, condition, section.label_dropout)
+            condition = drop_condition(context, teacher, condition, section.label_dropout)
         extras = {}
         if section.augment:
             clean, extras["augment_labels"] = edm_augment(context, clean, section.augment)
@@ -50,92 +59,84 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
     return Phase("denoise", "teacher", loss, optimizer)
 
 
-def make_teacher(experiment: Experiment, name: str) -> dict:
-    """Leave `teachers/<name>/` with its `teacher.json`; returns what that says."""
-    if isinstance(experiment.teachers[name], ImportedTeacher):
-        return import_teacher(experiment, name)
-    return train_teacher(experiment, name)
+def assemble(
+    job: TeacherJob, dataset: Dataset, text: Embeddings | None, run_id: str
+) -> TrainingRun:
+    """Build a teacher's training. `text`: embeddings of the captions, if it reads them."""
+    section = job.section
+    with seeded(section.seed):
+        network = build_denoiser(
+            section.network,
+            dataset.image_shape,
+            dataset.num_classes,
+            section.sigma_data,
+            null=text.null if text else None,
+        )
+    if section.augment and network.augment_labels != LABELS:
+        raise UserError(
+            f"teachers.{job.name}.augment: the network takes {network.augment_labels} augmentation "
+            f"labels, not {LABELS}; a SongUNet with augment_dim: {LABELS} does",
+            "augment-labels",
+        )
+    return TrainingRun(
+        name=f"teacher {job.name}",
+        folder=job.folder / "runs" / run_id,
+        run_id=run_id,
+        seed=section.seed,
+        networks={"teacher": network},
+        frozen={},
+        main="teacher",
+        phases=[teacher_phase(section)],
+        data=TrainingData(
+            dataset.image_shape,
+            dataset.num_conditions,
+            sigma_init=0.0,
+            embeddings=text,
+            **placed(dataset.train, "cpu" if text else job.device),
+        ),
+        batch=section.batch,
+        budget=[{"unit": "images", "amount": section.images}],
+        export=lambda ema, to: {"sha256": save_denoiser(ema, to)},
+        ema_half_life=section.ema_half_life,
+        ema_ramp_up=section.ema_ramp_up,
+        loop=loop_settings(
+            job.training, job.device, section.batch, section, max(section.images // 50, 1)
+        ),
+    )
 
 
-def embed_captions(experiment: Experiment, name: str, dataset: Dataset) -> Embeddings:
-    """What a teacher's text encoder, a CLIP of the experiment, makes of the data set's captions."""
+def embed_captions(job: TeacherJob, dataset: Dataset) -> Embeddings:
+    """Embed the data set's captions with the experiment's CLIP."""
     from harness.features.base import load_extractor
 
-    section = experiment.teachers[name]
-    folder = experiment.features_dir(section.text_encoder)
-    encoder = load_extractor(folder, dataset).text_encoder()
-    folder = experiment.teacher_dir(name) / "text"
-    return Embeddings(embed_prompts(encoder, dataset.prompts, folder))
+    encoder = load_extractor(job.text_encoder, dataset).text_encoder()
+    return Embeddings(embed_prompts(encoder, dataset.prompts, job.folder / "text"))
 
 
-def train_teacher(experiment: Experiment, name: str) -> dict:
-    """Train teacher `name` and write `teachers/<name>/`; returns what `teacher.json` says."""
-    section, folder = experiment.teachers[name], experiment.teacher_dir(name)
-    dataset = datasets.load(experiment.data_dir())
-    text = embed_captions(experiment, name, dataset) if section.text_encoder else None
+def train_teacher(job: TeacherJob) -> dict:
+    """Train a teacher, write its folder, and return the content of `teacher.json`."""
+    dataset = datasets.load(job.data)
+    text = embed_captions(job, dataset) if job.text_encoder else None
     inputs = [dataset.sha256, text.record["sha256"]] if text else [dataset.sha256]
-    key = digest([experiment.teacher_spec(name), *inputs])
-    device = experiment.device
-
-    def make() -> TrainingRun:
-        with seeded(section.seed):
-            network = build_denoiser(
-                section.network,
-                dataset.image_shape,
-                dataset.num_classes,
-                section.sigma_data,
-                null=text.null if text else None,
-            )
-        if section.augment and network.augment_labels != LABELS:
-            raise UserError(
-                f"teachers.{name}.augment: the network takes {network.augment_labels} augmentation "
-                f"labels, not {LABELS}; a SongUNet with augment_dim: {LABELS} does"
-            )
-        return TrainingRun(
-            name=f"teacher {name}",
-            folder=folder / "runs" / key,
-            key=key,
-            seed=section.seed,
-            networks={"teacher": network},
-            frozen={},
-            main="teacher",
-            phases=[teacher_phase(section)],
-            sources=Sources(
-                dataset.image_shape,
-                dataset.num_conditions,
-                sigma_init=0.0,
-                embeddings=text,
-                **placed(dataset.train, "cpu" if text else device),
-            ),
-            batch=section.batch,
-            budget=[{"unit": "images", "amount": section.images}],
-            export=lambda ema, to: {"sha256": save_denoiser(ema, to)},
-            ema_half_life=section.ema_half_life,
-            ema_ramp_up=section.ema_ramp_up,
-            device=device,
-            micro_batch=micro_batch(section.batch, section.micro_batch),
-            precision=section.precision,
-            channels_last=section.channels_last,
-            compile=section.compile,
-            gradient_checkpointing=section.gradient_checkpointing,
-            checkpoint_seconds=experiment.training.checkpoint_seconds,
-            max_nonfinite=experiment.training.max_nonfinite,
-            tick_images=max(section.images // 50, 1),
-        )
-
+    run_id = digest([job.fingerprint, *inputs])
+    run = job.folder / "runs" / run_id
     group = processes()
-    with group.leading(run_lock(folder)):
-        outcome = train(make)
+    with group.leading(run_lock(job.folder)):
+        outcome = train(lambda: assemble(job, dataset, text, run_id))
         if not group.first:
             return {}
-        final = folder / "runs" / key / "snapshots" / outcome.snapshots[-1]["name"]
+        final = run / "snapshots" / outcome.snapshots[-1]["name"]
         for file in (*FILES, *[NULL] * (text is not None)):
-            link(folder / file, final / file)
-        link(folder / "train.csv", folder / "runs" / key / "train.csv")
-        record = {"teacher": name, "device": device, "spec": digest(experiment.teacher_spec(name))}
-        record |= training_record(outcome, key)
-        if text:
-            record["text"] = text_record(text, folder)
-        record["parameters"] = sum(p.numel() for p in make().networks["teacher"].parameters())
-        write_json(folder / "teacher.json", record)
+            link(job.folder / file, final / file)
+        link(job.folder / "train.csv", run / "train.csv")
+        network = assemble(job, dataset, text, run_id).networks["teacher"]
+        record = {
+            "teacher": job.name,
+            "device": job.device,
+            "spec": digest(job.fingerprint),
+            **outcome.record(run_id),
+            **({"text": text_record(text, job.folder)} if text else {}),
+            "parameters": sum(p.numel() for p in network.parameters()),
+        }
+        write_json(job.folder / "teacher.json", record)
     return record

@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: optimisers, EMA, checkpoints, logs and the ledger."""
+"""Training: the loop, optimisers, the weight average, checkpoints, logs and the ledger."""

@@ -1,14 +1,13 @@
-"""Several processes at work on one stage, started by torchrun: who does what, and what they agree
-on.
+"""Data parallelism over the processes that torchrun starts.
 
-Each process takes its share of every batch and makes the same random numbers for it that one
-process alone would; gradients are averaged over the processes, so all of them take the same step.
-The first process alone writes files, locks and tells.
+Each process works on its share of every batch, with the random numbers that one process would draw
+for it. Gradients are averaged over the processes, so that all take the same step. Only the first
+process writes files, takes locks and logs progress.
 
-Gradients are averaged when a phase's backward passes are done, in one message. torch's
-`DistributedDataParallel` would send them while the backward pass goes on, but it wants one forward
-pass to each backward one: phases share generated images, go through networks that another phase
-trains, and R1 differentiates twice.
+Gradients are averaged in one message after the backward passes of a phase. torch's
+`DistributedDataParallel` overlaps communication and backward pass, but needs one forward pass per
+backward pass: phases share generated images and pass through networks that another phase trains,
+and R1 differentiates twice.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from harness.errors import UserError
 
-# One process may wait for another's lock, or for the first to score, for as long as that takes.
-PATIENCE = timedelta(days=7)
+# A process may wait as long as the first one scores, or waits for a lock.
+TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number and how many there are."""
+    """This process's rank, and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -41,18 +40,20 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch: int) -> range:
-        """Which samples of a batch are this process's: consecutive ones, as many as the others'."""
+        """The consecutive samples of a batch that this process works on; all shares are equal."""
         if batch % self.size:
-            raise UserError(f"{self.size} processes cannot share a batch of {batch} equally")
+            raise UserError(
+                f"batch {batch} is not divisible by the {self.size} processes", "batch-size"
+            )
         own = batch // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 
     def average_(self, tensors: list[Tensor]) -> None:
-        """Replace float tensors by their means over the processes; every process gives as many, of
-        the same shapes."""
+        """Replace float tensors by their means over processes; shapes must agree."""
         self._sum_(tensors, 1 / self.size)
 
     def sum_(self, tensors: list[Tensor]) -> None:
+        """Replace float tensors by their sums over processes; shapes must agree."""
         self._sum_(tensors, 1.0)
 
     def _sum_(self, tensors: list[Tensor], factor: float) -> None:
@@ -65,8 +66,7 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def agree(self, value: float) -> float:
-        """The first process's value, for all; by way of the hosts, so that no device is waited
-        for."""
+        """The first process's value in all processes, sent between hosts without the device."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
@@ -74,21 +74,20 @@ class Processes:
         return tensor.item()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         if self.size > 1:
             torch.distributed.barrier()
 
     @contextlib.contextmanager
     def leading(self, context: contextlib.AbstractContextManager) -> Iterator:
-        """`context` for the first process; the others go on when it has been entered, and get
-        None."""
+        """Enter `context` in the first process; the others wait for that, and get None."""
         with context if self.first else contextlib.nullcontext() as value:
             self.wait()
             yield value
 
     def gather(self, own: Tensor | None, count: int) -> Iterator[Tensor]:
-        """In the first process: its own tensor, then those of processes 1 to `count - 1`, of the
-        same shape; the others send theirs and get nothing."""
+        """Yield the tensors of processes 0 to `count - 1` in the first process, nothing in the
+        others; shapes must agree."""
         if self.rank >= count:
             return
         if not self.first:
@@ -103,13 +102,13 @@ class Processes:
 
 @cache
 def processes() -> Processes:
-    """The processes that torchrun started, joined; this one alone otherwise."""
+    """Join the processes that torchrun started; a single one otherwise."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Processes()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     else:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     return Processes(torch.distributed.get_rank(), size)

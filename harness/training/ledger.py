@@ -1,9 +1,8 @@
-"""What a run has spent: images, passes per network, floating-point operations, seconds, memory.
+"""What a run costs: images, passes per network, floating-point operations, seconds, memory.
 
-Nothing is declared by a method. The cost of an iteration's phase is measured once per variant
-(say, with and without a gradient penalty) while it runs: operations by
-`torch.utils.flop_counter`, passes by hooks on the networks. Afterwards the same cost is added each
-time that variant runs.
+Methods declare no costs. Each variant of an update (say, with and without a gradient penalty) is
+measured once while it runs: operations by `torch.utils.flop_counter`, passes by hooks on the
+networks. The ledger then adds this cost whenever the variant runs.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ UNITS = ("images", "flops", "seconds")
 
 @dataclass
 class Cost:
-    """Cost of one run of a phase. `passes`: network -> [images forward, images backward]."""
+    """Cost of one update. `passes`: network -> [images forward, images backward]."""
 
     flops: int = 0
     passes: dict[str, list[int]] = field(default_factory=dict)
 
     def __mul__(self, times: int) -> Cost:
-        """The same in so many processes."""
-        passes = {name: [n * times for n in both] for name, both in self.passes.items()}
+        """The cost of the same work in several processes."""
+        passes = {name: [n * times for n in counts] for name, counts in self.passes.items()}
         return Cost(self.flops * times, passes)
 
 
@@ -35,10 +34,9 @@ class Cost:
 class Ledger:
     """Totals of one run.
 
-    images: images that received a generator update. flops: operations in all, charges included.
-    seconds: training time (evaluation, checkpoints and start-up apart), charges included.
-    peak_memory: bytes. charges: what was spent before training (teacher pairs), already in the
-    totals. costs: the measured cost of each phase variant.
+    images: images that received a generator update. flops: all operations. seconds: training time
+    without evaluation, checkpoints and start-up. peak_memory: bytes. charges: costs before training
+    (teacher pairs), included in the totals. costs: the measured cost of each update variant.
     """
 
     images: int = 0
@@ -57,7 +55,7 @@ class Ledger:
             total[1] += backward
 
     def charge(self, name: str, cost: Cost, seconds: float) -> None:
-        """Add what was spent before training, once."""
+        """Add a cost from before training; a second charge of the same name is ignored."""
         if name not in self.charges:
             self.add(cost)
             self.seconds += seconds
@@ -65,7 +63,7 @@ class Ledger:
 
     @property
     def generated(self) -> int:
-        """Images that the student generated in all."""
+        """The number of images that the student generated, with and without an update."""
         return self.passes.get("student", [0, 0])[0]
 
     def amount(self, unit: str) -> float:
@@ -74,6 +72,10 @@ class Ledger:
     def reached(self, budget: list[dict]) -> dict | None:
         """The first limit of `budget` (`{"unit", "amount"}`) that is reached, or None."""
         return next((x for x in budget if self.amount(x["unit"]) >= x["amount"]), None)
+
+    def spent(self, budget: list[dict]) -> float:
+        """The spent fraction of `budget`: of the limit that is nearest."""
+        return max(self.amount(x["unit"]) / x["amount"] for x in budget)
 
     def to_json(self) -> dict:
         return asdict(self) | {"generated": self.generated}
@@ -85,17 +87,17 @@ class Ledger:
         return cls(**record, costs=costs)
 
 
-# The costs being measured, innermost last: a backward pass counts where it runs, which may be
-# another phase than the one that ran forward.
+# Costs under measurement, innermost last. A backward pass counts where it runs, which may be in
+# another phase than its forward pass.
 _ACTIVE: list[Cost] = []
 
 
 @contextlib.contextmanager
 def measure(networks: Mapping[str, nn.Module]) -> Iterator[Cost]:
-    """Count operations, and the images that pass each network, while the block runs.
+    """Count operations, and the images that pass through each network, in a block.
 
-    A backward pass is counted when a gradient reaches a network's output, whether it goes on to
-    the weights, to the input, or both.
+    A backward pass counts when a gradient reaches a network's output, whether it continues to the
+    weights, to the input, or to both.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,7 +105,7 @@ def measure(networks: Mapping[str, nn.Module]) -> Iterator[Cost]:
         if _ACTIVE:
             _ACTIVE[-1].passes.setdefault(name, [0, 0])[direction] += images
 
-    def watch(name: str):
+    def counting_hook(name: str):
         def forward(module: nn.Module, args: tuple, output) -> None:
             first = output
             while not isinstance(first, Tensor):
@@ -115,9 +117,9 @@ def measure(networks: Mapping[str, nn.Module]) -> Iterator[Cost]:
         return forward
 
     cost = Cost()
-    # Under guidance the network itself is passed, twice.
+    # Guidance evaluates the network inside it, on both halves of a batch.
     inner = {name: getattr(net, "denoiser", net) for name, net in networks.items()}
-    hooks = [net.register_forward_hook(watch(name)) for name, net in inner.items()]
+    hooks = [net.register_forward_hook(counting_hook(name)) for name, net in inner.items()]
     _ACTIVE.append(cost)
     try:
         with FlopCounterMode(display=False) as counter:
@@ -130,7 +132,7 @@ def measure(networks: Mapping[str, nn.Module]) -> Iterator[Cost]:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: the peak of the device's allocator, or of this process on CPU."""
+    """Peak bytes of the device's allocator; on CPU, of this process."""
     if device.startswith("cuda"):
         import torch
 

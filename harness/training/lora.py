@@ -1,8 +1,8 @@
-"""LoRA: a student or fake score that trains a few numbers beside the weights of its teacher.
+"""LoRA: train low-rank adapters of a student or fake score instead of its weights.
 
 Hu et al. 2021 (arXiv 2106.09685), by peft: `W + (alpha / rank) B A` in the projections of attention
-and feed-forward layers, B = 0 at first. W itself is the teacher's tensor, held once however many
-networks have it, so that the networks of an experiment fit on one GPU.
+and feed-forward layers, with B = 0 at initialisation. The networks of an experiment share the
+teacher's tensors W, so that they fit on one GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ TARGETS = (
 
 
 def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float) -> None:
-    """Turn a clone of the teacher into its weights with adapters, the only ones that train."""
+    """Give a clone of the teacher the teacher's own tensors, and adapters that train alone."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("lora: needs the package peft: pip install -e '.[text-to-image]'") from None
+        raise UserError(
+            "lora: peft is not installed: pip install -e '.[text-to-image]'", "missing-package"
+        ) from None
     owners = dict(teacher.backbone.named_modules())
     for name, module in denoiser.backbone.named_modules():
         for key in module._parameters:
@@ -37,13 +39,14 @@ def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float)
         inject_adapter_in_model(settings, denoiser.backbone)
     except ValueError:
         raise UserError(
-            f"lora: {type(denoiser.backbone).__name__} of this teacher has no attention layers "
-            f"that it could be added to ({', '.join(TARGETS)})"
+            f"lora: {type(denoiser.backbone).__name__} has no attention layers to adapt "
+            f"({', '.join(TARGETS)})",
+            "lora-targets",
         ) from None
 
 
 def parameter_count(network: nn.Module) -> int:
-    """How many a network has, or will have once its adapters are merged into its weights."""
+    """Parameters of a network, after its adapters have been merged into its weights."""
     return sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)
 
 
@@ -52,13 +55,13 @@ def is_adapted(network: nn.Module) -> bool:
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """A copy of a network with its adapters as parts of its weights, as it was before it had any;
-    the network itself if it has none."""
+    """A copy of a network with its adapters merged into its weights and removed; a network without
+    adapters itself."""
     if not is_adapted(network):
         return network
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # The weights are the teacher's: they must not be merged into.
+    # Merging changes weights, and these are the teacher's.
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):

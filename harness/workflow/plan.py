@@ -174,11 +174,6 @@ class Held:
             self.tally.now -= self.bytes
 
 
-def everything(trainer: Trainer) -> list[nn.Module]:
-    """All networks of a run."""
-    return [*trainer.networks.values(), *trainer.frozen.values()]
-
-
 class Rehearsal(Trainer):
     """A trainer that counts and changes nothing."""
 
@@ -186,19 +181,18 @@ class Rehearsal(Trainer):
         super().__init__(run)
         self.tally = Tally()
 
-    def _update(self, phase, repeat, contexts, variant, measuring) -> bool:
+    def update(self, phase, repeat, contexts, variant, measuring) -> None:
         if variant in self.ledger.costs and not measuring:
             self.ledger.add(self.ledger.costs[variant])
-            return True
-        with self.tally.hooks(everything(self)):
-            return super()._update(phase, repeat, contexts, variant, measuring)
+            return
+        with self.tally.hooks(self.all_networks.values()):
+            super().update(phase, repeat, contexts, variant, measuring)
 
-    def _apply(self, phase, loss) -> bool:
+    def apply_gradients(self, phase, loss) -> None:
         for parameter in self.trainable[phase.network]:
             parameter.grad = None
-        return True
 
-    def _update_ema(self, images: int) -> None:
+    def update_ema(self, images: int) -> None:
         pass
 
 
@@ -245,11 +239,11 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
     experiment = replace(experiment, device_setting="meta")
     with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
         inputs = stand_in_inputs(experiment, student, images=2)
-        run = assemble(experiment, student, 0, inputs, Path(folder), "plan")
+        run = assemble(experiment.student_run(student, 0), inputs, Path(folder), "plan")
         # The operations are the same; neither autocast nor the compiler knows meta tensors.
-        run.precision, run.compile = "fp32", False
+        loop = replace(run.loop, precision="fp32", compile=False)
         # Of several micro-batches two tell as much: each makes its images anew.
-        run.batch = min(run.batch, 2 * run.micro_batch)
+        run = replace(run, loop=loop, batch=min(run.batch, 2 * loop.micro_batch))
         trainer, needs = Rehearsal(run), experiment.requirements(student)
         pair_flops = 0.0
         if needs.pairs:
@@ -260,14 +254,14 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
             sampler = experiment.pair_sampler(experiment.pairs_name(student))
             pair_flops = cost.flops * needs.pairs * sampler.nfe
         for _ in range(PERIOD):
-            trainer._iteration()
+            trainer.step()
     flops = trainer.ledger.flops / (PERIOD * run.batch)
     beside = sum(
         p.numel() for n, net in trainer.networks.items() if n != "student" for p in net.parameters()
     )
     trainable = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
     # Weights that networks share are there once; those that never change are their own average.
-    there = {id(p): p.numel() for net in everything(trainer) for p in net.parameters()}
+    there = {id(p): p.numel() for net in trainer.all_networks.values() for p in net.parameters()}
     averaged = sum(p.numel() for p in trainer.trainable["student"])
     present, parameters = sum(there.values()), parameter_count(trainer.networks["student"])
     kept = (0.5 if experiment.training.precision == "bf16" else 1.0) * trainer.tally.most
@@ -277,7 +271,7 @@ def estimate(experiment: Experiment, student: str) -> Estimate:
     memory += pairs - on_host
     return Estimate(
         student,
-        run.micro_batch,
+        run.loop.micro_batch,
         parameters,
         averaged,
         beside,

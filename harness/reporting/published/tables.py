@@ -17,7 +17,7 @@ from harness.config.experiment import Experiment
 from harness.errors import UserError
 from harness.evaluation.columns import column_name
 from harness.io.artifacts import write_text
-from harness.method import get_method
+from harness.method import METHODS
 from harness.reporting.collect import collect
 from harness.reporting.formatting import latex, markdown, spread_text
 from harness.reporting.manifest import read_manifest
@@ -133,7 +133,7 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
     notes = [f"{who}: {label}", *notes]
     if name in experiment.students:
         student = experiment.students[name]
-        notes += get_method(student.method).deviations_under(student.settings)
+        notes += METHODS[student.method].deviations_under(student.settings)
     return {
         "reproduced": spread_text(values.mean(), values.std(ddof=1) if len(values) > 1 else None),
         "difference": round(values.mean() - entry["value"], 4),

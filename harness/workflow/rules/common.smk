@@ -9,7 +9,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from snakemake.exceptions import WorkflowError
 
-from harness.config.legacy import method_source
+from harness.method import method_source
 from harness.errors import UserError
 from harness.io.artifacts import canonical
 from harness.validation import load_experiment, load_snapshot

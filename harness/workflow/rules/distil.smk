@@ -2,10 +2,10 @@
 
 
 def student_inputs(w):
-    """The method's file, the teacher, and the pairs or features that the method requires."""
+    """The method's files, the teacher, and the pairs or features that the method requires."""
     student = E.students[w.student]
     inputs = {
-        "method": os.path.relpath(method_source(student.method)),
+        "method": [os.path.relpath(path) for path in method_source(student.method)],
         "teacher": E.paths.teacher(student.teacher) / "teacher.json",
     }
     if student.pairs:

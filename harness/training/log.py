@@ -1,0 +1,206 @@
+"""Training metrics: running means on the device, and where the rows of each tick go."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from harness.errors import UserError
+from harness.io.artifacts import write_text
+from harness.training.distributed import Processes
+from harness.training.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+
+class RunningMeans(Mapping[str, Tensor]):
+    """Means of named scalars since the last `collect`, accumulated on the device.
+
+    Non-finite values are left out. Adding a value and looking up a mean do not wait for the device.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        finite = value.isfinite()
+        self._sums[name] = self._sums.get(name, 0.0) + torch.where(finite, value, 0.0)
+        self._counts[name] = self._counts.get(name, 0.0) + finite.float()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._sums[name] / self._counts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def collect(self, processes: Processes) -> dict[str, float]:
+        """Read the means over all processes (NaN without a finite value) and start anew. All
+        processes call it together; it waits for the device."""
+        names = list(self._sums)
+        totals = torch.stack([*self._sums.values(), *self._counts.values()]).float()
+        processes.sum_([totals])
+        sums, counts = totals.view(2, -1).tolist()
+        self._sums.clear()
+        self._counts.clear()
+        return {
+            name: total / count if count else math.nan
+            for name, total, count in zip(names, sums, counts, strict=True)
+        }
+
+
+class TickLogger(Protocol):
+    """Takes one row of numbers per tick."""
+
+    def write(self, row: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class CsvLogger:
+    """`train.csv`: one row per tick."""
+
+    def __init__(self, path: Path, step: int):
+        """Rows after `step` are dropped: they were written after the state that is resumed."""
+        self._path, self._header = path, []
+        if path.exists():
+            self._header, rows = self._read()
+            done = [row for row in rows if (row.get("step") or "").isdigit()]
+            done = [row for row in done if int(row["step"]) <= step and None not in row.values()]
+            self._rewrite(done)
+
+    def _read(self) -> tuple[list[str], list[dict]]:
+        with open(self._path, newline="") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or []), list(reader)
+
+    def _rewrite(self, rows: list[dict]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._header)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self._path, text.getvalue())
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append a row; a column that appears late (of a phase that runs seldom) is added."""
+        if new := [name for name in row if name not in self._header]:
+            rows = self._read()[1] if self._header else []
+            self._header += new
+            self._rewrite([*rows, row])
+        else:
+            with open(self._path, "a", newline="") as file:
+                csv.DictWriter(file, self._header).writerow(row)
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoardLogger:
+    """TensorBoard events in the run's folder, against images."""
+
+    def __init__(self, run: TrainingRun, images: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events after `images` are dropped: they were written after the state that is resumed.
+        self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=images + 1)
+
+    def write(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, row["images"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLogger:
+    """A Weights & Biases run named after this run, against images; it continues on resume."""
+
+    def __init__(self, run: TrainingRun, images: int):
+        import wandb
+
+        self.run = wandb.init(
+            project="onestep-harness",
+            id=run.run_id,
+            name=run.name,
+            dir=run.folder,
+            resume="allow",
+        )
+
+    def write(self, row: dict[str, float]) -> None:
+        self.run.log(row, step=row["images"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+OPTIONAL = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+
+
+class TrainingLog:
+    """All loggers of a run, and its progress."""
+
+    def __init__(self, run: TrainingRun, step: int, images: int):
+        self.loggers: list[TickLogger] = [CsvLogger(run.folder / "train.csv", step)]
+        for name in run.loop.loggers:
+            if name == "csv":
+                continue
+            try:
+                self.loggers.append(OPTIONAL[name](run, images))
+            except ImportError:
+                raise UserError(
+                    f"training.loggers: {name} is not installed: pip install -e '.[loggers]'",
+                    "missing-package",
+                ) from None
+        self._bar = None
+        if run.loop.progress:
+            from tqdm import tqdm
+
+            layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+            self._bar = tqdm(total=1.0, desc=run.name, bar_format=layout)
+
+    def write(self, row: dict[str, float], spent: float) -> None:
+        """Log a tick; `spent`: the fraction of the budget."""
+        for target in self.loggers:
+            target.write(row)
+        losses = " ".join(f"{k[5:]} {v:.4g}" for k, v in row.items() if k.startswith("loss/"))
+        text = f"{row['images_per_second']:.0f} img/s, {losses}"
+        if skipped := sum(v for k, v in row.items() if k.startswith("nonfinite/")):
+            text += f", {skipped} non-finite"
+        if self._bar is not None:
+            self._bar.n = min(1.0, spent)
+            self._bar.set_postfix_str(text)
+        else:
+            logger.info("%5.1f %%  %d images  %s", 100 * spent, row["images"], text)
+
+    def close(self) -> None:
+        for target in self.loggers:
+            target.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def open_log(
+    run: TrainingRun, step: int, images: int, enabled: bool = True
+) -> Iterator[TrainingLog | None]:
+    """The log of a run that starts after `step`; None where it is not `enabled` (processes other
+    than the first)."""
+    log = TrainingLog(run, step, images) if enabled else None
+    try:
+        yield log
+    finally:
+        if log is not None:
+            log.close()
