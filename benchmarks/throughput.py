@@ -1,24 +1,25 @@
-"""Speed of one full iteration of every student of an experiment.
+"""Measure the speed of training iterations of each student of an experiment.
 
     python benchmarks/throughput.py [--configfile configs/digits.yaml] [--threads 1]
     python benchmarks/throughput.py --network cifar10-ddpmpp --batch 8 --students sid sim
     python benchmarks/throughput.py --compare channels_last compile bf16
 
-Prints, per student: images per second (images that receive a generator update), operations per
-such image (measured), and the share of the machine's matmul peak, measured in the same run with the
-same threads. `--compare` repeats that with switches of `training` on, each alone and all together,
-as ratios to all of them off; `plain`, which is not a switch, is the same mathematics in a loop like
-those of papers' code; its column shows how many times as fast the harness is. Weights are random:
-speed does not depend on them.
+Prints for each student: images per second (images that receive a generator update), operations per
+such image (measured), and the fraction of the machine's matmul peak, measured in the same run with
+the same threads. `--compare` adds columns of relative speed with settings of `training` switched
+on, first separately, then together. `plain` compares with the loop of typical research code, which
+computes the same: its column is the speed-up of the harness. Weights are random; speed does not
+depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
-import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,16 +27,20 @@ from tabulate import tabulate
 from torch import Tensor
 
 from harness.config.experiment import Experiment
-from harness.config.loading import resolve
+from harness.config.loading import read_experiment
+from harness.config.schema import TrainingSection
 from harness.context import Context
 from harness.errors import did_you_mean
+from harness.io import logs
 from harness.method import OptimizerConfig, Phase
 from harness.students.run import assemble
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment
 from harness.workflow.plan import stand_in_inputs
 
-# The networks of the papers, as the experiments in which every student begins from them.
+logger = logging.getLogger("harness.benchmarks")
+
+# Networks of the papers, and experiments whose students start from them.
 NETWORKS = {
     "cifar10-ddpmpp": "cifar10-uncond-scaled",
     "ffhq64-ddpmpp": "ffhq64-scaled",
@@ -49,7 +54,7 @@ def synchronise(device: str) -> None:
 
 
 def matmul_peak(device: str, precision: str, repeats: int = 9) -> tuple[float, str]:
-    """Best observed rate of a square matrix product, in operations per second; which product."""
+    """Best rate of a square matrix product in operations per second, and its name."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if device.startswith("cuda") else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
@@ -63,82 +68,85 @@ def matmul_peak(device: str, precision: str, repeats: int = 9) -> tuple[float, s
     return best, f"{precision}, {size} x {size}"
 
 
-# What `--compare` may switch on: a key of `training`, its values off and on.
+# Choices of `--compare`: a key of `training`, its values off and on.
 SWITCHES = {
     "bf16": ("precision", "fp32", "bf16"),
     "channels_last": ("channels_last", False, True),
     "compile": ("compile", False, True),
 }
 PLAIN = "plain"
-WARM_UP = 3  # default; the first iterations measure operations and compile
+WARM_UP = 3  # iterations; the first measures operations and compiles
 
 
 class PlainLoop(Trainer):
-    """The loop of papers' code: every phase generates its own images, optimisers are not fused,
-    the average goes parameter by parameter, and the loss is read back after each update."""
+    """The loop of typical research code: each phase generates its own images, optimisers are not
+    fused, the average is updated one parameter at a time, and each loss is read back."""
 
-    def _build_optimizer(self, parameters: list[Tensor], config: OptimizerConfig):
-        optimizer = super()._build_optimizer(parameters, config)
+    def build_optimizer(
+        self, parameters: list[Tensor], config: OptimizerConfig
+    ) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(parameters, config)
         for group in optimizer.param_groups:
             group["fused"] = None
         return optimizer
 
-    def _update(self, phase: Phase, repeat: int, contexts: list[Context], *rest) -> None:
+    def update(self, phase: Phase, repeat: int, contexts: list[Context], *rest) -> None:
         for context in contexts:
             context.forget_generated()
             context.enter(phase.name, repeat, phase.network == self.run.main)
-        super()._update(phase, repeat, contexts, *rest)
-        float(self._sums[f"loss/{phase.name}"])
+        super().update(phase, repeat, contexts, *rest)
+        float(self.metrics[f"loss/{phase.name}"])
 
-    def _step(self, optimizer: torch.optim.Optimizer, lost: Tensor) -> None:
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
         optimizer.step()
 
-    def _update_ema(self, images: int) -> None:
+    def update_ema(self, images: int) -> None:
+        decay, main = self.ema_decay(images), self.networks[self.run.main]
         with torch.no_grad():
-            for average, parameter in zip(*self._averaged, strict=True):
-                average.copy_(parameter.lerp(average, self._ema_decay(images)))
+            for average, parameter in zip(self.ema.parameters(), main.parameters(), strict=True):
+                if parameter.requires_grad:
+                    average.copy_(parameter.lerp(average, decay))
 
 
-def settings(switches: list[str], on: bool) -> dict:
-    """The keys of `training` that put these switches on, or off."""
-    return {SWITCHES[name][0]: SWITCHES[name][1 + on] for name in switches}
+def switched(section: TrainingSection, switches: list[str], on: bool) -> TrainingSection:
+    """The training section with these switches on, or off."""
+    return section.model_copy(update={SWITCHES[n][0]: SWITCHES[n][1 + on] for n in switches})
 
 
 def measure(
     experiment: Experiment,
     student: str,
+    training: TrainingSection,
     iterations: int,
     warm_up: int = WARM_UP,
     kind: type[Trainer] = Trainer,
 ) -> tuple[float, float]:
     """Images per second (median over iterations) and operations per image."""
+    run = replace(experiment.student_run(student, 0), training=training)
     with tempfile.TemporaryDirectory() as folder:
         inputs = stand_in_inputs(experiment, student)
-        trainer = kind(assemble(experiment, student, 0, inputs, Path(folder), "benchmark"))
+        trainer = kind(assemble(run, inputs, Path(folder), "benchmark"))
     times, flops = [], []
     for _ in range(warm_up + iterations):
-        synchronise(experiment.device)
+        synchronise(run.device)
         started, before = time.perf_counter(), trainer.ledger.flops
-        trainer._iteration()
-        synchronise(experiment.device)
+        trainer.step()
+        synchronise(run.device)
         times.append(time.perf_counter() - started)
         flops.append(trainer.ledger.flops - before)
     batch = trainer.run.batch
-    return batch / statistics.median(times[warm_up:]), statistics.mean(flops[warm_up:]) / batch
-
-
-def told(student: str, what: str, measured: tuple[float, float]) -> None:
-    """A large network takes minutes a row: say each as it comes."""
-    print(f"{student}, {what}: {measured[0]:.3g} images/s", file=sys.stderr, flush=True)
+    rate = batch / statistics.median(times[warm_up:])
+    logger.info("%s, %s: %.3g images/s", student, kind.__name__, rate)
+    return rate, statistics.mean(flops[warm_up:]) / batch
 
 
 def _overrides(args: argparse.Namespace) -> dict:
-    """What the command line changes of the experiment."""
+    """Overrides of the experiment by the command line."""
     training: dict = {"precision": args.precision} if args.precision else {}
     if args.batch:
         training["settings"] = {"batch": args.batch}
         training["budget"] = [{"unit": "images", "amount": args.batch}]
-    students = resolve(args.configfile)["students"]
+    students = read_experiment(args.configfile)["students"]
     for name in args.students or ():
         if name not in students:
             raise SystemExit(f"unknown student {name!r}{did_you_mean(name, students)}")
@@ -154,8 +162,8 @@ def _overrides(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configfile", type=Path, default=Path("configs/digits.yaml"))
-    parser.add_argument("--network", choices=NETWORKS, help="of a paper, in place of a file")
-    parser.add_argument("--batch", type=int, help="for every student, in place of its own")
+    parser.add_argument("--network", choices=NETWORKS, help="a paper's, instead of --configfile")
+    parser.add_argument("--batch", type=int, help="override every student's batch")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--students", nargs="+", metavar="STUDENT")
     parser.add_argument(
@@ -163,8 +171,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, as in the workflow")
     parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="iterations not counted")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="iterations before")
     args = parser.parse_args()
+    logs.configure()
     torch.set_num_threads(args.threads)
     if args.network:
         args.configfile = Path("configs/paper") / f"{NETWORKS[args.network]}.yaml"
@@ -172,24 +181,19 @@ def main() -> None:
     chosen = [name for name in args.compare if name != PLAIN]
     sets = [[name] for name in chosen]
     sets += [chosen] if len(sets) > 1 else []
-    section = experiment.training.model_copy(update=settings(chosen, on=False))
-    peak, rows = 0.0, []
+    section = switched(experiment.training, chosen, on=False)
+    peak, rows, counts = 0.0, [], (args.iterations, args.warm_up)
     for student in experiment.students:
-        measured = []
-        for switches in ([], *sets):
-            experiment.training = section.model_copy(update=settings(switches, on=True))
-            measured.append(measure(experiment, student, args.iterations, args.warm_up))
-            told(student, " + ".join(switches) or "no switch", measured[-1])
+        (rate, flops), *others = [
+            measure(experiment, student, switched(section, switches, on=True), *counts)
+            for switches in ([], *sets)
+        ]
         best, product = matmul_peak(experiment.device, section.precision)
         peak = max(peak, best)
-        (rate, flops), *others = measured
         ratios = [other / rate for other, _ in others]
         if PLAIN in args.compare:
-            experiment.training = section
-            plain = measure(experiment, student, args.iterations, args.warm_up, PlainLoop)
-            told(student, "plain loop", plain)
-            ratios.append(rate / plain[0])
-        batch = experiment.method_config(student).batch
+            ratios.append(rate / measure(experiment, student, section, *counts, PlainLoop)[0])
+        batch = experiment.students[student].settings.batch
         rows.append((student, batch, rate, flops, ratios))
     print(
         f"{experiment.name}: {experiment.device}, {args.threads} thread(s), torch "

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.denoiser import Condition, Denoiser, map_condition, guided, one_step, to_pixels
+from harness.denoiser import Condition, Denoiser, guided, map_condition, one_step, to_pixels
 from harness.errors import UserError
 from harness.schedules import heun_sigmas
 from harness.streams import Stream

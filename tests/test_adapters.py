@@ -1,4 +1,4 @@
-"""LoRA: what trains, what is shared, what is written."""
+"""LoRA: trained parameters, shared weights and exported weights."""
 
 import copy
 
@@ -12,8 +12,9 @@ from harness.method import OptimizerConfig, Phase
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
 from harness.teachers.pipelines import PipelineFolder
 from harness.training.ledger import Ledger
+from harness.training.loop import train
 from harness.training.lora import add_adapters, is_adapted, merged
-from harness.training.trainer import TrainingRun, train
+from harness.training.run import LoopSettings, TrainingRun
 from tests import pipelines
 
 
@@ -37,15 +38,14 @@ def adapted(teacher: Denoiser) -> Denoiser:
     return student
 
 
-def test_it_begins_as_its_teacher_and_shares_its_weights(teacher):
+def test_student_starts_as_teacher_and_shares_its_weights(teacher):
     student = adapted(teacher)
     with torch.no_grad():
         assert torch.equal(student(*inputs()), teacher(*inputs()))
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
-    mine = {p.data_ptr() for p in teacher.parameters()}
-    rest = [p for p in student.parameters() if not p.requires_grad]
-    assert {p.data_ptr() for p in rest} == mine
+    constant = {p.data_ptr() for p in student.parameters() if not p.requires_grad}
+    assert constant == {p.data_ptr() for p in teacher.parameters()}
     assert not is_adapted(teacher) and is_adapted(student)
 
 
@@ -58,50 +58,49 @@ def run(teacher: Denoiser, folder, images: int) -> TrainingRun:
     return TrainingRun(
         name="lora",
         folder=folder,
-        key="k",
+        run_id="k",
         seed=0,
         networks={"student": adapted(teacher)},
         frozen={"teacher": teacher},
         main="student",
         phases=[Phase("generator", "student", pull, optimizer)],
-        sources=TrainingData(teacher.image_shape, 0, 2.5),
+        data=TrainingData(teacher.image_shape, 0, 2.5),
         batch=2,
         budget=[{"unit": "images", "amount": images}],
         export=lambda ema, to: {"sha256": save_denoiser(ema, to)},
         ledger=Ledger(),
-        checkpoint_seconds=0,
-        progress=False,
+        loop=LoopSettings(checkpoint_seconds=0, progress=False),
     )
 
 
-def test_a_run_leaves_the_teacher_alone_and_writes_whole_weights(teacher, tmp_path):
+def test_training_exports_merged_weights_and_keeps_the_teacher(teacher, tmp_path):
     before = copy.deepcopy(teacher.state_dict())
-    made = run(teacher, tmp_path / "run", 8)
-    outcome = train(lambda: made)
+    training = run(teacher, tmp_path / "run", 8)
+    outcome = train(lambda: training)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
-    student = made.networks["student"]
+    student = training.networks["student"]
     with torch.no_grad():
-        mine = student.eval()(*inputs())
-    assert (mine - teacher(*inputs())).abs().max() > 1e-3
+        expected = student.eval()(*inputs())
+    assert (expected - teacher(*inputs())).abs().max() > 1e-3
     folder = tmp_path / "run" / "snapshots" / outcome.snapshots[-1]["name"]
     whole = load_denoiser(folder, outcome.snapshots[-1]["sha256"])
     assert whole.state_dict().keys() == teacher.state_dict().keys()
     with torch.no_grad():
-        torch.testing.assert_close(whole(*inputs()), mine, rtol=1e-4, atol=1e-4)
-    # Of two kilobytes that train, no more is kept to resume from.
+        torch.testing.assert_close(whole(*inputs()), expected, rtol=1e-4, atol=1e-4)
+    # The saved state holds trained weights and their moments only.
     state = sum(p.stat().st_size for p in (tmp_path / "run").glob("state-*.safetensors"))
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert state < 4 * 4.5 * trained + 40_000 < 4 * sum(p.numel() for p in teacher.parameters())
 
 
-def test_it_resumes_exactly(teacher, tmp_path):
+def test_resume_equals_uninterrupted(teacher, tmp_path):
     whole = train(lambda: run(teacher, tmp_path / "whole", 8))
     train(lambda: run(teacher, tmp_path / "parts", 4))
     parts = train(lambda: run(teacher, tmp_path / "parts", 8))
     assert parts.snapshots[-1]["sha256"] == whole.snapshots[-1]["sha256"]
 
 
-def test_merging_leaves_the_adapters_where_they_are(teacher):
+def test_merging_does_not_change_the_adapted_network(teacher):
     student = adapted(teacher)
     for name, parameter in student.named_parameters():
         if ".lora_B" in name:
@@ -113,8 +112,9 @@ def test_merging_leaves_the_adapters_where_they_are(teacher):
     assert torch.equal(student(*inputs()), expected)
 
 
-def test_a_network_without_attention_is_told():
+def test_network_without_attention_is_rejected():
     network = {"type": "SongUNet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1}
     plain = build_denoiser(network | {"attn_resolutions": []}, (3, 8, 8), 0)
-    with pytest.raises(UserError, match="SongUNet of this teacher has no attention layers"):
+    with pytest.raises(UserError) as error:
         add_adapters(clone_denoiser(plain), plain, 2, 2.0)
+    assert error.value.code == "lora-targets"

@@ -12,8 +12,8 @@ from harness.sampling import (
     BLOCK,
     heun,
     noise_and_labels,
-    prefetch,
     one_step_generator,
+    prefetch,
     sample,
     step_noise,
 )

@@ -154,7 +154,10 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     experiment = parse_experiment(raw, name, files=False)
     inputs = stand_in_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
-    trainer, tally = Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")), Tally()
+    trainer, tally = (
+        Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")),
+        Tally(),
+    )
     with tally.hooks(trainer.all_networks.values()):
         trainer.step()
     assert tally.now == 0 and tally.most > 0
@@ -208,7 +211,10 @@ def test_a_text_to_image_step_on_a_narrow_copy(name, student, lora, tmp_path, mo
     experiment = narrow(name, student, lora, monkeypatch)
     inputs = stand_in_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
-    trainer, tally = Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")), Tally()
+    trainer, tally = (
+        Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")),
+        Tally(),
+    )
     with tally.hooks(trainer.all_networks.values()):
         trainer.step()
     assert all(count == 0 for count in trainer.nonfinite.values()) and tally.now == 0
@@ -230,7 +236,9 @@ def test_computing_again_changes_no_number_and_keeps_less(tmp_path, monkeypatch)
         experiment.training = experiment.training.model_copy(update=update)
         torch.manual_seed(0)
         inputs = stand_in_inputs(experiment, "sim", images=4)
-        run = assemble(experiment.student_run("sim", 0), inputs, tmp_path / str(checkpointing), "step")
+        run = assemble(
+            experiment.student_run("sim", 0), inputs, tmp_path / str(checkpointing), "step"
+        )
         trainer, tally = Trainer(run), Tally()
         with tally.hooks(trainer.all_networks.values()):
             trainer.step()

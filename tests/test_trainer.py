@@ -1,8 +1,11 @@
-"""The loop and the ledger on a network small enough to count by hand."""
+"""The training loop and the ledger, on a network small enough to count by hand."""
 
 import csv
+import dataclasses
 import gc
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -14,9 +17,13 @@ from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.io.artifacts import save_tensors
 from harness.method import OptimizerConfig, Phase
+from harness.training.checkpoint import load_checkpoint
 from harness.training.ledger import Ledger, measure
-from harness.training.trainer import NonFiniteError, Trainer, TrainingRun, grid_index, train
+from harness.training.loop import grid_index, train
+from harness.training.run import LoopSettings, TrainingRun
+from harness.training.trainer import NonFiniteError, Trainer
 
+LOOP = LoopSettings(tick_images=16, checkpoint_seconds=0, progress=False)
 ADAM = OptimizerConfig(lr=1e-2)
 # One image: 8 x 8 weights, forward and the gradient of the weights, multiply and add.
 FLOPS_PER_IMAGE = 2 * 2 * 64
@@ -40,23 +47,23 @@ def loss(context: Context) -> Tensor:
 
 
 def run_of(folder, **settings) -> TrainingRun:
+    """`settings`: of the run or of its loop."""
     options = {
         "name": "test/seed0",
         "folder": folder,
-        "key": "k",
+        "run_id": "k",
         "seed": 0,
         "networks": {"student": Linear()},
         "frozen": {},
         "main": "student",
         "phases": [Phase("generator", "student", loss, ADAM)],
-        "sources": TrainingData((1, 1, 8), 0, 1.0),
+        "data": TrainingData((1, 1, 8), 0, 1.0),
         "batch": 8,
         "budget": [{"unit": "images", "amount": 64}],
         "export": lambda ema, to: {"sha256": save_tensors(to / "w.safetensors", ema.state_dict())},
-        "tick_images": 16,
-        "checkpoint_seconds": 0,
-        "progress": False,
     }
+    loop = {field.name for field in dataclasses.fields(LoopSettings)} & settings.keys()
+    options["loop"] = dataclasses.replace(LOOP, **{name: settings.pop(name) for name in loop})
     return TrainingRun(**(options | settings))
 
 
@@ -73,7 +80,7 @@ def test_ledger_counts_images_passes_and_operations(tmp_path):
     assert ledger.seconds > 0 and ledger.peak_memory > 0
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+def test_accumulation_equals_whole_batch(tmp_path):
     whole = fit(tmp_path / "a")
     parts = fit(tmp_path / "b", micro_batch=2)
     name = f"snapshots/{whole.snapshots[-1]['name']}/w.safetensors"
@@ -90,14 +97,14 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         ({"unit": "flops", "amount": 40 * FLOPS_PER_IMAGE + 1}, 48),
     ],
 )
-def test_a_run_stops_at_the_first_step_that_reaches_its_limit(tmp_path, limit, images):
+def test_run_stops_at_first_step_that_reaches_a_limit(tmp_path, limit, images):
     far = {"unit": "seconds", "amount": 1e9}
     outcome = fit(tmp_path, budget=[far, limit])
     assert outcome.stop == limit
     assert outcome.ledger.images == images
 
 
-def test_a_budget_in_seconds(tmp_path):
+def test_budget_in_seconds(tmp_path):
     outcome = fit(tmp_path, budget=[{"unit": "seconds", "amount": 0.2}])
     assert outcome.stop["unit"] == "seconds"
     last = outcome.snapshots[-1]
@@ -114,11 +121,12 @@ def test_charges_count_against_the_budget(tmp_path):
     assert outcome.ledger.images == 8
     assert outcome.ledger.passes["teacher"] == [100, 0]
     assert outcome.ledger.seconds > 5
-    with pytest.raises(UserError, match="already spends the budget"):
+    with pytest.raises(UserError) as error:
         fit(tmp_path / "b", ledger=ledger, budget=[{"unit": "seconds", "amount": 5}])
+    assert error.value.code == "budget"
 
 
-def test_snapshots_lie_on_a_grid_that_does_not_depend_on_the_budget(tmp_path):
+def test_snapshot_grid_does_not_depend_on_budget(tmp_path):
     grid = {"images": {"first": 16, "per_octave": 1}, "flops": {"first": 24 * FLOPS_PER_IMAGE}}
     grid["flops"]["per_octave"] = 1
     short = fit(tmp_path / "a", snapshot_grid=grid, budget=[{"unit": "images", "amount": 56}])
@@ -138,10 +146,10 @@ def test_snapshots_lie_on_a_grid_that_does_not_depend_on_the_budget(tmp_path):
     assert [s["sha256"] for s in extended.snapshots] == [s["sha256"] for s in at_once.snapshots]
 
 
-def test_a_shortened_budget_gives_the_weights_of_that_budget(tmp_path):
+def test_shortened_budget_gives_its_own_weights(tmp_path):
     grid = {"images": {"first": 16, "per_octave": 1}}
     fit(tmp_path / "a", snapshot_grid=grid, budget=[{"unit": "images", "amount": 72}])
-    for amount in (32, 40):  # on the grid: taken from it; beside it: trained again
+    for amount in (32, 40):  # a snapshot exists at 32; at 40 the run starts over
         budget = [{"unit": "images", "amount": amount}]
         short = fit(tmp_path / "a", snapshot_grid=grid, budget=budget)
         fresh = fit(tmp_path / f"b{amount}", snapshot_grid=grid, budget=budget)
@@ -150,7 +158,7 @@ def test_a_shortened_budget_gives_the_weights_of_that_budget(tmp_path):
         assert len(short.snapshots) == len(fresh.snapshots)
 
 
-def test_a_shortened_flops_budget_is_not_answered_by_a_later_snapshot(tmp_path):
+def test_shortened_flops_budget_does_not_use_a_later_snapshot(tmp_path):
     fit(tmp_path, budget=[{"unit": "images", "amount": 64}])
     budget = [{"unit": "flops", "amount": 33 * FLOPS_PER_IMAGE}]
     assert fit(tmp_path, budget=budget).ledger.images == 40
@@ -161,13 +169,13 @@ def test_grid_index():
     assert [grid_index(16 * 2 ** (k / 4), 16, 4) for k in range(5)] == [1, 2, 3, 4, 5]
 
 
-def test_repeat_every_and_sharing_of_generated_images(tmp_path):
-    """A critic twice an iteration, the student every second: images are made once for both."""
-    seen = []
+def test_phases_repeat_skip_and_share_generated_images(tmp_path):
+    """The critic updates twice per iteration, the student every second iteration."""
+    batches = []
 
     def critic_loss(context: Context) -> Tensor:
         x = context.generated().x.detach()
-        seen.append(x)
+        batches.append(x)
         return (context.networks["critic"](x, torch.ones(len(x))) - x).square().mean()
 
     outcome = fit(
@@ -179,11 +187,11 @@ def test_repeat_every_and_sharing_of_generated_images(tmp_path):
         ],
         budget=[{"unit": "images", "amount": 16}],
     )
-    # iterations 0, 1, 2; the student is updated in 0 and 2, and its batch is repeat 0's
+    # Three iterations; the student is updated in 0 and 2, with the batch of repeat 0.
     assert outcome.ledger.images == 16
     assert outcome.ledger.passes["student"] == [6 * 8, 2 * 8]
     assert outcome.ledger.passes["critic"] == [6 * 8, 6 * 8]
-    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(batches[0], batches[1])
 
 
 def nan_at(steps):
@@ -206,8 +214,7 @@ def test_non_finite_steps_are_skipped_counted_and_logged(tmp_path):
     assert all(float(row["loss/generator"]) < 100 for row in rows if row["loss/generator"])
 
 
-def test_a_step_that_is_left_out_changes_nothing(tmp_path):
-    """No weight, no state of the optimiser, nor the counts that decide what a run exports."""
+def test_skipped_step_changes_no_weight_optimizer_state_or_snapshot(tmp_path):
     grid = {"images": {"first": 32, "per_octave": 1}}
     whole = fit(tmp_path / "a", snapshot_grid=grid)
     broken = fit(tmp_path / "b", snapshot_grid=grid, phases=nan_at({4, 5}))
@@ -217,12 +224,19 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path):
     assert before.ledger.images == 32
     run = run_of(tmp_path / "c", phases=nan_at({4, 5}))
     trainer = Trainer(run)
-    trainer.load()
-    kept = {k: v.clone() for k, v in trainer._state_tensors().items() if k[:3] != "ema"}
-    trainer._iteration()
-    assert all(torch.equal(v, trainer._state_tensors()[k]) for k, v in kept.items())
-    trainer._iteration(), trainer._iteration()
-    assert not all(torch.equal(v, trainer._state_tensors()[k]) for k, v in kept.items())
+    trainer.load_state_dict(load_checkpoint(run))
+    tensors = trainer.state_dict()["tensors"]
+    before = {name: v.clone() for name, v in tensors.items() if not name.startswith("ema/")}
+
+    def unchanged() -> bool:
+        after = trainer.state_dict()["tensors"]
+        return all(torch.equal(v, after[name]) for name, v in before.items())
+
+    trainer.step()
+    assert unchanged() and trainer.nonfinite == {"generator": 1}
+    trainer.step()
+    trainer.step()
+    assert not unchanged()
 
 
 def test_too_many_non_finite_steps_stop_the_run(tmp_path):
@@ -230,14 +244,12 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path):
     with pytest.raises(NonFiniteError) as error:
         fit(tmp_path, phases=nan_at(set(range(3, 99))), max_nonfinite=2, snapshot_grid=grid)
     message = str(error.value)
-    assert "test/seed0" in message and "'generator'" in message and "step 5" in message
-    assert "images-000000016" in message
-    assert "\n" not in message
+    assert message.startswith("test/seed0: 3 consecutive non-finite steps in phase 'generator'")
+    assert "images-000000016" in message and "\n" not in message
 
 
-def test_each_phase_has_its_own_guard(tmp_path):
-    """A healthy critic does not hide a generator that is broken for good, and a skipped step is no
-    image that received an update. The guards are read at ticks, here every second step."""
+def test_phases_count_non_finite_steps_separately(tmp_path):
+    """Counters are read at ticks, here every second step."""
 
     def critic_loss(context: Context) -> Tensor:
         x = context.generated().x.detach()
@@ -246,9 +258,7 @@ def test_each_phase_has_its_own_guard(tmp_path):
     def broken(context: Context) -> Tensor:
         return loss(context) * float("nan")
 
-    with pytest.raises(
-        NonFiniteError, match=r"4 consecutive.*'generator' up to step 3 \(0 images\)"
-    ):
+    with pytest.raises(NonFiniteError, match=r"4 .*'generator' up to step 3 \(0 images\)"):
         fit(
             tmp_path,
             networks={"student": Linear(), "critic": Linear()},
@@ -260,7 +270,7 @@ def test_each_phase_has_its_own_guard(tmp_path):
         )
 
 
-def test_a_kill_before_the_first_state_leaves_no_rows_behind(tmp_path):
+def test_rows_after_the_saved_state_are_dropped(tmp_path):
     (tmp_path / "train.csv").write_text("step,images\n2,16\n4,")
     fit(tmp_path)
     with open(tmp_path / "train.csv") as file:
@@ -297,16 +307,16 @@ def test_resume_equals_uninterrupted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code", "file"),
     [
-        ("truncate", "state-00000008.safetensors is damaged"),
-        ("remove", "state-00000008.safetensors does not exist"),
-        ("foreign", "belongs to another run"),
-        ("garbage", "state.json is damaged"),
-        ("version", "another version"),
+        ("truncate", "damaged", "state-00000008.safetensors"),
+        ("remove", "missing-file", "state-00000008.safetensors"),
+        ("foreign", "other-run", "state.json"),
+        ("garbage", "damaged", "state.json"),
+        ("version", "format", "state.json"),
     ],
 )
-def test_damaged_or_foreign_state_is_refused_by_name(tmp_path, damage, message):
+def test_damaged_or_foreign_state_is_rejected(tmp_path, damage, code, file):
     fit(tmp_path)
     tensors, record = tmp_path / "state-00000008.safetensors", tmp_path / "state.json"
     state = json.loads(record.read_text())
@@ -315,26 +325,26 @@ def test_damaged_or_foreign_state_is_refused_by_name(tmp_path, damage, message):
     elif damage == "remove":
         tensors.unlink()
     elif damage == "foreign":
-        record.write_text(json.dumps(state | {"key": "other"}))
+        record.write_text(json.dumps(state | {"run_id": "other"}))
     elif damage == "garbage":
         record.write_text(record.read_text()[:50])
     else:
         record.write_text(json.dumps(state | {"format": 0}))
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError) as error:
         fit(tmp_path, budget=[{"unit": "images", "amount": 128}])
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert error.value.code == code
+    assert "\n" not in str(error.value) and str(tmp_path / file) in str(error.value)
 
 
-def test_ema_follows_its_half_life(tmp_path):
-    """With a rate of 0 but for the first step, the average closes in by half every half-life."""
+def test_average_follows_its_half_life(tmp_path):
     outcome = fit(tmp_path, ema_half_life=16, ema_ramp_up=1e9)
     states = load_file(tmp_path / "state-00000008.safetensors")
     assert outcome.ledger.images == 64
     start, ema = Linear().layer.weight.detach(), states["ema/layer.weight"]
     student = states["student/layer.weight"]
     assert not torch.equal(ema, student) and not torch.equal(ema, start)
-    # Each step of Adam's moves every weight by about lr in one direction: the lag of an average
-    # with decay d per step is d / (1 - d) steps, d = 0.5 ** (8 / 16).
+    # Each step of Adam moves every weight by about lr in one direction. An average with decay d
+    # per step lags d / (1 - d) steps behind; d = 0.5 ** (8 / 16).
     d = 0.5**0.5
     lag = (student - ema).abs().mean() / ((student - start).abs().mean() / 8)
     assert float(lag) == pytest.approx(d / (1 - d), rel=0.2)
@@ -349,7 +359,7 @@ def test_warm_up_and_clipping(tmp_path):
     assert 0 < change < 36e-5
 
 
-def test_cosine_decay_ends_at_nothing():
+def test_cosine_decay_ends_at_zero():
     config = OptimizerConfig(lr=1.0, warmup_steps=2, decay_steps=4)
     rates = [config.rate(update) for update in range(1, 7)]
     assert rates == pytest.approx([0.5, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0.0, 0.0])
@@ -371,14 +381,13 @@ def test_measure_follows_a_gradient_penalty_and_attention():
     assert cost.passes["critic"][0] == 2
 
 
-def test_neither_tensors_nor_the_state_grow_with_the_length_of_a_run(tmp_path):
-    """What is alive, and what a checkpoint holds, after a hundred and after a thousand steps."""
-    seen = {}
+def test_memory_and_state_do_not_grow_with_steps(tmp_path):
+    tensors = {}
 
     def counting(context: Context) -> Tensor:
         if context.step in (100, 1000):
             gc.collect()
-            seen[context.step] = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+            tensors[context.step] = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
         return loss(context)
 
     phases, sizes = [Phase("generator", "student", counting, ADAM)], []
@@ -386,5 +395,56 @@ def test_neither_tensors_nor_the_state_grow_with_the_length_of_a_run(tmp_path):
         folder, budget = tmp_path / str(steps), [{"unit": "images", "amount": 8 * steps}]
         fit(folder, phases=phases, budget=budget, checkpoint_seconds=1e9)
         sizes += [file.stat().st_size for file in folder.glob("state-*.safetensors")]
-        assert steps == 101 or seen[100] == seen[1000]
+        assert steps == 101 or tensors[100] == tensors[1000]
     assert len(sizes) == 2 and sizes[0] == sizes[1]
+
+
+def test_metrics_average_finite_values(tmp_path):
+    trainer = Trainer(run_of(tmp_path, phases=nan_at({1})))
+    trainer.step()
+    first = float(trainer.metrics["loss/generator"])
+    trainer.step()
+    assert trainer.metrics.collect(trainer.processes)["loss/generator"] == first
+    assert len(trainer.metrics) == 0
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_optional_loggers_receive_each_tick(tmp_path, monkeypatch, name):
+    rows = {}
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "tensorboard" and purge_step == 1
+
+        def add_scalar(self, key, value, step):
+            rows.setdefault(step, {})[key] = value
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    class Run:
+        def log(self, row, step):
+            rows[step] = row
+
+        def finish(self):
+            rows["finished"] = True
+
+    def init(id, name, resume, **_):
+        assert (id, name, resume) == ("k", "test/seed0", "allow")
+        return Run()
+
+    tensorboard = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    fit(tmp_path, loggers=("csv", name))
+    assert [rows[n]["step"] for n in (16, 32, 48, 64)] == [2, 4, 6, 8]
+    assert (tmp_path / "train.csv").exists() and ("finished" in rows) == (name == "wandb")
+
+
+def test_missing_logger_package_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError) as error:
+        fit(tmp_path, loggers=("wandb",))
+    assert error.value.code == "missing-package"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 
-
 class Legacy:
     root = property(lambda self: self.paths.root)
     scale_rows = property(lambda self: self.reference_rows)

@@ -56,9 +56,7 @@ def import_teacher(job: TeacherJob) -> dict:
         return _bring_in(job, denoiser, source)
 
 
-def _bring_in(
-    job: TeacherJob, denoiser: Denoiser, source: dict, codec=None, **text: dict
-) -> dict:
+def _bring_in(job: TeacherJob, denoiser: Denoiser, source: dict, codec=None, **text: dict) -> dict:
     """Write an imported teacher's folder: its weights, its codec, if it has one, and its record.
     `text`: what its prompts became."""
     folder = job.folder
