@@ -256,7 +256,7 @@ def test_missing_weights_are_told_in_every_row_and_stop_nothing(scored, capsys):
     # The tables, from a teacher's scores.
     entry = {"snapshot": "", "final": True, "grid": [], "student": "teacher", "nfe": 7}
     entry |= dict.fromkeys(("ema", "images", "flops", "seconds"))
-    made = {"spec": digest(experiment.teacher_spec("edm")), "sha256": "", "parameters": 1}
+    made = {"fingerprint": digest(experiment.teacher_spec("edm")), "sha256": "", "parameters": 1}
     write_json(experiment.teacher_dir("edm") / "teacher.json", made)
     scores = {"teacher": "edm", "method": None, "seed": None, "weights": ""}
     scores |= {"spec": digest(experiment.reference_score_spec("edm"))}

@@ -457,7 +457,7 @@ def test_sampling_seeds_are_averaged_before_training_seeds(cifar):
 
 def write_teacher_scores(experiment, *rows: tuple) -> None:
     """A teacher's record and its score file, of rows (metric, extractor, value)."""
-    made = {"spec": digest(experiment.teacher_spec("edm")), "sha256": "0" * 64}
+    made = {"fingerprint": digest(experiment.teacher_spec("edm")), "sha256": "0" * 64}
     write_json(experiment.teacher_dir("edm") / "teacher.json", made)
     keys = ("metric", "extractor", "value")
     rows = [
@@ -513,7 +513,7 @@ def test_verify_teacher_before_there_is_one(cifar, tmp_path, monkeypatch, capsys
     experiment = load_experiment("x.yaml")
     for path in ("data/data", "features/tiny-cnn/features", "features/tiny-clip/features"):
         write_json(experiment.root / f"{path}.json", {})
-    write_json(experiment.teacher_dir("edm") / "teacher.json", {"spec": "of other settings"})
+    write_json(experiment.teacher_dir("edm") / "teacher.json", {"fingerprint": "of other settings"})
     assert main(["verify-teacher", "--configfile", "x.yaml"]) == 2
     error = capsys.readouterr().err
     assert "teacher edm was made with other settings" in error and error.endswith(made_by)

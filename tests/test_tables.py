@@ -234,7 +234,7 @@ def test_a_critic_that_learned_from_the_scoring_networks_images_is_told(make):
         ("s3", ["tiny-critic"]),
     ):
         path = experiment.run_dir(name, 0) / "student.json"
-        write_json(path, record | {"nonfinite": {}, "trained_against": against})
+        write_json(path, record | {"skipped_steps": {}, "trained_against": against})
     notes = compare(experiment, scored(experiment, {("fd", "tiny-cnn"): APART})).notes
     assert [note for note in notes if "labelled" in note] == [
         "tiny-critic, which s1, s3 were trained against, has learned from the same labelled images "

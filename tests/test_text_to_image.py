@@ -282,7 +282,7 @@ def test_other_prompts_to_score_on_retrain_nothing(made, tmp_path, monkeypatch):
     for arguments in (["data"], ["teacher", "sd"], ["train", "sid", "0"], ["score", "sid", "0"]):
         stage(*arguments)
     after = read_json(results / "students" / "sid" / "seed0" / "student.json")
-    assert (after["key"], after["sha256"]) == (before["key"], before["sha256"])
+    assert (after["run_id"], after["sha256"]) == (before["run_id"], before["sha256"])
     scores = read_json(results / "scores" / "sid" / "seed0.json")
     old = read_json(made / "results" / "pictures" / "scores" / "sid" / "seed0.json")
     assert not set(scores["protocols"]) & set(old["protocols"])  # never in one column

@@ -12,8 +12,9 @@ from harness.context import TrainingData
 from harness.data.datasets import placed, placement
 from harness.denoiser import Denoiser, clone_denoiser, set_dropout
 from harness.freezing import freeze
-from harness.io.artifacts import digest, link, write_json
+from harness.io.artifacts import digest, link
 from harness.io.locks import machine_slot, run_lock
+from harness.io.records import StudentRecord
 from harness.method import METHODS
 from harness.streams import seeded
 from harness.students.inputs import Inputs, load_inputs
@@ -129,8 +130,9 @@ def _parameters(network: nn.Module) -> dict:
     return {"parameters": total, "frozen_fraction": max(0.0, 1 - trained / total)}
 
 
-def train_student(run: StudentRun) -> dict:
-    """Train a run to its budget, write `student.json`, and return its content."""
+def train_student(run: StudentRun) -> StudentRecord | None:
+    """Train a run to its budget, write `student.json`, and return the record (in the first
+    process)."""
     group, slot = processes(), machine_slot(exclusive=run.exclusive)
     with group.leading(run_lock(run.folder)), group.leading(slot) as exclusive:
         inputs = load_inputs(run)
@@ -148,16 +150,16 @@ def train_student(run: StudentRun) -> dict:
                 for name in ("snapshots", "train.csv"):
                     link(run.folder / name, folder / name)
         if not group.first:
-            return {}
+            return None
         link(run.folder / "model", folder / "snapshots" / outcome.snapshots[-1]["name"])
-        record = {
-            "spec": digest([run.fingerprint, run.budget]),
+        record = StudentRecord(
+            fingerprint=digest([run.fingerprint, run.budget]),
             **describe(run),
             **_parameters(make().networks["student"]),
             **outcome.record(run_id),
-            "inputs": inputs.hashes,
-            "snapshots": outcome.snapshots,
-            "contended": run.exclusive and contended.exists(),
-        }
-        write_json(run.folder / "student.json", record)
+            inputs=inputs.hashes,
+            snapshots=outcome.snapshots,
+            contended=run.exclusive and contended.exists(),
+        )
+        record.write(run.folder / "student.json")
     return record

@@ -66,8 +66,8 @@ def _bring_in(job: TeacherJob, denoiser: Denoiser, source: dict, codec=None, **t
         record = {
             "schema": 1,
             "teacher": job.name,
-            "spec": digest(job.fingerprint),
-            "key": key,
+            "fingerprint": digest(job.fingerprint),
+            "run_id": key,
             "sha256": save_denoiser(denoiser, temporary, {"imported": source}),
             "imported": source,
             "parameters": sum(p.numel() for p in denoiser.backbone.parameters()),

@@ -133,7 +133,7 @@ def train_teacher(job: TeacherJob) -> dict:
         record = {
             "teacher": job.name,
             "device": job.device,
-            "spec": digest(job.fingerprint),
+            "fingerprint": digest(job.fingerprint),
             **outcome.record(run_id),
             **({"text": text_record(text, job.folder)} if text else {}),
             "parameters": sum(p.numel() for p in network.parameters()),

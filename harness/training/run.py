@@ -102,16 +102,15 @@ class Outcome:
     nonfinite: dict[str, int]
 
     def record(self, run_id: str) -> dict[str, Any]:
-        """The part that teacher.json, student.json and features.json have in common."""
+        """The fields that the records of all trained networks share (`io.records`)."""
         from harness import __version__
 
         return {
-            "schema": 1,
             "harness": __version__,
             "torch": torch.__version__,
-            "key": run_id,
+            "run_id": run_id,
             "sha256": self.snapshots[-1]["sha256"],
             "stop": self.stop,
-            "nonfinite": self.nonfinite,
+            "skipped_steps": self.nonfinite,
             "ledger": self.ledger.to_json(),
         }
