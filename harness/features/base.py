@@ -337,6 +337,11 @@ def reading_weights(path: Path, network: str) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # torch's list of differences comes after a title.
         reason = lines[len(lines) > 1 and lines[0].startswith("Error(s)")] if lines else repr(error)
+        # torch's own messages recommend to load the file unsafely.
+        if "TorchScript" in reason:
+            reason = "it is a TorchScript archive; use a file in the format safetensors"
+        elif "weights_only" in reason:
+            reason = "it holds other objects than tensors"
         raise UserError(
             f"{path} does not hold the weights of {network}: {reason[:200]}", "weights"
         ) from None

@@ -1,7 +1,7 @@
 """LPIPS with VGG16 (Zhang et al. 2018, arXiv 1801.03924, version 0.1), as a loss.
 
-The network is the `lpips` package's; its ImageNet trunk is downloaded by hash, its calibrated heads
-lie in the package. Both are read with `weights_only`.
+The network and its calibrated heads come from the package `lpips`; the ImageNet trunk is downloaded
+and verified by its hash. Both are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ TRUNK_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS between pixels `(B, C, H, W)` in [-1, 1], enlarged bilinearly to `resolution`: `(B,)`.
-    Grey images are repeated to three channels."""
+    """LPIPS `(B,)` between images `(B, 1 or 3, H, W)` in [-1, 1], resized bilinearly to
+    `resolution`."""
 
     def __init__(self, network: nn.Module, resolution: int = 224):
         super().__init__()
@@ -38,32 +38,35 @@ class PerceptualDistance(nn.Module):
 
 
 def load_trunk(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fill the trunk of `lpips.LPIPS(net="vgg")` from torchvision's VGG16: layer i keeps its number
-    inside its slice."""
+    """Fill the trunk of `lpips.LPIPS(net="vgg")` with torchvision's VGG16, whose layer numbers are
+    the same within the trunk's slices."""
     trunk = network.net
-    own = {name: "features." + name.split(".", 1)[1] for name in trunk.state_dict()}
-    trunk.load_state_dict({name: weights[theirs] for name, theirs in own.items()})
+    names = {name: "features." + name.split(".", 1)[1] for name in trunk.state_dict()}
+    trunk.load_state_dict({name: weights[source] for name, source in names.items()})
 
 
 def build_lpips() -> nn.Module:
-    """The package's network: heads calibrated, trunk still to be filled."""
+    """The package's network with calibrated heads and a random trunk."""
     import lpips
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks torchvision in an old way
+        warnings.simplefilter("ignore")  # it uses a deprecated argument of torchvision
         return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
 
 
 def trunk_file() -> Path:
-    """The trunk's weights, downloaded if they have to be; a `UserError` says what is missing."""
+    """The trunk's weights, downloaded if necessary; a `UserError` if that fails."""
     if find_spec("lpips") is None:
-        raise UserError("LPIPS needs the package lpips; install the extra 'pretrained'")
+        raise UserError(
+            "LPIPS needs the package lpips: pip install 'onestep-harness[pretrained]'",
+            "missing-package",
+        )
     return fetch(TRUNK, TRUNK_SHA256)
 
 
-def load_lpips(resolution: int = 224) -> PerceptualDistance:
+def load_lpips() -> PerceptualDistance:
     """LPIPS-VGG with its pretrained weights, frozen."""
     weights = load_pickled(trunk_file())
     network = build_lpips()
     load_trunk(network, weights)
-    return PerceptualDistance(network, resolution).eval().requires_grad_(False)
+    return PerceptualDistance(network).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """The projected discriminator: trained heads on random mixtures of frozen pretrained features.
 
-Sauer et al. 2021 (Projected GANs, arXiv 2111.01007), as GDD uses it. Written from the paper; where
-it leaves a choice, the docstrings say which was made.
+Sauer et al. 2021 (Projected GANs, arXiv 2111.01007), as in GDD. Written from the paper; the
+docstrings name our choices where the paper leaves them open.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class RandomPyramid(nn.Module):
     """Random mixing across channels (CCM), then across scales (CSM), of one backbone's four maps.
 
     CCM: a 1x1 convolution per map, to `cout * (1, 2, 4, 8)` channels from fine to coarse
-    ("expand"). CSM, from coarse to fine: add what came from below, a 3x3 convolution (to half the
-    channels, those of the next finer map; the finest keeps its own), twice the size bilinearly.
-    Kaiming-normal weights, no bias. Maps `(B, C_i, S/s_i, S/s_i)` for s_i = 4, 8, 16, 32 become
-    `(B, cout * (1, 1, 2, 4)[i], 2S/s_i, 2S/s_i)`.
+    ("expand"). CSM, from coarse to fine: add the result of the coarser scale, apply a 3x3
+    convolution to the channels of the next finer map (the finest map keeps its own), and upsample
+    by two bilinearly. Kaiming-normal weights, no bias. Maps `(B, C_i, S/s_i, S/s_i)` for s_i = 4, 8,
+    16, 32 become `(B, cout * (1, 1, 2, 4)[i], 2S/s_i, 2S/s_i)`.
     """
 
     def __init__(self, channels: Sequence[int], cout: int):
@@ -54,14 +54,14 @@ class RandomPyramid(nn.Module):
 
 
 class ProjectedFeatures(nn.Module):
-    """The frozen part: backbones and their random pyramids, never trained.
+    """The frozen part: backbones and their random pyramids.
 
-    `forward(pixels)`: `(B, C, H, W)` in [-1, 1], grey repeated to three channels, resized
-    bilinearly to `resolution` -> four maps per backbone, one backbone after the other, each from
-    fine to coarse (`RandomPyramid`). Differentiable, twice.
+    `forward(pixels)`: `(B, 1 or 3, H, W)` in [-1, 1], resized bilinearly to `resolution` -> four
+    maps per backbone from fine to coarse (`RandomPyramid`), one backbone after the other. Twice
+    differentiable.
 
-    The mixing weights are drawn from torch's generator: built again under the same seed they are
-    the same, which is what a resumed run relies on (only trained networks are saved).
+    The mixing weights are drawn from torch's generator. A resumed run builds them again under the
+    same seed, because only trained networks are saved.
     """
 
     def __init__(self, backbones: Sequence[Backbone], cout: int = 64, resolution: int = 224):
@@ -75,7 +75,7 @@ class ProjectedFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ProjectedFeatures:
-        """Stays in evaluation mode."""
+        """Keep evaluation mode."""
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -91,7 +91,7 @@ class ProjectedFeatures(nn.Module):
 
 
 class TextEmbedding(nn.Linear):
-    """A linear map of a text's mean token, padding left out where it is masked."""
+    """A linear map of the mean token embedding of a text, without masked padding."""
 
     def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
         tokens = condition["embeddings"].to(self.weight)
@@ -101,20 +101,21 @@ class TextEmbedding(nn.Linear):
 
 
 def condition_embedding(num_classes: int, size: int, text_width: int = 0) -> nn.Module:
-    """A learned vector `(B, size)` of what an image was asked to be: of labels int64 `(B,)`, or of
-    texts with `text_width` numbers a token."""
+    """A learned embedding `(B, size)` of labels int64 `(B,)`, or of texts with token embeddings of
+    width `text_width`."""
     return TextEmbedding(text_width, size) if text_width else nn.Embedding(num_classes, size)
 
 
 class ProjectedHead(nn.Module):
     """One discriminator: a map `(B, C, H, W)` and labels -> logits `(B, H', W')`.
 
-    Blocks of a spectrally normalised 4x4 convolution with stride 2, GroupNorm and LeakyReLU lead
-    to 1/32 of the image; a last 4x4 convolution gives the logit. With labels it also gives a vector
-    per position, whose product with a learned class embedding is added (Miyato and Koyama 2018).
+    Blocks of a spectrally normalised 4x4 convolution with stride 2, GroupNorm and LeakyReLU reduce
+    the map to 1/32 of the image size; a last 4x4 convolution gives the logit. With labels it also
+    gives a vector per position, whose product with a learned class embedding is added to the logit
+    (Miyato and Koyama 2018).
 
-    Ours: GroupNorm (groups of about 16 channels) in place of batch normalisation, so that a logit
-    depends on its own image alone; widths that double as the size halves.
+    Ours: GroupNorm (groups of about 16 channels) instead of batch normalisation, so that a logit
+    depends on one image only; widths that double as the size halves.
     """
 
     def __init__(
@@ -137,9 +138,11 @@ class ProjectedHead(nn.Module):
                 for a, b in zip(inputs, widths, strict=True)
             )
         )
-        asked = num_classes or text_width
-        self.embed = condition_embedding(num_classes, embedding, text_width) if asked else None
-        outputs = 1 + (embedding if asked else 0)
+        conditional = num_classes or text_width
+        self.embed = (
+            condition_embedding(num_classes, embedding, text_width) if conditional else None
+        )
+        outputs = 1 + (embedding if conditional else 0)
         self.output = spectral_norm(nn.Conv2d(widths[-1], outputs, 4, padding=1))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
@@ -153,7 +156,7 @@ class ProjectedHead(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """A head for each map of `ProjectedFeatures`, all with logits at one low resolution."""
+    """One head per map of `ProjectedFeatures`; the logits of all heads have one low resolution."""
 
     def __init__(
         self, features: ProjectedFeatures, num_classes: int, cout: int = 64, text_width: int = 0
