@@ -23,8 +23,8 @@ class RandomPyramid(nn.Module):
     CCM: a 1x1 convolution per map, to `cout * (1, 2, 4, 8)` channels from fine to coarse
     ("expand"). CSM, from coarse to fine: add the result of the coarser scale, apply a 3x3
     convolution to the channels of the next finer map (the finest map keeps its own), and upsample
-    by two bilinearly. Kaiming-normal weights, no bias. Maps `(B, C_i, S/s_i, S/s_i)` for s_i = 4, 8,
-    16, 32 become `(B, cout * (1, 1, 2, 4)[i], 2S/s_i, 2S/s_i)`.
+    by two bilinearly. Kaiming-normal weights, no bias. Maps `(B, C_i, S/s_i, S/s_i)` for s_i = 4,
+    8, 16, 32 become `(B, cout * (1, 1, 2, 4)[i], 2S/s_i, 2S/s_i)`.
     """
 
     def __init__(self, channels: Sequence[int], cout: int):
