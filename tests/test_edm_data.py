@@ -229,40 +229,43 @@ def test_statistics_are_read_in_double_precision(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code"),
     [
-        ({"mu": None}, "no 'mu'; reference statistics hold mu and sigma"),
-        ({"sigma": None}, "no 'sigma'"),
-        ({"mu": np.zeros(4)}, r"mu \(4,\) and sigma \(5, 5\) are no mean"),
-        ({"mu": np.zeros(())}, r"mu \(\) and sigma"),
-        ({"mu": np.array([0, 0, np.nan, 0, 0])}, "mu holds what is no finite number"),
-        ({"sigma": np.full((5, 5), np.inf)}, "sigma holds what is no finite number"),
-        ({"mu": np.array(["a"] * 5)}, "mu holds what is no finite number"),
-        ({"mu": np.array([print] * 5)}, "is no .npz file of numbers"),
-        ({"sigma": np.triu(np.ones((5, 5)))}, "sigma is not symmetric"),
-        ({}, "statistics of 5 features; the extractor has 2048"),
+        ({"mu": None}, "missing-key"),
+        ({"sigma": None}, "missing-key"),
+        ({"mu": np.zeros(4)}, "shape"),
+        ({"mu": np.zeros(())}, "shape"),
+        ({"mu": np.array([0, 0, np.nan, 0, 0])}, "not-finite"),
+        ({"sigma": np.full((5, 5), np.inf)}, "not-finite"),
+        ({"mu": np.array(["a"] * 5)}, "not-finite"),
+        ({"mu": np.array([print] * 5)}, "damaged"),
+        ({"sigma": np.triu(np.ones((5, 5)))}, "not-a-covariance"),
+        ({}, "shape"),  # the extractor has another number of features
     ],
 )
-def test_a_mistake_in_statistics_is_one_line(tmp_path, change, message):
+def test_invalid_statistics_are_rejected(tmp_path, change, code):
     path = tmp_path / "s.npz"
     np.savez(path, **{k: v for k, v in (statistics() | change).items() if v is not None})
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError) as error:
         load_statistics(path, dim=None if change else 2048)
+    assert error.value.code == code
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_npz_is_told(tmp_path):
-    np.savez(tmp_path / "s.npz", **statistics())
-    whole = (tmp_path / "s.npz").read_bytes()
+def test_statistics_must_be_an_npz_file(tmp_path):
+    path = tmp_path / "s.npz"
+    np.savez(path, **statistics())
+    whole = path.read_bytes()
     np.save(tmp_path / "one.npy", np.zeros(5))
-    for content in (b"", b"text", whole[:-40], whole[:100] + bytes(40) + whole[140:]):
-        (tmp_path / "s.npz").write_bytes(content)
-        with pytest.raises(UserError, match=r"s\.npz is no \.npz file of numbers"):
-            load_statistics(tmp_path / "s.npz")
-    with pytest.raises(UserError, match="one array alone"):
-        load_statistics(tmp_path / "one.npy")
-    with pytest.raises(UserError, match="does not exist"):
+    contents = (b"", b"text", whole[:-40], whole[:100] + bytes(40) + whole[140:])
+    for content in (*contents, (tmp_path / "one.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            load_statistics(path)
+        assert error.value.code == "damaged"
+    with pytest.raises(UserError) as error:
         load_statistics(tmp_path / "none.npz")
+    assert error.value.code == "missing-file"
 
 
 def test_a_data_set_without_images(tmp_path):

@@ -28,13 +28,6 @@ def digest(value) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
-def settings_but(model, later: set[str], without: set[str] = frozenset()) -> dict:
-    """The fields of a pydantic model, `later` ones left out where they keep their defaults: what is
-    finished outlives keys that came after it."""
-    early = model.model_dump(exclude={*later, *without})
-    return early | model.model_dump(include=set(later), exclude_defaults=True)
-
-
 def _missing(path: Path) -> UserError:
     return UserError(
         f"{path} does not exist; run the workflow, or the stage that writes it", "missing-file"
