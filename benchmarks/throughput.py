@@ -36,7 +36,7 @@ from harness.method import OptimizerConfig, Phase
 from harness.students.run import assemble
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment
-from harness.workflow.plan import stand_in_inputs
+from harness.workflow.dry_run import dry_run_inputs
 
 logger = logging.getLogger("harness.benchmarks")
 
@@ -124,7 +124,7 @@ def measure(
     """Images per second (median over iterations) and operations per image."""
     run = replace(experiment.student_run(student, 0), training=training)
     with tempfile.TemporaryDirectory() as folder:
-        inputs = stand_in_inputs(experiment, student)
+        inputs = dry_run_inputs(experiment, student)
         trainer = kind(assemble(run, inputs, Path(folder), "benchmark"))
     times, flops = [], []
     for _ in range(warm_up + iterations):

@@ -13,7 +13,8 @@ from harness.teachers.pipelines import fresh
 from harness.training.ledger import measure
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment, parse_experiment
-from harness.workflow.plan import Tally, estimate, stand_in_inputs
+from harness.workflow.dry_run import SavedTensorMemory, dry_run_inputs
+from harness.workflow.plan import estimate
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs" / "paper"
@@ -87,9 +88,9 @@ def test_the_plan_counts_the_official_networks():
     whole = {"training": {"micro_batch": None}}
     experiment = load_experiment(FOLDER / "cifar10-uncond.yaml", whole, files=False)
     sid = estimate(experiment, "sid")
-    assert sid.parameters == sid.beside == 55_733_891
+    assert sid.parameters == sid.auxiliary == 55_733_891
     with torch.device("meta"):
-        inputs = stand_in_inputs(experiment, "sid", 2)
+        inputs = dry_run_inputs(experiment, "sid", 2)
         with torch.no_grad(), measure({}) as forward:
             inputs.teacher(torch.zeros(1, 3, 32, 32), torch.ones(1), None)
     # Student and fake score (own update): forward, both gradients: 3 forwards each. Teacher and
@@ -100,16 +101,16 @@ def test_the_plan_counts_the_official_networks():
 
 def test_a_graph_made_in_another_phase_counts_until_its_own_backward_pass():
     """SiD's images are made as the fake score trains; their graph waits for the student's turn."""
-    weight, tally = torch.nn.Linear(1000, 1000), Tally()
-    with tally.hooks([weight]):
+    weight, memory = torch.nn.Linear(1000, 1000), SavedTensorMemory()
+    with memory.track([weight]):
         x = torch.randn(10, 1000)
         waiting = weight(x).sin()  # keeps x, and what goes into the sine
-        assert tally.now == 2 * x.nbytes
+        assert memory.current == 2 * x.nbytes
         (weight(x).sin().sum()).backward()  # x is the same storage: one more
-        assert (tally.now, tally.most) == (2 * x.nbytes, 3 * x.nbytes)
+        assert (memory.current, memory.peak) == (2 * x.nbytes, 3 * x.nbytes)
         waiting.sum().backward()
     del waiting
-    assert (tally.now, tally.most) == (0, 3 * x.nbytes)
+    assert (memory.current, memory.peak) == (0, 3 * x.nbytes)
 
 
 def test_pairs_are_a_function_of_their_noise():
@@ -152,15 +153,15 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     raw["students"][student]["budget"] = None
     raw["device"], raw["training"]["compile"] = "cpu", False
     experiment = parse_experiment(raw, name, files=False)
-    inputs = stand_in_inputs(experiment, student, images=4)
+    inputs = dry_run_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
-    trainer, tally = (
+    trainer, memory = (
         Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")),
-        Tally(),
+        SavedTensorMemory(),
     )
-    with tally.hooks(trainer.all_networks.values()):
+    with memory.track(trainer.all_networks.values()):
         trainer.step()
-    assert tally.now == 0 and tally.most > 0
+    assert memory.current == 0 and memory.peak > 0
     assert all(count == 0 for count in trainer.nonfinite.values())
     student_net = trainer.networks["student"]
     moved = [not torch.equal(a, b) for a, b in zip(before, student_net.parameters(), strict=True)]
@@ -170,7 +171,7 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
     assert trainer.ledger.images == 2 and trainer.ledger.flops > 0
     # tests/conftest.py prints them when all is done.
     record_property("GFLOPs per image", f"{trainer.ledger.flops / 2e9:.2f}")
-    record_property("MiB kept for backward passes", f"{tally.most / 2**20:.1f}")
+    record_property("MiB kept for backward passes", f"{memory.peak / 2**20:.1f}")
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -209,15 +210,15 @@ def narrow(name: str, student: str, lora: bool, monkeypatch):
 @pytest.mark.parametrize(("name", "student"), [("t2i-sd15-dmd", "dmd"), ("t2i-pixart-sim", "sim")])
 def test_a_text_to_image_step_on_a_narrow_copy(name, student, lora, tmp_path, monkeypatch):
     experiment = narrow(name, student, lora, monkeypatch)
-    inputs = stand_in_inputs(experiment, student, images=4)
+    inputs = dry_run_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]
-    trainer, tally = (
+    trainer, memory = (
         Trainer(assemble(experiment.student_run(student, 0), inputs, tmp_path, "step")),
-        Tally(),
+        SavedTensorMemory(),
     )
-    with tally.hooks(trainer.all_networks.values()):
+    with memory.track(trainer.all_networks.values()):
         trainer.step()
-    assert all(count == 0 for count in trainer.nonfinite.values()) and tally.now == 0
+    assert all(count == 0 for count in trainer.nonfinite.values()) and memory.current == 0
     after = inputs.teacher.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     trained = trainer.trainable["student"]
@@ -235,15 +236,15 @@ def test_computing_again_changes_no_number_and_keeps_less(tmp_path, monkeypatch)
         update = {"gradient_checkpointing": checkpointing}
         experiment.training = experiment.training.model_copy(update=update)
         torch.manual_seed(0)
-        inputs = stand_in_inputs(experiment, "sim", images=4)
+        inputs = dry_run_inputs(experiment, "sim", images=4)
         run = assemble(
             experiment.student_run("sim", 0), inputs, tmp_path / str(checkpointing), "step"
         )
-        trainer, tally = Trainer(run), Tally()
-        with tally.hooks(trainer.all_networks.values()):
+        trainer, memory = Trainer(run), SavedTensorMemory()
+        with memory.track(trainer.all_networks.values()):
             trainer.step()
         weights.append([p.detach() for p in trainer.trainable["student"]])
-        kept.append(tally.most)
+        kept.append(memory.peak)
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert kept[0] < 0.8 * kept[1]
 

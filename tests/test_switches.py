@@ -13,7 +13,7 @@ from harness.denoiser import Denoiser
 from harness.students.run import assemble
 from harness.training.trainer import Trainer
 from harness.validation import parse_experiment
-from harness.workflow.plan import stand_in_inputs
+from harness.workflow.dry_run import dry_run_inputs
 from tests.conftest import DATA, ROOT
 from tests.test_config import keys, put
 
@@ -37,7 +37,7 @@ def trained(
     run = experiment.student_run(student, 0)
     run = dataclasses.replace(run, training=run.training.model_copy(update=switches))
     torch.manual_seed(0)
-    inputs = stand_in_inputs(experiment, student)
+    inputs = dry_run_inputs(experiment, student)
     trainer = kind(assemble(run, inputs, tmp_path, "test"))
     for _ in range(4):
         trainer.step()

@@ -11,7 +11,7 @@ from harness.students.run import assemble
 from harness.training.distributed import processes
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment
-from harness.workflow.plan import stand_in_inputs
+from harness.workflow.dry_run import dry_run_inputs
 
 STEPS = 20
 STUDENTS = ("dmd", "sid", "sim", "gdd")
@@ -24,7 +24,7 @@ def work(folder: Path) -> dict[str, list[list[float]]]:
     experiment, losses = load_experiment(Path("tests/data/tiny.yaml")), {}
     for student in STUDENTS:
         torch.manual_seed(0)
-        inputs = stand_in_inputs(experiment, student)
+        inputs = dry_run_inputs(experiment, student)
         run = assemble(experiment.student_run(student, 0), inputs, folder / student, "test")
         trainer, losses[student] = Trainer(run), []
         for _ in range(STEPS):

@@ -1,0 +1,187 @@
+"""Training without memory or time: the networks, phases and losses of a student on the meta device.
+
+Meta tensors have shapes and no values. Costs do not depend on values, so weights, images and pairs
+are random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.config.experiment import Experiment
+from harness.config.schema import ImportedTeacher
+from harness.data.datasets import Dataset
+from harness.data.prompts import prompts_of
+from harness.data.registry import Images, data_source
+from harness.denoiser import Condition, Denoiser
+from harness.errors import UserError
+from harness.features.base import FEATURES
+from harness.networks import build_denoiser
+from harness.students.inputs import Inputs
+from harness.training.run import TrainingRun
+from harness.training.trainer import Trainer
+
+
+def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> Inputs:
+    """A student's inputs with random weights, `images` random images and as many pairs."""
+    from harness.features.lpips import PerceptualDistance, build_lpips
+    from harness.features.timm_backbones import Backbone
+
+    name, needs = experiment.students[student].teacher, experiment.students[student].requirements
+    dataset = _dataset(experiment, images)
+    text = _text_encoder(experiment, name)
+    teacher = _teacher(experiment, name, dataset, text)
+    inputs = Inputs(dataset, teacher.to(experiment.device), embeddings=text)
+    if dataset.prompts and text is None:
+        inputs.embeddings = lambda numbers: teacher.null_condition(len(numbers))
+    if not needs.pixels:
+        teacher.codec = nn.Identity()
+    if needs.features:
+        settings = experiment.features[needs.features]
+        inputs.features = FEATURES[settings.type].build(settings, dataset)
+    if needs.backbones:
+        import timm
+
+        inputs.backbones = nn.ModuleList(
+            Backbone(name, timm.create_model(name, pretrained=False)) for name in needs.backbones
+        )
+    if needs.lpips:
+        inputs.lpips = PerceptualDistance(build_lpips()).eval().requires_grad_(False)
+    if needs.pairs:
+        inputs.pairs = {"x": torch.zeros(images, *teacher.image_shape)}
+        if dataset.num_conditions:
+            inputs.pairs["condition"] = dataset.train.labels
+    return inputs
+
+
+def _dataset(experiment: Experiment, images: int) -> Dataset:
+    """Random images with the experiment's shape and labels; no files are read."""
+    data, source = experiment.data, data_source(experiment.data)
+    shape, classes = source.image_shape, source.num_classes
+    if shape is None:
+        raise UserError("data.resolution: required for the shape of the images", "missing-key")
+    texts, attributes = source.captions() or (None, None)
+    if data.prompts is not None:
+        texts, classes = ("a prompt",) * 256, 0
+    prompts = prompts_of(texts) if texts else None
+    conditions = len(prompts) if prompts else classes
+    part = Images(
+        torch.randint(256, (images, *shape), dtype=torch.uint8),
+        torch.randint(max(conditions, 1), (images,)),
+    )
+    names = tuple(map(str, range(classes)))
+    return Dataset(data.name, part, part, names, "", attributes, prompts, prompts)
+
+
+def _text_encoder(experiment: Experiment, teacher: str) -> Callable[[Tensor], Condition] | None:
+    """Map prompt numbers to embeddings of zeros, for a teacher trained here on captions."""
+    encoder = experiment.text_encoder_of(teacher)
+    if encoder is None:
+        return None
+    settings = experiment.features[encoder]
+    shape = FEATURES[settings.type].text_shape(settings)
+    return lambda numbers: {"embeddings": torch.zeros(len(numbers), *shape)}
+
+
+def _teacher(
+    experiment: Experiment, name: str, dataset: Dataset, text: Callable | None
+) -> Denoiser:
+    """The teacher's network with random weights."""
+    section = experiment.teachers[name]
+    if isinstance(section, ImportedTeacher) and section.pipeline:
+        return dry_run_pipeline(section)
+    if section.network is None:
+        raise UserError(
+            f"teachers.{name}.network: required to plan without the file", "missing-key"
+        )
+    null = text(torch.zeros(1)) if text else None
+    sigma_data = getattr(section, "sigma_data", 0.5)
+    return build_denoiser(
+        section.network, dataset.image_shape, dataset.num_classes, sigma_data, null=null
+    )
+
+
+def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
+    """The denoiser and codec of a pipeline, from its folder or, without it, from `network`."""
+    from diffusers import AutoencoderKL
+
+    from harness.networks.vp import Codec
+    from harness.teachers.pipelines import STABLE_DIFFUSION_VAE, PipelineFolder, fresh
+
+    network, vae = section.network, STABLE_DIFFUSION_VAE
+    if (folder := Path(section.source).expanduser()).exists():
+        pipeline = PipelineFolder(folder)
+        network = {"type": pipeline.network_class} | pipeline.config(pipeline.network)
+        vae = pipeline.config("vae")
+    teacher = fresh(network)
+    teacher.codec = Codec(AutoencoderKL(**vae))
+    return teacher
+
+
+class SavedTensorMemory:
+    """Bytes that autograd graphs hold for backward passes: `current` and `peak`.
+
+    A storage counts once, however many graphs and tensors share it. Weights do not count.
+    """
+
+    def __init__(self):
+        self.references: dict[int, int] = {}
+        self.current = self.peak = 0
+
+    def track(self, networks: Iterable[nn.Module]) -> torch.autograd.graph.saved_tensors_hooks:
+        """A context whose graphs are counted, without the weights of `networks`."""
+        weights = {p.untyped_storage()._cdata for net in networks for p in net.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor | _SavedTensor:
+            is_weight = tensor.untyped_storage()._cdata in weights
+            return tensor if is_weight else _SavedTensor(tensor, self)
+
+        def unpack(saved: Tensor | _SavedTensor) -> Tensor:
+            return saved.tensor if isinstance(saved, _SavedTensor) else saved
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class _SavedTensor:
+    """A tensor that a graph holds; it counts until the graph is freed."""
+
+    def __init__(self, tensor: Tensor, memory: SavedTensorMemory):
+        storage = tensor.untyped_storage()
+        self.tensor, self.memory = tensor, memory
+        self.key, self.bytes = storage._cdata, storage.nbytes()
+        count = memory.references[self.key] = memory.references.get(self.key, 0) + 1
+        if count == 1:
+            memory.current += self.bytes
+            memory.peak = max(memory.peak, memory.current)
+
+    def __del__(self):
+        self.memory.references[self.key] -= 1
+        if not self.memory.references[self.key]:
+            del self.memory.references[self.key]
+            self.memory.current -= self.bytes
+
+
+class DryRunTrainer(Trainer):
+    """A trainer that measures costs and `memory`, and updates no weights."""
+
+    def __init__(self, run: TrainingRun):
+        super().__init__(run)
+        self.memory = SavedTensorMemory()
+
+    def update(self, phase, repeat, contexts, variant, measuring) -> None:
+        if variant in self.ledger.costs and not measuring:
+            self.ledger.add(self.ledger.costs[variant])
+            return
+        with self.memory.track(self.all_networks.values()):
+            super().update(phase, repeat, contexts, variant, measuring)
+
+    def apply_gradients(self, phase, loss) -> None:
+        for parameter in self.trainable[phase.network]:
+            parameter.grad = None
+
+    def update_ema(self, images: int) -> None:
+        pass
