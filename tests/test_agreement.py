@@ -12,7 +12,6 @@ from harness.evaluation.agreement import ImagePair, compare_with_libraries, writ
 from harness.features.classifiers import CNNExtractor
 from harness.validation import load_experiment
 from tests.conftest import DATA
-from tests.test_html import Page, written
 
 
 class Projection(torch.nn.Module):
@@ -68,6 +67,8 @@ def test_all_quantities_agree_and_wrong_ones_are_detected(channels, tmp_path, mo
 
 
 def test_report_counts_agreeing_quantities_and_names_others(tmp_path):
+    from tests.test_html import Page, written
+
     rows = compare_with_libraries(*stub(tmp_path))
     experiment = load_experiment(DATA / "tiny.yaml", results=tmp_path)
     folder = experiment.root / "tables"

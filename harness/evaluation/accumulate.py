@@ -71,9 +71,9 @@ class FeatureAccumulator:
         self.extractors, self.attributes = extractors, attributes
         self.keep, self.nearest, self.stream = keep, nearest, stream
         self.count = 0
-        # Names: "pixels", "pixel_labels", "labels", "attributes" and "<extractor>/<output>".
+        # Names: "pixels", "labels", "attributes" and "<extractor>/<output>".
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
-        self._saved: dict[str, int] = {}  # how many of the parts are on disk
+        self._unsaved: dict[str, list[Tensor]] = defaultdict(list)  # parts that are not on disk
         self._saved_count = 0
         if stream is not None:
             self._resume()
@@ -83,62 +83,57 @@ class FeatureAccumulator:
         for extractor in self.extractors:
             outputs = extractor.extract(pixels, labels)
             for name, output in outputs.items():
-                self._parts[f"{extractor.name}/{name}"].append(output)
+                self._store(f"{extractor.name}/{name}", output)
             if self.nearest and extractor.name == self.nearest.extractor:
                 self.nearest.add(pixels, outputs["features"])
         if self.count < self.keep:
-            self._parts["pixels"].append(pixels)
+            self._store("pixels", pixels)
         if labels is not None:
-            self._parts["labels"].append(labels)
+            self._store("labels", labels)
             if self.attributes:
-                self._parts["attributes"].append(self.attributes.check(pixels, labels))
-            if self.count < self.keep:
-                self._parts["pixel_labels"].append(labels)
+                self._store("attributes", self.attributes.check(pixels, labels))
         self.count += len(pixels)
         self._save(ended=False)
 
     def finish(self) -> None:
         """Call it when the stream has ended."""
         self._save(ended=True)
+        self._unsaved.clear()
+
+    def _store(self, name: str, part: Tensor) -> None:
+        self._parts[name].append(part)
+        if self.stream is not None:
+            self._unsaved[name].append(part)
 
     def _save(self, ended: bool) -> None:
         """Append everything that is not on disk yet to the stream's shards, if it is time."""
         images = self.count - self._saved_count
         if self.stream is None or not images or not self.stream.checkpoints.due(ended):
             return
-        tensors = {
-            name: torch.cat(parts[self._saved.get(name, 0) :])
-            for name, parts in self._parts.items()
-            if len(parts) > self._saved.get(name, 0)
-        }
+        tensors = {name: torch.cat(parts) for name, parts in self._unsaved.items()}
         if self.nearest:
             tensors |= {f"nearest/{name}": tensor for name, tensor in self.nearest.best.items()}
         self.stream.shards.append(tensors, images=images)
-        self._mark_saved()
         self.stream.checkpoints.saved()
+        self._unsaved.clear()
+        self._saved_count = self.count
 
     def _resume(self) -> None:
         for record, tensors in zip(self.stream.shards.records, self.stream.shards, strict=True):
-            best = {name: tensors.pop(f"nearest/{name}", None) for name in self._NEAREST}
-            if self.nearest and best["pixels"] is not None:
-                self.nearest.best = best
             for name, tensor in tensors.items():
-                self._parts[name].append(tensor)
+                if name.startswith("nearest/"):
+                    self.nearest.best[name.removeprefix("nearest/")] = tensor
+                else:
+                    self._parts[name].append(tensor)
             self.count += record["images"]
-        self._mark_saved()
-
-    _NEAREST = ("pixels", "distance", "neighbour")
-
-    def _mark_saved(self) -> None:
-        self._saved = {name: len(parts) for name, parts in self._parts.items()}
         self._saved_count = self.count
 
     def images(self) -> dict[str, Tensor]:
         """`pixels` and `labels` of the first images, and the nearest ones."""
         tensors = {}
-        for name, stored in (("pixels", "pixels"), ("labels", "pixel_labels")):
-            if self._parts[stored]:
-                tensors[name] = torch.cat(self._parts[stored])[: self.keep]
+        for name in ("pixels", "labels") if self.keep else ():
+            if self._parts[name]:
+                tensors[name] = torch.cat(self._parts[name])[: self.keep].clone()
         return tensors | (self.nearest.tensors() if self.nearest else {})
 
     def feature_set(self, name: str, reference: Reference, neighbours: int) -> FeatureSet:

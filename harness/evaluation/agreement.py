@@ -12,7 +12,6 @@ libraries are set to this project's:
 
 from __future__ import annotations
 
-import math
 import tempfile
 import uuid
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from torch.nn.functional import normalize
 from harness.config.jobs import ReferenceScoring
 from harness.data import datasets
 from harness.data.datasets import Images
-from harness.errors import UserError
 from harness.evaluation.accumulate import FeatureAccumulator
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.kernels import SIGMA
@@ -52,7 +50,8 @@ def write_agreement(job: ReferenceScoring, folder: Path):
 
     scoring, rows = job.scoring, []
     dataset = datasets.load(scoring.data)
-    generated = _samples(job.output)
+    kept = ScoreRecord.read(job.output).kept
+    generated = Images(**load_tensors(job.output.with_name(kept.file), kept.sha256))
     count = min(len(generated), len(dataset.train))
     generated = Images(generated.pixels[:count], generated.labels[:count])
     drawn = Stream(0, "agreement").uniform(torch.arange(len(dataset.train))).argsort()[:count]
@@ -77,15 +76,6 @@ def write_agreement(job: ReferenceScoring, folder: Path):
     )
     write_text(folder / "agreement.md", _markdown(scoring.experiment, table, caption))
     return table
-
-
-def _samples(scores: Path) -> Images:
-    """The samples that a teacher's score file stores."""
-    kept = ScoreRecord.read(scores).kept
-    if kept is None:
-        message = f"{scores} has no samples; delete it and run the workflow again"
-        raise UserError(message, "missing-file")
-    return Images(**load_tensors(scores.with_name(kept.file), kept.sha256))
 
 
 def write_images(pixels: Tensor, folder: Path) -> None:
@@ -283,13 +273,9 @@ def with_clean_fid(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
 def _markdown(name: str, table, caption: str) -> str:
     compared = table.relative_difference.dropna()
     largest = f"{compared.max():.1e}" if len(compared) else "none"
-    text = table.copy()
-    formats = {"ours": "{:.8g}", "theirs": "{:.8g}", "relative_difference": "{:.1e}"}
-    for column, form in formats.items():
-        text[column] = [
-            "–" if math.isnan(v) else form.format(v) for v in table[column].astype(float)
-        ]
-    body = text.fillna("–").astype(str).to_markdown(index=False, disable_numparse=True)
+    body = table.astype(object).where(table.notna(), None)
+    formats = ("", "", ".8g", "", ".8g", ".1e", "g", "")
+    body = body.to_markdown(index=False, floatfmt=formats, missingval="–")
     return (
         f"# Agreement with the libraries on {name}\n\n{body}\n\n{caption} Largest relative "
         f"difference: {largest}.\n"

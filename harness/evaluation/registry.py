@@ -91,18 +91,8 @@ def register(
     arguments are the fields of `Metric`. A duplicate name is a `ValueError`."""
 
     def decorate(function: Callable) -> Callable:
-        metric = Metric(
-            name,
-            label,
-            higher_is_better,
-            function,
-            requires,
-            needs,
-            limit,
-            final_only,
-            samples_per_dim,
-            settings,
-        )
+        facts = requires, needs, limit, final_only, samples_per_dim, settings
+        metric = Metric(name, label, higher_is_better, function, *facts)
         METRICS.add(name, metric, Path(inspect.getsourcefile(function)).resolve())
         return function
 

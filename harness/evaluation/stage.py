@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from harness.config.jobs import ReferenceScoring, RunScoring
 from harness.evaluation.protocol import fingerprint, reference_fingerprint
 from harness.evaluation.sample_stream import SampleSource, load_decoding
-from harness.evaluation.scorer import Scorer, Scores
+from harness.evaluation.scorer import Scorer
 from harness.io.artifacts import digest, save_tensors, sha256_file, write_text
 from harness.io.records import (
+    Costs,
     File,
     Samples,
     ScoreEntry,
@@ -29,16 +31,19 @@ logger = logging.getLogger(__name__)
 # A teacher's samples for the check against other libraries: enough for full-rank covariances of
 # Inception's features, within a bound on the file's size.
 KEPT_IMAGES, KEPT_BYTES = 5000, 2 << 30
-PER_IMAGE = ".prompts.csv"
+
+Images = dict[str, Tensor]  # for the figures
+PerImage = dict[int, dict[str, Tensor]]  # sampling seed -> column -> values `(N,)`
 
 
 def score_run(job: RunScoring) -> None:
     """Score every snapshot of a run and write its score file."""
     run, scorer = StudentRecord.read(job.run / "student.json"), Scorer(job.scoring)
     evaluation, device = job.scoring.evaluation, job.scoring.device
-    decoding, entries = load_decoding(job.teacher, device), []
-    images: dict[str, Tensor] = {}
-    per_image: dict[int, dict[str, Tensor]] = {}
+    decoding = load_decoding(job.teacher, device)
+    entries: list[ScoreEntry] = []
+    images: Images = {}
+    per_image: PerImage = {}
     for snapshot in run.snapshots:
         folder, final = job.run / "snapshots" / snapshot.name, snapshot is run.snapshots[-1]
         denoiser = load_denoiser(folder, snapshot.sha256, device, owner=job.run)
@@ -58,35 +63,21 @@ def score_run(job: RunScoring) -> None:
             )
             rows += scores.rows
             images, per_image[seed] = images or scores.images, scores.per_image
-        costs = snapshot.ledger
         entries.append(
             ScoreEntry(
+                **snapshot.model_dump(include={"grid", "sha256"}),
+                **_costs(snapshot.ledger),
                 snapshot=snapshot.name,
                 final=final,
-                grid=snapshot.grid,
-                sha256=snapshot.sha256,
                 nfe=1,
                 ema=snapshot.ema_half_life,
-                images=costs.images,
-                flops=costs.flops,
-                seconds=costs.seconds,
                 rows=rows,
             )
         )
         logger.info("scored %s", snapshot.name)
-    if scorer.first:
-        record = ScoreRecord(
-            student=job.student,
-            method=run.method,
-            seed=job.seed,
-            weights=run.sha256,
-            fingerprint=digest(fingerprint(job.scoring)),
-            contended=run.contended,
-            entries=entries,
-            protocols=scorer.protocols,
-            dimensions=scorer.dimensions,
-        )
-        _write(job.output, record, scorer, images, per_image)
+    facts = {"student": job.student, "seed": job.seed, "weights": run.sha256}
+    facts |= {"method": run.method, "contended": run.contended}
+    _write(job.output, scorer, entries, images, per_image, fingerprint(job.scoring), **facts)
 
 
 def score_references(job: ReferenceScoring) -> None:
@@ -96,28 +87,26 @@ def score_references(job: ReferenceScoring) -> None:
     scorer, sampler = Scorer(job.scoring), job.section.sampler
     evaluation, device = job.scoring.evaluation, job.scoring.device
     denoiser = load_denoiser(job.teacher, teacher.sha256, device)
-    decoding, entries = load_decoding(job.teacher, device), []
-    images: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}  # samples of the first sampling seed, for other libraries
-    per_image: dict[int, dict[str, Tensor]] = {}
-    settings = sampler.model_dump()
+    decoding, settings = load_decoding(job.teacher, device), sampler.model_dump()
+    entries: list[ScoreEntry] = []
+    images: Images = {}
+    kept: Images = {}  # samples of the first sampling seed, for other libraries
+    per_image: PerImage = {}
+    common = {"snapshot": "", "final": True, "grid": []}
     for name, nfe, generate, identity in (
         ("teacher", sampler.nfe, heun_generator(denoiser, settings), settings),
         ("teacher-1step", 1, one_step_generator(denoiser, sampler.sigma_max), sampler.sigma_max),
     ):
         source, rows = SampleSource(generate, denoiser.image_shape, *decoding), []
+        prompted = name == "teacher" and scorer.dataset.prompts is not None
+        count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // source.image_bytes)
         for seed in evaluation.sampling_seeds:
-            count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // source.image_bytes)
-            keep = 0 if images else max(count, evaluation.grid_samples)
-            prompted = name == "teacher" and scorer.dataset.prompts is not None
+            keep, folder = 0 if images else max(count, evaluation.grid_samples), job.output
+            stream = scorer.stream(
+                source, seed, _unfinished(folder), teacher.sha256, identity, keep
+            )
             scores = scorer.score(
-                scorer.stream(
-                    source, seed, _unfinished(job.output), teacher.sha256, identity, keep
-                ),
-                seed=seed,
-                keep=keep,
-                nearest=keep > 0,
-                per_image=prompted,
+                stream, seed=seed, keep=keep, nearest=keep > 0, per_image=prompted
             )
             rows += scores.rows
             if prompted:
@@ -126,48 +115,26 @@ def score_references(job: ReferenceScoring) -> None:
                 images = scores.images
                 kept = {key: images[key][:count] for key in ("pixels", "labels")}
                 images |= {key: images[key][: evaluation.grid_samples] for key in kept}
-        costs = teacher.ledger
-        entries.append(
-            ScoreEntry(
-                student=name,
-                snapshot="",
-                final=True,
-                grid=[],
-                sha256=teacher.sha256,
-                nfe=nfe,
-                ema=getattr(job.section, "ema_half_life", None),  # unknown of imported teachers
-                images=costs and costs.images,
-                flops=costs and costs.flops,
-                seconds=costs and costs.seconds,
-                rows=rows,
-            )
-        )
+        facts = {"student": name, "sha256": teacher.sha256, "nfe": nfe}
+        facts["ema"] = getattr(job.section, "ema_half_life", None)  # unknown of imported teachers
+        entries.append(ScoreEntry(**common, **facts, **_costs(teacher.ledger), rows=rows))
         logger.info("scored %s", name)
     if len(scorer.dataset.held_out):
-        scores = _score_floor(scorer)
+        blocks = scorer.dataset.held_out.blocks()
+        real = ((pixels, labels if scorer.labels_known else None) for pixels, labels in blocks)
+        scores = scorer.score(real, [scorer.floor_count], nearest=True)
         images |= {f"floor_{name}": tensor for name, tensor in scores.images.items()}
-        entries.append(
-            ScoreEntry(student="floor", snapshot="", final=True, grid=[], rows=scores.rows)
-        )
+        entries.append(ScoreEntry(**common, student="floor", rows=scores.rows))
         logger.info("scored floor")
+    facts = {"teacher": job.name, "weights": teacher.sha256}
     if scorer.first:
         file = job.output.with_suffix(".kept.safetensors")
-        record = ScoreRecord(
-            teacher=job.name,
-            weights=teacher.sha256,
-            fingerprint=digest(reference_fingerprint(job)),
-            entries=entries,
-            protocols=scorer.protocols,
-            dimensions=scorer.dimensions,
-            kept=File(file=file.name, sha256=save_tensors(file, kept)),
-        )
-        _write(job.output, record, scorer, images, per_image)
+        facts["kept"] = File(file=file.name, sha256=save_tensors(file, kept))
+    _write(job.output, scorer, entries, images, per_image, reference_fingerprint(job), **facts)
 
 
-def _score_floor(scorer: Scorer) -> Scores:
-    held_out = scorer.dataset.held_out.blocks()
-    blocks = ((pixels, labels if scorer.labels_known else None) for pixels, labels in held_out)
-    return scorer.score(blocks, [scorer.floor_count], nearest=True)
+def _costs(ledger: Costs | None) -> dict[str, Any]:
+    return ledger.model_dump(include={"images", "flops", "seconds"}) if ledger else {}
 
 
 def _unfinished(output: Path) -> Path:
@@ -176,34 +143,41 @@ def _unfinished(output: Path) -> Path:
 
 def _write(
     path: Path,
-    record: ScoreRecord,
     scorer: Scorer,
-    images: dict[str, Tensor],
-    per_image: dict[int, dict[str, Tensor]],
+    entries: list[ScoreEntry],
+    images: Images,
+    per_image: PerImage,
+    fingerprint: dict,
+    **facts: Any,
 ) -> None:
-    """Write the files that the record names, then the record; delete unfinished work."""
+    """Write a score file after the files that it names, then delete unfinished work."""
+    if not scorer.first:
+        return
     if any(per_image.values()):  # not without an available extractor
-        file = path.with_suffix(PER_IMAGE)
-        record.per_image = File(file=file.name, sha256=write_per_image(file, per_image))
+        file = path.with_suffix(".prompts.csv")
+        facts["per_image"] = File(file=file.name, sha256=write_per_image(file, per_image))
     file = path.with_suffix(".samples.safetensors")
-    record.samples = Samples(file=file.name, sha256=save_tensors(file, images))
+    samples = Samples(file=file.name, sha256=save_tensors(file, images))
     if scorer.nearest_in is not None:
         reference = scorer.references[scorer.nearest_in]
-        record.samples.neighbour_extractor = scorer.nearest_in
-        record.samples.neighbour_rows = len(reference.features)
-        unit = "held-out median" if reference.typical_nearest else "features"
-        record.samples.neighbour_unit = unit
-    record.write(path)
+        samples.neighbour_extractor = scorer.nearest_in
+        samples.neighbour_rows = len(reference.features)
+        samples.neighbour_unit = "held-out median" if reference.typical_nearest else "features"
+    ScoreRecord(
+        fingerprint=digest(fingerprint),
+        entries=entries,
+        samples=samples,
+        protocols=scorer.protocols,
+        dimensions=scorer.dimensions,
+        **facts,
+    ).write(path)
     shutil.rmtree(_unfinished(path), ignore_errors=True)
 
 
-def write_per_image(path: Path, per_image: dict[int, dict[str, Tensor]]) -> str:
-    """Write a CSV file with one row per image; returns its sha256.
-
-    per_image: sampling seed -> column -> values `(N,)`, with the column `prompt` (line number in
-    the evaluation prompts, from 0). Image i of a sampling seed has the same noise and prompt for
-    every student.
-    """
+def write_per_image(path: Path, per_image: PerImage) -> str:
+    """Write a CSV file with one row per image; returns its sha256. The column `prompt` has line
+    numbers of the evaluation prompts, from 0. Image i of a sampling seed has the same noise and
+    prompt for every student."""
     import pandas as pd
 
     tables = []
