@@ -1,18 +1,36 @@
-"""Scoring of streams: resuming, and metrics from plug-ins."""
+"""Scoring: rows, flags and references with stub extractors; resuming; metrics from plug-ins."""
 
+import json
+import logging
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from harness.data.datasets import Images
-from harness.evaluation import sample_stream
+from harness.config.jobs import Scoring
+from harness.config.schema import DataSection, EvaluationSection
+from harness.data.datasets import prepare
+from harness.data.registry import Images
+from harness.errors import UserError
+from harness.evaluation import references, sample_stream, scorer
 from harness.evaluation.accumulate import FeatureAccumulator, NearestImages
+from harness.evaluation.agreement import write_images
 from harness.evaluation.feature_set import Reference
+from harness.evaluation.folder import print_folder, score_folder
+from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.registry import METRICS
 from harness.evaluation.sample_stream import Checkpoints, SampleSource, SampleStream
+from harness.evaluation.scorer import Scorer, Scores
+from harness.features.base import parse_settings, provides
+from harness.io.records import ScoreRow
 from harness.registry import load_plugin
+
+# -- resuming -----------------------------------------------------------------------------------
 
 
 class Extractor:
@@ -122,6 +140,300 @@ def test_every_process_starts_at_the_same_image(tmp_path, monkeypatch):
     accumulate(stream(tmp_path))
     monkeypatch.setattr(sample_stream, "processes", Group)
     assert stream(tmp_path).start == 8
+
+
+# -- rows ---------------------------------------------------------------------------------------
+
+DIM = 6
+SHARED = {"kd", "precision", "recall", "density", "coverage", "memorisation", "diversity"}
+
+
+def stub_extractor(name: str, settings, **facts) -> SimpleNamespace:
+    """Features are a projection of the pixels, probabilities their softmax."""
+
+    def extract(pixels, labels=None):
+        generator = torch.Generator().manual_seed(len(name))
+        flat = pixels.float().flatten(1) / 255
+        features = flat @ torch.randn(flat.shape[1], DIM, generator=generator)
+        return {"features": features, "probabilities": features.softmax(dim=1)}
+
+    fields = {"name": name, "settings": settings, "provided": provides(settings)}
+    fields |= {"unavailable": None, "missing": {}, "alias": None, "pretraining": ()}
+    fields |= {"resize": "none", "details": {}, "hashes": {"weights": "0"}, "extract": extract}
+    return SimpleNamespace(**fields | facts)
+
+
+@pytest.fixture
+def scoring(tmp_path, monkeypatch):
+    """A function that returns the `Scoring` of digits with stub extractors: their types, or their
+    settings, and facts by name. Evaluation settings are keywords."""
+    section = DataSection(name="digits")
+    prepare(section, tmp_path / "data")
+    monkeypatch.setattr(references, "INCEPTION_DIM", DIM)
+
+    def make(types: dict | None = None, facts: dict | None = None, **evaluation) -> Scoring:
+        raw = types or {"cnn": {"type": "cnn", "images": 1}, "inception": {"type": "inception"}}
+        settings = {name: parse_settings(value) for name, value in raw.items()}
+        monkeypatch.setattr(
+            scorer,
+            "load_extractor",
+            lambda folder, dataset, device: stub_extractor(
+                folder.name, settings[folder.name], **(facts or {}).get(folder.name, {})
+            ),
+        )
+        return Scoring(
+            experiment="x",
+            evaluation=EvaluationSection(extractors=list(raw), **evaluation),
+            data=tmp_path / "data",
+            data_section=section,
+            extractors={name: (value, tmp_path / name) for name, value in settings.items()},
+            checkpoint_seconds=15,
+            device="cpu",
+            fingerprint={},
+        )
+
+    return make
+
+
+def score_held_out(scorer: Scorer, counts: list[int] | None = None, **options) -> Scores:
+    held_out = scorer.dataset.held_out
+    return scorer.score([(held_out.pixels, held_out.labels)], counts or [359], **options)
+
+
+def by_key(rows: list[ScoreRow]) -> dict[tuple[str, str, int], ScoreRow]:
+    table = {(row.metric, row.extractor, row.num_samples): row for row in rows}
+    assert len(table) == len(rows)
+    return table
+
+
+def metrics_of(rows: list[ScoreRow], extractor: str) -> set[str]:
+    return {row.metric for row in rows if row.extractor == extractor}
+
+
+def test_only_inceptions_distance_is_called_fid(scoring):
+    scorer = Scorer(scoring())
+    rows = score_held_out(scorer, seed=3).rows
+    assert metrics_of(rows, "cnn") == {"fd", "fd-inf", "accuracy", "class-score", *SHARED}
+    assert metrics_of(rows, "inception") == {"fid-edm", "fd-inf", "inception-score", *SHARED}
+    assert {row.sample_seed for row in rows} == {3} and {row.flag for row in rows} == {""}
+    row = by_key(rows)["fid-edm", "inception", 359]
+    extract, data = scorer.extractors[1].extract, scorer.dataset
+    both = (
+        gaussian_statistics(extract(part.pixels)["features"])
+        for part in (data.held_out, data.train)
+    )
+    (mean, covariance), reference = both
+    assert row.value == pytest.approx(frechet_distance(*reference, mean, covariance), rel=1e-6)
+    assert row.stderr > 0 and len(row.leave_out) == 10
+    protocol = scorer.protocols[row.protocol]
+    assert protocol["reference"] == "digits-train1438"
+    assert "x * 127.5 + 128" in protocol["quantisation"]
+    assert "torch-fidelity" in protocol["library"]
+    other = scorer.protocols[by_key(rows)["fd", "cnn", 359].protocol]
+    assert "torch-fidelity" not in other["library"]
+    assert scorer.dimensions == {"cnn": DIM, "inception": DIM}
+
+
+def test_snapshots_before_the_last_skip_slow_metrics(scoring):
+    rows = score_held_out(Scorer(scoring()), final=False).rows
+    assert metrics_of(rows, "cnn") == {"fd", "accuracy", "kd", "precision", "recall"}
+
+
+@pytest.mark.parametrize("resize", ["clean", "legacy-tensorflow"])
+def test_each_resize_has_its_own_fid(scoring, resize):
+    types = {"resized": {"type": "inception", "resize": resize}}
+    rows = score_held_out(Scorer(scoring(types))).rows
+    names = metrics_of(rows, "resized")
+    assert f"fid-{resize}" in names and not {"fid-edm", "fd"} & names
+
+
+def test_samples_are_scored_at_the_main_and_the_floors_size(scoring):
+    scorer = Scorer(scoring(num_samples=800))
+    assert scorer.counts == [800, 359]
+    assert Scorer(scoring(num_samples=100)).counts == [100]
+    pixels = torch.cat([scorer.dataset.held_out.pixels] * 3)[:800]
+    rows = by_key(scorer.score([(pixels, None)]).rows)
+    assert {n for _, _, n in rows} == {800, 359}
+    assert len(rows["fd", "cnn", 800].leave_out) == 10
+    assert len(rows["fd", "cnn", 359].leave_out) == 2  # two disjoint subsets of 359
+
+
+def test_metrics_over_all_pairs_use_a_fixed_draw_of_a_large_reference(scoring, monkeypatch):
+    whole = by_key(score_held_out(Scorer(scoring())).rows)
+    monkeypatch.setattr(references, "PAIRWISE_LIMIT", 100)
+    for name in {*SHARED}:
+        monkeypatch.setitem(METRICS._entries, name, replace(METRICS[name], limit=100))
+    scorer = Scorer(scoring())
+    assert len(scorer.references["inception"].features) == 100
+    rows = by_key(score_held_out(scorer, [359, 120]).rows)
+    assert {n for metric, _, n in rows if metric in SHARED} == {100}
+    for key in (("fd", "cnn", 359), ("fid-edm", "inception", 359)):
+        assert rows[key].value == pytest.approx(whole[key].value, rel=1e-6)
+        assert "reference_draw" not in scorer.protocols[rows[key].protocol]
+    assert "reference_draw" in scorer.protocols[rows["kd", "inception", 100].protocol]
+
+
+def test_published_statistics_replace_the_reference_of_inceptions_distance(scoring, tmp_path):
+    own = by_key(score_held_out(Scorer(scoring())).rows)
+    path = tmp_path / "statistics.npz"
+    np.savez(path, mu=np.ones(DIM), sigma=np.eye(DIM, dtype=np.float32))
+    scorer = Scorer(scoring(statistics=str(path)))
+    for key, row in by_key(score_held_out(scorer).rows).items():
+        changed = key[0] in ("fid-edm", "fd-inf") and key[1] == "inception"
+        assert (row == own[key]) == (not changed)
+        if key[0] == "fid-edm":
+            features = scorer.extractors[1].extract(scorer.dataset.held_out.pixels)["features"]
+            expected = frechet_distance(*gaussian_statistics(features), *load_statistics(path))
+            assert row.value == pytest.approx(expected, rel=1e-6)
+            assert scorer.protocols[row.protocol]["reference"] == "digits-statistics"
+
+
+def test_unavailable_networks_have_rows_that_say_so(scoring):
+    scorer = Scorer(scoring(facts={"inception": {"unavailable": "no weights"}}))
+    rows = score_held_out(scorer).rows
+    assert metrics_of(rows, "inception") == {"fid-edm", "fd-inf", "inception-score", *SHARED}
+    for row in rows:
+        missing = row.extractor == "inception"
+        assert (row.value is None) == missing
+        assert row.status == ("unavailable (no weights)" if missing else None)
+
+
+def test_a_missing_head_leaves_the_other_metrics(scoring):
+    clip = {"type": "open-clip", "model": "ViT-L-14-quickgelu", "aesthetic": ["v1"]}
+    missing = {"clip": {"missing": {"aesthetic_v1": "no weights"}}}
+    rows = score_held_out(Scorer(scoring({"clip": clip}, missing))).rows
+    table = {row.metric: row for row in rows}
+    assert table["aesthetic-v1"].status == "unavailable (no weights)"
+    assert table["fd"].value > 0 and table["cmmd"].status is None
+    assert "clip-score-100-plain" not in table  # no text similarity in the stub's outputs
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"trained_against": ["inception"]}, "trained-on-extractor"),
+        ({"trained_against": ["timm/inception"]}, "trained-on-extractor"),
+        ({"pretraining": ["imagenet-1k"]}, "shares-pretraining"),
+        ({"pretraining": ["coco"], "trained_against": ["resnet"]}, ""),
+    ],
+)
+def test_extractors_of_the_training_are_flagged(scoring, options, flag):
+    facts = {"inception": {"pretraining": ("imagenet-1k",), "alias": "timm/inception"}}
+    rows = score_held_out(Scorer(scoring(facts=facts)), **options).rows
+    assert {row.extractor: row.flag for row in rows} == {"cnn": "", "inception": flag}
+
+
+def test_small_samples_are_warned_about_once(scoring, caplog):
+    scorer = Scorer(scoring())
+    part = scorer.dataset.held_out
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            scorer.score([(part.pixels[:DIM], part.labels[:DIM])], [DIM])
+    assert [record.args or record.message for record in caplog.records] == [
+        f"6 samples for 6 features of {name}: the Fréchet distance is mostly bias; compare with "
+        "the floor at n = 359"
+        for name in ("cnn", "inception")
+    ]
+
+
+def test_values_that_are_not_finite_are_refused(scoring, tmp_path):
+    def broken(pixels, labels=None):
+        return {"features": torch.full((len(pixels), DIM), torch.nan if labels is not None else 1)}
+
+    scorer = Scorer(scoring(facts={"cnn": {"extract": broken}}))
+    with pytest.raises(UserError) as error:
+        score_held_out(scorer)
+    assert error.value.code == "not-finite"
+    source = SampleSource(lambda z, *_: z * torch.nan, (1, 8, 8), torch.nn.Identity(), None)
+    with pytest.raises(UserError):
+        next(iter(scorer.stream(source, 0, tmp_path)))
+
+
+def test_images_nearest_to_training_images_are_returned(scoring):
+    scorer = Scorer(scoring())
+    scores = score_held_out(scorer, keep=12, nearest=True)
+    assert torch.equal(scores.images["pixels"], scorer.dataset.held_out.pixels[:12])
+    distance = scores.images["closest_distance"]
+    assert len(distance) == 10 and torch.equal(distance, distance.sort().values)
+    copies = scorer.dataset.train.pixels[[7, 3]]
+    images = scorer.score([(copies, None)], [2], nearest=True).images
+    assert torch.equal(images["closest_training"], copies) and not images["closest_distance"].any()
+
+
+def test_folder_of_images_has_the_numbers_of_its_images(scoring, tmp_path, capsys):
+    made = scoring()
+    part = Scorer(made).dataset.held_out
+    folder = tmp_path / "samples"
+    write_images(part.pixels, folder)
+
+    def label(count: int) -> None:
+        entries = [[f"{i:06d}.png", int(y)] for i, y in enumerate(part.labels[:count])]
+        (folder / "dataset.json").write_text(json.dumps({"labels": entries}))
+
+    label(len(part))
+    expected = by_key(score_held_out(Scorer(made)).rows)
+    rows = by_key(score_folder(made, folder))
+    assert set(rows) == set(expected)
+    for key, row in rows.items():
+        same = row.value == pytest.approx(expected[key].value, rel=1e-5)
+        assert same or math.isnan(row.value)
+    print_folder(made, folder)
+    assert "| fd_n359_cnn" in capsys.readouterr().out
+
+    for path in sorted(folder.glob("*.png"))[9:]:
+        path.unlink()
+    label(9)
+    with pytest.raises(UserError) as error:
+        score_folder(made, folder)
+    assert error.value.code == "too-few"
+
+
+# -- statistics files ---------------------------------------------------------------------------
+
+NOT_FINITE = np.eye(3)
+NOT_FINITE[0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("arrays", "dim", "code"),
+    [
+        ({"mu": np.zeros(3)}, None, "missing-key"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, None, "shape"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, 2048, "shape"),
+        ({"mu": np.zeros(3), "sigma": NOT_FINITE}, None, "not-finite"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, None, "not-a-covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 2], [2, 1]])}, None, "not-a-covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 2], [0, 1]])}, None, "not-a-covariance"),
+        ({"mu": np.array([{}]), "sigma": np.eye(1)}, None, "damaged"),
+    ],
+)
+def test_wrong_statistics_are_refused(tmp_path, arrays, dim, code):
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(UserError) as error:
+        load_statistics(tmp_path / "s.npz", dim)
+    assert error.value.code == code
+    assert str(tmp_path / "s.npz") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_without_statistics_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_bytes(b"text")
+    np.save(tmp_path / "one.npy", np.eye(3))
+    for name, code in (("text.npz", "damaged"), ("one.npy", "damaged"), ("no", "missing-file")):
+        with pytest.raises(UserError) as error:
+            load_statistics(tmp_path / name)
+        assert error.value.code == code
+
+
+def test_singular_statistics_in_single_precision_are_read(tmp_path):
+    few = np.cov(np.random.default_rng(0).standard_normal((9, 40)), rowvar=False)
+    few[3] = few[:, 3] = 0
+    for sigma in (few.astype(np.float32), np.zeros((40, 40))):
+        np.savez(tmp_path / "s.npz", mu=np.zeros(40), sigma=sigma)
+        mean, covariance = load_statistics(tmp_path / "s.npz", 40)
+        assert mean.dtype == covariance.dtype == torch.float64 and covariance.shape == (40, 40)
+
+
+# -- plug-ins -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

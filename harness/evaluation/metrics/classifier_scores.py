@@ -69,7 +69,7 @@ def accuracy(features: FeatureSet) -> Estimate:
     True,
     ("data-classes",),
     ("attributes_correct",),
-    attributes="the class by the classifier; ink, ground and side as a program measures them",
+    attributes="the class by the classifier, the others by a program",
 )
 def attribute_accuracy(features: FeatureSet) -> Estimate:
     """Percentage of samples that show everything that their caption names."""
