@@ -169,7 +169,7 @@ def scoring(tmp_path, monkeypatch):
     settings, and facts by name. Evaluation settings are keywords."""
     section = DataSection(name="digits")
     prepare(section, tmp_path / "data")
-    monkeypatch.setattr(references, "INCEPTION_DIM", DIM)
+    monkeypatch.setattr(references, "DIM", DIM)
 
     def make(types: dict | None = None, facts: dict | None = None, **evaluation) -> Scoring:
         raw = types or {"cnn": {"type": "cnn", "images": 1}, "inception": {"type": "inception"}}
@@ -355,9 +355,10 @@ def test_images_nearest_to_training_images_are_returned(scoring):
     assert torch.equal(scores.images["pixels"], scorer.dataset.held_out.pixels[:12])
     distance = scores.images["closest_distance"]
     assert len(distance) == 10 and torch.equal(distance, distance.sort().values)
-    copies = scorer.dataset.train.pixels[[7, 3]]
-    images = scorer.score([(copies, None)], [2], nearest=True).images
-    assert torch.equal(images["closest_training"], copies) and not images["closest_distance"].any()
+    copies = scorer.dataset.train.pixels[:20]
+    images = scorer.score([(copies, None)], [20], nearest=True).images
+    assert torch.equal(images["closest_training"], copies[:10])
+    assert not images["closest_distance"].any()
 
 
 def test_folder_of_images_has_the_numbers_of_its_images(scoring, tmp_path, capsys):

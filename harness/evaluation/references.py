@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.evaluation.feature_set import PAIRWISE_LIMIT, Reference
 from harness.evaluation.frechet import Moments, load_statistics
 from harness.features.base import FeatureExtractor, provides
-from harness.features.inception import DIM as INCEPTION_DIM
+from harness.features.inception import DIM
 from harness.io.artifacts import (
     digest,
     load_tensors,
@@ -47,7 +47,7 @@ def published_statistics(scoring: Scoring) -> PublishedStatistics | None:
     inception = [name for name, names in provided.items() if "inception" in names]
     extractor = next((name for name in inception if "fid-edm" in provided[name]), inception[0])
     path = fetch(evaluation.statistics, evaluation.statistics_sha256)
-    return PublishedStatistics(extractor, load_statistics(path, INCEPTION_DIM), sha256_file(path))
+    return PublishedStatistics(extractor, load_statistics(path, DIM), sha256_file(path))
 
 
 def load_reference(
