@@ -73,8 +73,8 @@ def quality(
     points = base.mark_point(filled=True, size=45)
     points = points.encode(y=y, opacity=_when(chosen, 1.0), shape=encoding["shape"])
     labels = {f"{name}: {value:.3g}": value for name, value in reference.items()}
-    rule, text = _reference(labels, "y", align="right", dy=-6)
-    layers = [alt.layer(bands, lines, points, data=_data(curves)), rule, text]
+    layers = [alt.layer(bands, lines, points, data=_data(curves))]
+    layers += _reference(labels, "y", align="right", dy=-6)
     return _specification(layers, chosen, description, height=230)
 
 
@@ -102,8 +102,7 @@ def final_scores(
     )
     points = base.mark_point(filled=True, size=50).encode(x=x, shape=encoding["shape"])
     bars = base.mark_rule(strokeWidth=1.3).encode(x="low:Q", x2="high:Q")
-    rule, text = _reference(reference, "x", dy=-8)
-    layers = [alt.layer(bars, points, data=_data(scores)), rule, text]
+    layers = [alt.layer(bars, points, data=_data(scores)), *_reference(reference, "x", dy=-8)]
     height = 30 * max(3, scores.student.nunique())
     return _specification(layers, chosen, description, height)
 
@@ -170,19 +169,22 @@ def _when(chosen: alt.Parameter, opacity: float):
 
 
 def _axis(field: str, title: str | None, log: bool, values, channel, form=None, **options):
-    """A quantitative channel; a logarithmic one has ticks at 1, 2 and 5 of each decade, or at 1 if
-    there are many."""
+    """A quantitative channel, linear or logarithmic."""
     values = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     if log and values:
-        low, high = min(values), max(values)
-        steps = (1, 2, 5) if high < 200 * low else (1,)
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        options["values"] = [tick for tick in ticks if low <= tick <= high]
+        options["values"] = log_ticks(min(values), max(values))
     form = form or (".3~s" if values and max(values) >= 1000 else ".3~r")
     scale = alt.Scale(nice=False, padding=8, **({"type": "log"} if log else {"zero": False}))
     axis = alt.Axis(format=form, labelOverlap=True, **options)
     return channel(f"{field}:Q", title=title, scale=scale, axis=axis)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks at 1, 2 and 5 of each decade between two values, or at 1 if there are many decades."""
+    steps = (1, 2, 5) if high < 200 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _tooltips(*names: str, **titles: str) -> list[alt.Tooltip]:
@@ -190,15 +192,17 @@ def _tooltips(*names: str, **titles: str) -> list[alt.Tooltip]:
     return [*map(alt.Tooltip, names), *numbers]
 
 
-def _reference(values: dict[str, float], axis: str, **text) -> tuple[alt.Chart, alt.Chart]:
+def _reference(values: dict[str, float], axis: str, **text) -> list[alt.Chart]:
     """Dotted lines across the chart at some values of an axis, and their labels."""
+    if not values:
+        return []
     rows = [{"label": label, "value": value} for label, value in values.items()]
     chart = alt.Chart(alt.Data(values=rows))
     rule = chart.mark_rule(strokeDash=[1, 2], color="currentColor", opacity=0.7)
     label = chart.mark_text(color="currentColor", opacity=0.8, fontSize=10, **text)
     end = {"y": {"x": alt.value("width")}, "x": {"y": alt.value(0)}}[axis]
     at = {axis: "value:Q"}
-    return rule.encode(**at), label.encode(text="label:N", **at, **end)
+    return [rule.encode(**at), label.encode(text="label:N", **at, **end)]
 
 
 def _specification(

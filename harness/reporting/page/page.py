@@ -250,9 +250,9 @@ class Page:
                 for name, group in rows.groupby("student", sort=False)
             ]
             log = quality.has_log_scale(metric.name)
-            reference = quality.reference_lines(self.experiment, self.final, column, log)
             # The teacher's single step is far off and would squeeze the students together.
-            reference = {k: v for k, v in reference.items() if not k.endswith(", 1 NFE")}
+            near = self.final[~self.final.student.str.startswith("teacher-1step")]
+            reference = quality.reference_lines(self.experiment, near, column, log)
             drawn.append(
                 self.chart(
                     charts.final_scores(
