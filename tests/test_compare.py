@@ -1,4 +1,4 @@
-"""`python -m harness compare`: experiments side by side, never two protocols in one column."""
+"""`harness compare`: several experiments in one table, each column with one protocol."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 
 from harness.cli import main
+from harness.errors import UserError
 from harness.io.artifacts import digest
 from harness.reporting.collect import COLUMNS, SCHEMA
+from harness.reporting.compare import labels, print_comparison, read_results
 
 PROTOCOL = {
     "metric": "fd",
@@ -50,8 +52,8 @@ def write(root, name="digits", values=None, protocol=PROTOCOL, manifest=True, **
 
 def compare(capsys, *arguments):
     code = main(["compare", *map(str, arguments)])
-    said = capsys.readouterr()
-    return code, said.out, said.err.strip().splitlines()[-1]
+    output = capsys.readouterr()
+    return code, output.out, output.err.strip().splitlines()[-1]
 
 
 def cells(text, title):
@@ -66,15 +68,15 @@ def cells(text, title):
     return rows
 
 
-def test_one_protocol_stands_side_by_side(tmp_path, capsys):
+def test_columns_with_one_protocol_are_compared(tmp_path, capsys):
     a = write(tmp_path / "a", "one")
     b = write(tmp_path / "b", "two", {"teacher": [0.5], "sid": [4.0], "sim": [6.0, 8.0]})
     code, text, _ = compare(capsys, a, b, "--out", tmp_path / "out.csv")
-    assert code == 0 and "Not one protocol" not in text
+    assert code == 0 and "Different protocols" not in text
     assert cells(text, "fd_n400_cnn ↓") == [
         ["", "one", "two"],
         ["teacher", "0.500", "0.500"],
-        ["sid", "1.50 ± 0.71", "4.00"],  # of the last weights: not the snapshots' 99
+        ["sid", "1.50 ± 0.71", "4.00"],  # the last weights, not the snapshots (99)
         ["sim", "–", "7.00 ± 1.41"],
     ]
     assert cells(text, "training, seconds")[2] == ["sid", "7", "7"]
@@ -92,7 +94,7 @@ def test_two_protocols_are_never_in_one_column(tmp_path, capsys):
     code, text, _ = compare(capsys, a, b, "--out", tmp_path / "out.csv")
     assert code == 0
     assert (
-        "**Not one protocol, so not to be compared:** fd_n400_cnn: extractor_sha256.weights is "
+        "**Different protocols, not comparable:** fd_n400_cnn: extractor_sha256.weights is "
         "aaaaaaaa… in one and bbbbbbbb… in two; quantisation is uint8 in one and none in two."
     ) in text.splitlines()
     hashes = [digest(PROTOCOL)[:8], digest(other)[:8]]
@@ -104,42 +106,38 @@ def test_two_protocols_are_never_in_one_column(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rows", [slice(4, None), slice(1, None)])
-def test_a_folder_that_mixes_protocols_in_a_column_is_refused(tmp_path, capsys, rows):
-    """Whether within a student, whose seeds would be averaged, or between a student and others."""
+def test_a_folder_with_mixed_protocols_in_a_column_is_rejected(tmp_path, capsys, rows):
+    """Within a student, whose seeds would be averaged, or between students."""
     a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two")
     path = a / "tables" / "metrics.csv"
     table = pd.read_csv(path)
     table.loc[table.index[rows], "protocol"] = "f" * 16
     table.to_csv(path, index=False)
-    assert compare(capsys, a, b) == (
-        2,
-        "",
-        f"error: {path}: column fd_n400_cnn would mix 2 protocols; delete the older files under "
-        "scores/ and run the workflow again",
-    )
+    code, out, line = compare(capsys, a, b)
+    assert (code, out) == (2, "") and f"{path}: column fd_n400_cnn" in line
+    with pytest.raises(UserError) as error:
+        read_results(a)
+    assert error.value.code == "mixed-protocols"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"text"', "\xff"])
-def test_a_damaged_manifest_costs_no_more_than_itself(tmp_path, capsys, text):
+def test_a_damaged_manifest_is_rejected(tmp_path, capsys, text):
     a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two")
     path = a / "manifest.json"
     path.write_text(text, encoding="latin-1")
     code, out, line = compare(capsys, a, b)
-    assert (code, out) == (2, "") and line.startswith(f"error: {path} is damaged (")
-    assert line.endswith(
-        "; delete this one file: `python -m harness report --configfile …` makes it again from the "
-        "scores"
-    )
+    assert (code, out) == (2, "") and f"{path} is damaged (" in line
+    assert "delete this file" in line
 
 
 @pytest.mark.parametrize(
     ("column", "text", "kind"),
-    [("value", "about 2", "number"), ("value", "inf", "number"), ("stderr", "x", "number"),
-     ("images", "many", "number"), ("flops", "x", "number"), ("seconds", "x", "number"),
-     ("num_samples", "400 or so", "whole number"), ("seed", "1.5", "whole number"),
-     ("sample_seed", "x", "whole number"), ("nfe", "one", "whole number")],
+    [("value", "about 2", "a number"), ("value", "inf", "a number"), ("stderr", "x", "a number"),
+     ("images", "many", "a number"), ("flops", "x", "a number"), ("seconds", "x", "a number"),
+     ("num_samples", "400 or so", "an integer"), ("seed", "1.5", "an integer"),
+     ("sample_seed", "x", "an integer"), ("nfe", "one", "an integer")],
 )  # fmt: skip
-def test_text_in_the_place_of_a_number_is_told_with_its_row(tmp_path, capsys, column, text, kind):
+def test_invalid_numbers_are_rejected_with_their_row(tmp_path, capsys, column, text, kind):
     a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two")
     path = a / "tables" / "metrics.csv"
     table = pd.read_csv(path, dtype=str)
@@ -147,8 +145,7 @@ def test_text_in_the_place_of_a_number_is_told_with_its_row(tmp_path, capsys, co
     table.to_csv(path, index=False)
     code, out, line = compare(capsys, a, b)
     assert (code, out) == (2, "")
-    assert line.startswith(f"error: {path}: {column} in row 4 is {text!r}")
-    assert f", no {kind}; run the workflow again" in line
+    assert f"{path}: {column} in row 4 is {text!r}, not {kind};" in line
 
 
 def test_names_may_look_like_numbers(tmp_path, capsys):
@@ -157,11 +154,11 @@ def test_names_may_look_like_numbers(tmp_path, capsys):
     assert code == 0 and "## fd_n400_3 ↓" in text and "| 7  | 1.50 ± 0.71 |" in text
 
 
-def test_one_experiment_on_two_machines_is_told_apart_by_folder(tmp_path, capsys):
+def test_results_of_one_experiment_are_labelled_by_folder(tmp_path, capsys):
     a, b = write(tmp_path / "a"), write(tmp_path / "b")
     _, text, _ = compare(capsys, a, b)
     assert cells(text, "fd_n400_cnn ↓")[0] == ["", str(a), str(b)]
-    assert compare(capsys, a, a)[2] == f"error: {a} is named twice"
+    assert code_of(labels, [read_results(a)] * 2) == "duplicate"
 
 
 def test_sampling_seeds_count_once_per_training_seed(tmp_path, capsys):
@@ -174,41 +171,31 @@ def test_sampling_seeds_count_once_per_training_seed(tmp_path, capsys):
     assert cells(text, "fd_n400_cnn ↓")[2] == ["sid", "2.50 ± 0.71", "1.50 ± 0.71"]
 
 
-def test_what_is_missing_is_told(tmp_path, capsys):
+def test_missing_manifests_and_failed_runs_are_reported(tmp_path, capsys):
     other = PROTOCOL | {"num_samples": 1}
     a = write(tmp_path / "a", "one")
     b = write(tmp_path / "b", "two", protocol=other, manifest=False)
     _, text, _ = compare(capsys, a, b)
-    assert (
-        f"fd_n400_cnn: protocol {digest(other)} of two is not known: it has no complete manifest.json"
-        in text
-    )
+    assert f"fd_n400_cnn: protocol {digest(other)} of two is unknown" in text
     write(tmp_path / "c", "three", metric=None, num_samples=None, status="failed (out of memory)")
     _, text, _ = compare(capsys, a, tmp_path / "c")
     assert "three: sid: failed (out of memory)" in text
 
 
-def test_bad_input_is_one_clear_line(tmp_path, capsys):
-    good = write(tmp_path / "good")
-    old = write(tmp_path / "old", schema=0)
+def code_of(function, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    return error.value.code
+
+
+def test_invalid_folders_and_tables_are_rejected(tmp_path, capsys):
+    good, old = write(tmp_path / "good"), write(tmp_path / "old", schema=0)
+    code, out, line = compare(capsys, good, tmp_path / "nowhere")
+    assert (code, out) == (2, "") and f"{tmp_path}/nowhere does not exist" in line
+    assert code_of(read_results, tmp_path) == "missing-file"
+    assert code_of(read_results, old) == "schema"
     table = old / "tables" / "metrics.csv"
-    again = "run the workflow again: it rescores, and trains nothing"
-    expected = {
-        tmp_path
-        / "nowhere": f"{tmp_path}/nowhere does not exist; name the folder of an experiment, as results/digits",
-        tmp_path: f"{tmp_path} has no tables/metrics.csv; name the folder of an experiment, as results/digits",
-        old: f"{table} was written by an older version of the harness (schema 0, here {SCHEMA}); "
-        + again,
-    }
-    for folder, line in expected.items():
-        assert compare(capsys, good, folder) == (2, "", f"error: {line}")
-    table.write_text("schema,experiment\n" + f"{SCHEMA},digits\n")
-    lacking = ", ".join(c for c in COLUMNS if c not in ("schema", "experiment"))
-    assert compare(capsys, good, old)[2] == f"error: {table} has no column {lacking}; {again}"
-    table.write_text("")
-    assert compare(capsys, good, old)[2].startswith(f"error: {table} is no table (")
-    table.write_text(",".join(COLUMNS) + "\n")
-    assert compare(capsys, good, old)[2] == f"error: {table} has no rows; {again}"
-    assert compare(capsys, good)[2] == (
-        "error: compare needs two folders at least, as results/a results/b"
-    )
+    for text in (f"schema,experiment\n{SCHEMA},digits\n", "", ",".join(COLUMNS) + "\n"):
+        table.write_text(text)
+        assert code_of(read_results, old) == "damaged"
+    assert code_of(print_comparison, [good], None) == "arguments"

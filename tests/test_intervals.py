@@ -18,10 +18,10 @@ from harness.reporting.intervals import (
     Interval,
     SeedScores,
     interval,
-    seed_scores,
     pairwise,
     ranks,
     sampling_variance,
+    seed_scores,
     training_variance,
     verdict,
     write_pairwise,
@@ -76,7 +76,9 @@ def test_the_jackknife_of_a_mean_is_its_closed_form():
 def test_without_groups_the_sampling_error_is_the_spread_over_sampling_seeds():
     a, b = SeedScores(np.array([[1.0, 2.0, 6.0]])), SeedScores(np.array([[0.0, 0.0, 0.0]]))
     assert sampling_variance(a, b) == (pytest.approx(7 / 3), 2.0)
-    assert math.isnan(sampling_variance(SeedScores(a.values[:, :1]), SeedScores(b.values[:, :1]))[0])
+    assert math.isnan(
+        sampling_variance(SeedScores(a.values[:, :1]), SeedScores(b.values[:, :1]))[0]
+    )
 
 
 def test_without_noise_the_interval_is_a_paired_t_test():

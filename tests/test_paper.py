@@ -1,27 +1,24 @@
-"""Published numbers: where they come from, and what may stand beside them."""
+"""Published numbers: their sources, and which runs reproduce them."""
+
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from harness import SCORES_FORMAT
 from harness.cli import main
 from harness.config.experiment import Experiment
+from harness.errors import UserError
+from harness.evaluation.protocol import reference_fingerprint
 from harness.io.artifacts import digest, write_json
+from harness.io.records import ScoreRecord, TeacherRecord
 from harness.reporting.published import tables as paper
-from harness.reporting.published.catalogue import (
-    PAPERS,
-    changed_settings,
-    concerning,
-    is_own,
-    network,
-    published,
-    runs_of,
-)
-from harness.reporting.verify import teacher_lines
+from harness.reporting.published.catalogue import PAPERS, is_own, published
+from harness.reporting.published.match import changed_settings, concerning, network, runs_of
+from harness.reporting.verify import check_inputs, teacher_lines
 from harness.validation import load_experiment, parse_experiment
 from tests.conftest import ROOT
-from tests.test_config import mistakes, put
+from tests.test_config import problems, put
 
 ORIGINAL = ROOT.parent / "shared" / "reference" / "published_results.yaml"
 UNREAD = ("memory", "tertiary")
@@ -46,12 +43,12 @@ def cifar(tiny) -> dict:
 
 
 def paper_experiment(name: str, **overrides) -> Experiment:
-    """One of configs/paper, whose files are not here."""
+    """An experiment of configs/paper, without its files."""
     return load_experiment(ROOT / "configs" / "paper" / f"{name}.yaml", overrides, files=False)
 
 
 def scores(*rows: tuple) -> pd.DataFrame:
-    """What `collect` gives, of rows (student, seed, metric, value) and optional other columns."""
+    """`collect`'s table of rows (student, seed, metric, value) and optional other columns."""
     common = {"extractor": "inception", "num_samples": 50_000, "final": True, "flag": ""}
     common["status"] = "ok"
     keys = ("student", "seed", "metric", "value")
@@ -96,39 +93,37 @@ def test_the_published_numbers_are_those_of_their_collection():
 
 
 @pytest.mark.parametrize(
-    ("section", "expected"),
+    ("section", "key", "code"),
     [
-        ({"dataset": "cifar10"}, "paper.dataset: no published numbers on 'cifar10'; did you mean 'CIFAR-10'?"),
-        ({"dataset": "CIFAR-10"}, "paper.conditioning: CIFAR-10 has cond and uncond numbers; name one"),
-        ({"dataset": "FFHQ-64", "conditioning": "cond"},
-         "paper.conditioning: FFHQ-64 has no 'cond' numbers; did you mean 'uncond'?"),
-        ({"dataset": "FFHQ-64", "setting": "exactly"},
-         "paper.setting: input should be 'exact', 'scaled' or 'toy', not 'exactly'"),
-        ({"datset": "FFHQ-64"}, "paper.datset: unknown key; did you mean 'dataset'?"),
-        ({"dataset": "FFHQ-64", "methods": {"sidd": {"method": "SiD"}}},
-         "paper.methods.sidd: unknown student; did you mean 'sid'?"),
-        ({"dataset": "FFHQ-64", "methods": {"gdd": {"method": "GDDI"}}},
-         "paper.methods.gdd.method: no published numbers of 'GDDI'; did you mean 'GDD-I'?"),
+        ({"dataset": "cifar10"}, "dataset", "unknown-name"),
+        ({"dataset": "CIFAR-10"}, "conditioning", "missing-key"),
+        ({"dataset": "FFHQ-64", "conditioning": "cond"}, "conditioning", "unknown-name"),
+        ({"dataset": "FFHQ-64", "setting": "exactly"}, "setting", "invalid-value"),
+        ({"datset": "FFHQ-64"}, "datset", "unknown-key"),
+        ({"dataset": "FFHQ-64", "methods": {"sidd": {"method": "SiD"}}}, "methods.sidd",
+         "unknown-name"),
+        ({"dataset": "FFHQ-64", "methods": {"gdd": {"method": "GDDI"}}}, "methods.gdd.method",
+         "unknown-name"),
         ({"dataset": "FFHQ-64", "methods": {"sid": {"method": "SiD", "variant": "alpha=1.3"}}},
-         "paper.methods.sid.variant: no published numbers of 'alpha=1.3'; did you mean 'alpha=1.2'?"),
+         "methods.sid.variant", "unknown-name"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_the_section_is_told(tiny, section, expected):
+def test_errors_in_the_section_are_reported(tiny, section, key, code):
     put(tiny, "paper", section)
-    assert expected in mistakes(tiny)
+    assert (f"paper.{key}", code) in [(p.key, p.code) for p in problems(tiny)]
 
 
-def test_the_section_is_optional_and_so_is_the_only_conditioning(tiny):
+def test_the_section_and_an_only_conditioning_are_optional(tiny):
     before = parse_experiment(tiny, "x")
     assert before.paper is None
     tiny["paper"] = {"dataset": "FFHQ-64"}
     after = parse_experiment(tiny, "x")
     assert after.paper.setting == "scaled"
-    assert before.run_spec("sid", 0) == after.run_spec("sid", 0)
-    assert before.report_spec() != after.report_spec()
+    assert before.run_fingerprint("sid", 0) == after.run_fingerprint("sid", 0)
+    assert before.report_fingerprint() != after.report_fingerprint()
 
 
-# -- who stands beside what ---------------------------------------------------------------------
+# -- which runs reproduce a number ---------------------------------------------------------------------
 
 
 def matched(experiment) -> set[tuple]:
@@ -139,7 +134,7 @@ def matched(experiment) -> set[tuple]:
     }
 
 
-def test_students_find_their_published_names(cifar):
+def test_students_match_their_published_names(cifar):
     found = matched(parse_experiment(cifar, "x"))
     assert ("dmd", "DMD", "DMD", None) in found
     assert ("dmd", "DMD", "DMD", "full") in found
@@ -164,7 +159,7 @@ def test_students_find_their_published_names(cifar):
     assert ("sim", "IMM", "SiM", None) in found  # IMM's spelling
 
 
-def test_a_student_off_the_papers_settings_finds_nothing(cifar):
+def test_a_student_with_other_settings_matches_no_number(cifar):
     cifar["students"]["sid"]["freeze"] = "innate"
     cifar["students"]["sim"]["freeze"] = "innate"
     cifar["students"]["dmd-sigma"]["settings"]["regression"] = "none"  # two ablations in one
@@ -172,22 +167,22 @@ def test_a_student_off_the_papers_settings_finds_nothing(cifar):
     assert not found & {"sid", "sim", "dmd-sigma"}
 
 
-def test_a_number_without_a_variant_is_of_the_papers_own_setting_on_that_data():
-    """SiD's is alpha 1.2, but 1.0 on AFHQv2: so is the 1.62 that GDD's README gives."""
+def test_a_number_without_a_variant_means_the_papers_own_setting():
+    """SiD uses alpha 1.2, but 1.0 on AFHQv2, also for the 1.62 in GDD's README."""
     experiment = paper_experiment("afhqv2-64")
     found = matched(experiment)
     assert ("sid", "GDD", "SiD", None) in found and ("sid", "SiD", "SiD", "alpha=1.0") in found
-    experiment.students["sid"].settings["alpha"] = 1.2
-    assert not any(name == "sid" for name, *_ in matched(experiment))
+    changed = {"students": {"sid": {"settings": {"alpha": 1.2}}}}
+    assert not any(name == "sid" for name, *_ in matched(paper_experiment("afhqv2-64", **changed)))
 
 
-def test_a_name_can_be_given(cifar):
+def test_a_published_name_can_be_set(cifar):
     cifar["paper"]["methods"] = {"gdd": {"method": "DMD", "variant": "full"}}
     found = matched(parse_experiment(cifar, "x"))
     assert {row for row in found if row[0] == "gdd"} == {("gdd", "DMD", "DMD", "full")}
 
 
-def test_a_teacher_is_one_with_the_same_sampler(cifar):
+def test_a_teacher_matches_numbers_of_its_sampler(cifar):
     cifar["paper"] = {"dataset": "ImageNet-64"}
 
     def values(**sampler) -> set[float]:
@@ -207,15 +202,15 @@ def test_a_teacher_is_one_with_the_same_sampler(cifar):
 
 
 @pytest.mark.parametrize("name", ["cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64"])
-def test_a_ve_teacher_has_no_number_of_the_vp_one(name):
+def test_a_ve_teacher_does_not_match_numbers_of_vp(name):
     found = {row[0] for row in matched(paper_experiment(name))}
     assert "teacher/vp" in found and "teacher/ve" not in found
 
 
-def test_an_imported_network_is_told_by_its_folder(cifar, tmp_path):
+def test_an_imported_network_is_identified_by_its_config(cifar, tmp_path):
     cifar["teachers"]["edm"] = {"source": "none.pkl", "sampler": {"steps": 18}}
     experiment = parse_experiment(cifar, "x", tmp_path, files=False)
-    folder = experiment.teacher_dir("edm")
+    folder = experiment.paths.teacher("edm")
     for config, expected in (
         (None, None),
         ({"_class_name": "SongUNet", "embedding_type": "positional"}, "vp"),
@@ -229,7 +224,7 @@ def test_an_imported_network_is_told_by_its_folder(cifar, tmp_path):
         assert (expected == "ve") != any(name == "teacher" for name, *_ in matched(experiment))
 
 
-def test_of_two_teachers_each_is_named(cifar):
+def test_teachers_have_names_if_there_are_several(cifar):
     cifar["teachers"]["other"] = cifar["teachers"]["edm"] | {"sampler": {"steps": 40}}
     found = matched(parse_experiment(cifar, "x"))
     assert ("teacher/edm", "EDM", "EDM (teacher)", None) in found
@@ -246,7 +241,7 @@ def test_only_an_fid_is_reproduced(cifar):
     assert tuple(table.columns) == paper.COLUMNS
     assert (table.reproduced == "").all() and (table.setting_match == "").all()
     assert table.difference.isna().all()
-    assert "no run scored by an FID" in rows_of(table, "SiD", "SiD").note.iloc[0]
+    assert "no run has an FID" in rows_of(table, "SiD", "SiD").note.iloc[0]
 
 
 def test_reproduced_is_mean_and_std_over_seeds(cifar):
@@ -267,19 +262,22 @@ def test_reproduced_is_mean_and_std_over_seeds(cifar):
     sid = sid[(sid.variant == "alpha=1.2") & (sid.evidence == "author_repo")].iloc[0]
     assert sid.reported == 1.71 and sid.reproduced == "2.50 ± 0.71"
     assert sid.difference == pytest.approx(2.5 - 1.71) and sid.setting_match == "changed"
-    assert "not as published: batch, dropout, augment, budget, teacher" in sid.note
+    assert "different from the published run: batch, dropout, augment, budget, teacher" in sid.note
     assert "sid of tiny: fid-edm_n50000_inception" in sid.note
     assert "the mean of 10 evaluations (mingyuanzhou/SiD sid_metrics.py)" in sid.note
     teacher = rows_of(table, "EDM", "EDM (teacher)").iloc[0]
     assert teacher.reproduced == "1.80" and teacher.difference == pytest.approx(0.01)
-    assert teacher.setting_match == "changed" and "not as published: network" in teacher.note
+    assert (
+        teacher.setting_match == "changed"
+        and "different from the published run: network" in teacher.note
+    )
     assert "the minimum of 3 evaluations" in teacher.note
     assert rows_of(table, "SIM", "SIM").reproduced.item() == ""
     context = rows_of(table, "DMD", "StyleGAN-XL").iloc[0]
     assert context.reproduced == "" and context.setting_match == "" and context.reported == 1.85
 
 
-def test_what_limits_a_reproduction_stands_in_its_row(cifar):
+def test_limits_of_a_reproduction_are_notes_of_its_row(cifar):
     cifar["evaluation"]["num_samples"] = 2000
     failed = {"metric": None, "status": "failed (training: broke)", "flag": None}
     table = paper.paper_table(
@@ -292,7 +290,7 @@ def test_what_limits_a_reproduction_stands_in_its_row(cifar):
     full = rows_of(table, "DMD", "DMD")
     row = full[full.variant == "full"].iloc[0]
     assert row.reproduced == "3.00" and row.setting_match == "scaled"
-    for part in ("1 not counted: failed (training: broke)", "fid_n2000_inception",
+    for part in ("1 excluded: failed (training: broke)", "fid_n2000_inception",
                  "trained-on-extractor", "papers use 50000", "re-implementation"):  # fmt: skip
         assert part in row.note
 
@@ -301,8 +299,8 @@ EXACT = ["cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64"]
 
 
 def match_of(experiment) -> dict[str, set[str]]:
-    """Student -> what is said of its settings, if all were scored."""
-    names = [*experiment.students, *experiment.scale_rows]
+    """Student -> its setting matches, as if all were scored."""
+    names = [*experiment.students, *experiment.reference_rows]
     table = scores(*((name, 0, "fid-edm", 2.0) for name in names))
     rows = paper.paper_table(experiment, table)
     rows = rows[rows.setting_match != ""]
@@ -313,13 +311,13 @@ def match_of(experiment) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_exact_is_said_of_published_settings_alone(name):
-    """All students of the papers' experiments have them, but SIM's were never published."""
-    said = match_of(paper_experiment(name))
-    assert said.pop("sim", {"unknown"}) == {"unknown"}
-    assert len(said) > 2 and all(match == {"exact"} for match in said.values()), said
-    said = match_of(paper_experiment(f"{name}-scaled"))
-    assert all(match == {"scaled"} for match in said.values())
+def test_exact_requires_all_published_settings(name):
+    """Every student of configs/paper is exact, but SIM's settings were never published."""
+    matches = match_of(paper_experiment(name))
+    assert matches.pop("sim", {"unknown"}) == {"unknown"}
+    assert len(matches) > 2 and all(match == {"exact"} for match in matches.values()), matches
+    matches = match_of(paper_experiment(f"{name}-scaled"))
+    assert all(match == {"scaled"} for match in matches.values())
 
 
 @pytest.mark.parametrize(
@@ -333,7 +331,7 @@ def test_exact_is_said_of_published_settings_alone(name):
         ({"evaluation": {"num_samples": 2000}}, []),
     ],
 )
-def test_a_student_of_other_settings_is_not_exact(overrides, changed):
+def test_a_student_with_other_settings_is_not_exact(overrides, changed):
     experiment = paper_experiment("cifar10-uncond", **overrides)
     entries = map(published().__getitem__, concerning(experiment.paper))
     entries = [e for e in entries if e["paper"] == "SiD" and "sid" in runs_of(experiment, e)]
@@ -342,10 +340,10 @@ def test_a_student_of_other_settings_is_not_exact(overrides, changed):
     rows = rows_of(paper.paper_table(experiment, table), "SiD", "SiD")
     assert set(rows[rows.reproduced != ""].setting_match) == {"changed"}
     if changed:
-        assert rows.note.str.contains(f"not as published: {changed[0]};").any()
+        assert rows.note.str.contains(f"different from the published run: {changed[0]};").any()
 
 
-def test_two_students_of_one_number_have_two_rows_and_clip_fid_is_never_filled(cifar):
+def test_each_student_has_a_row_and_clip_fid_is_never_reproduced(cifar):
     cifar["paper"] = {"dataset": "FFHQ-64"}
     cifar["students"]["again"] = cifar["students"]["gdd-i"]
     table = paper.paper_table(
@@ -358,7 +356,7 @@ def test_two_students_of_one_number_have_two_rows_and_clip_fid_is_never_filled(c
     assert (clip.reproduced == "").all() and clip.note.str.contains("not compared: ").all()
 
 
-def test_the_files_of_an_experiment(cifar, tmp_path):
+def test_paper_tables_are_written_as_csv_markdown_and_latex(cifar, tmp_path):
     experiment = parse_experiment(cifar, "x")
     table = scores(("sid", 0, "fid", 2.0), ("sid", 1, "fid", 2.5))
     csv, markdown, tex = paper.write_paper(experiment, table, tmp_path)
@@ -367,7 +365,7 @@ def test_the_files_of_an_experiment(cifar, tmp_path):
     assert "nan" not in markdown.read_text() and "<NA>" not in markdown.read_text()
 
 
-def test_the_workflow_declares_them(empty_workspace):
+def test_the_workflow_declares_the_paper_table(empty_workspace):
     config = empty_workspace.config() | {"paper": {"dataset": "FFHQ-64", "setting": "toy"}}
     empty_workspace.write_config(config)
     done = empty_workspace.snakemake("-n")
@@ -401,10 +399,10 @@ def test_paper_tables_without_any_run(tmp_path, monkeypatch, capsys):
     assert set(half.dataset) == {"CIFAR-10", "ImageNet-64"}
 
 
-def test_paper_tables_know_the_papers_experiments_before_their_files_are_there(
+def test_paper_tables_load_the_papers_experiments_without_their_files(
     tmp_path, monkeypatch, capsys
 ):
-    """In a clean clone beside the results of one unfinished experiment."""
+    """In a fresh clone with the results of one unfinished experiment."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     rows = scores(("sid", 0, "fid-edm", 1.9), ("sid", 1, "fid-edm", 2.1))
@@ -417,15 +415,15 @@ def test_paper_tables_know_the_papers_experiments_before_their_files_are_there(
     monkeypatch.setattr(paper, "collect", collected)
     assert main(["paper-tables"]) == 0
     output = capsys.readouterr()
-    assert "left out" not in output.err and "from 12 experiments\n" in output.out
+    assert "skipped" not in output.err and "from 12 experiments\n" in output.out
     sid = pd.read_csv("results/paper-tables/sid-readme.csv").set_index(["dataset", "conditioning"])
     row = sid.loc[("CIFAR-10", "uncond")].squeeze()
     assert row.reproduced == "2.00 ± 0.14" and row.setting_match == "exact"
     assert "SiD alpha=1.2: 1.923" not in output.out
 
 
-def test_paper_tables_take_what_there_is(cifar, tmp_path, monkeypatch, capsys):
-    """A manifest's configuration goes before a file of the same name; broken files are left out."""
+def test_paper_tables_skip_unreadable_experiments(cifar, tmp_path, monkeypatch, capsys, caplog):
+    """A manifest takes precedence over a file of the same name."""
     results, configs = tmp_path / "results", tmp_path / "configs"
     configs.mkdir()
     (configs / "broken.yaml").write_text("name: [")
@@ -436,19 +434,20 @@ def test_paper_tables_take_what_there_is(cifar, tmp_path, monkeypatch, capsys):
     write_json(results / "damaged" / "manifest.json", [])
     table = scores(("sim", 0, "fid-edm", 2.0))
     monkeypatch.setattr(paper, "collect", lambda experiment, partial: (table, {}))
-    paper.write_paper_tables(results, configs)
+    with caplog.at_level("WARNING"):
+        paper.write_paper_tables(parse_experiment, load_experiment, results, configs)
     output = capsys.readouterr()
     assert "from 1 experiment\n" in output.out and "SIM: 1.96" not in output.out
     assert "SIM, abstract: CIFAR-10 uncond: SIM: 2.06" in output.out
-    assert output.err.startswith("left out: ") and "not valid YAML" in output.err
-    assert f"left out: {results}/damaged/manifest.json is damaged" in output.err
+    skipped = "\n".join(caplog.messages)
+    assert f"{configs}/broken.yaml" in skipped and f"{results}/damaged/manifest.json" in skipped
     row = pd.read_csv(results / "paper-tables" / "sim-abstract.csv").set_index("conditioning")
     assert row.difference["cond"] == pytest.approx(0.04) and row.setting_match["cond"] == "toy"
 
 
 def test_sampling_seeds_are_averaged_before_training_seeds(cifar):
     rows = [("sid", seed, "fid-edm", value) for seed, value in ((0, 1.0), (0, 3.0), (1, 5.0))]
-    values, _ = paper.measured(parse_experiment(cifar, "x"), scores(*rows), "sid")
+    values, _ = paper.fids_of(parse_experiment(cifar, "x"), scores(*rows), "sid")
     assert list(values) == [2.0, 5.0]
 
 
@@ -456,17 +455,28 @@ def test_sampling_seeds_are_averaged_before_training_seeds(cifar):
 
 
 def write_teacher_scores(experiment, *rows: tuple) -> None:
-    """A teacher's record and its score file, of rows (metric, extractor, value)."""
-    made = {"fingerprint": digest(experiment.teacher_spec("edm")), "sha256": "0" * 64}
-    write_json(experiment.teacher_dir("edm") / "teacher.json", made)
+    """Write a teacher's record and its score file from rows (metric, extractor, value)."""
+    fingerprint = digest(experiment.teacher_fingerprint("edm"))
+    write_teacher_record(experiment, fingerprint)
     keys = ("metric", "extractor", "value")
-    rows = [
-        dict(zip(keys, row, strict=True)) | {"num_samples": 50_000, "stderr": 0.02} for row in rows
-    ]
-    entries = [{"student": "teacher", "nfe": 35, "rows": rows}]
-    scores = {"spec": digest(experiment.reference_score_spec("edm")), "weights": "0" * 64}
-    scores["schema"] = SCORES_FORMAT
-    write_json(experiment.reference_score_path("edm"), scores | {"entries": entries})
+    common = {"num_samples": 50_000, "stderr": 0.02, "protocol": "p"}
+    entry = {"student": "teacher", "snapshot": "", "final": True, "grid": [], "nfe": 35}
+    entry["rows"] = [common | dict(zip(keys, row, strict=True)) for row in rows]
+    ScoreRecord(
+        teacher="edm",
+        weights="0" * 64,
+        fingerprint=digest(reference_fingerprint(experiment.reference_scoring("edm"))),
+        entries=[entry],
+        protocols={},
+        dimensions={},
+    ).write(experiment.paths.reference_scores("edm"))
+
+
+def write_teacher_record(experiment, fingerprint: str) -> None:
+    record = TeacherRecord.model_construct(
+        teacher="edm", fingerprint=fingerprint, run_id="r", sha256="0" * 64, parameters=1
+    )
+    record.write(experiment.paths.teacher("edm") / "teacher.json")
 
 
 def test_verify_teacher(cifar, tmp_path, monkeypatch, capsys):
@@ -481,42 +491,40 @@ def test_verify_teacher(cifar, tmp_path, monkeypatch, capsys):
     assert f"{reported} | no FID extractor in this experiment" in lines
     assert "FID 1.84 (EDM (teacher), 35 NFE; DMD, Table 6) | no FID" in "\n".join(lines)
     assert "- | fd_n50000_tiny-cnn 0.400 ± 0.020" in lines
-    write_teacher_scores(experiment, ("fid-edm", "inception", 1.85))
-    assert f"{reported} | fid-edm_n50000_inception 1.85 ± 0.02" in teacher_lines(experiment, "edm")
-    # Two sampling seeds: their mean, and the error of a mean.
-    write_teacher_scores(experiment, *(("fid-edm", "inception", value) for value in (1.85, 1.87)))
-    assert f"{reported} | fid-edm_n50000_inception 1.86 ± 0.01" in teacher_lines(experiment, "edm")
-    write_teacher_scores(experiment, ("fid-edm", "inception", 1.85))
+
+    def lines_of(config: dict, *values: float) -> list[str]:
+        experiment = parse_experiment(config, "x")
+        write_teacher_scores(experiment, *(("fid-edm", "inception", value) for value in values))
+        return teacher_lines(experiment, "edm")
+
+    assert f"{reported} | fid-edm_n50000_inception 1.85 ± 0.02" in lines_of(cifar, 1.85)
+    # The mean of two sampling seeds and its standard error.
+    assert f"{reported} | fid-edm_n50000_inception 1.86 ± 0.01" in lines_of(cifar, 1.85, 1.87)
     cifar["teachers"]["edm"]["sampler"]["steps"] = 19
-    write_teacher_scores(other := parse_experiment(cifar, "x"), ("fid-edm", "inception", 1.85))
-    assert f"{reported} | another sampler" in teacher_lines(other, "edm")
+    assert f"{reported} | another sampler" in lines_of(cifar, 1.85)
     cifar["teachers"]["edm"]["sampler"]["steps"] = 18
     cifar["teachers"]["edm"]["network"] = {"type": "SongUNet", "embedding_type": "fourier"}
-    write_teacher_scores(other := parse_experiment(cifar, "x"), ("fid-edm", "inception", 1.85))
-    assert f"{reported} | another network" in teacher_lines(other, "edm")
+    assert f"{reported} | another network" in lines_of(cifar, 1.85)
     del cifar["paper"]
-    write_teacher_scores(parse_experiment(cifar, "x"), ("fid-edm", "inception", 1.85))
-    alone = teacher_lines(parse_experiment(cifar, "x"), "edm")
-    assert alone[2:] == ["- | fid-edm_n50000_inception 1.85 ± 0.02"]
+    assert lines_of(cifar, 1.85)[2:] == ["- | fid-edm_n50000_inception 1.85 ± 0.02"]
 
 
-def test_verify_teacher_before_there_is_one(cifar, tmp_path, monkeypatch, capsys):
+def test_verify_teacher_names_the_target_of_missing_inputs(cifar, tmp_path, monkeypatch, capsys):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(cifar))
     monkeypatch.chdir(tmp_path)
     assert main(["verify-teacher", "end", "--configfile", "x.yaml"]) == 2
     assert "unknown teacher 'end'; did you mean 'edm'?" in capsys.readouterr().err
-    target = "results/tiny/scores/teachers/edm.json"
-    made_by = f"is made by: snakemake --cores 8 {target} --configfile x.yaml\n"
+    command = "snakemake --cores 8 results/tiny/scores/teachers/edm.json --configfile x.yaml"
     assert main(["verify-teacher", "--configfile", "x.yaml"]) == 2
     error = capsys.readouterr().err
-    assert "error: results/tiny/data/data.json is missing; " in error and error.endswith(made_by)
+    assert "results/tiny/data/data.json is missing" in error and command in error
     experiment = load_experiment("x.yaml")
     for path in ("data/data", "features/tiny-cnn/features", "features/tiny-clip/features"):
-        write_json(experiment.root / f"{path}.json", {})
-    write_json(experiment.teacher_dir("edm") / "teacher.json", {"fingerprint": "of other settings"})
-    assert main(["verify-teacher", "--configfile", "x.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert "teacher edm was made with other settings" in error and error.endswith(made_by)
+        write_json(experiment.paths.root / f"{path}.json", {})
+    write_teacher_record(experiment, "of other settings")
+    with pytest.raises(UserError, match="teacher edm") as error:
+        check_inputs(experiment, "edm", Path("x.yaml"))
+    assert error.value.code == "missing-inputs" and command in str(error.value)
 
 
 def test_a_teachers_scores_are_a_target_that_trains_no_student(empty_workspace):

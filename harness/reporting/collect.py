@@ -11,6 +11,7 @@ import pandas as pd
 from harness.config.experiment import Experiment
 from harness.errors import UserError
 from harness.evaluation.columns import column_name
+from harness.evaluation.protocol import fingerprint, reference_fingerprint
 from harness.evaluation.registry import Metric, main_metric
 from harness.features.base import provides
 from harness.io.artifacts import digest
@@ -114,13 +115,13 @@ def require_one_protocol_per_column(table: pd.DataFrame, source: Path) -> None:
 
 
 def _current_scores(
-    record: StudentRecord | TeacherRecord | None, fingerprint: object, path: Path, scoring: object
+    record: StudentRecord | TeacherRecord | None, training: object, path: Path, scoring: object
 ) -> ScoreRecord | None:
     """A score file, if it and the record of what it scored are up to date and belong together.
 
-    fingerprint: of the training; scoring: of the scoring.
+    training, scoring: the fingerprints that they should have.
     """
-    if record is None or record.fingerprint != digest(fingerprint) or not path.exists():
+    if record is None or record.fingerprint != digest(training) or not path.exists():
         return None
     scores = ScoreRecord.read(path)
     current = scores.fingerprint == digest(scoring) and scores.weights == record.sha256
@@ -141,8 +142,8 @@ def run_scores(experiment: Experiment, student: str, seed: int) -> ScoreRecord |
     """A run's scores, if they are up to date."""
     run = experiment.student_run(student, seed)
     record = student_record(experiment, student, seed)
-    path = experiment.paths.scores(student, seed)
-    return _current_scores(record, [run.fingerprint, run.budget], path, experiment.score_spec())
+    path, scoring = experiment.paths.scores(student, seed), fingerprint(experiment.scoring())
+    return _current_scores(record, [run.fingerprint, run.budget], path, scoring)
 
 
 def reference_scores(experiment: Experiment, teacher: str) -> ScoreRecord | None:
@@ -151,7 +152,7 @@ def reference_scores(experiment: Experiment, teacher: str) -> ScoreRecord | None
         TeacherRecord.read_optional(experiment.paths.teacher(teacher) / "teacher.json"),
         experiment.teacher_fingerprint(teacher),
         experiment.paths.reference_scores(teacher),
-        experiment.reference_score_spec(teacher),
+        reference_fingerprint(experiment.reference_scoring(teacher)),
     )
 
 
