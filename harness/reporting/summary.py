@@ -71,7 +71,7 @@ def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
     pairs = pairwise(experiment, table, list(columns.index[columns.main]))
     names = [*experiment.reference_rows, *experiment.students]
     names = [name for name in names if (final.student == name).any()]
-    scores = _scores(final, columns, names)
+    scores = student_scores(final, columns, names)
     scores["rank"] = None
     for column in columns.index[columns.ranked]:
         rank_of = ranks(pairs, column, list(experiment.students))
@@ -105,7 +105,9 @@ def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
     return columns.assign(main=pd.Series(main, columns.index, dtype=bool), ranked=ranked)
 
 
-def _scores(final: pd.DataFrame, columns: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+def student_scores(final: pd.DataFrame, columns: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """COLUMNS (without `rank`) and `column` from final rows, in the order of `names` and `columns`
+    (as `Summary.columns`)."""
     rows = []
     for (student, column), group in final[final.column != ""].groupby(["student", "column"]):
         by_seed = group.value.astype(float).groupby(group.seed, dropna=False)

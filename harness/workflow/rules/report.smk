@@ -9,7 +9,10 @@ FIGURES = [
 REPORT = [
     *(
         f"{E.paths.root}/tables/{table}"
-        for table in ("metrics.csv", "comparison.csv", "comparison.md", "comparison.tex")
+        for table in (
+            *("metrics.csv", "summary.csv", "headline.md"),
+            *("comparison.csv", "comparison.md", "comparison.tex"),
+        )
     ),
     *expand(f"{E.paths.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
     f"{E.paths.root}/report.html",
