@@ -67,9 +67,8 @@ def _columns(final: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     columns = final[final.column != ""].drop_duplicates("column").set_index("column")
     columns = columns[["metric", "extractor", "num_samples"]]
     columns = columns.loc[[name for name in old if name in columns.index]]
-    ranked = [
-        any(re.match(f"{re.escape(n)}_(rank|best_of)", c) for c in old) for n in columns.index
-    ]
+    suffixes = ("_rank", "_best_of")
+    ranked = [any(c.startswith(tuple(n + s for s in suffixes)) for c in old) for n in columns.index]
     main = columns.num_samples == columns.num_samples.max()
     return columns.assign(main=main, ranked=ranked)
 
@@ -85,5 +84,6 @@ def _check_values(comparison: pd.DataFrame, old: pd.DataFrame, columns: pd.DataF
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        if (Path(argument) / "manifest.json").exists():
+        unconverted = not (Path(argument) / "tables" / "summary.csv").exists()
+        if unconverted and (Path(argument) / "manifest.json").exists():
             convert(Path(argument))
