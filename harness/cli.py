@@ -151,7 +151,7 @@ def teacher(experiment, args):
 def pairs(experiment, args):
     slot = machine_slot(exclusive=experiment.exclusive)
     with call("training.distributed.processes").leading(slot) as exclusive:
-        call("teachers.pairs.make_pairs", experiment, args.pairs, exclusive)
+        call("teachers.pairs.make_pairs", experiment.pair_job(args.pairs), exclusive)
 
 
 @stage("distil one student", "student seed", label="training", slot=False, many=True)
@@ -222,7 +222,10 @@ def prompts(experiment, args):
 
 @tool("write a student as a diffusers pipeline with a model card", "student seed folder")
 def export(experiment, args):
-    call("students.export.export_student", experiment, args.student, args.seed, args.folder)
+    run = experiment.student_run(args.student, args.seed)
+    teacher = experiment.teacher_job(run.student.teacher)
+    scores = experiment.paths.scores(args.student, args.seed)
+    call("students.export.export_student", run, teacher, scores, args.folder)
     print(f"{args.folder}: a diffusers pipeline; README.md is its model card")
 
 

@@ -10,7 +10,6 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from harness import legacy_checks as legacy
 from harness.config.experiment import Experiment
 from harness.config.loading import merge, read_experiment, read_yaml
 from harness.config.paths import Paths
@@ -29,6 +28,7 @@ from harness.config.schema import (
     TrainedTeacher,
     TrainingSection,
 )
+from harness.data import checks as data_checks
 from harness.errors import ConfigError, Problem, did_you_mean
 from harness.evaluation import checks as evaluation_checks
 from harness.features import checks as feature_checks
@@ -36,6 +36,7 @@ from harness.features.base import settings_class
 from harness.registry import load_plugin
 from harness.reporting import checks as reporting_checks
 from harness.students import checks as student_checks
+from harness.teachers import checks as teacher_checks
 
 RESERVED = {"teacher", "teacher-1step", "floor", "teachers"}  # rows of the tables, and a folder
 COMPILERS = ("g++", "clang++")  # torch.compile needs one of them
@@ -197,11 +198,14 @@ def _check_multiples(s: Sections) -> list[Problem]:
 
 def _check(s: Sections, files: bool) -> list[Problem]:
     """Errors that no section shows by itself. `files`: whether the files must exist."""
-    problems = _check_names(s) + _check_multiples(s) + legacy.problems(s, files)
+    problems = _check_names(s) + _check_multiples(s)
+    if s.data is not None:
+        problems += data_checks.check(s.data, files)
     problems += evaluation_checks.check(
         s.evaluation, s.claims, s.data, s.features, s.names["features"], files
     )
     problems += feature_checks.check(s.features, s.data, files)
+    problems += teacher_checks.check(s.teachers, s.data, s.features, s.names["features"], files)
     problems += reporting_checks.check_claims(s.claims, s.names["students"])
     if s.paper is not None:
         names = s.names

@@ -11,7 +11,6 @@ from harness.data.captioned_digits import ATTRIBUTES, COPIES, Attributes, captio
 from harness.data.digits import read_digits
 from harness.data.prompts import prompts_of
 from harness.data.registry import data_source
-from harness.denoiser import TextDenoiser
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet, Reference
 from harness.evaluation.registry import METRICS
@@ -19,6 +18,7 @@ from harness.fake_score import drop_condition
 from harness.features.small_clip import CaptionEncoder, SmallCLIP, contrastive_loss
 from harness.features.train import augmented
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
+from harness.networks.backbones.unet2d_condition import TextDenoiser
 from harness.sampling import heun, sample
 from harness.validation import parse_experiment
 from tests.test_config import keys

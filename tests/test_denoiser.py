@@ -35,7 +35,7 @@ def tiny_denoiser(seed: int = 0, channels: int = 1):
 
 
 class Echo(EDMDenoiser):
-    """A backbone that returns its scaled input times its noise input."""
+    """A backbone that returns its scaled input times c_noise."""
 
     def __init__(self):
         super().__init__(nn.Identity(), num_classes=0, sigma_data=0.5)
@@ -47,7 +47,7 @@ class Echo(EDMDenoiser):
         return x * c_noise.view(-1, 1, 1, 1)
 
 
-def test_preconditioning_is_edm_table_1():
+def test_preconditioning_matches_edm_table_1():
     x, sigma = torch.randn(3, 1, 4, 4), torch.tensor([0.002, 0.7, 80.0])
     s = sigma.view(-1, 1, 1, 1)
     expected = 0.25 / (s**2 + 0.25) * x + s * 0.5 / (s**2 + 0.25).sqrt() * (
@@ -56,7 +56,7 @@ def test_preconditioning_is_edm_table_1():
     torch.testing.assert_close(Echo()(x, sigma), expected)
 
 
-def test_a_missing_label_is_the_null_label_and_labels_matter():
+def test_none_means_the_null_label_and_labels_change_the_output():
     denoiser, x, sigma = tiny_denoiser(), torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
     with torch.no_grad():
         without = denoiser(x, sigma)
@@ -65,7 +65,7 @@ def test_a_missing_label_is_the_null_label_and_labels_matter():
         assert denoiser(x, torch.tensor([1e-3, 0.1, 5.0, 80.0])).isfinite().all()
 
 
-def test_backbone_may_run_in_bfloat16_but_the_result_is_float32():
+def test_output_is_float32_under_bfloat16_autocast():
     denoiser, x = tiny_denoiser(), torch.randn(2, 1, 8, 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = denoiser(x, torch.full((2,), 0.5))
@@ -73,13 +73,13 @@ def test_backbone_may_run_in_bfloat16_but_the_result_is_float32():
     torch.testing.assert_close(y, denoiser(x, torch.full((2,), 0.5)), atol=0.05, rtol=0.05)
 
 
-def test_a_student_is_its_denoiser_at_sigma_init():
+def test_one_step_evaluates_the_denoiser_at_sigma_init():
     denoiser, z, labels = tiny_denoiser(), torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
     expected = denoiser(2.5 * z, torch.full((2,), 2.5), labels)
     assert torch.equal(one_step(denoiser, z, labels, 2.5), expected)
 
 
-def test_heun_solves_the_flow_of_a_gaussian():
+def test_heun_converges_to_the_flow_of_a_gaussian():
     """Data N(0, s²): D(x; σ) = x s²/(s² + σ²), and the flow shrinks x by s / sqrt(s² + σ_max²)."""
     s, z = 0.5, torch.randn(8, 1, 2, 2, dtype=torch.float64)
     calls = []
@@ -100,9 +100,9 @@ def test_heun_solves_the_flow_of_a_gaussian():
     assert calls[0] == pytest.approx(80) and calls[-1] == pytest.approx(0.002)
 
 
-def test_the_stochastic_sampler_keeps_the_variance_of_a_gaussian():
-    """Churn adds noise and removes it again: with the exact denoiser of N(0, s²), the images' spread
-    stays s, while single images differ from the deterministic ones."""
+def test_stochastic_sampler_preserves_the_variance_of_a_gaussian():
+    """Churn adds noise and removes it again. With the exact denoiser of N(0, s²) the standard
+    deviation stays s, but single images differ from the deterministic sampler's."""
     s, z = 0.5, torch.randn(4096, 1, 1, 1, dtype=torch.float64)
 
     def denoiser(x, sigma, condition):
@@ -118,7 +118,7 @@ def test_the_stochastic_sampler_keeps_the_variance_of_a_gaussian():
         heun(denoiser, z, **churn)
 
 
-def test_samples_do_not_depend_on_how_many_are_asked_for():
+def test_samples_do_not_depend_on_their_number():
     generate = one_step_generator(tiny_denoiser(), 2.5)
 
     def images(count):
@@ -133,7 +133,7 @@ def test_samples_do_not_depend_on_how_many_are_asked_for():
     assert not list(sample(generate, 22, (1, 8, 8), 10, seed=5, block=4, start=22))
 
 
-def test_labels_are_balanced_and_belong_to_their_index():
+def test_labels_are_balanced_and_depend_on_the_index():
     _, labels = noise_and_labels(torch.arange(1000), (1,), 10, seed=0)
     assert (labels.view(100, 10).sort(dim=1).values == torch.arange(10)).all()
     _, part = noise_and_labels(torch.arange(137, 151), (1,), 10, seed=0)
@@ -142,7 +142,7 @@ def test_labels_are_balanced_and_belong_to_their_index():
     assert not torch.equal(labels[:10], labels[10:20])
 
 
-def test_a_folder_gives_the_denoiser_back(tmp_path):
+def test_saved_denoiser_is_loaded_unchanged(tmp_path):
     denoiser, x, sigma = tiny_denoiser().eval(), torch.randn(2, 1, 8, 8), torch.ones(2)
     sha256 = save_denoiser(denoiser, tmp_path / "d", {"sigma_init": 2.5})
     again = load_denoiser(tmp_path / "d", sha256)
@@ -153,37 +153,39 @@ def test_a_folder_gives_the_denoiser_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code"),
     [
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]), "damaged"),
-        (lambda d: (d / WEIGHTS).unlink(), "missing"),
-        (lambda d: (d / "config.json").unlink(), "config.json is missing"),
-        (lambda d: (d / "denoiser.json").write_text("{"), "denoiser.json is damaged"),
-        (lambda d: write_json(d / "config.json", {"_class_name": "UNet2DMode"}), "UNet2DModel"),
+        (lambda d: (d / WEIGHTS).unlink(), "missing-file"),
+        (lambda d: (d / "config.json").unlink(), "missing-file"),
+        (lambda d: (d / "denoiser.json").write_text("{"), "damaged"),
+        (lambda d: write_json(d / "config.json", {"_class_name": "UNet2DMode"}), "unknown-name"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_name(tmp_path, damage, message):
+def test_damaged_folder_is_rejected(tmp_path, damage, code):
     save_denoiser(tiny_denoiser(), tmp_path)
     damage(tmp_path)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         load_denoiser(tmp_path)
+    assert error.value.code == code
 
 
-def test_foreign_weights_are_refused(tmp_path):
+def test_weights_of_another_run_are_rejected(tmp_path):
     sha256 = save_denoiser(tiny_denoiser(0), tmp_path)
     save_denoiser(tiny_denoiser(1), tmp_path)
-    with pytest.raises(UserError, match="from another run"):
+    with pytest.raises(UserError) as error:
         load_denoiser(tmp_path, sha256)
+    assert error.value.code == "damaged"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_what_is_made_ahead_comes_in_order_and_one_at_a_time_more(device, count):
-    made = []
-    stream = prefetch(lambda item: made.append(item) or -item, list(range(count)), device)
+def test_prefetch_keeps_the_order_and_works_one_item_ahead(device, count):
+    computed = []
+    stream = prefetch(lambda item: computed.append(item) or -item, list(range(count)), device)
     for i, value in enumerate(stream):
         assert value == -i
-        assert len(made) <= i + 2  # the next one at most is there already
-    assert made == list(range(count))
+        assert len(computed) <= i + 2  # at most the next item
+    assert computed == list(range(count))
     with pytest.raises(ZeroDivisionError):
         list(prefetch(lambda item: 1 / item, [1, 0, 2], device))

@@ -1,4 +1,4 @@
-"""EDM's networks against numbers of the official implementation (tests/data)."""
+"""EDM's networks against outputs of the official implementation (tests/data)."""
 
 import hashlib
 import json
@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from harness.denoiser import OneHotDenoiser, set_dropout
+from harness.denoiser import set_dropout
 from harness.freezing import freeze
-from harness.networks import ARCHITECTURES, build_denoiser, load_denoiser, save_denoiser
+from harness.networks import BACKBONES, build_denoiser, load_denoiser, save_denoiser
+from harness.networks.backbones.edm import OneHotDenoiser
 from harness.networks.edm_unet import GroupNorm, UNetBlock
 from harness.sampling import heun
 from tests.conftest import DATA
@@ -47,7 +48,7 @@ def error(value: torch.Tensor, reference: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_networks_compute_what_the_official_ones_compute(name, layout):
+def test_outputs_and_gradients_match_the_official_networks(name, layout):
     data = golden(name)
     denoiser = golden_denoiser(data).to(memory_format=layout)
     assert sum(p.numel() for p in denoiser.parameters()) == int(data["parameters"])
@@ -77,7 +78,7 @@ def test_networks_compute_what_the_official_ones_compute(name, layout):
             assert error(vectors, data["output"]) < 1e-5
 
 
-def test_a_folder_keeps_an_edm_network(tmp_path):
+def test_saved_network_is_loaded_with_its_epsilon(tmp_path):
     data = golden("ncsnpp")
     denoiser = golden_denoiser(data)
     denoiser.epsilon = 0.002
@@ -88,7 +89,7 @@ def test_a_folder_keeps_an_edm_network(tmp_path):
     assert torch.equal(denoiser(x, sigma), again(x, sigma))
 
 
-def test_the_consistency_preconditioning_is_the_identity_at_epsilon():
+def test_consistency_preconditioning_is_the_identity_at_epsilon():
     denoiser = golden_denoiser(golden("ddpmpp"))
     denoiser.epsilon = 0.002
     x = torch.randn(2, 3, 16, 16)
@@ -103,26 +104,26 @@ def sha256_of(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def test_official_configurations_have_the_official_names_shapes_and_frozen_share():
-    """Names and shapes of the nine official files, in order, by their sha256."""
+def test_official_configurations_have_the_official_names_shapes_and_frozen_fractions():
+    """The sha256 of ordered names and shapes, for nine official files."""
     official = json.loads((DATA / "edm_state_dicts.json").read_text())
     for name, entry in official.items():
         with torch.device("meta"):
             denoiser = from_official(entry["init_kwargs"])
         state = denoiser.backbone.state_dict()
-        mine = [f"model.{k} {list(v.shape)}" for k, v in state.items()]
-        assert len(mine) == entry["tensors"], name
-        assert sha256_of(mine) == entry["names_and_shapes"], name
-        share = freeze(denoiser, "innate")
-        assert round(share, 6) == entry["frozen_fraction"], name
+        lines = [f"model.{k} {list(v.shape)}" for k, v in state.items()]
+        assert len(lines) == entry["tensors"], name
+        assert sha256_of(lines) == entry["names_and_shapes"], name
+        fraction = freeze(denoiser, "innate")
+        assert round(fraction, 6) == entry["frozen_fraction"], name
         frozen = [n for n, p in denoiser.named_parameters() if not p.requires_grad]
         frozen = sorted(n.replace("backbone.", "model.", 1) for n in frozen)
         assert sha256_of(frozen) == entry["innate_names"], name
 
 
 @pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
-def test_fresh_networks_begin_as_the_papers_do(kind):
-    """The last layer is (nearly) zero, so D(x) is c_skip x, and training has a gradient."""
+def test_new_network_is_nearly_the_skip_connection(kind):
+    """The last layer is (nearly) zero, so D(x) = c_skip x, but gradients are not zero."""
     torch.manual_seed(0)
     settings = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
     denoiser = build_denoiser({"type": kind, "attn_resolutions": [8], **settings}, (3, 16, 16), 10)
@@ -131,14 +132,14 @@ def test_fresh_networks_begin_as_the_papers_do(kind):
     c_skip = (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1, 1)
     assert torch.allclose(output, c_skip * x, atol=1e-4)
     output.square().mean().backward()
-    assert ARCHITECTURES[kind]()[0].__name__ == kind
+    assert BACKBONES[kind].model_class().__name__ == kind
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
 
 
 @pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
-@pytest.mark.parametrize("given", [0, 0.1])
-def test_dropout_is_set_whatever_it_was(kind, given):
-    settings = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "dropout": given}
+@pytest.mark.parametrize("initial", [0, 0.1])
+def test_set_dropout_changes_every_block(kind, initial):
+    settings = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "dropout": initial}
     denoiser = build_denoiser({"type": kind, **settings}, (1, 8, 8), 0)
     set_dropout(denoiser, 0.3)
     blocks = [module for module in denoiser.modules() if isinstance(module, UNetBlock)]
@@ -147,7 +148,7 @@ def test_dropout_is_set_whatever_it_was(kind, given):
 
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
 def test_networks_compile_without_a_graph_break(name):
-    """As they train: with dropout and bfloat16 autocast."""
+    """In training mode, with dropout and bfloat16 autocast."""
     denoiser = golden_denoiser(golden(name)).train()
     set_dropout(denoiser, 0.1)
     x, sigma = torch.randn(2, *denoiser.image_shape), torch.tensor([0.5, 2.0])
@@ -157,24 +158,24 @@ def test_networks_compile_without_a_graph_break(name):
     assert report.graph_break_count == 0, report.break_reasons
 
 
-def test_group_norms_keep_the_precision_of_their_input():
+def test_group_norm_returns_the_dtype_of_its_input():
     norm = GroupNorm(32, 1e-5)
     x = 3 + torch.randn(2, 32, 4, 4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half, whole = norm(x.bfloat16()), norm(x)
-    assert half.dtype == torch.bfloat16 and whole.dtype == torch.float32
-    torch.testing.assert_close(half.float(), whole, atol=0.03, rtol=0)
+        low, full = norm(x.bfloat16()), norm(x)
+    assert low.dtype == torch.bfloat16 and full.dtype == torch.float32
+    torch.testing.assert_close(low.float(), full, atol=0.03, rtol=0)
 
 
-def test_heun_follows_the_official_trajectory():
+def test_heun_matches_the_official_trajectory():
     data = golden("edm_heun")
-    denoiser, seen = golden_denoiser(golden("ddpmpp")), []
+    denoiser, sigmas = golden_denoiser(golden("ddpmpp")), []
 
-    def watched(x, sigma, condition):
-        seen.append(float(sigma[0]))
+    def recording(x, sigma, condition):
+        sigmas.append(float(sigma[0]))
         return denoiser(x, sigma, condition)
 
     with torch.no_grad():
-        images = heun(watched, torch.from_numpy(data["latents"]), steps=int(data["num_steps"]))
+        images = heun(recording, torch.from_numpy(data["latents"]), steps=int(data["num_steps"]))
     assert error(images, data["images"]) < 1e-5
-    np.testing.assert_allclose(seen, data["evaluated_sigmas"], rtol=1e-6)
+    np.testing.assert_allclose(sigmas, data["evaluated_sigmas"], rtol=1e-6)

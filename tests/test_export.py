@@ -1,4 +1,4 @@
-"""Exported students: diffusers pipelines that give the images that the harness gives."""
+"""Exported students: diffusers pipelines that generate the harness's images."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from harness.teachers.pipelines import PipelineFolder
 from tests import pipelines
 
 
-def test_an_exported_student_gives_the_harness_s_images(finished, tmp_path):
+def test_exported_student_generates_the_same_images(finished, tmp_path):
     folder = tmp_path / "sid"
     arguments = ["export", "sid", "0", str(folder), "--configfile", "configs/tiny.yaml"]
     done = finished.run("harness", *arguments)
@@ -23,19 +23,19 @@ def test_an_exported_student_gives_the_harness_s_images(finished, tmp_path):
     pipe = harness.OneStepPipeline.from_pretrained(folder)
     assert isinstance(pipe, OneStepPipeline)
     z, labels = noise_and_labels(torch.arange(6), (1, 8, 8), 10, seed=0)
-    found = pipe(class_labels=labels, latents=z, output_type="pt").images
+    images = pipe(class_labels=labels, latents=z, output_type="pt").images
     run = finished.results / "students" / "sid" / "seed0"
     student = load_denoiser(run / "model", read_json(run / "student.json")["sha256"])
     with torch.no_grad():
         expected = one_step(student, z, labels, 2.5)
-    assert torch.equal(found, (expected / 2 + 0.5).clip(0, 1))
+    assert torch.equal(images, (expected / 2 + 0.5).clip(0, 1))
     pictures = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
     assert [p.size for p in pictures] == [(8, 8)] * 2 and pictures[0].mode == "L"
     with pytest.raises(ValueError, match="class_labels run from 0 to 9"):
         pipe(class_labels=[10])
 
 
-def test_a_model_card_says_where_a_student_comes_from(finished, tmp_path):
+def test_model_card_has_origin_and_scores(finished, tmp_path):
     folder = tmp_path / "dmd"
     arguments = ["export", "dmd", "0", str(folder), "--configfile", "configs/tiny.yaml"]
     assert finished.run("harness", *arguments).returncode == 0
@@ -43,17 +43,20 @@ def test_a_model_card_says_where_a_student_comes_from(finished, tmp_path):
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "diffusers" and "dmd" in head["tags"]
     record = read_json(finished.results / "students" / "dmd" / "seed0" / "student.json")
-    for said in (record["sha256"], record["inputs"]["teacher"], "arXiv 2311.18828", "| fd |"):
-        assert said in card
-    # Whatever is in a folder already stays there.
+    for text in (record["sha256"], record["inputs"]["teacher"], "arXiv 2311.18828", "| fd "):
+        assert text in card
+    metrics = head["model-index"][0]["results"][0]["metrics"]
+    assert {"fd", "precision"} <= {metric["type"] for metric in metrics}
+    assert {"extractor", "num_samples", "protocol", "sampling_seeds"} <= set(metrics[0]["args"])
+    # A folder with files is not overwritten.
     again = finished.run("harness", *arguments)
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
     assert (folder / "README.md").read_text() == card
     assert not any(path.suffix in (".bin", ".pkl", ".py") for path in folder.rglob("*"))
 
 
 @pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
-def test_edm_s_networks_are_exported_too(kind, tmp_path):
+def test_edm_network_survives_export(kind, tmp_path):
     torch.manual_seed(0)
     network = {"type": kind, "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1}
     denoiser = build_denoiser(network | {"attn_resolutions": [8]}, (3, 16, 16), 10)
@@ -67,8 +70,8 @@ def test_edm_s_networks_are_exported_too(kind, tmp_path):
 
 @pytest.mark.parametrize("sigma_init", [2.5, 14.0])
 @pytest.mark.parametrize("make", [pipelines.stable_diffusion, pipelines.pixart])
-def test_a_stock_pipeline_takes_the_harness_s_step(make, sigma_init, tmp_path):
-    """One step without guidance, loaded by diffusers alone."""
+def test_stock_pipeline_matches_the_one_step_student(make, sigma_init, tmp_path):
+    """One step without guidance; diffusers loads the pipeline without the harness."""
     pipe = make()
     pipe.save_pretrained(tmp_path / "teacher")
     folder = PipelineFolder(tmp_path / "teacher")
@@ -79,7 +82,7 @@ def test_a_stock_pipeline_takes_the_harness_s_step(make, sigma_init, tmp_path):
     stock.set_progress_bar_config(disable=True)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     options = {} if "Stable" in type(stock).__name__ else {"use_resolution_binning": False}
-    found = stock(
+    latents = stock(
         "a red seven",
         latents=z.clone(),
         num_inference_steps=1,
@@ -89,5 +92,5 @@ def test_a_stock_pipeline_takes_the_harness_s_step(make, sigma_init, tmp_path):
     ).images
     with torch.no_grad():
         expected = one_step(student, z, encoder.encode(["a red seven"]), sigma_init)
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert float((latents - expected).abs().max() / expected.abs().max()) < 1e-5
     assert student.level(sigma_init) == pytest.approx(sigma_init, rel=0.02)

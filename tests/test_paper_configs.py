@@ -9,7 +9,7 @@ from harness.errors import UserError
 from harness.networks.vp import Codec
 from harness.students.run import assemble
 from harness.teachers.pipelines import STABLE_DIFFUSION_VAE as VAE
-from harness.teachers.pipelines import fresh
+from harness.teachers.pipelines import build_pipeline_denoiser
 from harness.training.ledger import measure
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment, parse_experiment
@@ -178,7 +178,7 @@ def test_a_training_step_on_a_narrow_copy(name, student, tmp_path, record_proper
 def test_text_to_image_teachers_are_the_official_networks(name):
     (section,) = load(name).teachers.values()
     with torch.device("meta"):
-        teacher = fresh(section.network)
+        teacher = build_pipeline_denoiser(section.network)
         assert sum(p.numel() for p in Codec(AutoencoderKL(**VAE)).parameters()) == 83_653_863
     assert sum(p.numel() for p in teacher.backbone.parameters()) == TEXT[name]
     assert teacher.image_shape == (4, 64, 64)

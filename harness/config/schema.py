@@ -94,10 +94,6 @@ class TeacherSection(Section):
     sampler: Sampler = Sampler()
 
 
-# Networks of text-to-image pipelines, for a pipeline's folder that is not downloaded yet.
-PIPELINE_NETWORKS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
-
-
 class ImportedTeacher(TeacherSection):
     """An existing teacher: a denoiser folder, an official EDM pickle (file or URL), or the folder
     of a diffusers text-to-image pipeline."""
@@ -110,11 +106,8 @@ class ImportedTeacher(TeacherSection):
 
     @property
     def pipeline(self) -> bool:
-        """Whether it is a pipeline, judged by its folder or, before that exists, its network."""
-        folder = Path(self.source).expanduser()
-        if folder.exists():
-            return (folder / "model_index.json").is_file()
-        return (self.network or {}).get("type") in PIPELINE_NETWORKS
+        """Whether `source` is the folder of a pipeline (see `harness.teachers.pipelines`)."""
+        return (Path(self.source).expanduser() / "model_index.json").is_file()
 
 
 class Switches(Section):

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from harness.io.shards import TensorShards
-from harness.networks import load_codec, parts_sha256
+from harness.networks import load_codec, pipeline_sha256
 from harness.sampling import Generator, pixels_of, sample
-from harness.teachers.text_embeddings import Embeddings, load_embeddings
+from harness.teachers.text_embeddings import TextEmbeddings, load_embeddings
 from harness.training.distributed import processes
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class SampleSource:
     generate: Generator
     shape: tuple[int, int, int]
     codec: nn.Module
-    embeddings: Embeddings | None
+    embeddings: TextEmbeddings | None
     hashes: tuple = ()
 
     @property
@@ -47,10 +47,10 @@ class SampleSource:
         return config.out_channels * self.shape[1] * self.shape[2] * scale**2
 
 
-def load_decoding(teacher: Path, device: str) -> tuple[nn.Module, Embeddings | None, tuple]:
+def load_decoding(teacher: Path, device: str) -> tuple[nn.Module, TextEmbeddings | None, tuple]:
     """The last three arguments of `SampleSource`, which a teacher shares with its students."""
     embeddings = load_embeddings(teacher, evaluation=True)
-    hashes = parts_sha256(teacher), embeddings and embeddings.record["sha256"]
+    hashes = pipeline_sha256(teacher), embeddings and embeddings.sha256
     return load_codec(teacher, device), embeddings, hashes
 
 

@@ -158,6 +158,22 @@ class TeacherRecord(TrainingFacts):
     codec: dict[str, str] | None = None
 
 
+class PairRecord(Record):
+    """`pairs.json`. pairs: their number. evaluations: of the teacher's network. contended: whether
+    other work ran meanwhile. sha256: of all shards in the folder `run_id`."""
+
+    name: str
+    fingerprint: str
+    run_id: str
+    pairs: int
+    sampler: dict[str, Any]
+    evaluations: int
+    flops: int
+    seconds: float
+    contended: bool
+    sha256: str
+
+
 class FeatureRecord(TrainingFacts):
     """`features.json`. settings: of the network's class, with its `type`. file: of a fetched
     network. unavailable: why it has no weights, in two words; reason: the error; missing: the same

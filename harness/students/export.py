@@ -1,36 +1,42 @@
-"""Students as diffusers pipelines with a model card: nothing of a run is needed to use them.
+"""Export students as diffusers pipelines with a model card, independent of their runs.
 
-A student with EDM's preconditioning becomes a `OneStepPipeline`. One of a text-to-image pipeline
-becomes such a pipeline again, of diffusers' own class: `one_step_scheduler` is what that needs to
-give the student's image in its one step.
+A student with EDM's preconditioning becomes a `OneStepPipeline`. A student of a text-to-image
+pipeline becomes a pipeline of the same diffusers class, with a scheduler that gives the student's
+image in one step.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from harness.config.experiment import Experiment
+from harness.config.jobs import StudentRun, TeacherJob
 from harness.data import datasets
 from harness.denoiser import EDMDenoiser, one_step
 from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, read_json
-from harness.networks import ARCHITECTURES, denoiser_record, load_denoiser
+from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
+from harness.networks import BACKBONES, denoiser_record, load_denoiser
 from harness.networks.vp import VPDenoiser
 from harness.teachers.pipelines import PipelineFolder
 
-# What a student's pipeline takes over from its teacher's.
-OTHER_PARTS = ("text_encoder", "tokenizer", "vae")
+if TYPE_CHECKING:
+    import pandas
+
+OTHER_PARTS = ("text_encoder", "tokenizer", "vae")  # copied from the teacher's pipeline
 
 
 def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> EulerDiscreteScheduler:
     """A stock scheduler whose only step goes from the level of `sigma_init` to the clean image.
 
-    Its schedule ends at that level, so that the first of one step, "trailing", is there.
+    Its schedule ends at that level, where the first timestep of a one-step "trailing" schedule is.
     """
     schedule = EulerDiscreteScheduler(**student.schedule)
     sigma = torch.tensor([student.level(sigma_init)])
@@ -44,7 +50,7 @@ def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> EulerDiscreteS
 
 
 class OneStepOutput(BaseOutput):
-    """`images`: PIL images, or with `output_type="pt"` floats `(B, C, H, W)` in [0, 1]."""
+    """images: PIL images, or float `(B, C, H, W)` in [0, 1] with `output_type="pt"`."""
 
     images: list | Tensor
 
@@ -52,8 +58,8 @@ class OneStepOutput(BaseOutput):
 class OneStepPipeline(DiffusionPipeline):
     """A one-step student with EDM's preconditioning: `pipe(class_labels=[3, 7]).images`.
 
-    `network`: the backbone; the rest is its preconditioning (`harness.denoiser.EDMDenoiser`) and
-    the noise level at which the student is evaluated.
+    network: the backbone. sigma_init: the noise level at which the student is evaluated. The other
+    arguments are its preconditioning (`harness.denoiser.EDMDenoiser`).
     """
 
     def __init__(
@@ -72,10 +78,9 @@ class OneStepPipeline(DiffusionPipeline):
 
     @property
     def denoiser(self) -> EDMDenoiser:
-        config = self.config
-        _, denoiser_class = ARCHITECTURES[type(self.network).__name__]()
-        settings = (config.num_classes, config.sigma_data, config.epsilon)
-        return denoiser_class(self.network, *settings).eval()
+        denoiser_class = BACKBONES[type(self.network).__name__].denoiser("edm")
+        settings = {name: self.config[name] for name in denoiser_class.settings}
+        return denoiser_class(self.network, **settings).eval()
 
     @torch.no_grad()
     def __call__(
@@ -86,8 +91,11 @@ class OneStepPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         output_type: str = "pil",
     ) -> OneStepOutput:
-        """One image for each of `class_labels` (of a student with classes; drawn if there are
-        none given), or `num_images`. `latents`: standard normal `(B, C, H, W)`."""
+        """Generate one image per class label, or `num_images` without labels.
+
+        class_labels: random by default if the student has classes. latents: standard normal
+        `(B, C, H, W)`, random by default.
+        """
         denoiser, classes = self.denoiser, self.config.num_classes
         if class_labels is None and classes:
             count = num_images if latents is None else len(latents)
@@ -110,109 +118,111 @@ class OneStepPipeline(DiffusionPipeline):
 
 
 def _pil(images: Tensor) -> list:
-    """Quantised as everything that is scored here: `x * 127.5 + 128`, clipped."""
+    """Quantise as for scoring, by `x * 127.5 + 128` clipped."""
     from PIL import Image
 
     pixels = (images * 255 + 0.5).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(p.squeeze(2) if p.shape[2] == 1 else p) for p in pixels]
 
 
-def export_student(experiment: Experiment, student: str, seed: int, folder: Path) -> None:
-    """Write a finished student and its model card to `folder`, whole or not at all. What is there
-    already is left alone."""
+def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: Path) -> None:
+    """Write a finished student and its model card to a new or empty folder, all or nothing.
+
+    `scores`: the run's score file, which need not exist.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; name a new or an empty folder")
-    run_dir = experiment.run_dir(student, seed)
-    record = read_json(run_dir / "student.json")
-    denoiser = load_denoiser(run_dir / "model", record["sha256"], owner=run_dir)
-    sigma_init = denoiser_record(run_dir / "model")["sigma_init"]
-    card = model_card(experiment, student, seed, record)
-    if isinstance(denoiser, VPDenoiser):
-        source = _source(experiment, experiment.teacher_of(student))
-        with atomic_folder(folder) as temporary:
-            _write_stock(denoiser, sigma_init, source, temporary)
-            (temporary / "README.md").write_text(card)
-        return
-    if denoiser.text_width:
+        raise UserError(f"{folder} already exists; choose a new or empty folder", "exists")
+    record = StudentRecord.read(run.folder / "student.json")
+    denoiser = load_denoiser(run.folder / "model", record.sha256, owner=run.folder)
+    sigma_init = denoiser_record(run.folder / "model")["sigma_init"]
+    card = model_card(run, teacher, record, scores)
+    stock = isinstance(denoiser, VPDenoiser)
+    if denoiser.text_width and not stock:
         raise UserError(
-            f"{student} reads captions by a network of this experiment, which is no part of a "
-            "pipeline; students of diffusers' own text-to-image pipelines can be exported"
+            f"{run.student.name} needs the experiment's own text encoder, which is not part of a "
+            "pipeline; text-to-image students can be exported if their teacher is a pipeline",
+            "not-exportable",
         )
-    pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
+    source = _source_pipeline(teacher) if stock else None
     with atomic_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary, safe_serialization=True)
-        (temporary / "README.md").write_text(card)
+        if stock:
+            _write_stock(denoiser, sigma_init, source, temporary)
+        else:
+            pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
+            pipeline.save_pretrained(temporary, safe_serialization=True)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def _source(experiment: Experiment, teacher: str) -> PipelineFolder:
-    """The pipeline that a teacher came from, whose other parts a student keeps."""
-    folder = Path(experiment.teachers[teacher].source).expanduser()
+def _source_pipeline(teacher: TeacherJob) -> PipelineFolder:
+    """The pipeline that a teacher was imported from; a `UserError` if it has changed."""
+    folder = Path(teacher.section.source).expanduser()
     pipeline = PipelineFolder(folder)
-    known = read_json(experiment.teacher_dir(teacher) / "teacher.json")["imported"]["sha256"]
-    if pipeline.sha256() != known:
-        raise UserError(f"{folder} is not the pipeline that teacher {teacher} was imported from")
+    if pipeline.sha256() != TeacherRecord.read(teacher.folder / "teacher.json").imported["sha256"]:
+        message = f"{folder} is not the pipeline that teacher {teacher.name} was imported from"
+        raise UserError(message, "checksum")
     return pipeline
 
 
 def _write_stock(
     student: VPDenoiser, sigma_init: float, source: PipelineFolder, folder: Path
 ) -> None:
-    """The source's folder with the student in the place of its network and a scheduler of one
-    step. Parts that a student has no use for (a safety checker) stay behind."""
-    import json
-    import shutil
-
+    """Copy the source pipeline with the student as its network and a one-step scheduler, without
+    a safety checker."""
     for part in OTHER_PARTS:
         shutil.copytree(source.folder / part, folder / part)
     student.backbone.save_pretrained(folder / source.network, safe_serialization=True)
     one_step_scheduler(student, sigma_init).save_pretrained(folder / "scheduler")
     index = read_json(source.folder / "model_index.json")
-    kept = {key: value for key, value in index.items() if key.startswith("_")}
-    kept |= {part: index[part] for part in (*OTHER_PARTS, source.network)}
-    kept |= {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
-    if source.network == "unet":
-        none = {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        kept |= none | {"requires_safety_checker": False}
-    (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n")
+    parts = (*OTHER_PARTS, source.network)
+    new = {key: value for key, value in index.items() if key.startswith("_") or key in parts}
+    new["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    if "safety_checker" in index:
+        new |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        new["requires_safety_checker"] = False
+    (folder / "model_index.json").write_text(json.dumps(new, indent=2) + "\n")
 
 
 CARD = """\
 ---
-library_name: diffusers
-pipeline_tag: {task}
-tags: [one-step-diffusion, {method}]
-{origin}---
+{{ card_data }}
+---
 
-# {student}: a one-step student of {teacher}
+# {{ student }}: a one-step student of {{ teacher }}
 
-Made by `{method}` ({paper}) in the experiment `{experiment}`, training seed {seed}. One network
-evaluation per image.
+Distilled with `{{ record.method }}` ({{ record.paper }}), training seed {{ record.seed }} of the
+experiment `{{ record.experiment }}`. It generates an image in one network evaluation.
 
 ```python
-{usage}
+{{ usage }}
 ```
 
 | | |
 |---|---|
-| teacher | {teacher}, weights sha256 {teacher_sha256} |
-| data | {data} |
-| budget spent | {images:,} images, {tflops:.3g} TFLOPs |
-| parameters | {parameters:,} |
-| weights | sha256 {sha256} |
+| teacher | {{ teacher }}, weights sha256 {{ record.inputs.teacher }} |
+| data | {{ data }} |
+| training | {{ "{:,}".format(record.ledger.images) }} images, \
+{{ "%.3g" % (record.ledger.flops / 1e12) }} TFLOPs |
+| parameters | {{ "{:,}".format(record.parameters) }} |
+| weights | sha256 {{ record.sha256 }} |
 
 ## Scores
 
-{scores}
+{% if scores %}Means over sampling seeds, and the smallest and largest value. A score depends on the
+feature network (`extractor`), the number of samples and the protocol (reference images,
+quantisation, resize, library): compare only values for which all three are equal. Distances such as
+`fd`, `fid` and `kd` are better when lower.
 
-Deviations from the paper: {deviations}.
+{{ scores }}{% else %}These weights have not been scored.{% endif %}
 
-{licence}
+Deviations from the paper: {{ record.deviations | join("; ") or "none" }}.
+
+{{ licence }}
 """
 
 USAGE = """\
 from harness import OneStepPipeline
 
-images = OneStepPipeline.from_pretrained("{folder}")({call}).images"""
+images = OneStepPipeline.from_pretrained("{folder}")({arguments}).images"""
 
 STOCK_USAGE = """\
 from diffusers import DiffusionPipeline
@@ -221,77 +231,71 @@ pipe = DiffusionPipeline.from_pretrained("{folder}")
 image = pipe("a lighthouse at dusk", num_inference_steps=1, guidance_scale=0).images[0]"""
 
 
-def model_card(experiment: Experiment, student: str, seed: int, record: dict) -> str:
-    """README.md of an exported student: where it comes from, what it cost, how it scores."""
-    teacher = experiment.teacher_of(student)
-    source = getattr(experiment.teachers[teacher], "source", None)
-    dataset = datasets.load(experiment.data_dir(), images=False)
-    folder, said = f"{experiment.name}-{student}", ""
-    call = "class_labels=[0, 1]" if dataset.num_classes else "num_images=4"
-    usage, task = USAGE.format(folder=folder, call=call), "unconditional-image-generation"
-    origin = "" if source is None else f"base_model: {Path(source).name}\n"
+def model_card(run: StudentRun, teacher: TeacherJob, record: StudentRecord, scores: Path) -> str:
+    """README.md of an exported student: its origin, its cost, and its scores, which are also in
+    the machine-readable `model-index` of the Hugging Face hub."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    dataset, data = datasets.load(run.data, images=False), teacher.data_section.name
+    name, source = f"{run.experiment}-{run.student.name}", getattr(teacher.section, "source", None)
+    task, usage = "unconditional-image-generation", USAGE
     if dataset.prompts:
-        usage, task = STOCK_USAGE.format(folder=folder), "text-to-image"
+        task, usage = "text-to-image", STOCK_USAGE
+    table = _mean_scores(scores, record.sha256)
+    card_data = ModelCardData(
+        model_name=name,
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=["one-step-diffusion", record.method],
+        eval_results=[
+            EvalResult(task, data, data, row.pop("metric"), row.pop("mean"), metric_args=row)
+            for row in table.to_dict("records")
+        ]
+        or None,
+    )
+    licence = "The weights were trained from this data only."
     if source is not None:
-        said = _licence(Path(source).expanduser())
-        origin += f"license: {said}\n" if said else ""
-    licence = (
-        "Weights were trained here from nothing but the data."
-        if source is None
-        else f"These weights began as the teacher's, whose licence ({said or 'see its source'}) "
-        "holds for them."
-    )
-    return CARD.format(
-        student=student,
-        method=record["method"],
-        paper=record["paper"],
-        experiment=experiment.name,
-        seed=seed,
-        teacher=teacher if source is None else f"{teacher} ({Path(source).name})",
-        teacher_sha256=record["inputs"]["teacher"],
-        data=experiment.data.name,
-        images=record["ledger"]["images"],
-        tflops=record["ledger"]["flops"] / 1e12,
-        parameters=record["parameters"],
-        sha256=record["sha256"],
-        origin=origin,
-        task=task,
-        usage=usage,
+        card_data.base_model, card_data.license = Path(source).name, _licence(source)
+        licence = (
+            "The weights were initialised from the teacher, so its licence "
+            f"({card_data.license or 'see its source'}) applies."
+        )
+    card = ModelCard.from_template(
+        card_data,
+        template_str=CARD,
+        student=run.student.name,
+        teacher=teacher.name if source is None else f"{teacher.name} ({Path(source).name})",
+        record=record,
+        data=data,
+        scores=table.to_markdown(index=False, floatfmt=".4g") if len(table) else "",
+        usage=usage.format(
+            folder=name, arguments="class_labels=[0, 1]" if dataset.num_classes else "num_images=4"
+        ),
         licence=licence,
-        scores=_scores(experiment, student, seed, record["sha256"]),
-        deviations="; ".join(record["deviations"]) or "none",
+    )
+    return str(card)
+
+
+def _licence(source: str) -> str | None:
+    """The licence in the model card of a teacher's folder, if it has one."""
+    from huggingface_hub import ModelCard
+
+    path = Path(source).expanduser() / "README.md"
+    return (
+        ModelCard.load(path, ignore_metadata_errors=True).data.license if path.is_file() else None
     )
 
 
-def _licence(source: Path) -> str | None:
-    """What the card in a model's folder says, if there is one."""
-    import re
+def _mean_scores(path: Path, sha256: str) -> pandas.DataFrame:
+    """Final scores of weights `sha256`: mean, smallest and largest value over sampling seeds."""
+    import pandas
 
-    card = source / "README.md"
-    if not card.is_file():
-        return None
-    found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else None
-
-
-def _scores(experiment: Experiment, student: str, seed: int, sha256: str) -> str:
-    """The scores of these weights as a table: mean over sampling seeds, and the range of these."""
-    path = experiment.score_path(student, seed)
-    record = read_json(path) if path.exists() else {"weights": None}
-    if record["weights"] != sha256:
-        return "Not scored."
-    entry = next(e for e in record["entries"] if e["final"])
-    values: dict[tuple, list[float]] = {}
-    for row in entry["rows"]:
-        if row["value"] is not None:
-            key = (row["metric"], row["num_samples"], row["extractor"], row["protocol"])
-            values.setdefault(key, []).append(row["value"])
-    lines = [
-        "| metric | samples | extractor | protocol | mean | of sampling seeds |",
-        "|" + 6 * "---|",
-    ]
-    for (metric, count, extractor, protocol), found in values.items():
-        spread = f"{min(found):.4g} to {max(found):.4g} ({len(found)})"
-        mean = f"{sum(found) / len(found):.4g}"
-        lines.append(f"| {metric} | {count:,} | {extractor} | {protocol} | {mean} | {spread} |")
-    return "\n".join(lines)
+    columns = ["metric", "extractor", "num_samples", "protocol"]
+    record = ScoreRecord.read_optional(path)
+    rows = []
+    if record is not None and record.weights == sha256:
+        rows = next(entry for entry in record.entries if entry.final).rows
+    frame = pandas.DataFrame([row.model_dump() for row in rows], columns=[*columns, "value"])
+    groups = frame.dropna(subset="value").groupby(columns, sort=False).value
+    table = groups.agg(["mean", "min", "max", "count"]).reset_index()
+    return table.rename(columns={"count": "sampling_seeds"})

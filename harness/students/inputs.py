@@ -11,7 +11,8 @@ from harness.config.jobs import StudentRun
 from harness.data import datasets
 from harness.data.datasets import Dataset
 from harness.denoiser import Condition, Denoiser
-from harness.io.artifacts import read_json, sha256_file
+from harness.io.artifacts import sha256_file
+from harness.io.records import TeacherRecord
 from harness.teachers.text_embeddings import load_embeddings
 from harness.training.ledger import Cost
 
@@ -42,14 +43,14 @@ def load_inputs(run: StudentRun) -> Inputs:
     from harness.features.base import load_extractor
     from harness.features.lpips import TRUNK_SHA256, load_lpips
     from harness.features.timm_backbones import load_backbone
-    from harness.networks import load_codec, load_denoiser, parts_sha256
+    from harness.networks import load_codec, load_denoiser, pipeline_sha256
     from harness.teachers.pairs import load_pairs
 
     needs, folder = run.student.requirements, run.teacher
     dataset = datasets.load(run.data, images=needs.real_images)
     hashes: dict[str, str | dict | None] = {
         "data": dataset.images_sha256,
-        "teacher": read_json(folder / "teacher.json")["sha256"],
+        "teacher": TeacherRecord.read(folder / "teacher.json").sha256,
         "method": {path.name: sha256_file(path) for path in run.method_source},
         "pairs": None,
         "features": None,
@@ -59,9 +60,9 @@ def load_inputs(run: StudentRun) -> Inputs:
         teacher.codec = load_codec(folder, run.device)
     inputs = Inputs(dataset, teacher, embeddings=load_embeddings(folder), hashes=hashes)
     if inputs.embeddings:
-        hashes["prompts"] = inputs.embeddings.record["sha256"]
-    if parts := parts_sha256(folder):
-        hashes["parts"] = parts
+        hashes["prompts"] = inputs.embeddings.sha256
+    if pipeline := pipeline_sha256(folder):
+        hashes["pipeline"] = pipeline
     if needs.features:
         extractor = load_extractor(run.features, dataset)
         inputs.features, hashes["features"] = extractor.network, extractor.sha256
@@ -72,8 +73,8 @@ def load_inputs(run: StudentRun) -> Inputs:
         inputs.lpips, hashes["lpips"] = load_lpips(), TRUNK_SHA256
     if needs.pairs:
         record, inputs.pairs = load_pairs(run.pairs)
-        cost = Cost(record["flops"], {"teacher": [record["evaluations"], 0]})
-        inputs.charge = ("pairs", cost, record["seconds"])
-        inputs.shared_machine = record["contended"]
-        hashes["pairs"] = record["sha256"]
+        cost = Cost(record.flops, {"teacher": [record.evaluations, 0]})
+        inputs.charge = ("pairs", cost, record.seconds)
+        inputs.shared_machine = record.contended
+        hashes["pairs"] = record.sha256
     return inputs

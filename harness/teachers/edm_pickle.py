@@ -1,9 +1,11 @@
-"""Official EDM pickles (Karras et al. 2022, and what SiD and GDD publish) as denoiser folders.
+"""Convert official EDM pickles (Karras et al. 2022, SiD, GDD) to denoiser folders, safely.
 
-Nothing in the file is executed. A pickle is a program for a small machine that may call whatever
-Python function it names; here the machine knows only the names in `_ALLOWED`, each bound to a
-function of ours that builds inert data (`harness.teachers.inert`). Anything else is refused with
-its name. Tensor data lies in *inner* pickles, which `load_pickled` reads.
+A pickle is a program that may call any Python function by name and may then set the state of any
+object it has built. Nothing in the file is executed here: the unpickler knows only the names in
+`_ALLOWED`, each bound to a function of this module that builds inert data, and rejects everything
+else by name. State set on a tensor would bypass the checks of its bounds, and state set on a
+function or class would affect the next file, so inert objects reject it. Tensor data lies in
+*inner* pickles, which `load_pickled` reads.
 """
 
 from __future__ import annotations
@@ -24,23 +26,57 @@ from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, sha256_file
 from harness.io.downloads import load_pickled
-from harness.teachers.inert import Inert, InertFunction, InertValue, Refused, told
+from harness.networks import BACKBONES, FILES, build_denoiser, denoiser_record, save_denoiser
 
-# Preconditioning classes and their epsilon (see `EDMDenoiser`).
+# Preconditioning classes and their `EDMDenoiser.epsilon`.
 _PRECONDITIONS = {"EDMPrecond": 0.0, "GDDPrecond": 0.002}
 _BACKBONES = ("SongUNet", "DhariwalUNet")
-# Arguments of the preconditioning, each with a value of its type; all others are the backbone's.
+# Arguments of the preconditioning, each with a value of its type; the others are the backbone's.
 _OUTER = {"img_resolution": 0, "img_channels": 0, "label_dim": 0, "sigma_data": 0.5}
 _UNUSED = ("use_fp16", "sigma_min", "sigma_max")
-_LARGEST = 4096  # of a whole number among them; official ones end at 1000, ImageNet's labels
+_MAX_INTEGER = 4096  # among the arguments; the largest official one is 1000, ImageNet's classes
+
+
+class Rejected(pickle.UnpicklingError):
+    """The file contains something that an official pickle does not."""
+
+
+class Inert:
+    """An object whose state cannot be set, neither an instance's nor (the method is static) the
+    class's."""
+
+    @staticmethod
+    def __setstate__(state) -> None:
+        raise Rejected("state for an object that has none")
+
+
+class InertFunction(Inert):
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+
+class InertValue(Inert):
+    """A tensor, unwrapped when the whole file has been read."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def _printable(error: Exception) -> str:
+    """The message of an error, safe for a terminal: names in it come from the file."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(text.split())[:300]
 
 
 class _Record(Inert):
-    """A pickled network object: its class's name and its `__dict__`. Its source text is dropped."""
+    """A pickled network: its class name and its `__dict__`. The source code is dropped."""
 
     def __init__(self, meta: dict):
         if type(meta) is not dict or meta.get("type") != "class":
-            raise Refused("a persistent object that is no class instance")
+            raise Rejected("a persistent object that is not a class instance")
         self.class_name, self.state = meta["class_name"], meta["state"]
 
 
@@ -50,7 +86,7 @@ class _ModuleDict:
 
 
 class _Dict(dict):
-    """The items of a dict; what else it may know of itself is dropped."""
+    """The items of a dict; other state is dropped."""
 
     def __setstate__(self, state) -> None:
         pass
@@ -59,52 +95,52 @@ class _Dict(dict):
 class _DType:
     def __init__(self, code: str, *_):
         if code not in ("f4", "f8", "i4", "i8", "b1"):
-            raise Refused(f"numpy dtype {code!r}")
+            raise Rejected(f"numpy dtype {code!r}")
         self.code = code
 
     def __setstate__(self, state: tuple) -> None:
         if state[1] not in ("<", "|"):
-            raise Refused(f"numpy byte order {state[1]!r}")
+            raise Rejected(f"numpy byte order {state[1]!r}")
 
 
 def _scalar(dtype: _DType, data: bytes):
     import numpy
 
     if type(dtype) is not _DType:
-        raise Refused("a numpy scalar of unknown dtype")
+        raise Rejected("a numpy scalar of unknown dtype")
     return numpy.frombuffer(data, "<" + dtype.code, count=1)[0].item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise Refused(f"text encoding {encoding!r}")
+        raise Rejected(f"text encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _storage(data: bytes) -> InertValue:
-    """An inner file: one storage in torch's legacy format, as a flat tensor."""
+    """Read an inner file, one storage in torch's legacy format, as a flat tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # typed storages are deprecated
         try:
             storage = load_pickled(io.BytesIO(data))
         except pickle.UnpicklingError as error:
-            raise Refused(f"tensor data that cannot be read: {error}") from None
+            raise Rejected(f"unreadable tensor data: {error}") from None
         if (
             not isinstance(storage, torch.storage.TypedStorage)
             or not storage.dtype.is_floating_point
         ):
-            raise Refused("tensor data that is no storage of floating-point numbers")
+            raise Rejected("tensor data that is not a storage of floating-point numbers")
         return InertValue(torch.tensor([], dtype=storage.dtype).set_(storage))
 
 
 def _tensor(storage: InertValue, offset: int, size: tuple, stride: tuple, *_) -> InertValue:
     numbers = (offset, *size, *stride)
     if type(storage) is not InertValue or any(type(n) is not int or n < 0 for n in numbers):
-        raise Refused("a tensor with an impossible shape")
+        raise Rejected("a tensor with an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if count > storage.value.numel() or (count and last >= storage.value.numel()):
-        raise Refused("a tensor that is larger than its data")
+        raise Rejected("a tensor larger than its data")
     return InertValue(storage.value.as_strided(size, stride, offset))
 
 
@@ -132,13 +168,13 @@ _ALLOWED = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         try:
-            found = _ALLOWED[module, name]
+            target = _ALLOWED[module, name]
         except KeyError:
-            raise Refused(f"{module}.{name}, which no official EDM pickle needs") from None
-        return found if isinstance(found, type) else InertFunction(found)
+            raise Rejected(f"{module}.{name}, which official EDM pickles do not use") from None
+        return target if isinstance(target, type) else InertFunction(target)
 
     def persistent_load(self, pid):
-        raise Refused("a persistent id")
+        raise Rejected("a persistent id")
 
 
 # -- from records to a denoiser -----------------------------------------------------------------
@@ -149,16 +185,16 @@ def _children(record: _Record | _ModuleDict) -> dict:
 
 
 def _tensors(record, prefix: str) -> dict[str, Tensor]:
-    """Names -> tensors of a module and all below it, as its state dict would have them."""
+    """The tensors of a module and its children under the names of its state dict."""
     if not isinstance(record, _Record | _ModuleDict):
-        raise Refused(f"{prefix.rstrip('.')} of type {type(record).__name__}")
+        raise Rejected(f"{prefix.rstrip('.')} of type {type(record).__name__}")
     tensors = {}
     for kind in ("_parameters", "_buffers"):
         for name, tensor in record.state.get(kind, {}).items():
             if tensor is None:
                 continue
             if type(tensor) is not InertValue:
-                raise Refused(f"{prefix}{name} of type {type(tensor).__name__}")
+                raise Rejected(f"{prefix}{name} of type {type(tensor).__name__}")
             tensors[prefix + name] = tensor.value
     for name, child in _children(record).items():
         if child is not None:
@@ -166,67 +202,63 @@ def _tensors(record, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _compare(expected: dict, found: dict) -> None:
-    """Names and shapes must agree in both directions."""
+def _compare(expected: dict, tensors: dict) -> None:
+    """Reject missing tensors, additional tensors and different shapes."""
     for name in expected:
-        if name not in found:
-            raise Refused(f"no tensor {name}, which its settings ask for")
-        if expected[name].shape != found[name].shape:
-            raise Refused(
-                f"{name} of shape {tuple(found[name].shape)} where its settings ask for "
+        if name not in tensors:
+            raise Rejected(f"no tensor {name}, which its settings require")
+        if expected[name].shape != tensors[name].shape:
+            raise Rejected(
+                f"{name} of shape {tuple(tensors[name].shape)}, but its settings require "
                 f"{tuple(expected[name].shape)}"
             )
-    for name in found:
+    for name in tensors:
         if name not in expected:
-            raise Refused(f"a tensor {name}, which its settings do not ask for")
+            raise Rejected(f"a tensor {name}, which does not belong to its settings")
 
 
 def _fits(value, like) -> bool:
-    """Whether an argument is of the kind of its default `like`: a whole number of a sensible size,
-    a list of them, a share of 1, a word."""
+    """Whether an argument has the type of its default `like`: an integer of plausible size, a list
+    of them, a fraction of 1, or a string."""
     if isinstance(like, tuple):
         return type(value) in (list, tuple) and all(_fits(number, 0) for number in value)
     if isinstance(like, float):
         return type(value) in (int, float) and 0 <= value <= 1
     if isinstance(like, int):
-        return type(value) is int and 0 <= value <= _LARGEST
+        return type(value) is int and 0 <= value <= _MAX_INTEGER
     return type(value) is type(like)
 
 
 def _settings(network: _Record) -> tuple[str, dict]:
-    """The backbone's name, and all arguments of the preconditioning and the backbone together."""
-    from harness.networks import ARCHITECTURES
-
+    """The backbone's class name, and all arguments of the preconditioning and the backbone."""
     if network.state.get("_init_args"):
-        raise Refused("positional constructor arguments")
+        raise Rejected("positional constructor arguments")
     given = {k: v for k, v in network.state["_init_kwargs"].items() if k not in _UNUSED}
     kind = given.pop("model_type", "DhariwalUNet")
     if kind not in _BACKBONES:
-        raise Refused(f"a backbone {kind}, but only {' and '.join(_BACKBONES)} can be imported")
-    parameters = inspect.signature(ARCHITECTURES[kind]()[0]).parameters.values()
+        raise Rejected(f"a backbone {kind}, but only {' and '.join(_BACKBONES)} can be imported")
+    parameters = inspect.signature(BACKBONES[kind].model_class()).parameters.values()
     known = {p.name: p.default for p in parameters if p.default is not p.empty} | _OUTER
     for name, value in given.items():
         if name not in known:
-            raise Refused(f"a setting {name}, which {kind} does not have")
+            raise Rejected(f"a setting {name}, which {kind} does not take")
         if not _fits(value, known[name]):
-            raise Refused(f"{reprlib.repr(value)} as {name}, which no official EDM pickle has")
+            raise Rejected(f"{reprlib.repr(value)} as {name}, unlike official EDM pickles")
     return kind, known | given
 
 
 def _denoiser(network: _Record) -> EDMDenoiser:
-    from harness.networks import build_denoiser
-
     if not isinstance(network, _Record):
-        raise Refused(f"'ema' of type {type(network).__name__}, not a network")
+        raise Rejected(f"'ema' of type {type(network).__name__}, not a network")
     if network.class_name not in _PRECONDITIONS:
-        raise Refused(
+        raise Rejected(
             f"a {network.class_name}, but only {' and '.join(_PRECONDITIONS)} can be imported"
         )
     kind, settings = _settings(network)
-    found = _tensors(_children(network)["model"], "")
-    # On the meta device a network takes no memory, only the time of its loops over blocks.
-    if len(settings["channel_mult"]) * (settings["num_blocks"] + 1) > len(found):
-        raise Refused("fewer tensors than its settings ask for blocks")
+    tensors = _tensors(_children(network)["model"], "")
+    # A network on the meta device takes no memory, but the time of its loops over blocks.
+    if len(settings["channel_mult"]) * (settings["num_blocks"] + 1) > len(tensors):
+        raise Rejected("fewer tensors than its settings require blocks")
     outer = {name: settings.pop(name) for name in _OUTER}
     size = outer["img_resolution"]
     with torch.device("meta"):
@@ -238,50 +270,50 @@ def _denoiser(network: _Record) -> EDMDenoiser:
             _PRECONDITIONS[network.class_name],
         )
     expected = denoiser.backbone.state_dict()
-    _compare(expected, found)
-    # Copies: the file's tensors may be of another type, or share their data.
+    _compare(expected, tensors)
+    # Copy: tensors of the file may have another type, or share their data.
     layout = {"copy": True, "memory_format": torch.contiguous_format}
-    weights = {name: found[name].to(tensor.dtype, **layout) for name, tensor in expected.items()}
+    weights = {name: tensors[name].to(tensor.dtype, **layout) for name, tensor in expected.items()}
     denoiser.backbone.load_state_dict(weights, assign=True)
     return denoiser.eval()
 
 
 def read_edm_pickle(path: Path) -> EDMDenoiser:
-    """The network under `ema` of an official pickle. Raises `UserError`, in one line, for anything
-    that an official pickle would not hold."""
+    """Read the network `ema` of an official pickle. Raises `UserError`, with a message of one line,
+    for any other file."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
             content = _Unpickler(file).load()
         if not isinstance(content, dict) or "ema" not in content:
-            raise Refused("no entry 'ema'")
+            raise Rejected("no entry 'ema'")
         return _denoiser(content["ema"])
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Refused as error:
-        raise UserError(f"{path} is refused: it holds {told(error)}") from None
-    except Exception as error:  # a foreign file may fail in any way; none is a crash of ours
-        reason = f"{type(error).__name__}: {told(error)}"
-        raise UserError(f"{path} is damaged or no EDM pickle ({reason})") from None
+        raise UserError(f"{path} does not exist", "missing-file") from None
+    except Rejected as error:
+        raise UserError(f"{path} rejected: it contains {_printable(error)}", "rejected") from None
+    except Exception as error:  # a foreign file may fail in any way
+        reason = f"{type(error).__name__}: {_printable(error)}"
+        message = f"{path} is damaged or not an EDM pickle ({reason})"
+        raise UserError(message, "damaged") from None
 
 
 def _is_import(path: Path) -> bool:
-    """Whether it is what `import_edm` once left there, and nothing more."""
-    from harness.networks import FILES, denoiser_record
-
+    """Whether a folder holds exactly what `import_edm` writes."""
     if path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} != {*FILES}:
         return False
-    return "file" in denoiser_record(path).get("imported", {})  # a run's names its "source"
+    return "file" in denoiser_record(path).get("imported", {})  # a teacher's has "source"
 
 
 def import_edm(path: Path, folder: Path) -> dict:
-    """Convert an official pickle to a denoiser folder, a new one or in the place of a former
-    import; returns what `denoiser.json` says of the source. The licence of the checkpoint stays
-    what it is (NVIDIA's: CC BY-NC-SA 4.0)."""
-    from harness.networks import save_denoiser
+    """Convert an official pickle to a denoiser folder. An earlier import in `folder` is replaced.
 
+    Returns the file, its sha256, and the hash and number of its weights. The checkpoint's licence
+    (NVIDIA's: CC BY-NC-SA 4.0) applies to the result.
+    """
     if os.path.lexists(folder) and not _is_import(Path(folder)):
-        raise UserError(f"{folder} exists and is no former import alone; name another")
+        message = f"{folder} exists and was not created by import-edm; choose another folder"
+        raise UserError(message, "exists")
     denoiser = read_edm_pickle(path)
     source = {"file": Path(path).name, "sha256": sha256_file(path)}
     with atomic_folder(folder) as temporary:

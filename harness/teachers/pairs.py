@@ -1,136 +1,125 @@
-"""Teacher pairs (DMD's regression set): the teacher's images and conditions.
+"""Teacher pairs (DMD's regression set): images of the teacher, and their conditions.
 
-The noise that each was made from is a function of its number, `harness.streams.PAIR_NOISE`.
+The noise of each image is a function of its number (`harness.streams.PAIR_NOISE`), so it is not
+stored.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from harness.config.experiment import Experiment
-from harness.config.schema import Sampler
+from harness.config.jobs import PairJob
 from harness.data import datasets
 from harness.denoiser import Denoiser, map_condition
 from harness.errors import UserError
-from harness.io.artifacts import digest, load_tensors, read_json, save_tensors, write_json
+from harness.io.artifacts import digest
 from harness.io.locks import run_lock
-from harness.networks import load_denoiser, parts_sha256
-from harness.sampling import BLOCK, balanced_labels, check_finite, heun
+from harness.io.records import PairRecord, TeacherRecord
+from harness.io.shards import TensorShards
+from harness.networks import load_denoiser, pipeline_sha256
+from harness.sampling import balanced_labels, check_finite, heun
 from harness.streams import PAIR_NOISE
-from harness.teachers.text_embeddings import Embeddings, load_embeddings
+from harness.teachers.text_embeddings import TextEmbeddings, load_embeddings
 from harness.training.distributed import processes
 from harness.training.ledger import measure
 
-SHARD = 16  # blocks of images in a file
+logger = logging.getLogger(__name__)
+SHARD = 16  # blocks per file
 
 
-def make_pairs(experiment: Experiment, name: str, alone: bool = True) -> dict:
-    """Generate a pair set shard by shard (a killed job goes on where it stopped).
+def make_pairs(job: PairJob, exclusive: bool = True) -> PairRecord | None:
+    """Generate a pair set, continuing after the complete shards of an interrupted call.
 
-    `alone`: whether its seconds were measured without other work beside it.
+    `exclusive`: whether the machine runs no other work, so that the seconds can be compared.
+    Returns the record in the first process.
     """
-    teacher_name, count = experiment.pair_sets[name].teacher, experiment.pair_sets[name].count
-    folder, device = experiment.pairs_dir(name), experiment.device
-    sampler = experiment.pair_sampler(name)
-    made_by = experiment.teacher_dir(teacher_name)
-    sha256 = read_json(made_by / "teacher.json")["sha256"]
-    teacher = load_denoiser(made_by, sha256, device)
-    dataset = datasets.load(experiment.data_dir(), images=False)
-    asked, block = (dataset.num_conditions, load_embeddings(made_by)), experiment.evaluation.block
-    # What came later stands there only where it is something else than before.
-    later = {"parts": parts_sha256(made_by), "block": block if block != BLOCK else None}
-    later["prompts"] = asked[1].record["sha256"] if asked[1] else None
-    later = {name: value for name, value in later.items() if value is not None}
-    key = digest([experiment.pairs_spec(name), sha256, *([later] if later else [])])
-    group = processes()
-    with group.leading(run_lock(folder)):
-        per_shard = SHARD * block
-        records = [folder / key / f"shard-{start:08d}.json" for start in range(0, count, per_shard)]
+    pairs, group = job.pairs, processes()
+    sha256 = TeacherRecord.read(job.teacher / "teacher.json").sha256
+    teacher = load_denoiser(job.teacher, sha256, job.device)
+    num_conditions = datasets.load(job.data, images=False).num_conditions
+    embeddings = load_embeddings(job.teacher)
+    inputs = [sha256, pipeline_sha256(job.teacher), embeddings and embeddings.sha256]
+    run_id = digest([job.fingerprint, *inputs])
+
+    with group.leading(run_lock(job.folder)):
+        shards, size = TensorShards(job.folder / run_id, owner=job.folder), SHARD * job.block
         # Processes take turns at the shards.
-        for number in range(group.rank, len(records), group.size):
-            start, path = number * per_shard, records[number]
-            size, tensor_path = min(per_shard, count - start), path.with_suffix(".safetensors")
-            if not (path.exists() and tensor_path.exists()):
-                tensors, record = _make_shard(teacher, sampler, asked, start, size, device, block)
-                record["sha256"] = save_tensors(tensor_path, tensors)
-                write_json(path, record)
-            print(f"pairs {name}: {start + size} of {count}", file=sys.stderr, flush=True)
+        for number in range(group.rank, -(-pairs.count // size), group.size):
+            start = number * size
+            count = min(size, pairs.count - start)
+            if not shards.has(number):
+                conditions = num_conditions, embeddings
+                tensors, cost = _make_shard(job, teacher, conditions, start, count)
+                shards.write(number, tensors, **cost)
+            logger.info("pairs %s: %d of %d", pairs.name, start + count, pairs.count)
         group.wait()
         if not group.first:
-            return {}
-        shards = [read_json(path) | {"file": f"{key}/{path.stem}.safetensors"} for path in records]
-        record = {
-            "pairs": count,
-            "key": key,
-            "sampler": sampler.settings(),
-            "evaluations": count * sampler.nfe,
-            "flops": sum(shard["flops"] for shard in shards),
-            "seconds": sum(shard["seconds"] for shard in shards),
-            "contended": not alone,
-            "sha256": digest([shard["sha256"] for shard in shards]),
-            "shards": shards,
-        }
-        write_json(folder / "pairs.json", record)
+            return None
+        record = PairRecord(
+            name=pairs.name,
+            fingerprint=digest(job.fingerprint),
+            run_id=run_id,
+            pairs=pairs.count,
+            sampler=pairs.sampler.model_dump(),
+            evaluations=pairs.count * pairs.sampler.nfe,
+            flops=sum(shard["flops"] for shard in shards.records),
+            seconds=sum(shard["seconds"] for shard in shards.records),
+            contended=not exclusive,
+            sha256=shards.finish()["sha256"],
+        )
+        record.write(job.folder / "pairs.json")
     return record
 
 
 @torch.no_grad()
 def _make_shard(
+    job: PairJob,
     teacher: Denoiser,
-    sampler: Sampler,
-    asked: tuple[int, Embeddings | None],
+    conditions: tuple[int, TextEmbeddings | None],
     start: int,
-    size: int,
-    device: str,
-    block: int,
+    count: int,
 ) -> tuple[dict[str, Tensor], dict]:
-    """Pairs `start` to `start + size - 1`, and what they cost. `asked`: how many things the teacher
-    can be asked for and, if they are prompts, their embeddings."""
-    classes, embeddings, shape = *asked, teacher.image_shape
-    parts: dict[str, list[Tensor]] = {"x": [], "condition": []}
+    """Pairs `start` to `start + count - 1`, and their cost in seconds and FLOPs.
+
+    `conditions`: the number of classes, or of prompts and their embeddings; 0: unconditional.
+    """
+    (num_conditions, embeddings), sampler, device = conditions, job.pairs.sampler, job.device
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
     seconds, flops_per_image = 0.0, 0.0
-    for first in range(start, start + size, block):
-        index = torch.arange(first, first + block)
-        z, condition = PAIR_NOISE.normal(index, shape), None
-        if classes:
-            labels = balanced_labels(index, classes, PAIR_NOISE.child("label"))
-            condition = embeddings(labels) if embeddings else labels
+    for first in range(start, start + count, job.block):
+        index = torch.arange(first, first + job.block)
+        valid = min(job.block, start + count - first)
+        z, condition = PAIR_NOISE.normal(index, teacher.image_shape).to(device), None
+        if num_conditions:
+            numbers = balanced_labels(index, num_conditions, PAIR_NOISE.child("label"))
+            condition = embeddings(numbers) if embeddings else numbers
             condition = map_condition(lambda part: part.to(device), condition)
+            labels.append(numbers[:valid])
         if not flops_per_image:
             with measure({}) as cost:
-                teacher(z.to(device), torch.ones(block, device=device), condition)
-            flops_per_image = cost.flops / block * sampler.nfe
+                teacher(z, torch.ones(job.block, device=device), condition)
+            flops_per_image = cost.flops / job.block * sampler.nfe
         started = time.perf_counter()
-        x = heun(teacher, z.to(device), condition, **sampler.settings()).float().cpu()
+        x = heun(teacher, z, condition, **sampler.model_dump()).float().cpu()
         seconds += time.perf_counter() - started
         check_finite(x, "images or latents")
-        wanted = min(block, start + size - first)
-        parts["x"].append(x[:wanted])
-        if classes:
-            parts["condition"].append(labels[:wanted])
-    cost = {"seconds": seconds, "flops": round(flops_per_image * size)}
-    return {k: torch.cat(v) for k, v in parts.items() if v}, cost
+        images.append(x[:valid])
+    tensors = {"x": torch.cat(images)} | ({"condition": torch.cat(labels)} if labels else {})
+    return tensors, {"seconds": seconds, "flops": round(flops_per_image * count)}
 
 
-def load_pairs(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """`pairs.json` and the tensors x `(N, C, H, W)` and, with classes, condition `(N,)`."""
-    record, start = read_json(folder / "pairs.json"), 0
-    pairs: dict[str, Tensor] = {}
-    for shard in record["shards"]:
-        tensors = load_tensors(folder / shard["file"], shard["sha256"], owner=folder)
-        for name, part in tensors.items():  # in place: twice the memory could be too much
-            if name not in pairs:
-                pairs[name] = part.new_empty(record["pairs"], *part.shape[1:])
-            pairs[name][start : start + len(part)] = part
-        start += len(tensors["x"])
-    if start != record["pairs"] or not pairs:
-        raise UserError(
-            f"{folder / 'pairs.json'} names {start} of {record['pairs']} pairs; delete it and run "
-            "again"
-        )
-    return record, pairs
+def load_pairs(folder: Path) -> tuple[PairRecord, dict[str, Tensor]]:
+    """Load `pairs.json` and the tensors x `(N, C, H, W)` and, with classes or prompts, condition
+    int64 `(N,)`."""
+    record = PairRecord.read(folder / "pairs.json")
+    tensors = TensorShards(folder / record.run_id, owner=folder).load()
+    if len(tensors.get("x", ())) != record.pairs:
+        message = f"{folder / 'pairs.json'} does not match its shards; delete it and run again"
+        raise UserError(message, "damaged")
+    return record, tensors

@@ -12,20 +12,21 @@ from harness.data import datasets
 from harness.data.datasets import Dataset, placed
 from harness.errors import UserError
 from harness.fake_score import denoising_loss, drop_condition
-from harness.io.artifacts import digest, link, write_json
+from harness.io.artifacts import digest, link
 from harness.io.locks import run_lock
+from harness.io.records import TeacherRecord
 from harness.method import OptimizerConfig, Phase
 from harness.networks import FILES, NULL, build_denoiser, save_denoiser
 from harness.schedules import edm_weight, lognormal_sigma
 from harness.streams import seeded
-from harness.teachers.importing import import_teacher, text_record
-from harness.teachers.text_embeddings import Embeddings, embed_prompts
+from harness.teachers.importing import import_teacher
+from harness.teachers.text_embeddings import TextEmbeddings, embed, embed_prompts
 from harness.training.distributed import processes
 from harness.training.loop import train
 from harness.training.run import TrainingRun, loop_settings
 
 
-def make_teacher(job: TeacherJob) -> dict:
+def make_teacher(job: TeacherJob) -> TeacherRecord | None:
     """Train or import a teacher, write its folder with `teacher.json`, and return the record."""
     imported = isinstance(job.section, ImportedTeacher)
     return import_teacher(job) if imported else train_teacher(job)
@@ -59,18 +60,20 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
     return Phase("denoise", "teacher", loss, optimizer)
 
 
-def assemble(
-    job: TeacherJob, dataset: Dataset, text: Embeddings | None, run_id: str
-) -> TrainingRun:
-    """Build a teacher's training. `text`: embeddings of the captions, if it reads them."""
-    section = job.section
+# Embeddings of the captions, and of the empty prompt; None without captions.
+Captions = tuple[TextEmbeddings | None, dict[str, Tensor] | None]
+
+
+def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str) -> TrainingRun:
+    """Build a teacher's training."""
+    section, (embeddings, null) = job.section, captions
     with seeded(section.seed):
         network = build_denoiser(
             section.network,
             dataset.image_shape,
             dataset.num_classes,
             section.sigma_data,
-            null=text.null if text else None,
+            null=null,
         )
     if section.augment and network.augment_labels != LABELS:
         raise UserError(
@@ -91,8 +94,8 @@ def assemble(
             dataset.image_shape,
             dataset.num_conditions,
             sigma_init=0.0,
-            embeddings=text,
-            **placed(dataset.train, "cpu" if text else job.device),
+            embeddings=embeddings,
+            **placed(dataset.train, "cpu" if embeddings else job.device),
         ),
         batch=section.batch,
         budget=[{"unit": "images", "amount": section.images}],
@@ -105,38 +108,41 @@ def assemble(
     )
 
 
-def embed_captions(job: TeacherJob, dataset: Dataset) -> Embeddings:
+def embed_captions(job: TeacherJob, dataset: Dataset) -> Captions:
     """Embed the data set's captions with the experiment's CLIP."""
+    if job.text_encoder is None:
+        return None, None
     from harness.features.base import load_extractor
 
     encoder = load_extractor(job.text_encoder, dataset).text_encoder()
-    return Embeddings(embed_prompts(encoder, dataset.prompts, job.folder / "text"))
+    embeddings = embed_prompts(encoder, dataset.prompts, job.folder / "text")
+    return embeddings, embed(encoder, ("",))
 
 
-def train_teacher(job: TeacherJob) -> dict:
-    """Train a teacher, write its folder, and return the content of `teacher.json`."""
+def train_teacher(job: TeacherJob) -> TeacherRecord | None:
+    """Train a teacher and write its folder; the first process returns the record."""
     dataset = datasets.load(job.data)
-    text = embed_captions(job, dataset) if job.text_encoder else None
-    inputs = [dataset.sha256, text.record["sha256"]] if text else [dataset.sha256]
-    run_id = digest([job.fingerprint, *inputs])
+    captions = embed_captions(job, dataset)
+    embeddings, _ = captions
+    run_id = digest([job.fingerprint, dataset.sha256, embeddings and embeddings.sha256])
     run = job.folder / "runs" / run_id
     group = processes()
     with group.leading(run_lock(job.folder)):
-        outcome = train(lambda: assemble(job, dataset, text, run_id))
+        outcome = train(lambda: assemble(job, dataset, captions, run_id))
         if not group.first:
-            return {}
+            return None
         final = run / "snapshots" / outcome.snapshots[-1]["name"]
-        for file in (*FILES, *[NULL] * (text is not None)):
+        for file in (*FILES, *[NULL] * (embeddings is not None)):
             link(job.folder / file, final / file)
         link(job.folder / "train.csv", run / "train.csv")
-        network = assemble(job, dataset, text, run_id).networks["teacher"]
-        record = {
-            "teacher": job.name,
-            "device": job.device,
-            "fingerprint": digest(job.fingerprint),
+        network = assemble(job, dataset, captions, run_id).networks["teacher"]
+        record = TeacherRecord(
+            teacher=job.name,
+            fingerprint=digest(job.fingerprint),
+            parameters=sum(p.numel() for p in network.parameters()),
+            device=job.device,
+            text=embeddings and embeddings.record(job.folder),
             **outcome.record(run_id),
-            **({"text": text_record(text, job.folder)} if text else {}),
-            "parameters": sum(p.numel() for p in network.parameters()),
-        }
-        write_json(job.folder / "teacher.json", record)
+        )
+        record.write(job.folder / "teacher.json")
     return record

@@ -21,7 +21,9 @@ from harness.denoiser import Condition, Denoiser
 from harness.errors import UserError
 from harness.features.base import FEATURES
 from harness.networks import build_denoiser
+from harness.networks.vp import Codec
 from harness.students.inputs import Inputs
+from harness.teachers import pipelines
 from harness.training.run import TrainingRun
 from harness.training.trainer import Trainer
 
@@ -92,7 +94,7 @@ def _teacher(
 ) -> Denoiser:
     """The teacher's network with random weights."""
     section = experiment.teachers[name]
-    if isinstance(section, ImportedTeacher) and section.pipeline:
+    if isinstance(section, ImportedTeacher) and pipelines.is_pipeline(section):
         return dry_run_pipeline(section)
     if section.network is None:
         raise UserError(
@@ -109,15 +111,12 @@ def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
     """The denoiser and codec of a pipeline, from its folder or, without it, from `network`."""
     from diffusers import AutoencoderKL
 
-    from harness.networks.vp import Codec
-    from harness.teachers.pipelines import STABLE_DIFFUSION_VAE, PipelineFolder, fresh
-
-    network, vae = section.network, STABLE_DIFFUSION_VAE
+    network, vae = section.network, pipelines.STABLE_DIFFUSION_VAE
     if (folder := Path(section.source).expanduser()).exists():
-        pipeline = PipelineFolder(folder)
+        pipeline = pipelines.PipelineFolder(folder)
         network = {"type": pipeline.network_class} | pipeline.config(pipeline.network)
         vae = pipeline.config("vae")
-    teacher = fresh(network)
+    teacher = pipelines.build_pipeline_denoiser(network)
     teacher.codec = Codec(AutoencoderKL(**vae))
     return teacher
 

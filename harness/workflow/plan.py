@@ -15,6 +15,7 @@ from harness.config.schema import ImportedTeacher, Limit
 from harness.data.datasets import ON_DEVICE
 from harness.io.artifacts import read_json
 from harness.students.run import assemble
+from harness.teachers.pipelines import is_pipeline
 from harness.training.ledger import measure
 from harness.training.lora import parameter_count
 from harness.workflow.dry_run import DryRunTrainer, dry_run_inputs, dry_run_pipeline
@@ -151,7 +152,7 @@ def _embedding_sizes(experiment: Experiment) -> str:
     """The disk space of prompt embeddings, as sentences."""
     text = ""
     for name, section in experiment.teachers.items():
-        if isinstance(section, ImportedTeacher) and section.pipeline:
+        if isinstance(section, ImportedTeacher) and is_pipeline(section):
             with torch.device("meta"):
                 teacher = dry_run_pipeline(section)
             prompts = _prompts(experiment)

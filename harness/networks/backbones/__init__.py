@@ -1,0 +1,1 @@
+"""One file per backbone: its registration and its denoisers."""

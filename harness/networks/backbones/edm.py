@@ -1,0 +1,66 @@
+"""EDM's U-Nets as class-conditional denoisers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from harness.denoiser import EDMDenoiser
+from harness.networks.registry import BACKBONES, Backbone
+
+
+class OneHotDenoiser(EDMDenoiser):
+    """A `SongUNet` or `DhariwalUNet`, whose labels are one-hot vectors; zeros mean "no label".
+
+    `condition`: labels int64 `(B,)`, or vectors float `(B, num_classes)`.
+    """
+
+    @staticmethod
+    def backbone_arguments(
+        image_shape: tuple[int, int, int], num_classes: int, null: dict[str, Tensor] | None
+    ) -> dict:
+        channels, height, _ = image_shape
+        return {
+            "img_resolution": height,
+            "in_channels": channels,
+            "out_channels": channels,
+            "label_dim": num_classes,
+        }
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        config = self.backbone.config
+        return (config.in_channels, config.img_resolution, config.img_resolution)
+
+    @property
+    def augment_labels(self) -> int:
+        return self.backbone.config.augment_dim
+
+    def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
+        if not self.num_classes:
+            condition = None
+        elif not condition.is_floating_point():
+            condition = one_hot(condition, self.num_classes + 1)[:, :-1].float()
+        return self.backbone(x, c_noise, condition, **extras)
+
+
+@BACKBONES.register("SongUNet")
+class SongUNetBackbone(Backbone):
+    denoisers = (OneHotDenoiser,)
+
+    @staticmethod
+    def model_class() -> type[nn.Module]:
+        from harness.networks.edm_unet import SongUNet
+
+        return SongUNet
+
+
+@BACKBONES.register("DhariwalUNet")
+class DhariwalUNetBackbone(Backbone):
+    denoisers = (OneHotDenoiser,)
+
+    @staticmethod
+    def model_class() -> type[nn.Module]:
+        from harness.networks.edm_unet import DhariwalUNet
+
+        return DhariwalUNet

@@ -1,0 +1,53 @@
+"""diffusers' `PixArtTransformer2DModel` as a text-conditional denoiser, imported only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from harness.denoiser import Condition
+from harness.networks.registry import BACKBONES, Backbone, Pipeline, import_diffusers_model
+from harness.networks.vp import VPDenoiser
+
+
+class PixArtDenoiser(VPDenoiser):
+    """The `PixArtTransformer2DModel` of a `PixArtAlphaPipeline`.
+
+    The second half of the output channels, the learned variance, is dropped. The transformer for
+    images of 1024 pixels also takes their size and aspect ratio: those of a square of its own size.
+    """
+
+    PIXELS_PER_LATENT = 8  # along each side
+
+    @property
+    def text_width(self) -> int:
+        return self.backbone.config.caption_channels
+
+    def run_backbone(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.backbone.config.sample_size == 128:
+            height, width = (self.PIXELS_PER_LATENT * side for side in x.shape[-2:])
+            size["resolution"] = x.new_tensor([height, width]).repeat(len(x), 1)
+            size["aspect_ratio"] = x.new_tensor([height / width]).repeat(len(x), 1)
+        output = self.backbone(
+            x,
+            encoder_hidden_states=condition["embeddings"].to(x),
+            encoder_attention_mask=condition["mask"],
+            timestep=time,
+            added_cond_kwargs=size,
+        ).sample
+        return output[:, : x.shape[1]]
+
+
+@BACKBONES.register("PixArtTransformer2DModel")
+class PixArtBackbone(Backbone):
+    denoisers = (PixArtDenoiser,)
+    reads_text = True
+    pipeline = Pipeline(
+        "PixArtAlphaPipeline", folder="transformer", text_encoder="t5", tokens=120, masked=True
+    )
+
+    @staticmethod
+    def model_class() -> type[nn.Module]:
+        return import_diffusers_model(
+            "transformers.pixart_transformer_2d", "PixArtTransformer2DModel"
+        )
