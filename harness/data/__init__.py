@@ -1,1 +1,1 @@
-"""Data sets: reading them from their sources, splitting them, and loading what was prepared."""
+"""Data sets: a registry, one file for each of them, and the store of prepared images."""

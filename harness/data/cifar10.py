@@ -19,7 +19,7 @@ SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
 @DATASETS.register("cifar10")
 class Cifar10(TorchvisionSet):
-    name, dataset = "cifar10", "CIFAR10"
+    dataset = "CIFAR10"
     shape = (3, 32, 32)
     class_names = (
         *("airplane", "automobile", "bird", "cat", "deer"),

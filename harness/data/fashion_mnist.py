@@ -25,7 +25,7 @@ FILES = {
 
 @DATASETS.register("fashion-mnist")
 class FashionMnist(TorchvisionSet):
-    name, dataset = "fashion-mnist", "FashionMNIST"
+    dataset = "FashionMNIST"
     shape = (1, 28, 28)
     class_names = (
         *("t-shirt", "trouser", "pullover", "dress", "coat"),

@@ -24,7 +24,7 @@ from harness.config.schema import PROMPT_KEYS
 from harness.data.prompts import read_prompts
 from harness.data.registry import FILE_KEYS, FORMS, DataSource, split
 from harness.errors import UserError
-from harness.io.downloads import fetch, is_address
+from harness.io.downloads import fetch
 
 logger = logging.getLogger(__name__)
 INDEXES = ("dataset.json", "labels")
@@ -58,10 +58,7 @@ class ImageArchive(DataSource):
         return (self.section.num_classes or 0) if self.section.labels else 0
 
     def read(self):
-        section = self.section
-        path = Path(section.source).expanduser()
-        if is_address(section.source) or not path.is_dir():
-            path = fetch(section.source, section.sha256)
+        section, path = self.section, self.local_source()
         if section.prompts is None:
             pixels, labels, names = read_images(
                 path, section.labels, section.num_classes, section.resolution

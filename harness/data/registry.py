@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness.config.schema import DataSection
 from harness.errors import Problem, UserError, did_you_mean
+from harness.io.downloads import fetch
 from harness.registry import Registry
 from harness.streams import Stream
 
@@ -96,6 +97,11 @@ class DataSource:
     def captions(cls) -> tuple[tuple[str, ...], AttributeChecker] | None:
         """All captions, and their checker, of a text-to-image data set."""
         return None
+
+    def local_source(self) -> Path:
+        """The path of `data.source`; a URL is downloaded."""
+        path = Path(self.section.source).expanduser()
+        return path if path.is_dir() else fetch(self.section.source, self.section.sha256)
 
     def read(self) -> tuple[Images, Images, tuple[str, ...]]:
         """The training part, the held-out part and the class names."""

@@ -18,7 +18,6 @@ import torch
 from harness.data.registry import FILE_KEYS, DataSource, Images
 from harness.errors import UserError
 from harness.io.artifacts import load_tensors
-from harness.io.downloads import fetch, is_address
 
 # Images and labels of one part: uint8 (N, C, H, W) and (N,).
 Part = tuple[np.ndarray, np.ndarray]
@@ -33,9 +32,8 @@ class TorchvisionSet(DataSource):
 
     description = "a data set with a test set"
     keys = FILE_KEYS
-    name: ClassVar[str]
     hashes: ClassVar[tuple[str, str]]
-    dataset: ClassVar[str]  # class in torchvision.datasets
+    dataset: ClassVar[str]  # the class in torchvision.datasets
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -55,27 +53,22 @@ class TorchvisionSet(DataSource):
         raise NotImplementedError
 
     def read(self):
-        parts = self.read_parts(self._path())
+        path = self.local_source() if self.section.source else self._download()
+        parts = self.read_parts(path)
         train, test = (
             Images(torch.from_numpy(pixels), torch.from_numpy(labels).long() * self.section.labels)
             for pixels, labels in parts
         )
         return train, test, self.class_names if self.section.labels else ()
 
-    def _path(self) -> Path:
-        source = self.section.source
-        if source is None:
-            try:
-                return self.download()
-            except UserError as error:
-                raise UserError(
-                    f"could not download {self.name} ({error}); set data.source to a local copy",
-                    error.code,
-                ) from None
-        path = Path(source).expanduser()
-        if is_address(source) or not path.is_dir():
-            return fetch(source, self.section.sha256)
-        return path
+    def _download(self) -> Path:
+        try:
+            return self.download()
+        except UserError as error:
+            message = (
+                f"could not download {self.dataset} ({error}); set data.source to a local copy"
+            )
+            raise UserError(message, error.code) from None
 
     def read_parts(self, path: Path) -> tuple[Part, Part]:
         """The training and the test part from a converted folder or the official files."""
@@ -94,7 +87,7 @@ class TorchvisionSet(DataSource):
                     raise
                 except Exception as error:  # torchvision has no errors of its own
                     reason = str(error) or type(error).__name__
-                    message = f"{path}: {self.name} could not be read ({reason})"
+                    message = f"{path}: {self.dataset} could not be read ({reason})"
                     raise UserError(message, "damaged") from None
         self.verify(path, parts)
         return parts
@@ -120,5 +113,5 @@ class TorchvisionSet(DataSource):
             found = hashlib.sha256(np.ascontiguousarray(labels))
             found.update(np.ascontiguousarray(pixels))
             if found.hexdigest() != sha256:
-                message = f"{path}: these are not the {part} images of {cls.name}"
+                message = f"{path}: these are not the {part} images of {cls.dataset}"
                 raise UserError(message, "checksum")

@@ -1,1 +1,1 @@
-"""Files, locks, downloads and logging: everything that touches the disk or the terminal."""
+"""Files: atomic writes, typed records, tensor shards, downloads, locks and logging."""
