@@ -35,7 +35,7 @@ def test_the_digits_split_is_stratified_and_fixed(tmp_path):
     for part in (digits.train, digits.held_out):
         found.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
     assert found.hexdigest() == SHA256
-    assert data.prepare(DIGITS, tmp_path / "again")["sha256"] == record["sha256"] == digits.sha256
+    assert data.prepare(DIGITS, tmp_path / "again").sha256 == record.sha256 == digits.sha256
 
 
 SHA256 = "7b8339caaca356330e6634f4ead0d2e3cfae666fb07de1ee3883be5f7ccdf2fa"
@@ -159,7 +159,7 @@ def test_parts_too_small_for_the_metrics_are_rejected_before_writing(tmp_path):
             data.prepare(few, tmp_path, minimum)
         assert error.value.code == "too-few-images"
     assert not list(tmp_path.iterdir())
-    assert data.prepare(few, tmp_path, (6, 10))["held_out_images"] == 10
+    assert data.prepare(few, tmp_path, (6, 10)).held_out_images == 10
 
 
 def test_data_stage_checks_the_sizes_that_metrics_need(tiny, tmp_path, monkeypatch, capsys):

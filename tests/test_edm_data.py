@@ -19,6 +19,7 @@ from harness.data import image_archive
 from harness.data.registry import data_source, stratified_split
 from harness.errors import UserError
 from harness.evaluation.frechet import load_statistics
+from harness.io.records import DataRecord
 from harness.validation import parse_experiment
 from tests.test_config import problems, put
 
@@ -70,7 +71,7 @@ def test_images_and_labels_equal_the_files(tmp_path, kind, channels):
     source = write(tmp_path / kind, with_labels(named(pixels), LABELS))
     section = DataSection(name="small", source=str(source), held_out=0.25)
     record = data.prepare(section, tmp_path / "data")
-    assert record["image_shape"] == [channels, 4, 4]
+    assert record.image_shape == [channels, 4, 4]
     small = data.load(tmp_path / "data")
     assert small.class_names == ("0", "1", "2") and small.name == "small"
     train, held_out = stratified_split(torch.tensor(LABELS), 0.25)
@@ -271,10 +272,10 @@ def test_statistics_must_be_an_npz_file(tmp_path):
 def test_a_data_set_without_images(tmp_path):
     section = DataSection(name="cifar10", image_shape=(3, 32, 32), num_classes=10)
     record = data.prepare(section, tmp_path / "data")
-    assert json.loads((tmp_path / "data" / "data.json").read_text()) == record
+    assert DataRecord.read(tmp_path / "data" / "data.json") == record
     cifar = data.load(tmp_path / "data")
     assert cifar.image_shape == (3, 32, 32) and cifar.num_classes == 10
-    assert len(cifar.train) == len(cifar.held_out) == 0 and cifar.sha256 == record["sha256"]
+    assert len(cifar.train) == len(cifar.held_out) == 0 and cifar.sha256 == record.sha256
 
 
 # -- experiments --------------------------------------------------------------------------------

@@ -181,8 +181,8 @@ def test_fashion_mnist_is_read_with_and_without_compression(packed, tmp_path, mo
     monkeypatch.setattr(FashionMnist, "hashes", hashes(parts))
     section = DataSection(name="fashion-mnist", source=str(tmp_path))
     record = data.prepare(section, tmp_path / "made")
-    assert (record["train_images"], record["held_out_images"]) == (30, 10)
-    assert record["image_shape"] == [1, 28, 28] and record["class_names"][9] == "ankle boot"
+    assert (record.train_images, record.held_out_images) == (30, 10)
+    assert record.image_shape == [1, 28, 28] and record.class_names[9] == "ankle boot"
     found = data.load(tmp_path / "made")
     np.testing.assert_array_equal(found.held_out.pixels.numpy(), parts[1][0])
     np.testing.assert_array_equal(found.train.labels.numpy(), parts[0][1])

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.config.schema import DataSection
+from harness.config.schema import PROMPT_SETS, DataSection
 from harness.data.prompts import Prompts, prompts_of, read_prompts
 from harness.data.registry import DATASETS, AttributeChecker, DataSource, Images, data_source
 from harness.errors import UserError
-from harness.io.artifacts import digest, read_json, sha256_file, verify, write_json, write_text
+from harness.io.artifacts import digest, sha256_file, verify, write_text
 from harness.io.downloads import fetch
+from harness.io.records import DataRecord, PromptFile
 from harness.io.shards import TensorShards
 
 # Maximum bytes of a file of images, and of its header.
@@ -85,43 +86,42 @@ def check_sizes(dataset: Dataset, minimum: tuple[int, int]) -> None:
             )
 
 
-def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1)) -> dict:
+def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1)) -> DataRecord:
     """Read a data set, split it and write it to `folder`; returns the content of `data.json`.
     `minimum`: see `check_sizes`."""
     source = data_source(section)
-    texts = _copy_prompts(section, folder)
-    known = section.name in DATASETS and DATASETS[section.name] is type(source)
-    record = {"name": section.name, "registered": known}
+    prompts = _copy_prompts(section, folder)
     if section.has_images:
         train, held, class_names = source.read()
         check_sizes(Dataset(section.name, train, held, class_names, ""), minimum)
-        shape, images_sha256 = train.pixels.shape[1:], _write_images(folder, train, held)
+        shape, sha256 = train.pixels.shape[1:], _write_images(folder, train, held)
     else:
         train = held = ()
-        class_names, shape = map(str, range(source.num_classes)), section.image_shape
-        images_sha256 = ""
-    record |= {
-        "class_names": list(class_names),
-        "train_images": len(train),
-        "held_out_images": len(held),
-        "image_shape": list(shape),
-    }
-    images_sha256 = images_sha256 or digest(record)
-    record |= {"images_sha256": images_sha256, "sha256": images_sha256}
-    if texts:
-        record |= texts | {"sha256": digest([images_sha256, texts])}
-    write_json(folder / "data.json", record)
+        class_names, shape = tuple(map(str, range(source.num_classes))), section.image_shape
+        sha256 = digest([section.name, class_names, shape])
+    record = DataRecord(
+        name=section.name,
+        registered=section.name in DATASETS and DATASETS[section.name] is type(source),
+        class_names=list(class_names),
+        train_images=len(train),
+        held_out_images=len(held),
+        image_shape=list(shape),
+        images_sha256=sha256,
+        sha256=digest([sha256, {k: p.model_dump() for k, p in prompts.items()}]),
+        **prompts,
+    )
+    record.write(folder / "data.json")
     return record
 
 
-def _copy_prompts(section: DataSection, folder: Path) -> dict:
-    """Copy the prompt files next to the data; returns their entries in `data.json`."""
-    records = {}
+def _copy_prompts(section: DataSection, folder: Path) -> dict[str, PromptFile]:
+    """Copy the prompt files next to the data."""
+    copies = {}
     for key, (source, sha256) in section.prompt_files.items():
-        prompts = read_prompts(fetch(source, sha256))
-        write_text(folder / f"{key}.txt", "\n".join(prompts.texts) + "\n")
-        records[key] = {"prompts": len(prompts), "sha256": sha256_file(folder / f"{key}.txt")}
-    return records
+        prompts, path = read_prompts(fetch(source, sha256)), folder / f"{key}.txt"
+        write_text(path, "\n".join(prompts.texts) + "\n")
+        copies[key] = PromptFile(prompts=len(prompts), sha256=sha256_file(path))
+    return copies
 
 
 def _images(folder: Path) -> TensorShards:
@@ -145,37 +145,36 @@ def _write_images(folder: Path, train: Images, held: Images) -> str:
 
 def load(folder: Path, images: bool = True) -> Dataset:
     """Load what `prepare` wrote. Both parts are empty without images, or if `images` is False."""
-    record = read_json(folder / "data.json", owner=folder)
-    source = DATASETS[record["name"]] if record["registered"] else DataSource
-    if record["train_images"] and images:
+    record = DataRecord.read(folder / "data.json")
+    source = DATASETS[record.name] if record.registered else DataSource
+    if record.train_images and images:
         tensors = _images(folder).load()
         train, held = (
             Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"])
             for part in ("train", "held_out")
         )
     else:
-        empty = torch.empty(0, *record["image_shape"], dtype=torch.uint8)
+        empty = torch.empty(0, *record.image_shape, dtype=torch.uint8)
         train = held = Images(empty, torch.empty(0, dtype=torch.int64))
-    texts, attributes = {}, None
+    prompts, attributes = {}, None
     if captions := source.captions():
-        texts["prompts"], attributes = prompts_of(captions[0]), captions[1]
-    for key in ("prompts", "evaluation_prompts"):
-        if key in record:
-            path = folder / f"{key}.txt"
-            verify(path, record[key]["sha256"], owner=folder)
-            texts[key] = read_prompts(path, quiet=True)
-    if texts:
-        texts.setdefault("evaluation_prompts", texts["prompts"])
+        prompts["prompts"], attributes = prompts_of(captions[0]), captions[1]
+    for key in PROMPT_SETS:
+        if file := getattr(record, key):
+            verify(folder / f"{key}.txt", file.sha256, owner=folder)
+            prompts[key] = read_prompts(folder / f"{key}.txt", quiet=True)
+    if prompts:
+        prompts.setdefault("evaluation_prompts", prompts["prompts"])
     return Dataset(
-        name=record["name"],
+        name=record.name,
         train=train,
         held_out=held,
-        class_names=tuple(record["class_names"]),
-        sha256=record["sha256"],
+        class_names=tuple(record.class_names),
+        sha256=record.sha256,
         attributes=attributes,
-        images_sha256=record["images_sha256"],
+        images_sha256=record.images_sha256,
         caption_templates=source.caption_templates,
-        **texts,
+        **prompts,
     )
 
 

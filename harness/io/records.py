@@ -1,4 +1,4 @@
-"""Typed records: JSON files that describe finished students, teachers, feature networks and scores.
+"""Typed records: the JSON files that stages leave.
 
 A stage writes its record last, so its presence means that the stage is complete.
 """
@@ -187,6 +187,29 @@ class FeatureRecord(TrainingFacts):
     missing: dict[str, str] = {}
     held_out_accuracy: float | None = None
     aesthetic: dict[str, Any] | None = None
+
+
+class PromptFile(_Part):
+    """A copy of a prompt file. prompts: its number of lines."""
+
+    prompts: int
+    sha256: str
+
+
+class DataRecord(Record):
+    """`data.json`. registered: whether `name` is a registered data set. sha256: of images and
+    prompts; images_sha256: of the images, or of their shape and classes if there are none."""
+
+    name: str
+    registered: bool
+    class_names: list[str]
+    train_images: int
+    held_out_images: int
+    image_shape: list[int]
+    images_sha256: str
+    sha256: str
+    prompts: PromptFile | None = None
+    evaluation_prompts: PromptFile | None = None
 
 
 class ScoreRow(_Part):
