@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from harness.errors import UserError, did_you_mean
+from harness.io.artifacts import sha256_file
 
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -76,11 +77,10 @@ class Registry(Generic[T]):
             )
         return self._entries[name]
 
-    def plugin(self, name: str) -> Path | None:
-        """The plug-in file that registered an entry; None for entries of the repository."""
-        self[name]
-        source = self._sources[name]
-        return source if source in _plugins.values() else None
+    def plugin_sha256(self, name: str) -> str | None:
+        """Hash of the plug-in file that registered an entry; None for the repository's entries."""
+        source = self._sources[name] if name in self else None
+        return sha256_file(source) if source in _plugins.values() else None
 
 
 _plugins: dict[str, Path] = {}  # module name -> file

@@ -29,10 +29,12 @@ from harness.config.schema import (
     TrainingSection,
 )
 from harness.data import checks as data_checks
+from harness.data.registry import DATASETS
 from harness.errors import ConfigError, Problem, did_you_mean
 from harness.evaluation import checks as evaluation_checks
 from harness.features import checks as feature_checks
-from harness.features.base import settings_class
+from harness.features.base import FEATURES, settings_class
+from harness.networks.registry import BACKBONES
 from harness.registry import load_plugin
 from harness.reporting import checks as reporting_checks
 from harness.students import checks as student_checks
@@ -222,8 +224,14 @@ def _check(s: Sections, files: bool) -> list[Problem]:
 
 
 def _plugin_hashes(s: Sections) -> dict[str, str]:
-    """Hashes of the plug-in files that the data, feature networks and teachers depend on."""
-    return {}
+    """Hashes of the plug-in files that define the data set, feature networks and teachers."""
+    hashes = {"data": DATASETS.plugin_sha256(s.data.name)}
+    for name, settings in s.features.items():
+        hashes[f"features.{name}"] = FEATURES.plugin_sha256(settings.type)
+    for name, teacher in s.teachers.items():
+        kind = (teacher.network or {}).get("type", "")
+        hashes[f"teachers.{name}"] = BACKBONES.plugin_sha256(kind)
+    return {key: sha256 for key, sha256 in hashes.items() if sha256}
 
 
 def _resolve(s: Sections, raw: dict, results: Path) -> Experiment:

@@ -71,7 +71,7 @@ def test_report_counts_agreeing_quantities_and_names_others(tmp_path):
 
     rows = compare_with_libraries(*stub(tmp_path))
     experiment = load_experiment(DATA / "tiny.yaml", results=tmp_path)
-    folder = experiment.root / "tables"
+    folder = experiment.paths.tables
     folder.mkdir(parents=True)
 
     def text():

@@ -345,10 +345,13 @@ def test_workflow_watches_local_files_and_fingerprints_content(files, tiny):
     assert address.data_files() == []
     (files / "moved.zip").write_bytes((files / "set.zip").read_bytes())
     moved = experiment(source="moved.zip", sha256="0" * 64)
-    assert moved.data_spec() == address.data_spec()
-    assert moved.data_spec() != experiment(source="moved.zip", sha256="1" * 64).data_spec()
+    assert moved.data_fingerprint == address.data_fingerprint
     assert (
-        experiment(source="set").data_spec() != experiment(source="set", num_classes=3).data_spec()
+        moved.data_fingerprint != experiment(source="moved.zip", sha256="1" * 64).data_fingerprint
+    )
+    assert (
+        experiment(source="set").data_fingerprint
+        != experiment(source="set", num_classes=3).data_fingerprint
     )
 
 

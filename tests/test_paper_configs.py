@@ -77,7 +77,7 @@ def test_scaled_asks_who_wins_at_the_same_budget(name):
     ],
 )
 def test_settings_are_the_published_ones(name, student, expected):
-    config = load(name).method_config(student)
+    config = load(name).students[student].settings
     assert {key: getattr(config, key) for key in expected} == expected
 
 
@@ -118,7 +118,7 @@ def test_pairs_are_a_function_of_their_noise():
     experiment = load("imagenet64")
     (name,) = experiment.pair_sets
     assert experiment.teachers["adm"].sampler.s_churn == 40
-    sampler = experiment.pairs_spec(name)["sampler"]
+    sampler = experiment.pairs_fingerprint(name)["sampler"]
     assert (sampler["s_churn"], sampler["steps"]) == (0, 256)
 
 
@@ -255,9 +255,9 @@ def test_experiments_with_a_teacher_of_their_own(name):
     assert experiment.name == name
     assert len(experiment.evaluation.extractors) >= 2
     # What judges for GDD does not score.
-    assert set(experiment.requirements("gdd").backbones) <= {"tf_efficientnet_lite0"}
-    assert experiment.requirements("gdd").features not in experiment.evaluation.extractors
-    budgets = {str(experiment.budget_spec(student)) for student in experiment.students}
+    assert set(experiment.students["gdd"].requirements.backbones) <= {"tf_efficientnet_lite0"}
+    assert experiment.students["gdd"].requirements.features not in experiment.evaluation.extractors
+    budgets = {str(student.budget) for student in experiment.students.values()}
     assert len(budgets) == 1
     seeds = {"cifar10-small-fast": [0]}.get(name, [0, 1, 2])
     assert experiment.training.seeds == seeds

@@ -20,6 +20,7 @@ from harness.features.timm_backbones import (
 from harness.io.artifacts import save_tensors
 from harness.networks import save_denoiser
 from harness.streams import seeded
+from harness.students.inputs import fetch_pretrained
 from harness.students.run import describe
 from harness.validation import parse_experiment
 from methods.gdd import r1_penalty
@@ -283,7 +284,7 @@ def test_missing_weights_are_reported_in_one_line(unreachable, tiny):
         load_backbone("vgg16bn")
     tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0]}
     with pytest.raises(UserError, match=LITE0):
-        parse_experiment(tiny, "x").fetch_pretrained()
+        fetch_pretrained(parse_experiment(tiny, "x").students.values())
 
 
 def test_weights_are_read_from_the_cache(unreachable):
@@ -309,7 +310,7 @@ def test_weights_are_read_from_the_cache(unreachable):
 def test_record_names_the_backbones_and_their_pretraining(tiny):
     tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0, "vgg16_bn"]}
     experiment = parse_experiment(tiny, "x")
-    assert experiment.requirements("gdd").features is None
+    assert experiment.students["gdd"].requirements.features is None
     record = describe(experiment.student_run("gdd", 0))
     assert record["trained_against"] == ["timm/tf_efficientnet_lite0", "timm/vgg16_bn"]
     assert record["pretraining"] == ["imagenet-1k"]

@@ -20,7 +20,6 @@ from harness.config.jobs import (
     StudentRun,
     TeacherJob,
 )
-from harness.config.legacy import Legacy
 from harness.config.paths import Paths
 from harness.config.schema import (
     ClaimSection,
@@ -40,7 +39,7 @@ from harness.method import method_source
 
 
 @dataclass(frozen=True, eq=False)
-class Experiment(Legacy):
+class Experiment:
     """One experiment file, resolved.
 
     raw: the configuration after `extends` and overrides. plugin_hashes: sha256 of the plug-in file

@@ -8,7 +8,7 @@ from harness import __version__
 from harness.config.jobs import ReferenceScoring, Scoring
 from harness.data.datasets import Dataset
 from harness.evaluation.references import PublishedStatistics
-from harness.evaluation.registry import Metric, metric_names
+from harness.evaluation.registry import METRICS, Metric, metric_names
 from harness.features.base import FeatureExtractor
 
 QUANTISATION = "uint8: x * 127.5 + 128, clipped"
@@ -17,7 +17,8 @@ QUANTISATION = "uint8: x * 127.5 + 128, clipped"
 def fingerprint(scoring: Scoring) -> dict[str, Any]:
     """What decides the scores of a run, as a JSON-like value; a new metric changes it."""
     names = metric_names(settings for settings, _ in scoring.extractors.values())
-    return scoring.fingerprint | {"metrics": names}
+    metrics = {name: METRICS.plugin_sha256(name) for name in names}
+    return scoring.fingerprint | {"metrics": metrics}
 
 
 def reference_fingerprint(job: ReferenceScoring) -> dict[str, Any]:

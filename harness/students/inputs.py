@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from harness.config.jobs import StudentRun
+from harness.config.jobs import Student, StudentRun
 from harness.data import datasets
 from harness.data.datasets import Dataset
 from harness.denoiser import Condition, Denoiser
@@ -78,3 +78,15 @@ def load_inputs(run: StudentRun) -> Inputs:
         inputs.shared_machine = record.contended
         hashes["pairs"] = record.sha256
     return inputs
+
+
+def fetch_pretrained(students: Iterable[Student]) -> None:
+    """Download the pretrained networks that students require. Raises `UserError`."""
+    from harness.features.lpips import trunk_file
+    from harness.features.timm_backbones import weights_file
+
+    requirements = [student.requirements for student in students]
+    for name in sorted({name for needs in requirements for name in needs.backbones}):
+        weights_file(name)
+    if any(needs.lpips for needs in requirements):
+        trunk_file()

@@ -142,9 +142,9 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
     print(
         f"\nEach run ({len(experiment.training.seeds)} per student), at {tflops:g} TFLOP/s. Memory "
         "is an estimate for one GPU: float32 weights, gradients, Adam and EMA, tensors saved for "
-        f"backward passes, and teacher pairs. Real images (at most {ON_DEVICE / 2**30:g} GiB on the "
-        "device), the allocator and the kernels' workspaces come on top. `in 24 GB`: the largest "
-        "micro-batch that fits." + _embedding_sizes(experiment)
+        f"backward passes, and teacher pairs. Real images (at most {ON_DEVICE / 2**30:g} GiB on "
+        "the device), the allocator and the kernels' workspaces come on top. `in 24 GB`: the "
+        "largest micro-batch that fits." + _embedding_sizes(experiment)
     )
 
 

@@ -12,6 +12,7 @@ from snakemake.exceptions import WorkflowError
 from harness.method import method_source
 from harness.errors import UserError
 from harness.io.artifacts import canonical
+from harness.students.inputs import fetch_pretrained as fetch
 from harness.validation import load_experiment, load_snapshot
 from harness.workflow.machine import job_threads
 
@@ -57,7 +58,7 @@ wildcard_constraints:
 def fetch_pretrained():
     """Download the pretrained weights that students need."""
     try:
-        E.fetch_pretrained()
+        fetch(E.students.values())
     except UserError as error:
         raise WorkflowError(str(error)) from None
 
