@@ -208,7 +208,7 @@ class PretrainedExtractor(FeatureExtractor):
     """A feature network with published weights, frozen, with a fixed input size.
 
     A subclass gives `fetch`, `build`, `fill` and `outputs`; also `inputs`, unless a resize and a
-    normalisation are enough.
+    normalisation are enough, and `known_sha256`, if the hash is not a setting.
     """
 
     size: int  # height and width of the input
@@ -225,8 +225,17 @@ class PretrainedExtractor(FeatureExtractor):
 
     @classmethod
     def known_sha256(cls, settings: FeatureSettings) -> str | None:
-        """Hash that the weights must have, if the network's publisher or the settings give one."""
-        return None
+        """Hash that the weights must have, if it is known: by default a setting."""
+        return getattr(settings, "sha256", None)
+
+    @classmethod
+    def check(cls, name: str, settings: FeatureSettings, files: bool) -> list[Problem]:
+        if settings.weights is None:
+            return []
+        key, sha256 = f"features.{name}", cls.known_sha256(settings)
+        return source_problems(
+            f"{key}.weights", settings.weights, sha256, sha256_key=f"{key}.sha256", required=files
+        )
 
     @classmethod
     @abstractmethod
@@ -357,10 +366,3 @@ def fetch_from_hub(repository: str, file: str, instead: str) -> Path:
         raise UserError(
             f"could not download {file} of {repository} (Hugging Face); {instead}", "download"
         ) from None
-
-
-def check_weights(key: str, weights: str, sha256: str | None, files: bool) -> list[Problem]:
-    """Errors of the keys `weights` and `sha256` of a feature network's section `key`."""
-    return source_problems(
-        f"{key}.weights", weights, sha256, sha256_key=f"{key}.sha256", required=files
-    )

@@ -9,13 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from harness.data.datasets import Dataset
-from harness.errors import Problem
-from harness.features.base import (
-    FEATURES,
-    PretrainedExtractor,
-    PretrainedSettings,
-    check_weights,
-)
+from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
 from harness.features.timm_backbones import import_timm, load_weights
 from harness.io.downloads import fetch
 
@@ -42,14 +36,6 @@ class DINOv2Extractor(PretrainedExtractor):
     @classmethod
     def provides(cls, settings: Settings) -> frozenset[str]:
         return frozenset({"features", "fd"})
-
-    @classmethod
-    def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
-        return check_weights(f"features.{name}", settings.weights, settings.sha256, files)
-
-    @classmethod
-    def known_sha256(cls, settings: Settings) -> str | None:
-        return settings.sha256
 
     @classmethod
     def fetch(cls, settings: Settings) -> Path:

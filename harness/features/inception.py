@@ -14,13 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.data.datasets import Dataset
-from harness.errors import Problem, UserError
-from harness.features.base import (
-    FEATURES,
-    PretrainedExtractor,
-    PretrainedSettings,
-    check_weights,
-)
+from harness.errors import UserError
+from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
 from harness.io.downloads import fetch, load_pickled
 
 WEIGHTS = (
@@ -61,12 +56,6 @@ class InceptionExtractor(PretrainedExtractor):
         return frozenset({"features", "probabilities", "inception", f"fid-{settings.resize}"})
 
     @classmethod
-    def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
-        if settings.weights is None:
-            return []
-        return check_weights(f"features.{name}", settings.weights, SHA256, files)
-
-    @classmethod
     def known_sha256(cls, settings: Settings) -> str:
         return SHA256
 
@@ -76,7 +65,26 @@ class InceptionExtractor(PretrainedExtractor):
 
     @classmethod
     def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
-        return untrained()
+        """torch-fidelity's network for `inputs`; it returns features and logits without bias."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        class Network(FeatureExtractorInceptionV3):
+            def load_state_dict(self, state: dict, *args, **kwargs):
+                # The constructor loads the empty file below.
+                return super().load_state_dict(state, *args, **kwargs) if state else None
+
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                x = (x - 128) / 128
+                *layers, fc = self.children()  # in the order of the library's forward pass
+                for layer in layers:
+                    x = layer(x)
+                features = torch.flatten(x, 1)
+                return features, features.mm(fc.weight.T)
+
+        empty = io.BytesIO()
+        torch.save({}, empty)
+        empty.seek(0)
+        return Network("inception-v3-compat", ["2048", "logits_unbiased"], empty)
 
     @classmethod
     def fill(cls, network: nn.Module, path: Path) -> None:
@@ -101,30 +109,6 @@ class InceptionExtractor(PretrainedExtractor):
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         features, logits = self.network(x)
         return {"features": features, "probabilities": logits.softmax(dim=1)}
-
-
-def untrained() -> nn.Module:
-    """torch-fidelity's network with random weights. Its input is resized already: pixels from 0 to
-    255, `(B, 3, 299, 299)`. It returns features `(B, 2048)` and logits without bias `(B, 1008)`."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Network(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state: dict, *args, **kwargs):
-            # The constructor loads the empty file below.
-            return super().load_state_dict(state, *args, **kwargs) if state else None
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = (x - 128) / 128
-            *layers, fc = self.children()  # in the order of the library's forward pass
-            for layer in layers:
-                x = layer(x)
-            features = torch.flatten(x, 1)
-            return features, features.mm(fc.weight.T)
-
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    return Network("inception-v3-compat", ["2048", "logits_unbiased"], empty)
 
 
 def tensorflow_resize(pixels: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from harness.features.base import (
     RESIZE,
     PretrainedExtractor,
     PretrainedSettings,
-    check_weights,
     fetch_from_hub,
 )
 from harness.io.downloads import fetch
@@ -75,10 +74,9 @@ class OpenCLIPExtractor(PretrainedExtractor):
 
     @classmethod
     def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
-        key, problems = f"features.{name}", []
-        if settings.weights is not None:
-            problems += check_weights(key, settings.weights, settings.sha256, files)
-        elif settings.pretrained != "openai" or settings.model not in OPENAI:
+        key, problems = f"features.{name}", super().check(name, settings, files)
+        known = settings.pretrained == "openai" and settings.model in OPENAI
+        if settings.weights is None and not known:
             message = "missing; only OpenAI's weights are downloaded without a file or an address"
             problems.append(Problem(f"{key}.weights", "missing-key", message))
         if not name.startswith(settings.column):
@@ -88,10 +86,6 @@ class OpenCLIPExtractor(PretrainedExtractor):
             message = "LAION's heads need ViT-L-14-quickgelu with OpenAI's weights"
             problems.append(Problem(f"{key}.aesthetic", "unsupported", message))
         return problems
-
-    @classmethod
-    def known_sha256(cls, settings: Settings) -> str | None:
-        return settings.sha256
 
     @classmethod
     def fetch(cls, settings: Settings) -> Path:
