@@ -1,8 +1,9 @@
-"""EDM's augmentation of training images (Karras et al. 2022, appendix F.2), non-leaking by labels.
+"""EDM's augmentation of training images (Karras et al. 2022, appendix F.2).
 
-Each geometric change is applied with its own probability, and the network is told about all of them
-by nine numbers per image; zeros mean "not augmented". Written from the paper; images are resampled
-bicubically with reflected borders, where the paper's pipeline filters with wavelets.
+Each geometric transformation is applied with a probability. The network receives nine numbers per
+image that describe them (zeros: not augmented), so that augmentations do not leak into samples.
+Written from the paper; images are resampled bicubically with reflected borders, while the paper's
+pipeline uses wavelet filters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # octaves, octaves, image
 
 
 def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
-    """`(B, 3, 3)` from entries that are `(B,)` or numbers."""
+    """`(B, 3, 3)` from entries that are tensors `(B,)` or numbers."""
     return torch.stack(
         [torch.stack([like.new_zeros(len(like)) + entry for entry in row], -1) for row in rows], 1
     )
@@ -40,7 +41,7 @@ def edm_augment(context: Context, x: Tensor, probability: float) -> tuple[Tensor
 
     Labels: x-flip, y-flip, scale, cos - 1 and sin of the rotation, two of the anisotropic scaling,
     two of the translation. The x-flip is applied to half of all images, everything else with
-    `probability`. No gradient is needed to `x`.
+    `probability`.
     """
     uniform, normal = context.uniform("augment", (10,)), context.normal("augment_size", (4,))
     on = uniform[:, :5] < probability  # y-flip, scale, rotation, anisotropy, translation
@@ -48,13 +49,13 @@ def edm_augment(context: Context, x: Tensor, probability: float) -> tuple[Tensor
     flip_y = (uniform[:, 6] < 0.5).float() * on[:, 0]
     scale = normal[:, 0] * on[:, 1]
     angle = (2 * uniform[:, 7] - 1) * math.pi * on[:, 2]
-    # Along the image's own axes or, as often, along rotated ones.
+    # Half of the scalings are along the image's axes, half along rotated axes.
     aniso = normal[:, 1] * on[:, 3]
     direction = (2 * uniform[:, 8] - 1) * math.pi * (uniform[:, 9] < 0.5)
     shift = normal[:, 2:] * on[:, 4:]
 
-    # From an output position to where it is read: the inverses, in the order of application. With
-    # coordinates from -1 to 1 a shift by one image width is 2.
+    # Map output positions to input positions: the inverse transformations in order. Coordinates run
+    # from -1 to 1, so one image width is 2.
     factor, stretch = (-SCALE_STD * scale).exp2(), (-ANISO_STD * aniso).exp2()
     one = torch.ones_like(factor)
     matrix = _scale(1 - 2 * flip_x, 1 - 2 * flip_y)
@@ -66,5 +67,5 @@ def edm_augment(context: Context, x: Tensor, probability: float) -> tuple[Tensor
     labels = [flip_x, flip_y, scale, angle.cos() - 1, angle.sin()]
     labels += [aniso * direction.cos(), aniso * direction.sin(), shift[:, 0], shift[:, 1]]
     grid = affine_grid(matrix[:, :2].to(x.dtype), list(x.shape), align_corners=False)
-    moved = grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-    return moved, torch.stack(labels, dim=1)
+    out = grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return out, torch.stack(labels, dim=1)

@@ -1,4 +1,4 @@
-"""Noise levels: the grids and distributions that samplers and losses draw sigma from."""
+"""Noise levels: grids of samplers, and distributions and weights of losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def heun_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) 
 
 
 def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """EDM's training distribution (Karras et al. 2022, table 1), from standard normal numbers."""
+    """EDM's training distribution (Karras et al. 2022, table 1) of standard normal numbers."""
     return (normal * std + mean).exp()
 
 

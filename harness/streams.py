@@ -1,9 +1,9 @@
-"""Counter-based random numbers: a value depends on where it stands, not on when it is drawn.
+"""Counter-based random numbers: a value depends on its position, not on when it is drawn.
 
-A `Stream` is named by a seed and a path (say: evaluation, noise). Number k of sample i is
+A `Stream` is named by a seed and a path (such as evaluation, noise). Number k of sample i is
 Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") of the counter
-(k, i) under a key hashed from the name. So any batch size, any order, any number of processes and
-any resumed run sees the same numbers, and there is no generator state to save.
+(k, i), with a key hashed from the name. Numbers therefore do not depend on batch size, order,
+number of processes or interruptions, and there is no generator state to save.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]):
-    """Ten rounds of Philox-4x32: four int64 tensors holding 32-bit words -> four of the same."""
+    """Ten rounds of Philox-4x32 on four int64 tensors of 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -39,10 +39,10 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
 
 
 class Stream:
-    """Random numbers named by `seed` and `path`; every draw takes the sample indices it is for.
+    """Random numbers named by `seed` and `path`; each draw takes sample indices.
 
-    `index`: int64 `(B,)`; the result lies on its device. Normal values are computed in float64
-    and rounded to float32, so that devices agree to the last bit or nearly so.
+    `index`: int64 `(B,)`; the result is on its device. Normal values are computed in float64 and
+    rounded to float32, so that devices agree to the last bit or nearly so.
     """
 
     def __init__(self, seed: int | str, *path: str | int):
@@ -84,13 +84,13 @@ class Stream:
         return ((self._words(index, math.prod(shape)) * high) >> 32).view(-1, *shape)
 
 
-# The noise of teacher pairs, by the pair's number: an image alone needs to be kept of each.
+# The noise of teacher pairs by the number of the pair, so that only images need to be stored.
 PAIR_NOISE = Stream(0, "pairs")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Initial weights from `seed`, without touching the global generator otherwise."""
+    """Seed torch's global generator inside the block (for initial weights), and restore it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

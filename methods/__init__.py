@@ -1,1 +1,1 @@
-"""One file per algorithm, registered by its file name. Methods never import each other."""
+"""Distillation methods: one file per algorithm, named by its file."""

@@ -1,20 +1,19 @@
 """DMD: one-step diffusion with distribution matching distillation.
 
 Yin, Gharbi, Zhang, Shechtman, Durand, Freeman, Park 2024 (arXiv 2311.18828). The student follows
-the difference of two scores: the teacher's (of real data) and a fake score's, a denoiser trained
-all along on the student's own images (eq. 7, gradient normalised as in eq. 8), and it reproduces
-teacher pairs of noise and image. The training code was never released: this is a
-re-implementation from the paper.
+the difference of two scores: the teacher's, of real data, and the fake score's, a denoiser that is
+trained on the student's own images (eq. 7, normalised as in eq. 8). It also regresses teacher pairs
+of noise and image. The training code was not released; this is a re-implementation from the paper.
 
 Its ablations (table 2) are settings: `regression: none`, `distribution_matching: false` and
 `weighting`.
 
 Deviations:
-* LPIPS is the reference implementation's, version 0.1 (paper: PIQ's). `regression: l2` (mean
-  squared error per element) is for images that mean nothing to VGG.
-* The batch of images that the generator's phase uses serves the fake score too, as in the paper's
-  algorithm 1, but the fake score is updated first, so that both can share one forward pass.
-* EMA of the generator: the paper does not mention one.
+* LPIPS is the reference implementation, version 0.1 (paper: PIQ's). `regression: l2` (mean squared
+  error per element) is for images outside VGG's domain.
+* Generator and fake score use the same images, as in the paper's algorithm 1, but the fake score is
+  updated first, so that both share one forward pass.
+* EMA of the generator, which the paper does not mention.
 """
 
 from __future__ import annotations
@@ -32,27 +31,26 @@ from harness.method import Method, OptimizerConfig, Phase, Requirements, ours, p
 
 
 def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
-    """What the loss adds to ∂L/∂x, before averaging (eqs. 7 and 8): `(B, C, H, W)`, no graph.
+    """The gradient added to ∂L/∂x before averaging (eqs. 7 and 8): `(B, C, H, W)`, no graph.
 
-    `(x0_fake - x0_teacher) / mean_CHW |x - x0_teacher|`. In denoiser units the weight σ²/α of the
-    paper turns a difference of scores into this difference of denoised images.
+    `(x0_fake - x0_teacher) / mean_CHW |x - x0_teacher|`. The paper's weight σ²/α turns a difference
+    of scores into this difference of denoised images.
     """
     x, x0_teacher, x0_fake = x.detach(), x0_teacher.detach(), x0_fake.detach()
     return (x0_fake - x0_teacher) / (x - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
-# Powers of σ that the weightings by the noise level alone put before the difference of denoised
-# images: w α σ⁻² of eq. 7.
+# Powers of σ before the difference of denoised images: w α σ⁻² of eq. 7.
 POWERS = {"sigma/alpha": -1, "sigma^3/alpha": 1}
 
 
 def level_weighted_gradient(
     x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor, weighting: str
 ) -> Tensor:
-    """The same gradient with a weight of the noise level alone, one of the two that eq. 8 is
-    compared with (table 2, right): `(x0_fake - x0_teacher) / σ` for w = σ/α, `· σ` for w = σ³/α.
+    """The gradient with a weight of the noise level only, the alternatives to eq. 8 (table 2,
+    right): `(x0_fake - x0_teacher) / σ` for w = σ/α, `· σ` for w = σ³/α.
 
-    α = 1, since the noise is added as EDM's teachers know it: `x + σ n` (algorithm 2).
+    α = 1, because noise is added as `x + σ n` (algorithm 2).
     """
     return (x0_fake - x0_teacher).detach() * sigma.view(-1, 1, 1, 1) ** POWERS[weighting]
 
@@ -88,13 +86,13 @@ class DMD(FakeScoreMethod):
 
         @field_validator("distribution_matching")
         @classmethod
-        def _something_is_left(cls, matching: bool, info) -> bool:
+        def _some_loss_remains(cls, matching: bool, info) -> bool:
             if not matching and info.data.get("regression") == "none":
                 raise ValueError("must be true with regression: none")
             return matching
 
     def __init__(self, config: Config, teacher: Denoiser, features: nn.Module | None = None):
-        # A fake score is a second network: not even made where no loss asks for it.
+        # Without distribution matching there is no fake score, which saves a second network.
         if config.distribution_matching:
             super().__init__(config, teacher)
         else:
@@ -145,16 +143,15 @@ class DMD(FakeScoreMethod):
         return [fake, generator]
 
     def _bin(self, u: Tensor, low: float, high: float) -> Tensor:
-        """Noise level of a bin between two fractions of the time axis, both ends as likely as what
-        lies between."""
+        """Noise level of a bin between two fractions of the time axis, uniform over bins."""
         last = self.config.bins - 1
         first, steps = round(low * last), round(high * last) - round(low * last)
         bins = first + (u * (steps + 1)).floor().clamp_max(steps)
         return self.teacher.sigma_at(bins / last)
 
     def fake_sigma(self, context: Context) -> Tensor:
-        """Uniform over all bins; with the teacher's own weight: EDM's is the paper's
-        SNR + 1/σ_data², that of a pipeline which predicts noise the paper's SNR."""
+        """Uniform over all bins. The teacher's loss weight is the paper's: SNR + 1/σ_data² for EDM,
+        SNR for networks that predict noise."""
         return self._bin(context.uniform("sigma"), 0.0, 1.0)
 
     def generator_loss(self, context: Context) -> Tensor:
@@ -167,7 +164,7 @@ class DMD(FakeScoreMethod):
         return loss + c.regression_weight * self.regression(context)
 
     def distribution_matching(self, context: Context) -> Tensor:
-        """Its gradient is that of eq. 7 over the elements of a batch; its value means nothing."""
+        """A surrogate loss with the gradient of eq. 7 over the elements of a batch."""
         c, images = self.config, context.generated()
         sigma = self._bin(context.uniform("sigma"), c.t_min, c.t_max)
         noised = context.noised(images.x.detach(), sigma)
@@ -184,14 +181,14 @@ class DMD(FakeScoreMethod):
         return loss
 
     def regression(self, context: Context) -> Tensor:
-        """How far the student's images of the pairs' noise are from the teacher's."""
+        """Distance of student and teacher images from the same noise."""
         c = self.config
         z, target, condition = context.pairs()
-        made = one_step(context.networks["student"], z, condition, c.sigma_init)
+        x = one_step(context.networks["student"], z, condition, c.sigma_init)
         if c.regression == "lpips":
-            pixels = map(self.teacher.codec, (made, target))
+            pixels = map(self.teacher.codec, (x, target))
             regression = context.networks["lpips"](*pixels).mean()
         else:
-            regression = mse_loss(made, target)
+            regression = mse_loss(x, target)
         context.log("regression", regression)
         return regression

@@ -1,18 +1,18 @@
 """GDD and GDD-I: adversarial distillation that uses a diffusion model's innate one-step ability.
 
-Zheng and Yang 2024 (arXiv 2405.20750). The student starts from the teacher's weights, with a
-consistency model's preconditioning around them, and learns by a distribution-level loss alone: a
-GAN whose discriminator has heads on random mixtures of frozen pretrained features (Sauer et al.
-2021, projected GAN). GDD-I is this method with the student's option `freeze: innate`.
+Zheng and Yang 2024 (arXiv 2405.20750). The student starts from the teacher's weights under a
+consistency model's preconditioning, and learns by a distribution-level loss: a GAN whose
+discriminator has heads on random mixtures of frozen pretrained features (Sauer et al. 2021,
+projected GAN). GDD-I is this method with the student's option `freeze: innate`.
 
 Deviations:
 * The projected discriminator is written from its paper (`harness.features.projected`). Its heads
-  use GroupNorm and learn their class embeddings; the authors embed ImageNet's classes.
-* Where no pretrained backbone fits (8 x 8 digits), `features` names a feature network of the
-  experiment instead: two convolutions on each of its maps, no random mixing. It should not be one
-  that scores.
+  use GroupNorm and learn class embeddings; the authors embed ImageNet's classes.
+* For images without a suitable pretrained backbone (8 x 8 digits), `features` names a feature
+  network of the experiment: two convolutions on each of its maps, without random mixing. It should
+  not be used for scoring.
 * R1: the authors' adversarial terms are sums over the n = 64 images of one GPU, while R1 is a mean.
-  Here all are means, so the default is their gamma of 1e-4 divided by n.
+  Here all terms are means, so the default is their gamma of 1e-4 divided by n.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def generator_loss(logits: list[Tensor]) -> Tensor:
 
 
 def discriminator_loss(real_logits: list[Tensor], fake_logits: list[Tensor]) -> Tensor:
-    """Its opponent: real logits up, fake logits down; mean and sum as above."""
+    """Non-saturating loss that raises real logits and lowers fake ones; averaged as above."""
     real = sum(softplus(-head).mean() for head in real_logits)
     return real + sum(softplus(head).mean() for head in fake_logits)
 
 
 def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> Tensor:
-    """`gamma/2 ‖∂Σlogits/∂x‖²` per sample, `(B,)`, unaugmented images (Mescheder et al. 2018)."""
+    """`gamma/2 ‖∂Σlogits/∂x‖²` per sample, `(B,)`; images unaugmented (Mescheder et al. 2018)."""
     total = sum(head.sum() for head in real_logits)
     (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
     return gamma / 2 * gradient.square().sum(dim=(1, 2, 3))
 
 
 class FeatureDiscriminator(nn.Module):
-    """One head per map of a frozen feature network; a logit per position, conditioned on the class
-    or the text by projection (Miyato and Koyama 2018)."""
+    """One head per map of a frozen feature network, with a logit per position; conditioned on class
+    or text by projection (Miyato and Koyama 2018)."""
 
     def __init__(self, features: nn.Module, num_classes: int, width: int, text_width: int = 0):
         super().__init__()
@@ -107,18 +107,18 @@ class GDD(Method):
         @classmethod
         def _instead_of_backbones(cls, features: str | None, info) -> str | None:
             if features and info.data.get("backbones") != cls.model_fields["backbones"].default:
-                raise ValueError("takes the place of backbones: give one of the two")
+                raise ValueError("replaces backbones: set one of them only")
             return features
 
     def __init__(self, config: Config, teacher, features: nn.Module | None = None):
         super().__init__(config, teacher)
-        asked, width = (teacher.num_classes, config.width, teacher.text_width), config.width
+        sizes = (teacher.num_classes, config.width, teacher.text_width)
         if config.features:
             self.features = features
-            self.discriminator = FeatureDiscriminator(features, *asked)
+            self.discriminator = FeatureDiscriminator(features, *sizes)
         else:
-            self.features = ProjectedFeatures(features, width, config.resolution)
-            self.discriminator = ProjectedDiscriminator(self.features, *asked)
+            self.features = ProjectedFeatures(features, config.width, config.resolution)
+            self.discriminator = ProjectedDiscriminator(self.features, *sizes)
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
@@ -144,16 +144,15 @@ class GDD(Method):
 
     def phases(self) -> list[Phase]:
         c = self.config
-        # Lazy regularisation (Karras et al. 2020, StyleGAN2): one update in `r1_every` more, so
-        # the rate and the memory of Adam shrink by the same ratio.
+        # Lazy regularisation (Karras et al. 2020, StyleGAN2): the authors make one more update per
+        # `r1_every`; Adam's rate and betas are corrected by this ratio.
         ratio = c.r1_every / (c.r1_every + 1)
         lazy = OptimizerConfig(
             lr=c.discriminator_lr * ratio, betas=(c.betas[0] ** ratio, c.betas[1] ** ratio)
         )
+        adam = OptimizerConfig(lr=c.lr, betas=c.betas)
         return [
-            Phase(
-                "generator", "student", self.generator_loss, OptimizerConfig(lr=c.lr, betas=c.betas)
-            ),
+            Phase("generator", "student", self.generator_loss, adam),
             Phase(
                 "discriminator",
                 "discriminator",
@@ -166,13 +165,13 @@ class GDD(Method):
     def _regularised(self, step: int) -> bool:
         return self.config.r1_gamma > 0 and step > 0 and step % self.config.r1_every == 0
 
-    def _judge(self, context: Context, pixels: Tensor, condition: Condition) -> list[Tensor]:
+    def _logits(self, context: Context, pixels: Tensor, condition: Condition) -> list[Tensor]:
         return context.networks["discriminator"](context.networks["features"](pixels), condition)
 
     def generator_loss(self, context: Context) -> Tensor:
         images = context.generated("generator")
         pixels = self.teacher.codec(images.x)
-        return generator_loss(self._judge(context, pixels, images.condition))
+        return generator_loss(self._logits(context, pixels, images.condition))
 
     def discriminator_loss(self, context: Context) -> Tensor:
         c = self.config
@@ -182,10 +181,10 @@ class GDD(Method):
         if regularised:
             # A view: the operation counter cannot follow autograd.grad to a leaf.
             real = real.requires_grad_().view_as(real)
-        real_logits = self._judge(context, real, condition)
+        real_logits = self._logits(context, real, condition)
         with no_grad():
             pixels = self.teacher.codec(fake.x.detach())
-        fake_logits = self._judge(context, pixels, fake.condition)
+        fake_logits = self._logits(context, pixels, fake.condition)
         loss = discriminator_loss(real_logits, fake_logits)
         context.log("real_logit", sum(head.mean() for head in real_logits) / len(real_logits))
         context.log("fake_logit", sum(head.mean() for head in fake_logits) / len(fake_logits))

@@ -1,13 +1,13 @@
-"""Regression on a teacher's pairs: instance-level distillation, the baseline of all others.
+"""Regression on teacher pairs: instance-level distillation, the baseline of the other methods.
 
 Luhman and Luhman 2021, "Knowledge distillation in iterative generative models for improved sampling
-speed" (arXiv 2101.02388). The student repeats what a deterministic sampler of the teacher makes of
-the same noise, in squared error: image by image, where the other methods match distributions.
+speed" (arXiv 2101.02388). The student minimises the squared error to the images that a
+deterministic sampler of the teacher computes from the same noise.
 
 Deviations:
-* The settings are those of the other methods here: the paper's were not read.
-* The pairs come from EDM's sampler (paper: DDIM's, 100 steps; both are deterministic), and there is
-  a limited number of them, which the student sees again and again.
+* The settings are those of the other methods here, not the paper's.
+* The pairs come from EDM's sampler (paper: DDIM, 100 steps; both are deterministic). Their number
+  is limited, so that the student sees each pair many times.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Regression(Method):
         return Requirements(pairs=config.pairs, pair_steps=config.pair_steps)
 
     def frozen_networks(self) -> dict:
-        return {}  # the pairs are all that is used of the teacher
+        return {}  # the pairs replace the teacher
 
     def phases(self) -> list[Phase]:
         optimizer = OptimizerConfig(lr=self.config.lr, betas=self.config.betas)
@@ -46,5 +46,5 @@ class Regression(Method):
     def loss(self, context: Context) -> Tensor:
         """`mean |G(z, c) - x|²` over a batch and its elements, of pairs (z, c) -> x."""
         z, target, condition = context.pairs()
-        made = one_step(context.networks["student"], z, condition, self.config.sigma_init)
-        return mse_loss(made, target)
+        x = one_step(context.networks["student"], z, condition, self.config.sigma_init)
+        return mse_loss(x, target)

@@ -2,10 +2,9 @@
 
 Zhou, Zheng, Wang, Yin, Huang 2024 (arXiv 2404.04057). The student minimises a model-based Fisher
 divergence between the noised distributions of its images and of the data, estimated through two
-score identities; the gradient flows through the teacher and the fake score, whose weights it leaves
-alone.
-
-The fake score trains with EDM's dropout and augmentation, and is evaluated without them.
+score identities. The gradient flows through the teacher and the fake score to the student; their
+weights are constant in this phase. The fake score trains with EDM's dropout and augmentation and is
+evaluated without them.
 
 Deviations:
 * Augmented images are resampled bicubically (authors: EDM's wavelet filters).

@@ -1,15 +1,15 @@
 """SIM: one-step diffusion distillation through score implicit matching.
 
 Luo, Huang, Geng, Kolter, Qi 2024 (arXiv 2410.16794). The student minimises a score-based
-divergence `E d(s_fake - s_teacher)` through the score-gradient theorem, which needs no derivative
-of the fake score with respect to the student's weights. With the squared distance its loss is SiD's
-of α = 1, the normaliser apart; here `d` is the pseudo-Huber distance.
+divergence `E d(s_fake - s_teacher)` by the score-gradient theorem, without the derivative of the
+fake score with respect to the student's weights. With the squared distance the loss is SiD's at
+α = 1 up to the normaliser; here `d` is the pseudo-Huber distance.
 
 Deviations:
 * Only inference code was released, and no CIFAR-10 training setting was confirmed: a
   re-implementation in SiD's frame (noise levels, optimiser, EMA), whose settings are tagged `ours`.
-* `weight: one` is the plain divergence, whose gradient d' already has a bounded length; `sid`
-  divides each sample's loss as SiD does.
+* `weight: one` is the plain divergence, whose gradient d' has bounded length; `sid` divides each
+  sample's loss as SiD does.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,14 +60,6 @@ class RunningMeans(Mapping[str, Tensor]):
         }
 
 
-class TickLogger(Protocol):
-    """Takes one row of numbers per tick."""
-
-    def write(self, row: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class CsvLogger:
     """`train.csv`: one row per tick."""
 
@@ -103,104 +94,79 @@ class CsvLogger:
             with open(self._path, "a", newline="") as file:
                 csv.DictWriter(file, self._header).writerow(row)
 
-    def close(self) -> None:
-        pass
 
-
-class TensorBoardLogger:
+def tensorboard(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
     """TensorBoard events in the run's folder, against images."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, run: TrainingRun, images: int):
-        from torch.utils.tensorboard import SummaryWriter
+    # Events after `images` are dropped: they were written after the state that is resumed.
+    writer = SummaryWriter(run.folder / "tensorboard", purge_step=images + 1)
 
-        # Events after `images` are dropped: they were written after the state that is resumed.
-        self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=images + 1)
-
-    def write(self, row: dict[str, float]) -> None:
+    def write(row: dict[str, float]) -> None:
         for name, value in row.items():
-            self.writer.add_scalar(name, value, row["images"])
-        self.writer.flush()
+            writer.add_scalar(name, value, row["images"])
+        writer.flush()
 
-    def close(self) -> None:
-        self.writer.close()
+    return write, writer.close
 
 
-class WandbLogger:
+def wandb(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
     """A Weights & Biases run named after this run, against images; it continues on resume."""
+    import wandb
 
-    def __init__(self, run: TrainingRun, images: int):
-        import wandb
-
-        self.run = wandb.init(
-            project="onestep-harness",
-            id=run.run_id,
-            name=run.name,
-            dir=run.folder,
-            resume="allow",
-        )
-
-    def write(self, row: dict[str, float]) -> None:
-        self.run.log(row, step=row["images"])
-
-    def close(self) -> None:
-        self.run.finish()
+    target = wandb.init(
+        project="onestep-harness", id=run.run_id, name=run.name, dir=run.folder, resume="allow"
+    )
+    return lambda row: target.log(row, step=row["images"]), target.finish
 
 
-OPTIONAL = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+LOGGERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 class TrainingLog:
-    """All loggers of a run, and its progress."""
+    """All loggers of a run, and its progress; a context manager.
+
+    `step` and `images`: where the run starts or resumes.
+    """
 
     def __init__(self, run: TrainingRun, step: int, images: int):
-        self.loggers: list[TickLogger] = [CsvLogger(run.folder / "train.csv", step)]
+        self._exits, self._bar = contextlib.ExitStack(), None
+        self._writers = [CsvLogger(run.folder / "train.csv", step).write]
         for name in run.loop.loggers:
             if name == "csv":
                 continue
             try:
-                self.loggers.append(OPTIONAL[name](run, images))
+                write, close = LOGGERS[name](run, images)
             except ImportError:
                 raise UserError(
                     f"training.loggers: {name} is not installed: pip install -e '.[loggers]'",
                     "missing-package",
                 ) from None
-        self._bar = None
+            self._writers.append(write)
+            self._exits.callback(close)
         if run.loop.progress:
             from tqdm import tqdm
 
             layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
             self._bar = tqdm(total=1.0, desc=run.name, bar_format=layout)
+            self._exits.callback(self._bar.close)
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._exits.close()
 
     def write(self, row: dict[str, float], spent: float) -> None:
         """Log a tick; `spent`: the fraction of the budget."""
-        for target in self.loggers:
-            target.write(row)
+        for write in self._writers:
+            write(row)
         losses = " ".join(f"{k[5:]} {v:.4g}" for k, v in row.items() if k.startswith("loss/"))
         text = f"{row['images_per_second']:.0f} img/s, {losses}"
         if skipped := sum(v for k, v in row.items() if k.startswith("nonfinite/")):
             text += f", {skipped} non-finite"
-        if self._bar is not None:
+        if self._bar is None:
+            logger.info("%5.1f %%  %d images  %s", 100 * spent, row["images"], text)
+        else:
             self._bar.n = min(1.0, spent)
             self._bar.set_postfix_str(text)
-        else:
-            logger.info("%5.1f %%  %d images  %s", 100 * spent, row["images"], text)
-
-    def close(self) -> None:
-        for target in self.loggers:
-            target.close()
-        if self._bar is not None:
-            self._bar.close()
-
-
-@contextlib.contextmanager
-def open_log(
-    run: TrainingRun, step: int, images: int, enabled: bool = True
-) -> Iterator[TrainingLog | None]:
-    """The log of a run that starts after `step`; None where it is not `enabled` (processes other
-    than the first)."""
-    log = TrainingLog(run, step, images) if enabled else None
-    try:
-        yield log
-    finally:
-        if log is not None:
-            log.close()

@@ -10,6 +10,7 @@ continues a run, and any other change starts a new one beside it. A run's folder
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
@@ -19,11 +20,10 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, write_json
-from harness.io.logs import run_name
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
 from harness.training.distributed import processes
 from harness.training.ledger import UNITS, Ledger, peak_memory
-from harness.training.log import TrainingLog, open_log
+from harness.training.log import TrainingLog
 from harness.training.run import Outcome, TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
 
@@ -71,7 +71,8 @@ class TrainingLoop:
             )
         if state is not None and first:
             logger.info("resumed at %d images from %s", self.ledger.images, run.folder)
-        with open_log(run, self.trainer.iteration, self.ledger.images, enabled=first) as log:
+        start = self.trainer.iteration, self.ledger.images
+        with TrainingLog(run, *start) if first else contextlib.nullcontext() as log:
             self._train(log)
         return self._outcome(self.ledger.reached(run.budget), self.ledger, len(self.snapshots) - 1)
 
@@ -195,15 +196,14 @@ def train(make: Callable[[], TrainingRun]) -> Outcome:
     from the start, which gives the weights of that budget.
     """
     run = make()
-    with run_name(run.name):
-        try:
-            return TrainingLoop(Trainer(run)).fit()
-        except _Restart:
-            if processes().first:
-                logger.warning(
-                    "the saved state is beyond the shortened budget, and no snapshot lies at its "
-                    "end; training again from the start"
-                )
-                shutil.rmtree(run.folder)
-            processes().wait()
-            return TrainingLoop(Trainer(make())).fit()
+    try:
+        return TrainingLoop(Trainer(run)).fit()
+    except _Restart:
+        if processes().first:
+            logger.warning(
+                "the saved state is beyond the shortened budget, and no snapshot lies at its end; "
+                "training again from the start"
+            )
+            shutil.rmtree(run.folder)
+        processes().wait()
+        return TrainingLoop(Trainer(make())).fit()
