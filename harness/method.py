@@ -1,4 +1,4 @@
-"""What a method is: settings, the networks that it trains beside the student, and its phases.
+"""What a method is: settings, the networks that it trains with the student, and its phases.
 
 A method is one file `methods/<name>.py` with one subclass of `Method`, or such a class in a
 plug-in file under `@METHODS.register("<name>")`. It contains no loop and reads no file: the trainer
@@ -145,7 +145,7 @@ class Method:
         """Change the student, a copy of the teacher, in place before training."""
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks trained beside the student."""
+        """Networks that are trained in addition to the student."""
         return {}
 
     def frozen_networks(self) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""EDM's augmentations: what they do to images, and that the labels say it."""
+"""EDM's augmentations: images and labels."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from harness.augment import LABELS, edm_augment
 from harness.context import Context, TrainingData
 
 
-class Chosen(Context):
-    """A context whose draws are given."""
+class FixedDraws(Context):
+    """A context with given random numbers."""
 
     def __init__(self, uniform, normal):
         super().__init__({}, TrainingData((1, 8, 8), 10, 1.0), 0, 0, range(len(uniform)))
@@ -21,11 +21,11 @@ class Chosen(Context):
         return self._normal
 
 
-OFF = [1.0] * 5  # none of the five is drawn
+OFF = [1.0] * 5  # all five transformations off
 
 
 def augment(switches, flips, turns, sizes, x):
-    context = Chosen([[*switches, *flips, *turns, 0.0]] * len(x), [sizes] * len(x))
+    context = FixedDraws([[*switches, *flips, *turns, 0.0]] * len(x), [sizes] * len(x))
     return edm_augment(context, x, 0.5)
 
 
@@ -34,42 +34,42 @@ def x():
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_nothing_drawn_is_nothing_done(x):
+def test_no_transformation_keeps_the_image(x):
     same, labels = augment(OFF, [1, 1], [0.3, 0.7], [1, 2, 3, 4], x)
     torch.testing.assert_close(same, x, atol=1e-5, rtol=0)
     assert labels.shape == (2, LABELS) and not labels.any()
 
 
-def test_flips_turns_and_shifts_are_exact(x):
+def test_flips_rotations_and_shifts_are_exact(x):
     flipped, labels = augment([0.0, *OFF[1:]], [0, 0], [0.5, 0.5], [0, 0, 0, 0], x)
     torch.testing.assert_close(flipped, x.flip(2, 3), atol=1e-5, rtol=0)
     assert labels[0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
     # u = 0.75 is an angle of π/2.
-    turned, labels = augment([1, 1, 0.0, 1, 1], [1, 1], [0.75, 0.5], [0, 0, 0, 0], x)
+    rotated, labels = augment([1, 1, 0.0, 1, 1], [1, 1], [0.75, 0.5], [0, 0, 0, 0], x)
     torch.testing.assert_close(labels[0, 3:5], torch.tensor([-1.0, 1.0]), atol=1e-6, rtol=0)
     quarter = [x.rot90(k, (2, 3)) for k in (1, 3)]
-    assert min((turned - q).abs().max().item() for q in quarter) < 1e-5
+    assert min((rotated - q).abs().max().item() for q in quarter) < 1e-5
     # A shift of one standard deviation is an eighth of the width: one pixel of eight.
     shifted, labels = augment([1, 1, 1, 1, 0.0], [1, 1], [0.5, 0.5], [0, 0, 1, -1], x)
     torch.testing.assert_close(shifted[:, :, :-1, 1:], x[:, :, 1:, :-1], atol=1e-5, rtol=0)
     assert labels[0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, -1]
 
 
-def test_scaling_magnifies_by_its_label():
+def test_scaling_agrees_with_its_label():
     """A linear ramp magnified by 2^(0.2 a) has its slope divided by that; the centre stays."""
     ramp = torch.linspace(-1, 1, 16).view(1, 1, 1, 16).expand(1, 1, 16, 16)
     scaled, labels = augment([1, 0.0, 1, 1, 1], [1, 1], [0.5, 0.5], [2.0, 0, 0, 0], ramp)
     assert labels[0, 2] == 2
     inner = scaled[0, 0, 8, 6] - scaled[0, 0, 8, 9]
     assert inner / (ramp[0, 0, 8, 6] - ramp[0, 0, 8, 9]) == pytest.approx(2**-0.4, rel=0.04)
-    # Anisotropic along x (direction 0): the same ramp, but nothing changes along y.
+    # Anisotropic scaling along x (direction 0).
     wide, labels = augment([1, 1, 1, 0.0, 1], [1, 1], [0.5, 0.5], [0, 2.0, 0, 0], ramp)
     assert labels[0, 5:7].tolist() == pytest.approx([2, 0])
     inner = wide[0, 0, 8, 6] - wide[0, 0, 8, 9]
     assert inner / (ramp[0, 0, 8, 6] - ramp[0, 0, 8, 9]) == pytest.approx(2**-0.4, rel=0.04)
 
 
-def test_how_often_each_is_drawn():
+def test_transformations_have_the_given_probability():
     context = Context({}, TrainingData((1, 8, 8), 10, 1.0), 0, 0, range(4000))
     context.enter("fake_score", 0, False)
     _, labels = edm_augment(context, torch.zeros(4000, 1, 8, 8), 0.12)

@@ -1,4 +1,4 @@
-"""The methods' arithmetic against golden data of the authors' code and against closed forms."""
+"""Losses of the methods against golden values of the authors' code and against closed forms."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).abs().max() / reference.abs().max())
 
 
-def test_dmd_gradient_is_the_authors():
+def test_dmd_gradient_equals_the_authors():
     g = golden("dmd_gradient.npz")
     gradient = dmd_gradient(g["x"].requires_grad_(), g["x0_teacher"], g["x0_fake"])
     assert not gradient.requires_grad
@@ -35,7 +35,7 @@ def test_dmd_gradient_is_the_authors():
 
 
 @pytest.mark.parametrize("alpha", ["0.75", "1.0", "1.2"])
-def test_sid_loss_and_its_gradients_are_the_authors(alpha):
+def test_sid_loss_and_gradients_equal_the_authors(alpha):
     g = golden("sid_loss.npz")
     names = ("x", "x0_teacher", "x0_fake")
     inputs = [g[name].requires_grad_() for name in names]
@@ -46,8 +46,8 @@ def test_sid_loss_and_its_gradients_are_the_authors(alpha):
         assert relative_error(gradient, g[f"grad_{name}_alpha{alpha}"]) < 1e-5
 
 
-class Answers:
-    """A denoiser by a formula, at any noise level."""
+class FormulaDenoiser:
+    """A denoiser given by a formula, at any noise level."""
 
     def __init__(self, formula):
         self.formula = formula
@@ -59,9 +59,9 @@ class Answers:
         return self.formula(x)
 
 
-def test_regression_is_the_mean_square_of_what_a_linear_student_misses():
-    """A student that answers 2 z on pairs x = 3 z misses by z."""
-    context = SimpleNamespace(networks={"student": Answers(lambda x: 2 * x / 80.0)})
+def test_regression_is_the_mean_squared_error():
+    """A student 2 z on pairs x = 3 z has the error z."""
+    context = SimpleNamespace(networks={"student": FormulaDenoiser(lambda x: 2 * x / 80.0)})
     z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     context.pairs = lambda: (z, 3 * z, None)
     method = Regression(Regression.Config(), None)
@@ -72,7 +72,7 @@ def test_sid_weight_is_clipped_and_carries_no_gradient():
     x = torch.zeros(1, 1, 2, 2, requires_grad=True)
     fake = torch.ones(1, 1, 2, 2)
     loss = sid_loss(x, torch.zeros(1, 1, 2, 2), fake, alpha=1.0)
-    # difference -1, bracket (0 - 0) - (-1) = 1, so -1 per pixel, over the limit 1e-5
+    # Difference -1, bracket (0 - 0) - (-1) = 1: -1 per pixel, divided by the limit 1e-5.
     assert loss.item() == pytest.approx(-4 / 1e-5)
 
 
@@ -81,7 +81,7 @@ def draws(seed=0, shape=(4, 2, 3, 3)):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
 
 
-def test_sim_loss_is_its_formula():
+def test_sim_loss_equals_its_formula():
     x, teacher, fake = draws()
     sigma = torch.ones(4)
     expected = []
@@ -96,7 +96,7 @@ def test_sim_loss_is_its_formula():
         sim_loss(x, teacher, fake, sigma, 0.3, "two")
 
 
-def test_sim_with_large_c_is_sid_of_alpha_one():
+def test_sim_with_large_c_equals_sid_with_alpha_one():
     """For c -> ∞, c d'(y) -> y: the squared distance, whose loss is SiD's at α = 1 (w = 1):
     (T - F)·[(T - x) - (T - F)] = -y·(F - x)."""
     x, teacher, fake = draws(1)
@@ -114,7 +114,7 @@ def test_sim_gradient_flows_through_everything():
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, inputs))
 
 
-def test_all_score_losses_stop_where_teacher_and_fake_agree():
+def test_score_losses_vanish_where_teacher_and_fake_agree():
     x, teacher, _ = draws(3)
     assert dmd_gradient(x, teacher, teacher).abs().max() == 0
     same = teacher.clone().requires_grad_()
@@ -122,7 +122,7 @@ def test_all_score_losses_stop_where_teacher_and_fake_agree():
     assert sim_loss(x, teacher, same, torch.ones(4), 0.1, "one").abs().max() == 0
 
 
-def test_adversarial_losses_are_mean_over_positions_and_sum_over_heads():
+def test_adversarial_losses_average_positions_and_sum_heads():
     real = [torch.tensor([[1.0, -2.0]]), torch.tensor([[[3.0]]])]
     fake = [torch.tensor([[0.5, 0.0]]), torch.tensor([[[-1.0]]])]
     s = softplus
@@ -193,10 +193,8 @@ def test_dmd_gradient_times_its_normaliser_is_that_of_the_kl_divergence(a, b, si
 
 @pytest.mark.parametrize(("a", "b", "sigma"), POINTS)
 @pytest.mark.parametrize(("weighting", "power"), [("sigma/alpha", 1), ("sigma^3/alpha", 3)])
-def test_other_weightings_of_dmd_are_that_gradient_times_their_weight(
-    a, b, sigma, weighting, power
-):
-    """Eq. 7 with w = σ or σ³ (α = 1), which its ablation puts in the place of eq. 8."""
+def test_dmd_weightings_scale_the_gradient(a, b, sigma, weighting, power):
+    """Eq. 7 with w = σ or σ³ (α = 1), the ablation of eq. 8."""
     q = Quadrature(a, b, sigma)
     plain = dmd_gradient(q.x, q.teacher, q.fake) * q.normaliser.view(-1, 1, 1, 1) / sigma**2
     weighted = level_weighted_gradient(q.teacher, q.fake, q.sigma, weighting)
@@ -204,11 +202,11 @@ def test_other_weightings_of_dmd_are_that_gradient_times_their_weight(
     assert not weighted.requires_grad
 
 
-def test_dmd_without_distribution_matching_has_the_gradient_of_its_regression_alone():
+def test_dmd_without_distribution_matching_is_regression():
     """A student w z on pairs x = 3 z: λ mean (w z - 3 z)², so 2 λ (w - 3) mean z²."""
     w = torch.tensor(2.0, requires_grad=True)
     context = SimpleNamespace(log=lambda *_: None)
-    context.networks = {"student": Answers(lambda x: w * x / 80.0)}
+    context.networks = {"student": FormulaDenoiser(lambda x: w * x / 80.0)}
     z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     context.pairs = lambda: (z, 3 * z, None)
     config = DMD.Config(regression="l2", regression_weight=0.25, distribution_matching=False)
@@ -218,7 +216,7 @@ def test_dmd_without_distribution_matching_has_the_gradient_of_its_regression_al
 
 @pytest.mark.parametrize(("a", "b", "sigma"), POINTS)
 @pytest.mark.parametrize("c", [0.5, 2.0])
-def test_sim_has_the_gradient_of_its_divergence(a, b, sigma, c):
+def test_sim_gradient_equals_the_divergence_gradient(a, b, sigma, c):
     """E d(y), d pseudo-Huber, with the sampling law held fixed (score-gradient theorem)."""
     q = Quadrature(a, b, sigma)
     loss = sim_loss(q.x, q.teacher, q.fake, q.sigma, c, "one")
@@ -227,7 +225,7 @@ def test_sim_has_the_gradient_of_its_divergence(a, b, sigma, c):
 
 
 @pytest.mark.parametrize(("a", "b", "sigma"), POINTS)
-def test_sid_has_the_gradient_of_the_squared_distance(a, b, sigma):
+def test_sid_gradient_equals_the_squared_distance_gradient(a, b, sigma):
     """α = 1, w = 1: E y²/2 with the sampling law held fixed."""
     q = Quadrature(a, b, sigma)
     loss = sid_loss(q.x, q.teacher, q.fake, alpha=1.0) * q.normaliser.clamp_min(1e-5)
@@ -247,7 +245,7 @@ def test_all_gradients_vanish_at_the_teachers_distribution():
 
 @pytest.mark.parametrize("method", ["dmd", "sid", "sim"])
 def test_descent_with_exact_scores_reaches_the_teachers_distribution(method):
-    """Data N(1, 0.5²) and a linear student a z + b: from (0.2, -1) each loss leads to (±0.5, 1)."""
+    """Data N(1, 0.5²), a linear student a z + b: from (0.2, -1) each loss leads to (±0.5, 1)."""
     mean, std = 1.0, 0.5
     a = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     b = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
@@ -261,7 +259,7 @@ def test_descent_with_exact_scores_reaches_the_teachers_distribution(method):
         x = a * z + b
         noised = x + sigma * n
         teacher = gaussian_denoiser(noised, sigma, mean, std)
-        # The fake score knows the student's distribution, but its own parameters are constants.
+        # The fake score is exact for the student's distribution; its parameters are constants.
         fake = gaussian_denoiser(noised, sigma, b.detach(), a.detach().abs())
         if method == "dmd":
             loss = (dmd_gradient(x, teacher, fake) * x).mean()

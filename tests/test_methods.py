@@ -1,19 +1,26 @@
-"""Every method in methods/, on a tiny denoiser: contracts, costs, freezing."""
+"""Every method in methods/ on a tiny denoiser: registry, contract, costs, freezing."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+import methods.sid
 from harness.context import Context, TrainingData
 from harness.denoiser import clone_denoiser, one_step, to_pixels
+from harness.errors import UserError
+from harness.fake_score import FakeScoreMethod, ScoreConfig
 from harness.features.base import FeatureMaps
 from harness.features.classifiers import ResNet
 from harness.freezing import freeze
-from harness.method import METHODS
+from harness.method import METHODS, MethodConfig, TeacherFacts, method_source
 from harness.networks import build_denoiser
+from harness.registry import load_plugin
 from harness.schedules import edm_weight, karras_sigma
 from harness.streams import PAIR_NOISE
 from harness.training.loop import train
 from harness.training.run import LoopSettings, TrainingRun
+from methods._template import Template
 from tests.test_denoiser import tiny_denoiser
 
 PLAIN = {"augment": 0.0, "dropout": 0.0}
@@ -27,8 +34,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("name", "scale"), [("sid", 3 * 64), ("sim", 3 * 64), ("dmd", 1)])
-def test_the_fake_scores_loss_is_in_the_authors_units(name, scale):
-    """SiD's code sums over pixels, DMD's takes their mean; Adam's eps counts in these units."""
+def test_fake_score_loss_has_the_authors_scale(name, scale):
+    """SiD's code sums over pixels, DMD's averages; Adam's eps depends on the scale."""
     kind, teacher = METHODS[name], tiny_denoiser(channels=3)
     method = kind(kind.Config(**SETTINGS[name]), teacher)
     phase = next(phase for phase in method.phases() if phase.network == "fake_score")
@@ -37,16 +44,16 @@ def test_the_fake_scores_loss_is_in_the_authors_units(name, scale):
     context.enter("fake_score", 0, False)
     loss, images, sigma = phase.loss(context), context.generated(), method.fake_sigma(context)
     noised = context.noised(images.x, sigma)
-    missed = method.fake_score(noised, sigma, images.condition) - images.x
+    residual = method.fake_score(noised, sigma, images.condition) - images.x
     weight = edm_weight(sigma, teacher.sigma_data)
-    expected = scale * (weight * missed.square().mean(dim=(1, 2, 3))).mean()
+    expected = scale * (weight * residual.square().mean(dim=(1, 2, 3))).mean()
     torch.testing.assert_close(loss, expected)
 
 
 def run_method(
     name: str, folder, iterations=3, freezing="none", critic=None, channels=1, **settings
 ):
-    """Train a tiny denoiser with noise for images; `critic`: what GDD's discriminator sees by."""
+    """Train a tiny denoiser on random images. `critic`: the features of GDD's discriminator."""
     method_class = METHODS[name]
     config = method_class.Config(**({"batch": 8} | SETTINGS.get(name, {}) | settings))
     teacher = tiny_denoiser(channels=channels)
@@ -81,7 +88,7 @@ def run_method(
 
 
 @pytest.mark.parametrize("name", METHODS.names())
-def test_a_method_trains_its_networks_and_leaves_the_teacher_alone(name, tmp_path):
+def test_method_trains_its_networks_and_not_the_teacher(name, tmp_path):
     teacher = tiny_denoiser()
     outcome, run, used = run_method(name, tmp_path)
     assert all(n == 0 for n in outcome.nonfinite.values())
@@ -89,15 +96,14 @@ def test_a_method_trains_its_networks_and_leaves_the_teacher_alone(name, tmp_pat
         assert torch.equal(a, b)
     student = dict(run.networks["student"].named_parameters())
     moved = [n for n, p in teacher.named_parameters() if not torch.equal(p, student[n])]
-    # All of it but what the loss cannot reach: the row of the missing label, for instance, moves
-    # nowhere, but it is part of a table that does.
+    # The loss does not reach a few parameters, such as unused heads.
     assert len(moved) > 0.9 * len(student)
     for kind, network in run.networks.items():
         for parameter in network.parameters():
             assert parameter.isfinite().all(), kind
 
 
-# Images that pass each network in one iteration of n, as [forward, backward].
+# Passes per image and iteration of each network, as [forward, backward].
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [
@@ -111,31 +117,31 @@ def test_a_method_trains_its_networks_and_leaves_the_teacher_alone(name, tmp_pat
         ("gdd", {"r1_gamma": 0.0}, {"student": [2, 1], "features": [3, 1], "discriminator": [3, 3]}),
     ],
 )  # fmt: skip
-def test_passes_of_an_iteration(name, settings, expected, tmp_path):
+def test_passes_per_iteration(name, settings, expected, tmp_path):
     ledger = run_method(name, tmp_path, **settings)[0].ledger
     assert ledger.passes == {k: [24 * f, 24 * b] for k, (f, b) in expected.items()}
     assert ledger.images == 24
     assert ledger.generated == 24 * expected["student"][0]
 
 
-def test_r1_is_a_variant_of_its_phase_and_costs_more(tmp_path):
+def test_r1_is_a_separate_cost_variant(tmp_path):
     ledger = run_method("gdd", tmp_path, iterations=5)[0].ledger
     plain, regularised = ledger.costs["discriminator"], ledger.costs["discriminator/r1"]
     assert regularised.flops > plain.flops
-    # Steps 2 and 4 of 0 .. 4: not step 0.
+    # R1 runs at steps 2 and 4 of 0 .. 4.
     expected = 5 * ledger.costs["generator"].flops + 3 * plain.flops + 2 * regularised.flops
     assert ledger.flops == expected
 
 
 @pytest.mark.parametrize("name", ["gdd", "sid"])
-def test_frozen_parameters_keep_every_bit_and_the_others_move(name, tmp_path):
+def test_only_trainable_parameters_change(name, tmp_path):
     _, run, teacher = run_method(name, tmp_path, freezing="innate")
     for n, p in teacher.named_parameters():
-        mine = dict(run.networks["student"].named_parameters())[n]
-        assert torch.equal(p, mine) == (not mine.requires_grad) or "class_embedding" in n, n
+        own = dict(run.networks["student"].named_parameters())[n]
+        assert torch.equal(p, own) == (not own.requires_grad) or "class_embedding" in n, n
 
 
-def test_innate_freezes_convolutions_and_attention_outputs_inside_the_blocks():
+def test_innate_preset_freezes_convolutions_and_attention_outputs():
     network = build_denoiser(
         {
             "type": "UNet2DModel",
@@ -181,14 +187,56 @@ def test_innate_freezes_convolutions_and_attention_outputs_inside_the_blocks():
         freeze(torch.nn.Linear(2, 2), "innate")
 
 
-def test_dmds_bins_are_drawn_alike():
-    """Karras levels 20 to 979 of 0 to 999, the ends as often as the others."""
+def test_dmd_draws_noise_levels_uniformly_over_bins():
+    """Karras levels 20 to 979 of 0 to 999."""
     dmd = METHODS["dmd"]
     method = dmd(dmd.Config(regression="none"), tiny_denoiser())
     u = (torch.arange(960 * 8) + 0.5) / (960 * 8)
     levels = method._bin(torch.cat([u, torch.tensor([0.0, 1.0])]), 0.02, 0.98)
-    found, counts = levels[: len(u)].unique(return_counts=True)
-    assert len(found) == 960 and set(counts.tolist()) == {8}
+    bins, counts = levels[: len(u)].unique(return_counts=True)
+    assert len(bins) == 960 and set(counts.tolist()) == {8}
     ends = karras_sigma(torch.tensor([20 / 999, 979 / 999]))
     torch.testing.assert_close(levels[-2:], ends)
-    torch.testing.assert_close(torch.stack([found[0], found[-1]]), ends)
+    torch.testing.assert_close(torch.stack([bins[0], bins[-1]]), ends)
+
+
+PLUGIN = """
+from harness.method import METHODS
+from methods.sid import SiD, sid_loss
+
+@METHODS.register("sid-plugin")
+class Plugin(SiD):
+    paper = "a difference of SiD"
+"""
+
+
+def test_methods_come_from_files_and_plugins(tmp_path):
+    assert {"dmd", "sid"} <= set(METHODS) and "_template" not in METHODS
+    (path := tmp_path / "plugin.py").write_text(PLUGIN)
+    load_plugin(path)
+    assert "sid-plugin" in METHODS.names() and METHODS.plugin("sid-plugin") == path
+    assert METHODS.plugin("sid") is None
+    sid = Path(methods.sid.__file__)
+    assert method_source("sid-plugin") == (path, sid) and method_source("sid") == (sid,)
+    with pytest.raises(ValueError, match="already defined in methods/sid"):
+        METHODS.register("sid")(METHODS["sid-plugin"])
+    with pytest.raises(UserError) as error:
+        METHODS["sidd"]
+    assert error.value.code == "unknown-name"
+
+
+def test_template_trains(tmp_path):
+    METHODS.register("template")(Template)
+    outcome, _, _ = run_method("template", tmp_path)
+    assert outcome.ledger.images == 24 and not any(outcome.nonfinite.values())
+
+
+def test_guidance_needs_an_unconditional_score():
+    config, method = METHODS["sid"].Config(teacher_guidance=2.0), METHODS["sid"]
+    ((setting, code, _),) = method.check(config, TeacherFacts(unconditional=False))
+    assert (setting, code) == ("teacher_guidance", "unsupported")
+    assert not method.check(config, TeacherFacts())
+    assert not method.check(method.Config(), TeacherFacts(unconditional=False))
+    with pytest.raises(TypeError, match="ScoreConfig"):
+        type("Wrong", (FakeScoreMethod,), {"Config": MethodConfig})
+    assert issubclass(method.Config, ScoreConfig)

@@ -6,7 +6,7 @@ from harness.streams import Stream, philox_4x32
 
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
-    [  # known answers of the authors' Random123 library
+    [  # known answers from the authors' library Random123
         ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         (
             (0xFFFFFFFF,) * 4,
@@ -20,12 +20,12 @@ from harness.streams import Stream, philox_4x32
         ),
     ],
 )
-def test_philox_gives_the_published_answers(counter, key, expected):
+def test_philox_equals_published_values(counter, key, expected):
     words = philox_4x32(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(w) for w in words) == expected
 
 
-def test_a_number_depends_on_seed_path_and_index_alone():
+def test_values_depend_on_seed_path_and_index_only():
     stream, index = Stream(3, "evaluation"), torch.arange(40)
     whole = stream.normal(index, (1, 3, 5))
     assert torch.equal(whole[17:23], stream.normal(index[17:23], (1, 3, 5)))

@@ -137,9 +137,10 @@ class TrainingLog:
                 continue
             try:
                 write, close = LOGGERS[name](run, images)
-            except ImportError:
+            except ImportError as error:
                 raise UserError(
-                    f"training.loggers: {name} is not installed: pip install -e '.[loggers]'",
+                    f"training.loggers: {name} is not installed ({error}): "
+                    "pip install -e '.[loggers]'",
                     "missing-package",
                 ) from None
             self._writers.append(write)

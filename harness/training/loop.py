@@ -1,7 +1,7 @@
 """Train a run to the end of its budget: ticks, snapshots, checkpoints and exact resume.
 
 `run_id` hashes everything that decides the weights, except where the run stops. So a longer budget
-continues a run, and any other change starts a new one beside it. A run's folder holds
+continues a run, and any other change starts a new run. The folder of a run holds
 
     state.json, state-<step>.safetensors    the state to resume from
     snapshots/images-<n>/                   exported averaged weights, snapshot.json
@@ -151,7 +151,7 @@ class TrainingLoop:
 
     def _snapshot(self, grid: list[str], before: dict[str, float]) -> None:
         """Export the averaged weights. `grid`: units on whose grid this point lies; `before`: the
-        amounts one iteration earlier, which tell whether a budget ends exactly here."""
+        amounts one iteration earlier, which show whether a budget ends exactly here."""
         name, step = f"images-{self.ledger.images:09d}", self.trainer.iteration
         if any(other["name"] == name for other in self.snapshots):
             name += f"-step-{step}"  # iterations without an update of the student
