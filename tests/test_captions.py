@@ -185,11 +185,11 @@ def test_a_clip_reads_captions(tmp_path):
     assert encoder.truncated(texts) == 0 and encoder.truncated(["one two three " * 9]) == 1
     tokens = encoder.encode(texts[:5])["embeddings"]
     assert tokens.shape == (5, 16, 16)
-    # The last token of a text is what open_clip makes its embedding of.
+    # open_clip computes the embedding of a text from its last token.
     ends = clip.captions[:5, 0].argmax(dim=1)
     pooled = tokens[torch.arange(5), ends] @ clip.clip.text_projection
     assert torch.allclose(pooled, clip.clip.encode_text(clip.captions[:5, 0]), atol=1e-5)
-    # After it there is nothing but its like: the teacher reads no token that was never trained.
+    # The rest is padded with that token, so that the teacher reads only trained tokens.
     given = []
     handle = clip.clip.token_embedding.register_forward_hook(
         lambda _, args, out: given.append(args)
