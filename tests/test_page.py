@@ -129,7 +129,7 @@ def test_a_full_page_has_every_section(full):
     ]
     for text in (
         "1.10 ± 0.10", "1 of 1 quantities agree", "unavailable (no weights)", "▲ −0.5", "▼ +0.5",
-        "s1 minus s2", "−0.50 (−0.90 to −0.10)", "2.01 ± 0.02", "torch",
+        "s1 − s2", "−0.50 (−0.90 to −0.10)", "2.01 ± 0.02", "torch",
         "nearest of 1,438 training images in the features of tiny-cnn",
     ):  # fmt: skip
         assert text in content.words, text

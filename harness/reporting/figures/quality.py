@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -62,6 +64,16 @@ def curves(experiment: Experiment, table: pd.DataFrame, axis: str, column: str) 
     order = {name: i for i, name in enumerate(experiment.students)}
     result = result.sort_values("student", key=lambda names: names.map(order), kind="stable")
     return result[["student", "x", "mean", "low", "high"]].reset_index(drop=True)
+
+
+def per_training_seed(final: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One row per student and training seed: student, seed, value, stderr of the mean over the
+    sampling seeds, whose draws are independent."""
+    rows = final[(final.column == column) & (final.status == "ok")]
+    rows = rows.astype({"value": float, "stderr": float})
+    grouped = rows.groupby(["student", "seed"], dropna=False, sort=False)
+    errors = grouped.stderr.agg(lambda e: math.sqrt((e**2).sum(min_count=1)) / len(e))
+    return grouped.value.mean().to_frame().assign(stderr=errors).reset_index()
 
 
 def reference_lines(

@@ -6,25 +6,19 @@ from their tables in tables/, and their sections are left out if a table is miss
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
-import re
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pandas as pd
 import yaml
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
 from harness.evaluation.columns import column_name
 from harness.evaluation.registry import METRICS
 from harness.io.artifacts import write_text
-from harness.io.records import StudentRecord
 from harness.reporting.claims import multiplicity_note
 from harness.reporting.collect import (
     flatten,
@@ -34,15 +28,26 @@ from harness.reporting.collect import (
     student_record,
 )
 from harness.reporting.figures import health, quality, samples
-from harness.reporting.formatting import (
-    FLAGS,
-    MISSING,
-    flagged,
-    is_known,
-    number_text,
-    spread_text,
-)
+from harness.reporting.formatting import FLAGS, MISSING, is_known, number_text, spread_text
 from harness.reporting.page import charts
+from harness.reporting.page.cells import (
+    NUMBER,
+    cells,
+    code_spans,
+    difference_cell,
+    hash_code,
+    interval_texts,
+    is_numeric,
+    minus,
+    plural,
+    score_cell,
+    shortened,
+    spaced,
+    strip,
+    text_frame,
+    verdict_badge,
+    warning,
+)
 from harness.reporting.summary import Summary
 from harness.reporting.tables import text_table
 
@@ -54,8 +59,6 @@ TABLES = {
     "agreement": "quantity extractor library relative_difference agrees",
     "paper": "paper method metric reported reproduced",
 }
-NUMBER = re.compile(r"(tie )?[-−+]?\d")
-THUMBNAIL = 96  # pixels: larger sample images are scaled down
 PIXELATED = 32  # images up to this size are enlarged without smoothing
 
 
@@ -135,9 +138,9 @@ class Page:
         budget = ", ".join(f"{limit.amount:,.0f} {limit.unit}" for limit in e.training.budget)
         own = any(list(s.budget) != e.training.budget for s in e.students.values())
         return (
-            f"{_plural(len(e.students), 'one-step student')} of the teacher "
+            f"{plural(len(e.students), 'one-step student')} of the teacher "
             f"{' and '.join(e.teachers)}, trained for {budget}"
-            f"{' unless noted otherwise' * own} with {_plural(seeds, 'training seed')}, scored on "
+            f"{' unless noted otherwise' * own} with {plural(seeds, 'training seed')}, scored on "
             f"{e.evaluation.num_samples:,} samples in the features of "
             f"{' and '.join(e.evaluation.extractors)}."
         )
@@ -240,7 +243,7 @@ class Page:
         """One chart per extractor: the final score of each training seed."""
         drawn, names = [], list(self.experiment.students)
         for extractor, column in self.main.items():
-            rows = per_training_seed(self.final[self.final.column == column])
+            rows = quality.per_training_seed(self.final, column)
             students = rows[rows.student.isin(names)]
             if students.empty:
                 continue
@@ -346,26 +349,34 @@ class Page:
         logs = health.training_logs(self.experiment, self.table)
         if not any(logs.values()):
             return None
-        phases, rows, drawn = health.phases_of(logs), [], []
-        for student, seeds in logs.items():
-            for seed, log in seeds.items():
-                record = student_record(self.experiment, student, seed)
-                ledger, speed = record.ledger, log.images_per_second.median()
-                rows.append(
-                    {
-                        "student": student,
-                        "seed": seed,
-                        "images": number_text(log.images.iloc[-1] if len(log) else None, ",.0f"),
-                        "skipped steps (non-finite)": _warning(record),
-                        "images/s (median)": number_text(speed),
-                        "training, s": number_text(ledger.seconds, ",.0f"),
-                        "peak memory, GiB": number_text(ledger.peak_memory, ".2f", 2**30),
-                    }
-                )
-            for prefix in ("loss/", "grad_norm/") if seeds else ():
-                drawn.append(self._health_chart(student, seeds, phases, prefix))
-        legend = charts.phase_legend(phases)
-        return {"table": pd.DataFrame(rows), "charts": drawn, "legend": legend}
+        phases = health.phases_of(logs)
+        runs = [(student, seed, log) for student in logs for seed, log in logs[student].items()]
+        return {
+            "table": pd.DataFrame([self._run(*run) for run in runs]),
+            "legend": charts.phase_legend(phases),
+            "charts": [
+                self._health_chart(student, seeds, phases, prefix)
+                for student, seeds in logs.items()
+                for prefix in (("loss/", "grad_norm/") if seeds else ())
+            ],
+        }
+
+    def _run(self, student: str, seed: int, log: pd.DataFrame) -> dict[str, str]:
+        record = student_record(self.experiment, student, seed)
+        ledger, skipped = record.ledger, sum(record.skipped_steps.values())
+        return {
+            "student": student,
+            "seed": seed,
+            "stopped at": f"{record.stop.amount:,.0f} {record.stop.unit}",
+            "images": f"{ledger.images:,}",
+            "TFLOPs": number_text(ledger.flops, scale=1e12),
+            "skipped steps": warning(f"{skipped:,}") if skipped else "0",
+            "images/s": number_text(log.images_per_second.median()),
+            "seconds": f"{ledger.seconds:,.0f}",
+            "peak GiB": number_text(ledger.peak_memory, ".2f", 2**30),
+            "device": record.device,
+            "weights (sha256)": hash_code(record.sha256),
+        }
 
     def _health_chart(self, student: str, seeds: dict, phases: list[str], prefix: str) -> dict:
         log, title = health.tidy_log(seeds, prefix), health.PANELS[prefix]
@@ -399,18 +410,20 @@ class Page:
         table = self._read("claims")
         if table is None:
             return None
-        cards: dict[str, dict] = {}
-        for row in table.itertuples():
-            difference, bounds = interval_text(row)
-            text = f"{difference} ({bounds})" if bounds else difference or "no score"
-            card = cards.setdefault(row.claim, {"row": row, "results": []})
-            card["results"].append({"column": row.column, "text": text, "verdict": row.verdict})
         counts = [f"{count} {name}" for name, count in table.verdict.value_counts().items()]
-        return {
-            "cards": list(cards.values()),
-            "counts": ", ".join(counts),
-            "multiplicity": multiplicity_note(table),
-        }
+        rows = [
+            {
+                "claim": row.claim,
+                "verdict": verdict_badge(row.verdict),
+                "difference here": Markup("{} {}<small>{} − {}, {}</small>").format(
+                    *interval_texts(row), row.better, row.worse, row.column
+                ),
+                "reported": f"{row.reported} ({row.source})",
+            }
+            for row in table.itertuples()
+        ]
+        note = multiplicity_note(table)
+        return {"table": pd.DataFrame(rows), "counts": ", ".join(counts), "multiplicity": note}
 
     def pairwise(self) -> dict | None:
         table = self._read("pairwise")
@@ -423,22 +436,14 @@ class Page:
 
     def _matrix(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """Row minus column of every two students, with the verdict."""
-        cells, verdicts = {}, {"a better": ("better", "worse"), "b better": ("worse", "better")}
-        marks = {"better": "▲ ", "worse": "▼ ", "": ""}
+        names = list(dict.fromkeys([*pairs.a, *pairs.b]))
+        table = pd.DataFrame("", index=names, columns=names, dtype=object)
         for row in pairs.itertuples():
-            swapped = row._replace(
-                a=row.b, b=row.a, difference=-row.difference, low=-row.high, high=-row.low
-            )
-            kinds = verdicts.get(row.verdict, ("", ""))
-            for pair, kind in zip((row, swapped), kinds, strict=True):
-                text = Markup('<span class="{}">{}{}<small>{}</small></span>')
-                difference, bounds = interval_text(pair)
-                cells[pair.a, pair.b] = text.format(kind, marks[kind], difference, bounds)
-        present = {name for pair in cells for name in pair}
-        names = [name for name in self.experiment.students if name in present]
-        names += sorted(present - set(names))
-        rows = [[a, *(cells.get((a, b), "") for b in names)] for a in names]
-        return pd.DataFrame(rows, columns=["row − column", *names], dtype=object)
+            swapped = row._replace(difference=-row.difference, low=-row.high, high=-row.low)
+            is_better = {"a better": True, "b better": False}.get(row.verdict)
+            table.loc[row.a, row.b] = difference_cell(row, is_better)
+            table.loc[row.b, row.a] = difference_cell(swapped, is_better, swap=True)
+        return table.rename_axis("row − column").reset_index()
 
     def agreement(self) -> dict | None:
         table = self._read("agreement")
@@ -481,64 +486,41 @@ class Page:
             if hash_of.get(column) in self.manifest["protocols"]
         }
         frame = pd.DataFrame.from_dict(records, orient="index", dtype=object)
-        texts = frame.map(_short).where(frame.notna(), MISSING)
+        texts = frame.map(str).where(frame.notna(), MISSING)
         shared = [key for key in texts if texts[key].nunique() == 1]
         table = texts.drop(columns=[*shared, "metric", "extractor", "num_samples"], errors="ignore")
         settings = [key for key in table if key.startswith("settings.")]
+        names = [spaced(key.removeprefix("settings.")) for key in settings]
         joined = [
-            "; ".join(f"{_spaced(k[9:])} {v}" for k, v in row.items() if v != MISSING) or MISSING
-            for row in table[settings].to_dict("records")
+            "; ".join(f"{n} {v}" for n, v in zip(names, row, strict=True) if v != MISSING)
+            for row in table[settings].to_numpy()
         ]
-        table = table.drop(columns=settings).rename(columns=_spaced)
+        table = table.drop(columns=settings).map(shortened).rename(columns=spaced)
         table["settings"] = joined
-        table["protocol"] = [_code(hash_of[column]) for column in table.index]
+        table["protocol"] = [hash_code(hash_of[column]) for column in table.index]
         return {
             "general": general,
             "students": students,
-            "shared": {_spaced(key): frame[key].iloc[0] for key in shared},
+            "shared": {spaced(key): frame[key].iloc[0] for key in shared},
             "table": table.rename_axis("column").reset_index(),
-            "features": self._features_table(),
+            "features": self._features(),
         }
 
-    def _features_table(self) -> pd.DataFrame:
-        scoring = self.experiment.evaluation.extractors
+    def _features(self) -> pd.DataFrame:
         rows = [
             {
                 "network": name,
-                "role": "scores" if name in scoring else "trains students",
+                "role": "scores" if name in self.main else "trains students",
                 "held-out accuracy, %": number_text(record.get("held_out_accuracy"), scale=0.01),
-                "weights (sha256)": _code(record.get("sha256") or record.get("unavailable")),
+                "weights (sha256)": hash_code(record.get("sha256")),
             }
             for name, record in self.manifest["features"].items()
         ]
         return pd.DataFrame(rows)
 
-    def _runs_table(self) -> pd.DataFrame:
-        rows = []
-        for student, seed in self.experiment.runs:
-            scored = self.final[(self.final.student == student) & (self.final.seed == seed)]
-            failed = scored[scored.status != "ok"]
-            finished = (student, seed) in samples.scored_runs(self.table)
-            record = student_record(self.experiment, student, seed) if finished else None
-            stop, ledger = record and record.stop, record and record.ledger
-            rows.append(
-                {
-                    "student": student,
-                    "seed": seed,
-                    "status": "ok" if failed.empty else failed.status.iloc[0],
-                    "stopped at": f"{stop.amount:,.0f} {stop.unit}" if stop else MISSING,
-                    "images": number_text(ledger and ledger.images, ",.0f"),
-                    "TFLOPs": number_text(ledger and ledger.flops, scale=1e12),
-                    "seconds": number_text(ledger and ledger.seconds, ",.0f"),
-                    "device": record.device if record else MISSING,
-                    "weights (sha256)": _code(record and record.sha256),
-                }
-            )
-        return pd.DataFrame(rows)
-
     def provenance(self) -> dict:
         m = self.manifest
-        device = ", ".join(f"{_spaced(k)} {v}" for k, v in m["device"].items())
+        device = ", ".join(f"{spaced(k)} {v}" for k, v in m["device"].items())
         packages = ", ".join(f"{name} {v}" for name, v in m["packages"].items() if v)
         return {
             "facts": {
@@ -548,118 +530,6 @@ class Page:
                 "Device": device,
                 "Packages": packages,
             },
-            "runs": self._runs_table(),
             "configuration": yaml.safe_dump(m["config"], sort_keys=False, allow_unicode=True),
             "outputs": m["outputs"],
         }
-
-
-# -- texts ----------------------------------------------------------------------------------------
-
-
-def score_cell(row) -> str:
-    """A row of `Summary.scores`: mean ± std over training seeds, below it the sampling error."""
-    if row.status != "ok":
-        return row.status
-    text = flagged(minus(spread_text(row.mean, row.std)), row.flag)
-    error = row.sampling_std if is_known(row.sampling_std) else row.stderr
-    if text == MISSING or not is_known(error):
-        return text
-    error = format(error, ".1g" if error < 1 else ".3g")
-    return Markup("{}<small>± {}</small>").format(text, minus(error))
-
-
-def minus(text: str) -> str:
-    """A number's text with a typographic minus sign."""
-    return text.replace("-", "−")
-
-
-def code_spans(text: str) -> Markup:
-    """A note with its `code` marked up and all else escaped."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
-
-
-def cells(table: pd.DataFrame) -> list[list]:
-    return table.astype(object).to_numpy().tolist()
-
-
-def is_numeric(table: pd.DataFrame) -> list[bool]:
-    """For each column whether its first known text is a number."""
-    texts = [[str(v) for v in table.iloc[:, i] if v != MISSING] for i in range(table.shape[1])]
-    return [bool(column and NUMBER.match(column[0])) for column in texts]
-
-
-def text_frame(table: pd.DataFrame) -> pd.DataFrame:
-    """A CSV table as texts; empty columns are dropped."""
-
-    def text(value) -> str:
-        if not is_known(value):
-            return MISSING
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-    table = table.dropna(axis="columns", how="all").rename(columns=_spaced)
-    return table.astype(object).map(text)
-
-
-def interval_text(row) -> tuple[str, str]:
-    """A difference and its interval, rounded to the decimals that the interval's width supports."""
-    if not is_known(row.difference):
-        return "", ""
-    bounded = is_known(row.low) and is_known(row.high) and row.high > row.low
-    size = (row.high - row.low) / 2 if bounded else abs(row.difference) / 10
-    decimals = max(0, 1 - math.floor(math.log10(size))) if size else 2
-    form = f"+.{decimals}f" if decimals <= 6 else "+.1e"
-    bounds = [minus(format(bound, form)) for bound in (row.low, row.high) if is_known(bound)]
-    return minus(format(row.difference, form)), " to ".join(bounds)
-
-
-def per_training_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per student and training seed: student, seed, value, stderr of the mean over the
-    sampling seeds, whose draws are independent."""
-    rows = rows[rows.status == "ok"].astype({"value": float, "stderr": float})
-    grouped = rows.groupby(["student", "seed"], dropna=False, sort=False)
-    errors = grouped.stderr.agg(lambda e: math.sqrt((e**2).sum(min_count=1)) / len(e))
-    return grouped.value.mean().to_frame().assign(stderr=errors).reset_index()
-
-
-def strip(images: np.ndarray) -> str:
-    """Images `(N, C, H, W)` uint8 side by side as the data URL of a PNG with transparent gaps."""
-    from PIL import Image
-
-    count, _, height, width = images.shape
-    gap = max(1, width // 12)
-    canvas = np.zeros((height, count * (width + gap) - gap, 4), np.uint8)
-    for i, image in enumerate(images):
-        left = i * (width + gap)
-        canvas[:, left : left + width, :3] = image.transpose(1, 2, 0)  # grey fills three channels
-        canvas[:, left : left + width, 3] = 255
-    picture = Image.fromarray(canvas)
-    if height > THUMBNAIL:
-        size = (round(picture.width * THUMBNAIL / height), THUMBNAIL)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _spaced(key: str) -> str:
-    return str(key).replace("_", " ").replace(".", " ")
-
-
-def _short(value) -> str:
-    """A hash by its first digits, all else in full."""
-    text = str(value)
-    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
-
-
-def _code(value: str | None) -> Markup:
-    return Markup("<code>{}</code>").format(str(value)[:12]) if value else Markup(MISSING)
-
-
-def _warning(record: StudentRecord) -> Markup | str:
-    count = sum(record.skipped_steps.values())
-    return Markup('<span class="warning">{:,}</span>').format(count) if count else "0"
