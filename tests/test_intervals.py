@@ -39,7 +39,7 @@ def of_groups(groups: np.ndarray, shift: np.ndarray | float = 0.0) -> SeedScores
 
 
 def simulate(rng, training=3, sampling=3, own=0.5, between=0.2, shared=0.0, truth=0.0):
-    """Two students: the noise has a common effect and one of its own in each student (`own`); a
+    """Two students: the noise has a common effect and a separate one in each student (`own`); a
     training seed moves a whole run (`between`), and the other student's run `shared` times as far."""
     both = rng.standard_normal((1, sampling, 10))
     first = between * rng.standard_normal(training)
