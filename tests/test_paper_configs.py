@@ -90,7 +90,7 @@ def test_the_plan_counts_the_official_networks():
     sid = estimate(experiment, "sid")
     assert sid.parameters == sid.auxiliary == 55_733_891
     with torch.device("meta"):
-        inputs = dry_run_inputs(experiment, "sid", 2)
+        inputs = dry_run_inputs(replace(experiment, device_setting="meta"), "sid", 2)
         with torch.no_grad(), measure({}) as forward:
             inputs.teacher(torch.zeros(1, 3, 32, 32), torch.ones(1), None)
     # In units of a forward pass: student and fake score in their own updates need 3 each (forward,
