@@ -146,6 +146,7 @@ def test_set_dropout_changes_every_block(kind, initial):
     assert blocks and {block.dropout for block in blocks} == {0.3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
 def test_networks_compile_without_a_graph_break(name):
     """In training mode, with dropout and bfloat16 autocast."""

@@ -30,6 +30,7 @@ def both(tmp_path_factory):
     return (one, losses), (two, json.loads((two / "losses.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", STUDENTS)
 def test_losses_do_not_depend_on_the_number_of_processes(both, student):
     (_, one), (_, two) = both
@@ -43,12 +44,14 @@ def test_losses_do_not_depend_on_the_number_of_processes(both, student):
     assert two_costs == one_costs  # operations and passes, summed over processes
 
 
+@pytest.mark.slow
 def test_processes_agree_on_the_first_process_value(both):
     (one, _), (two, _) = both
     assert [p.read_text() for p in one.glob("agreed*")] == ["7.5"]
     assert [p.read_text() for p in two.glob("agreed*")] == ["7.5", "7.5"]
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_bytes(both):
     a, b = (torch.load(folder / "images.pt", weights_only=True) for folder, _ in both)
     assert len(a[0]) == 600
