@@ -3,9 +3,6 @@
 The published weights are not available here, so no number is an FID.
 """
 
-import json
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -16,18 +13,15 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.evaluation import references
 from harness.evaluation.accumulate import FeatureAccumulator
-from harness.evaluation.agreement import write_images
 from harness.evaluation.feature_set import FeatureSet, Reference
-from harness.evaluation.folder import score_folder
-from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
+from harness.evaluation.frechet import frechet_distance, gaussian_statistics
 from harness.evaluation.registry import METRICS
-from harness.evaluation.sample_stream import SampleSource
 from harness.evaluation.scorer import Scorer
 from harness.features import base, inception
 from harness.features.base import parse_settings
 from harness.features.classifiers import PlainCNN
 from harness.features.inception import InceptionExtractor
-from harness.io.artifacts import save_tensors, sha256_file
+from harness.io.artifacts import save_tensors
 from harness.io.records import FeatureRecord, ScoreRow
 from harness.validation import parse_experiment
 
@@ -264,60 +258,6 @@ def test_each_resize_has_its_own_column(tiny, available, resize):
     assert "clean-fid" in protocol["resize"] and "torch-fidelity" in protocol["library"]
 
 
-def test_statistics_of_a_large_reference_are_complete_and_its_features_drawn(
-    available, monkeypatch
-):
-    whole = rows_of(Scorer(available().scoring()), [359])
-    monkeypatch.setattr(references, "PAIRWISE_LIMIT", 100)
-    for name in SHARED:
-        monkeypatch.setitem(METRICS._entries, name, replace(METRICS[name], limit=100))
-    scorer = Scorer(available().scoring())
-    assert len(scorer.references["inception"].features) == 100
-    rows = rows_of(scorer, [359, 120])
-    assert {n for m, _, n in rows if m in SHARED} == {100}
-    for key in (("fd", "tiny-cnn", 359), ("fid-edm", "inception", 359)):
-        assert rows[key].value == pytest.approx(whole[key].value, rel=1e-6)
-        assert "reference_draw" not in scorer.protocols[rows[key].protocol]
-    limited = scorer.protocols[rows["kd", "inception", 100].protocol]
-    assert "100 images" in limited["reference_draw"]
-
-
-def test_published_statistics_are_the_reference_of_the_fid_only(available, tmp_path):
-    training = rows_of(Scorer(available().scoring()), [359])
-    path = tmp_path / "statistics.npz"
-    np.savez(path, mu=np.ones(6), sigma=np.eye(6, dtype=np.float32))
-    scorer = Scorer(available(statistics=str(path)).scoring())
-    rows = rows_of(scorer, [359])
-    for key, row in rows.items():
-        affected = key[0] in ("fid-edm", "fd-inf") and key[1] == "inception"
-        assert (row == training[key]) == (not affected)
-    held_out = gaussian_statistics(features_of(scorer.dataset.held_out.pixels))
-    row = rows["fid-edm", "inception", 359]
-    expected = frechet_distance(*held_out, *load_statistics(path))
-    assert row.value == pytest.approx(expected, rel=1e-6)
-    protocol = scorer.protocols[row.protocol]
-    assert protocol["reference"] == "digits-statistics"
-    assert protocol["reference_sha256"] == sha256_file(path)
-
-
-def test_student_trained_on_imagenet_features_is_flagged(available):
-    scorer = Scorer(available().scoring())
-    against = {"trained_against": ["timm/tf_efficientnet_lite0"], "pretraining": ["imagenet-1k"]}
-    rows = rows_of(scorer, [359], **against).values()
-    assert {row.flag for row in rows if row.extractor == "inception"} == {"shares-pretraining"}
-    assert {row.flag for row in rows if row.extractor == "tiny-cnn"} == {""}
-
-
-def test_folder_with_too_few_images_is_refused(available, tmp_path):
-    scoring = available().scoring()
-    write_images(images(9, 1, 8), tmp_path / "few")
-    entries = [[f"{i:06d}.png", 0] for i in range(9)]
-    (tmp_path / "few" / "dataset.json").write_text(json.dumps({"labels": entries}))
-    with pytest.raises(UserError) as error:
-        score_folder(scoring, tmp_path / "few")
-    assert error.value.code == "too-few"
-
-
 def test_missing_weights_leave_rows_without_values(scored):
     experiment = scored()
     record = FeatureRecord.read(experiment.paths.features("inception") / "features.json")
@@ -332,22 +272,3 @@ def test_missing_weights_leave_rows_without_values(scored):
     assert metrics == {"fid-edm", "fd-inf", "inception-score", *SHARED}
     protocol = scorer.protocols[rows["fid-edm", "inception", 359].protocol]
     assert protocol["extractor_sha256"] == {"weights": inception.SHA256}
-
-
-def test_numbers_that_are_not_finite_are_errors(available, tmp_path, capsys):
-    scorer = Scorer(available().scoring())
-    held_out = scorer.dataset.held_out
-    few = [(held_out.pixels[:5], held_out.labels[:5])]
-    for _ in range(2):
-        scorer.score(few, [5])
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "mostly bias" in line]
-    assert len(warnings) == 2 and "inception" in warnings[-1]  # once per extractor
-    source = SampleSource(lambda z, *_: z * torch.nan, (1, 8, 8), nn.Identity(), None)
-    with pytest.raises(UserError) as error:
-        next(iter(scorer.stream(source, 0, tmp_path / "parts")))
-    assert error.value.code == "not-finite"
-    cnn = next(e for e in scorer.extractors if e.name == "tiny-cnn")
-    cnn.network.hidden.weight.data.fill_(torch.nan)
-    with pytest.raises(UserError, match="tiny-cnn") as error:
-        scorer.score(few, [5])
-    assert error.value.code == "not-finite"

@@ -239,14 +239,6 @@ def test_snapshots_before_the_last_skip_slow_metrics(scoring):
     assert metrics_of(rows, "cnn") == {"fd", "accuracy", "kd", "precision", "recall"}
 
 
-@pytest.mark.parametrize("resize", ["clean", "legacy-tensorflow"])
-def test_each_resize_has_its_own_fid(scoring, resize):
-    types = {"resized": {"type": "inception", "resize": resize}}
-    rows = score_held_out(Scorer(scoring(types))).rows
-    names = metrics_of(rows, "resized")
-    assert f"fid-{resize}" in names and not {"fid-edm", "fd"} & names
-
-
 def test_samples_are_scored_at_the_main_and_the_floors_size(scoring):
     scorer = Scorer(scoring(num_samples=800))
     assert scorer.counts == [800, 359]
@@ -459,6 +451,7 @@ def test_a_metric_of_a_new_output_is_one_file(tmp_path, metrics):
     metric = METRICS["brightness"]
     assert metric.applies_to({"features", "brightness"}) and not metric.applies_to({"features"})
     assert METRICS.plugin("brightness") == file and METRICS.plugin("fd") is None
+    assert METRICS.plugin_sha256("brightness") and METRICS.plugin_sha256("fd") is None
     accumulator, pixels = FeatureAccumulator([Extractor()]), torch.full((20, 1, 4, 4), 7).byte()
     accumulator.add(pixels, None)
     features = accumulator.feature_set("stub", Reference(None), 3)
