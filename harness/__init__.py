@@ -2,14 +2,14 @@
 
 __version__ = "0.1.0"
 
-# Part of everything that decides results: raise it when a change of code changes them, and finished
-# runs are made again instead of being compared with new ones.
+# Part of all fingerprints. Raise it when a change of code changes results: finished runs are then
+# repeated instead of compared with new ones.
 RESULTS_FORMAT = 3
-# The same of scores, and the form of their files: these are made again, and nothing is trained.
+# The same for scores and the format of their files: everything is scored again, nothing retrained.
 SCORES_FORMAT = 5
 
-# Looked up here by users, and by diffusers where it loads a pipeline's parts.
-_HOMES = {
+# Public classes, which diffusers also looks up here when it loads an exported pipeline.
+_MODULES = {
     "OneStepPipeline": "harness.students.export",
     "SongUNet": "harness.networks.edm_unet",
     "DhariwalUNet": "harness.networks.edm_unet",
@@ -18,9 +18,9 @@ _HOMES = {
 
 
 def __getattr__(name: str):
-    """Imported when asked for: their libraries take seconds."""
-    if name not in _HOMES:
+    """Import public classes on first use: their libraries take seconds to import."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""A text-to-image pipeline of diffusers as a teacher, through all stages, and back as a pipeline."""
+"""A diffusers text-to-image pipeline as a teacher, through all stages, and its exported students."""
 
 import json
 import shutil
@@ -61,8 +61,8 @@ def stage(*arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder where every stage has run."""
+def project(tmp_path_factory):
+    """A folder in which every stage has run."""
     root = tmp_path_factory.mktemp("pictures")
     pipelines.stable_diffusion().save_pretrained(root / "sd")
     (root / "sd" / "README.md").write_text("---\nlicense: openrail\n---\n")
@@ -77,7 +77,7 @@ def made(tmp_path_factory):
     (root / "pictures.yaml").write_text(EXPERIMENT)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        # The published weights are not here: a tiny CLIP in their place.
+        # A tiny CLIP instead of the published weights.
         patch.setattr(open_clip, "create_model", tiny_clip)
         torch.manual_seed(0)
         save_file(tiny_clip().state_dict(), "clip.safetensors")
@@ -94,25 +94,25 @@ def made(tmp_path_factory):
         yield root
 
 
-def test_a_pipeline_becomes_a_teacher(made):
-    folder = made / "results" / "pictures" / "teachers" / "sd"
+def test_imported_teacher_matches_the_pipeline(project):
+    folder = project / "results" / "pictures" / "teachers" / "sd"
     record = read_json(folder / "teacher.json")
     assert record["imported"]["pipeline"] == "StableDiffusionPipeline"
     assert "evaluation_text" not in record and record["text"]["folder"].startswith("text/")
-    pipe = StableDiffusionPipeline.from_pretrained(made / "sd", safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(project / "sd", safety_checker=None)
     codec, embeddings = load_codec(folder), load_embeddings(folder)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        theirs = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-        assert torch.equal(codec(latents), theirs)
-        said, _ = pipe.encode_prompt(PROMPTS[3], "cpu", 1, False)
-    found = embeddings(torch.tensor([3]))["embeddings"].float()
-    torch.testing.assert_close(found, said, rtol=2e-3, atol=2e-3)
+        expected = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        assert torch.equal(codec(latents), expected)
+        text, _ = pipe.encode_prompt(PROMPTS[3], "cpu", 1, False)
+    stored = embeddings(torch.tensor([3]))["embeddings"].float()
+    torch.testing.assert_close(stored, text, rtol=2e-3, atol=2e-3)
 
 
-def expected_pixels(made, student: str, count: int) -> torch.Tensor:
-    """The student's images by its weights, the teacher's decoder and the prompts."""
-    results = made / "results" / "pictures"
+def expected_pixels(project, student: str, count: int) -> torch.Tensor:
+    """The student's images, computed from its weights, the teacher's decoder and the prompts."""
+    results = project / "results" / "pictures"
     run, teacher = results / "students" / student / "seed0", results / "teachers" / "sd"
     network = load_denoiser(run / "model", read_json(run / "student.json")["sha256"])
     z, labels = noise_and_labels(torch.arange(8), (4, 8, 8), len(PROMPTS), seed=0)
@@ -122,29 +122,29 @@ def expected_pixels(made, student: str, count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("student", ["dmd", "sid", "gdd-i"])
-def test_samples_are_decoded_images_of_the_prompts(made, student):
-    path = made / "results" / "pictures" / "scores" / student / "seed0.json"
+def test_stored_samples_are_decoded_images_of_the_prompts(project, student):
+    path = project / "results" / "pictures" / "scores" / student / "seed0.json"
     record = read_json(path)["samples"]
     kept = load_tensors(path.with_name(record["file"]), record["sha256"])
     assert kept["pixels"].shape == (6, 3, 16, 16)
     _, labels = noise_and_labels(torch.arange(6), (4, 8, 8), len(PROMPTS), seed=0)
     assert torch.equal(kept["labels"], labels)
-    expected = expected_pixels(made, student, 6)
+    expected = expected_pixels(project, student, 6)
     assert (kept["pixels"].int() - expected.int()).abs().max() <= 1
     rows = read_json(path)["entries"][-1]["rows"]
     assert {row["metric"] for row in rows} >= {"fd", "class-score", "diversity"}
     assert all("value" in row for row in rows)
 
 
-def test_each_image_is_compared_with_its_own_prompt(made, monkeypatch, capsys):
-    monkeypatch.chdir(made)
-    experiment = load_experiment(made / "pictures.yaml")
+def test_text_similarity_uses_the_image_s_own_prompt(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    experiment = load_experiment(project / "pictures.yaml")
     scorer = Scorer(experiment.scoring())
     extractor = load_extractor(experiment.paths.features(CLIP), scorer.dataset)
-    file = made / "results" / "pictures" / "scores" / "dmd" / "seed0.prompts.csv"
+    file = project / "results" / "pictures" / "scores" / "dmd" / "seed0.prompts.csv"
     each = pd.read_csv(file)
     assert len(each) == 12 and sorted(each.prompt) == list(range(12))  # every prompt once
-    pixels = expected_pixels(made, "dmd", 8)
+    pixels = expected_pixels(project, "dmd", 8)
     tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")([PROMPTS[i] for i in each.prompt[:8]])
     network = extractor.network
     with torch.no_grad():
@@ -159,12 +159,11 @@ def test_each_image_is_compared_with_its_own_prompt(made, monkeypatch, capsys):
     protocols = read_json(file.with_name("seed0.json"))["protocols"].values()
     assert {p["caption"] for p in protocols if "caption" in p} == {"the prompt"}
     stage("prompts", "dmd", "sid")
-    told = capsys.readouterr().out
-    assert f"{CLIP}/text_similarity" in told and "prompts on which sid leads most" in told
+    output = capsys.readouterr().out
+    assert f"{CLIP}/text_similarity" in output and "prompts on which sid leads most" in output
 
 
-def test_pairs_of_images_give_the_interval():
-    """As the paired t test of scipy has it."""
+def test_paired_interval_equals_the_paired_t_test():
     from scipy.stats import ttest_rel
 
     random = np.random.default_rng(0)
@@ -178,8 +177,8 @@ def test_pairs_of_images_give_the_interval():
     assert order.is_monotonic_decreasing and len(order) == 10
 
 
-def test_the_table_and_the_page_show_prompts(made):
-    results = made / "results" / "pictures"
+def test_table_and_page_show_prompts(project):
+    results = project / "results" / "pictures"
     table = (results / "tables" / "comparison.md").read_text()
     assert all(f"| {name}" in table for name in ("teacher", "floor", "dmd", "sid", "gdd-i"))
     assert "a red square" in (results / "report.html").read_text()
@@ -188,8 +187,8 @@ def test_the_table_and_the_page_show_prompts(made):
 
 
 @pytest.mark.parametrize("student", ["dmd", "sid"])
-def test_an_exported_student_is_a_stock_pipeline(made, student, tmp_path, monkeypatch):
-    monkeypatch.chdir(made)
+def test_exported_student_is_a_stock_pipeline(project, student, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
     folder = tmp_path / student
     stage("export", student, "0", str(folder))
     pipe = DiffusionPipeline.from_pretrained(folder)
@@ -198,18 +197,18 @@ def test_an_exported_student_is_a_stock_pipeline(made, student, tmp_path, monkey
     z, labels = noise_and_labels(torch.arange(3), (4, 8, 8), len(PROMPTS), seed=0)
     texts = [PROMPTS[i] for i in labels]
     options = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
-    found = pipe(texts, latents=z.clone(), **options).images
-    expected = expected_pixels(made, student, 3)
-    # Embeddings are kept in float16.
-    assert (to_pixels(2 * found - 1).int() - expected.int()).abs().max() <= 1
+    images = pipe(texts, latents=z.clone(), **options).images
+    expected = expected_pixels(project, student, 3)
+    # Stored embeddings are float16.
+    assert (to_pixels(2 * images - 1).int() - expected.int()).abs().max() <= 1
     head = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
     assert head["pipeline_tag"] == "text-to-image" and head["license"] == "openrail"
     assert head["base_model"] == "sd"
     assert not any(path.suffix in (".bin", ".pkl", ".py", ".ckpt") for path in folder.rglob("*"))
 
 
-def test_export_wants_the_teacher_s_own_pipeline(made, tmp_path, monkeypatch, capsys):
-    shutil.copytree(made, tmp_path / "copy")
+def test_export_rejects_a_changed_pipeline(project, tmp_path, monkeypatch, capsys):
+    shutil.copytree(project, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     pipelines.stable_diffusion(seed=1).save_pretrained("sd")
     arguments = ["export", "dmd", "0", "out", "--configfile", "pictures.yaml"]
@@ -217,11 +216,11 @@ def test_export_wants_the_teacher_s_own_pipeline(made, tmp_path, monkeypatch, ca
     assert "sd is not the pipeline that teacher sd was imported from" in capsys.readouterr().err
 
 
-def test_interrupted_scoring_resumes(made, tmp_path, monkeypatch):
+def test_interrupted_scoring_resumes(project, tmp_path, monkeypatch):
     """Interrupted after its third block: these blocks are not processed again."""
-    shutil.copytree(made, tmp_path / "copy", symlinks=True)
+    shutil.copytree(project, tmp_path / "copy", symlinks=True)
     monkeypatch.chdir(tmp_path / "copy")
-    raw = yaml.safe_load((made / "pictures.yaml").read_text())
+    raw = yaml.safe_load((project / "pictures.yaml").read_text())
     raw["training"]["checkpoint_seconds"] = 0
     raw["evaluation"] |= {"block": 4, "num_samples": 22}
     (tmp_path / "copy" / "pictures.yaml").write_text(yaml.safe_dump(raw))
@@ -257,17 +256,17 @@ def test_interrupted_scoring_resumes(made, tmp_path, monkeypatch):
     assert path.with_name(again["samples"]["file"]).read_bytes() == samples
 
 
-def copied(made, folder, monkeypatch, **data) -> None:
+def copied(project, folder, monkeypatch, **data) -> None:
     """Work on in a copy of the folder, with other keys of `data`."""
-    shutil.copytree(made, folder, symlinks=True)
+    shutil.copytree(project, folder, symlinks=True)
     monkeypatch.chdir(folder)
-    raw = yaml.safe_load((made / "pictures.yaml").read_text())
+    raw = yaml.safe_load((project / "pictures.yaml").read_text())
     raw["data"] |= data
     (folder / "pictures.yaml").write_text(yaml.safe_dump(raw))
 
 
-def test_other_prompts_make_other_pairs(made, tmp_path, monkeypatch):
-    copied(made, tmp_path / "copy", monkeypatch)
+def test_other_prompts_change_the_pairs(project, tmp_path, monkeypatch):
+    copied(project, tmp_path / "copy", monkeypatch)
     (tmp_path / "copy" / "prompts.txt").write_text("\n".join(["a grey wall", *PROMPTS[1:]]) + "\n")
     path = tmp_path / "copy" / "results" / "pictures" / "pairs" / "sd_n12_steps2" / "pairs.json"
     before = read_json(path)
@@ -276,13 +275,13 @@ def test_other_prompts_make_other_pairs(made, tmp_path, monkeypatch):
     for arguments in (["data"], ["teacher", "sd"], ["pairs", "sd_n12_steps2"]):
         stage(*arguments)
     after = read_json(path)
-    assert after["key"] != before["key"] and after["sha256"] != before["sha256"]
+    assert after["run_id"] != before["run_id"] and after["sha256"] != before["sha256"]
 
 
-def test_other_prompts_to_score_on_retrain_nothing(made, tmp_path, monkeypatch):
+def test_other_evaluation_prompts_retrain_nothing(project, tmp_path, monkeypatch):
     (tmp_path / "others.txt").write_text("\n".join([*PROMPTS[::-1], "a grey wall"]) + "\n")
     others = str(tmp_path / "others.txt")
-    copied(made, tmp_path / "copy", monkeypatch, evaluation_prompts=others)
+    copied(project, tmp_path / "copy", monkeypatch, evaluation_prompts=others)
     results = tmp_path / "copy" / "results" / "pictures"
     before = read_json(results / "students" / "sid" / "seed0" / "student.json")
     for arguments in (["data"], ["teacher", "sd"], ["train", "sid", "0"], ["score", "sid", "0"]):
@@ -290,7 +289,7 @@ def test_other_prompts_to_score_on_retrain_nothing(made, tmp_path, monkeypatch):
     after = read_json(results / "students" / "sid" / "seed0" / "student.json")
     assert (after["run_id"], after["sha256"]) == (before["run_id"], before["sha256"])
     scores = read_json(results / "scores" / "sid" / "seed0.json")
-    old = read_json(made / "results" / "pictures" / "scores" / "sid" / "seed0.json")
+    old = read_json(project / "results" / "pictures" / "scores" / "sid" / "seed0.json")
     assert not set(scores["protocols"]) & set(old["protocols"])  # never in one column
     # Labels of real images are lines of the training prompts: nothing is said of what they show.
     stage("score-references", "sd")
@@ -300,11 +299,11 @@ def test_other_prompts_to_score_on_retrain_nothing(made, tmp_path, monkeypatch):
     assert "clip-score-100-plain" not in rows["floor"]
 
 
-def test_mistakes_are_one_line_each(made, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(made)
+def test_invalid_experiments_are_one_line_errors(project, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(project)
 
-    def told(change) -> str:
-        raw = yaml.safe_load((made / "pictures.yaml").read_text())
+    def error(change) -> str:
+        raw = yaml.safe_load((project / "pictures.yaml").read_text())
         change(raw)
         (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw))
         assert cli.main(["teacher", "sd", "--configfile", str(tmp_path / "wrong.yaml")]) == 2
@@ -325,11 +324,11 @@ def test_mistakes_are_one_line_each(made, monkeypatch, tmp_path, capsys):
     def unlabelled(raw):
         raw["data"]["labels"] = False
 
-    assert "sigma_max: 80 is beyond the noise that this pipeline knows, 14.61" in told(sampler)
-    assert "a text-to-image pipeline; data.prompts: missing" in told(no_prompts)
-    assert "gdd needs to know which prompts images show" in told(unlabelled)
-    wrong = told(larger)
-    assert "data.json" in wrong  # not made yet
+    assert "sigma_max: 80 exceeds the pipeline's largest noise level, 14.61" in error(sampler)
+    assert "a text-to-image pipeline needs data.prompts" in error(no_prompts)
+    assert "gdd needs to know which prompts images show" in error(unlabelled)
+    wrong = error(larger)
+    assert "data.json" in wrong  # not prepared yet
     load_experiment(tmp_path / "wrong.yaml")
     assert cli.main(["data", "--configfile", str(tmp_path / "wrong.yaml")]) == 0
-    assert "teacher sd makes 3x16x16 images, but the data's are 3x64x64" in told(larger)
+    assert "teacher sd generates 3x16x16 images, but the data has 3x64x64 images" in error(larger)

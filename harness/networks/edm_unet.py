@@ -1,12 +1,12 @@
-"""The networks of EDM (Karras et al. 2022, arXiv 2206.00364): DDPM++ and NCSN++ (`SongUNet`), ADM
+"""EDM's U-Nets (Karras et al. 2022, arXiv 2206.00364): DDPM++, NCSN++ (`SongUNet`) and ADM
 (`DhariwalUNet`).
 
-Written from a specification of what they compute; module names and tensor shapes are those of the
-official checkpoints, so `harness.teachers.edm_pickle` can fill them. Arguments are EDM's own.
+Written from a specification of their computation. Arguments, module names and tensor shapes are
+those of the official checkpoints, which `harness.teachers.edm_pickle` can load.
 
-Images are `(B, C, H, W)`; labels are float vectors `(B, label_dim)`, all zeros for "none given".
-Parameters stay float32. Under autocast the image path runs in bfloat16; the noise and label
-embedding stays in float32, where phases of hundreds of radians need it.
+Images are `(B, C, H, W)`; labels are float vectors `(B, label_dim)`, zeros for "no label".
+Parameters are float32. Under autocast the image path runs in bfloat16, but the noise and label
+embedding in float32, because its phases reach hundreds of radians.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch.nn import functional as F
 
 
 class EmbeddingLinear(nn.Linear):
-    """A linear layer on the embedding's path: always in float32."""
+    """A linear layer of the embedding, always in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_meta:  # autocast knows no meta tensors
+        if x.is_meta:  # autocast does not support meta tensors
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 
 
 class GroupNorm(nn.GroupNorm):
-    """In the precision of its input. Autocast would take bfloat16 to float32 and leave it there:
-    twice the traffic in the part of the network that memory bounds. Sums are float32 inside."""
+    """Group norm in the dtype of its input, with float32 sums inside. Autocast would return
+    float32, which doubles the memory traffic of the following memory-bound operations."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__(min(32, channels // 4), channels, eps)
@@ -49,16 +49,16 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _filter(taps: Sequence[int]) -> Tensor:
-    """`(1, 1, n, n)`: the outer product of the taps with themselves; entries sum to 1."""
+    """The outer product of the taps with themselves, normalised to sum 1: `(1, 1, n, n)`."""
     f = torch.tensor(taps, dtype=torch.float32)
     return (torch.outer(f, f) / f.sum() ** 2)[None, None]
 
 
 class Conv2d(nn.Module):
-    """A convolution of odd size `kernel` that may first double or halve the resolution.
+    """A convolution of odd size `kernel`, after an optional up- or downsampling by 2.
 
-    `kernel` 0: no weight, the module only resamples. `fused_down`: convolve first, then filter and
-    halve, as NCSN++'s residual path does; at the border that is not the same.
+    kernel: 0 for resampling only. fused_down: convolve first, then filter and downsample, as in
+    NCSN++'s residual path; this differs at the border.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Conv2d(nn.Module):
     ):
         super().__init__()
         self.up, self.down, self.fused_down = up, down, fused_down
-        self.box = tuple(taps) == (1, 1)  # average pooling and nearest neighbour: no filter needed
+        self.box = tuple(taps) == (1, 1)  # equals average pooling and nearest neighbour
         self.kernel, self.filter_padding = kernel, (len(taps) - 1) // 2
         if kernel:
             self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
@@ -108,8 +108,8 @@ class Conv2d(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Cosines, then sines, of `x` `(B,)` at `size / 2` frequencies from 1 down to 1/10000; the
-    last is reached only if `endpoint`."""
+    """Cosines, then sines, of `x` `(B,)` at `size / 2` frequencies from 1 down to 1/10000
+    (exclusive unless `endpoint`)."""
 
     def __init__(self, size: int, endpoint: bool):
         super().__init__()
@@ -130,15 +130,15 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("freqs", torch.randn(size // 2) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        # 2π·freqs first: phases reach hundreds of radians, and the order of products shows.
+        # Multiply 2π·freqs first: at hundreds of radians the order of the products is visible.
         phase = torch.outer(x.float(), 2 * math.pi * self.freqs)
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 class UNetBlock(nn.Module):
-    """A residual block that the embedding modulates, and self-attention if `heads` is above 0.
+    """A residual block modulated by the embedding, with self-attention if `heads` > 0.
 
-    `scale_shift`: scale and shift after the second norm (ADM), else a shift before it (SongUNet).
+    scale_shift: scale and shift after the second norm (ADM); else a shift before it (SongUNet).
     """
 
     def __init__(
@@ -176,10 +176,10 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1)
 
     def _attention(self, x: Tensor) -> Tensor:
-        """Self-attention over pixels, as `(B, H·W, C)` tokens: no copy if x is channels-last."""
+        """Self-attention over pixels, as tokens `(B, H·W, C)` (no copy if x is channels-last)."""
         batch, channels, height, width = x.shape
-        # The checkpoint's channel order is (head, channel, q/k/v). Reordering the small weight to
-        # (q/k/v, head, channel) instead of the activations leaves q, k and v contiguous.
+        # The checkpoint's channel order is (head, channel, q/k/v). Reordering the weight to
+        # (q/k/v, head, channel), not the activations, makes q, k and v contiguous.
         order = (3, self.heads, channels // self.heads)
         weight = self.qkv.weight.view(order[1], order[2], 3, channels).permute(2, 0, 1, 3)
         bias = self.qkv.bias.view(order[1], order[2], 3).permute(2, 0, 1)
@@ -213,7 +213,7 @@ class UNetBlock(nn.Module):
 
 @torch.no_grad()
 def _draw(module: nn.Module, mode: str, weight_gain: float, bias_gain: float = 0.0) -> None:
-    """Initialise a linear layer or convolution; the bias is drawn with the weight's fans."""
+    """Initialise a linear layer or convolution; the bias uses the weight's fans."""
     fan_in = module.weight[0].numel()
     fan_out = module.weight.numel() // module.weight.shape[1]
     bound = {
@@ -226,24 +226,24 @@ def _draw(module: nn.Module, mode: str, weight_gain: float, bias_gain: float = 0
 
 
 def _layers(network: nn.Module):
-    """(last part of its name, module) of everything that holds a weight, norms apart."""
+    """Yield (last part of the name, module) for all modules with a weight, except norms."""
     for name, module in network.named_modules():
         if hasattr(module, "weight") and not isinstance(module, nn.GroupNorm):
             yield name.rsplit(".", 1)[-1], module
 
 
 class EDMUNet(ModelMixin, ConfigMixin):
-    """What both U-Nets share: the mapping network's inputs and the walk through both halves.
+    """Common part of both U-Nets: label dropout, encoder and decoder.
 
     `forward(x, c_noise, labels=None, augment_labels=None)`: `x` `(B, C, H, W)`, `c_noise` `(B,)`,
     `labels` `(B, label_dim)`, `augment_labels` `(B, augment_dim)`; returns `(B, C, H, W)`.
     """
 
-    def _dropped(self, labels: Tensor) -> Tensor:
+    def _drop(self, labels: Tensor) -> Tensor:
         if not (self.training and self.config.label_dropout):
             return labels
-        kept = torch.rand(len(labels), 1, device=labels.device) >= self.config.label_dropout
-        return labels * kept
+        keep = torch.rand(len(labels), 1, device=labels.device) >= self.config.label_dropout
+        return labels * keep
 
     def embedding(
         self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None
@@ -285,7 +285,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
 
 
 class SongUNet(EDMUNet):
-    """DDPM++ and NCSN++ (Song et al. 2021) as EDM runs them.
+    """DDPM++ and NCSN++ (Song et al. 2021) in EDM's version.
 
     DDPM++ ("VP"): `embedding_type` positional, `encoder_type` standard, `channel_mult_noise` 1,
     `resample_filter` [1, 1]. NCSN++ ("VE"): fourier, residual, 2, [1, 3, 3, 1].
@@ -400,7 +400,7 @@ class SongUNet(EDMUNet):
         cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
         emb = torch.cat([sin, cos], dim=1)
         if self.map_label is not None:
-            labels = self._dropped(labels)
+            labels = self._drop(labels)
             emb = emb + self.map_label(math.sqrt(labels.shape[1]) * labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -412,7 +412,7 @@ class SongUNet(EDMUNet):
 
 
 class DhariwalUNet(EDMUNet):
-    """ADM (Dhariwal and Nichol 2021) as EDM runs it: 64 channels per attention head."""
+    """ADM (Dhariwal and Nichol 2021) in EDM's version, with 64 channels per attention head."""
 
     @register_to_config
     def __init__(
@@ -499,7 +499,7 @@ class DhariwalUNet(EDMUNet):
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
-            emb = emb + self.map_label(self._dropped(labels))
+            emb = emb + self.map_label(self._drop(labels))
         return F.silu(emb)
 
     def output(self, x: Tensor) -> Tensor:
