@@ -98,7 +98,7 @@ def test_imported_teacher_matches_the_pipeline(project):
     folder = project / "results" / "pictures" / "teachers" / "sd"
     record = read_json(folder / "teacher.json")
     assert record["imported"]["pipeline"] == "StableDiffusionPipeline"
-    assert "evaluation_text" not in record and record["text"]["folder"].startswith("text/")
+    assert "evaluation_text" not in record and record["text"]["file"].startswith("text/")
     pipe = StableDiffusionPipeline.from_pretrained(project / "sd", safety_checker=None)
     codec, embeddings = load_codec(folder), load_embeddings(folder)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -160,7 +160,7 @@ def test_text_similarity_uses_the_image_s_own_prompt(project, monkeypatch, capsy
     assert {p["caption"] for p in protocols if "caption" in p} == {"the prompt"}
     stage("prompts", "dmd", "sid")
     output = capsys.readouterr().out
-    assert f"{CLIP}/text_similarity" in output and "prompts on which sid leads most" in output
+    assert f"{CLIP}/text_similarity" in output and "prompts with the largest lead of sid" in output
 
 
 def test_paired_interval_equals_the_paired_t_test():
@@ -326,7 +326,7 @@ def test_invalid_experiments_are_one_line_errors(project, monkeypatch, tmp_path,
 
     assert "sigma_max: 80 exceeds the pipeline's largest noise level, 14.61" in error(sampler)
     assert "a text-to-image pipeline needs data.prompts" in error(no_prompts)
-    assert "gdd needs to know which prompts images show" in error(unlabelled)
+    assert "students.gdd-i" in error(unlabelled)
     wrong = error(larger)
     assert "data.json" in wrong  # not prepared yet
     load_experiment(tmp_path / "wrong.yaml")

@@ -56,7 +56,7 @@ def make_pairs(job: PairJob, exclusive: bool = True) -> PairRecord | None:
                 conditions = num_conditions, embeddings
                 tensors, cost = _make_shard(job, teacher, conditions, start, count)
                 shards.write(number, tensors, **cost)
-            logger.info("pairs %s: %d of %d", pairs.name, start + count, pairs.count)
+            logger.info("generated %d of %d pairs", start + count, pairs.count)
         group.wait()
         if not group.first:
             return None
