@@ -291,7 +291,7 @@ def test_other_evaluation_prompts_retrain_nothing(project, tmp_path, monkeypatch
     scores = read_json(results / "scores" / "sid" / "seed0.json")
     old = read_json(project / "results" / "pictures" / "scores" / "sid" / "seed0.json")
     assert not set(scores["protocols"]) & set(old["protocols"])  # never in one column
-    # Labels of real images are lines of the training prompts: nothing is said of what they show.
+    # Labels of real images are lines of the training prompts: they do not describe the images.
     stage("score-references", "sd")
     record = read_json(results / "scores" / "teachers" / "sd.json")["entries"]
     rows = {entry["student"]: {row["metric"] for row in entry["rows"]} for entry in record}

@@ -8,7 +8,7 @@ from tools.check_language import findings
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("x = 1\nraise UserError('cifar10 cannot be had')\n", 2),
+        ("x = 1\nraise UserError('cifar10 cannot\x20be had')\n", 2),
         ("# A seed stands\n# twice here.\n", 1),
         ("    # text\n    # what is\n    # to be done\n", 2),
     ],

@@ -121,7 +121,7 @@ class FeatureExtractor(ABC):
 
     @classmethod
     def text_shape(cls, settings: FeatureSettings) -> tuple[int, int] | None:
-        """Tokens and width of its text embeddings; None if it is no text encoder."""
+        """Tokens and width of its text embeddings; None if it is not a text encoder."""
         return None
 
     def text_encoder(self) -> TextEncoder:
@@ -149,7 +149,7 @@ FEATURES: Registry[type[FeatureExtractor]] = Registry("feature network", "harnes
 
 
 class _UnknownSettings(FeatureSettings):
-    """Stands for a section without a known `type`; validation always fails."""
+    """Placeholder for a section without a known `type`; validation always fails."""
 
     model_config = ConfigDict(extra="ignore")
 

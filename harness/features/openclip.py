@@ -129,7 +129,7 @@ class OpenCLIPExtractor(PretrainedExtractor):
         self.tokenizer = open_clip.get_tokenizer(settings.model)
         if prompts:
             self.captions = list(prompts.texts)
-        elif not any(name.isdigit() for name in names):  # a number is no description
+        elif not any(name.isdigit() for name in names):  # a number is not a description
             self.captions = [settings.caption.format(name) for name in names]
         for version in settings.aesthetic:
             if (output := f"aesthetic_{version}") not in self.missing:
