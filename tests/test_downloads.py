@@ -19,25 +19,29 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of one file; `server.requests` counts requests, `server.limit` truncates the file."""
+    """A server of one file. `server.requests`: first byte of each request; `server.limit`: bytes
+    after which the connection breaks; `server.ranges`: whether the server continues downloads."""
     monkeypatch.setenv("ONESTEP_CACHE", str(tmp_path / "cache"))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            http.requests += 1
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if http.ranges else 0
+            http.requests.append(start)
             if self.path != "/net.pkl":
                 return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(CONTENT)))
+            if start >= len(CONTENT):
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(CONTENT) - start))
             self.end_headers()
-            self.wfile.write(CONTENT[: http.limit])
+            self.wfile.write(CONTENT[start : http.limit])
 
         def log_message(self, *arguments):
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.limit, http.requests = None, 0
+    http.limit, http.requests, http.ranges = None, [], True
     http.address = f"http://127.0.0.1:{http.server_port}/net.pkl"
     yield http
     http.shutdown()
@@ -61,17 +65,26 @@ def test_downloads_are_cached(server):
     server.shutdown()
     server.server_close()
     assert fetch(server.address, SHA256) == path
-    assert server.requests == 1
+    assert server.requests == [0]
 
 
-def test_incomplete_download_leaves_nothing(server):
-    server.limit = 300_000
-    assert fails(server.address, SHA256)[0] == "checksum"
-    assert cached_files() == []
-    (cache_dir() / f"{SHA256[:16]}-net.pkl.1234.partial").touch()  # of a killed process
+@pytest.mark.parametrize("ranges", [True, False])
+def test_interrupted_download_is_continued(server, ranges):
+    server.limit, server.ranges = 300_000, ranges
+    code, message = fails(server.address, SHA256)
+    assert code == "download" and f"{len(CONTENT) - 300_000} bytes are missing" in message
+    assert [path.suffix for path in cached_files()] == [".partial"]
     server.limit = None
     path = fetch(server.address, SHA256)
     assert path.read_bytes() == CONTENT and cached_files() == [path]
+    assert server.requests == [0, 300_000 if ranges else 0]
+
+
+def test_complete_partial_file_is_downloaded_again(server):
+    cache_dir().mkdir()
+    (cache_dir() / f"{SHA256[:16]}-net.pkl.partial").write_bytes(CONTENT)
+    assert fails(server.address, SHA256)[0] == "download"
+    assert fetch(server.address, SHA256).read_bytes() == CONTENT
 
 
 def test_download_with_another_hash_leaves_nothing(server):

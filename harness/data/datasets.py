@@ -7,6 +7,7 @@ for the score of real images.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,8 +131,8 @@ def _images(folder: Path) -> TensorShards:
 
 def _write_images(folder: Path, train: Images, held: Images) -> str:
     """Write the images, in files of at most `SHARD` bytes; returns their sha256."""
+    shutil.rmtree(folder / "images", ignore_errors=True)
     shards = _images(folder)
-    shards.clear()
     per_image = train.pixels[0].numel() + train.labels.element_size()
     size = max(1, (SHARD - HEADER) // per_image)
     for number in range(-(-(len(train) + len(held)) // size)):

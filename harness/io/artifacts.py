@@ -28,12 +28,6 @@ def digest(value) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
-def _missing(path: Path) -> UserError:
-    return UserError(
-        f"{path} does not exist; run the workflow, or the stage that writes it", "missing-file"
-    )
-
-
 def damaged(path: Path, reason: str, owner: Path | None = None) -> UserError:
     """The error for an unreadable file. `owner`: the file or folder to delete, if the project wrote
     it and can write it again."""
@@ -41,18 +35,26 @@ def damaged(path: Path, reason: str, owner: Path | None = None) -> UserError:
     return UserError(f"{path} is damaged or was replaced ({reason}){remedy}", "damaged")
 
 
-def sha256_file(path: Path) -> str:
+@contextlib.contextmanager
+def _reading(path: Path, owner: Path | None = None, errors: type | tuple = ()) -> Iterator[None]:
+    """Turn a missing file and these errors of reading it into a `UserError`."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        yield
     except FileNotFoundError:
-        raise _missing(path) from None
+        message = f"{path} does not exist; run the workflow, or the stage that writes it"
+        raise UserError(message, "missing-file") from None
+    except errors as error:
+        raise damaged(path, str(error), owner) from None
+
+
+def sha256_file(path: Path) -> str:
+    with _reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file written there replaces `path` if the block succeeds."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,7 +69,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, which replaces `folder` if the block succeeds."""
-    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
@@ -91,13 +92,8 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path, owner: Path | None = None):
     """The value in a JSON file; `owner` as in `damaged`."""
-    path = Path(path)
-    try:
+    with _reading(path, owner, ValueError):  # not JSON, or not UTF-8
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise damaged(path, str(error), owner) from None
 
 
 def save_tensors(path: Path, tensors: dict) -> str:
@@ -122,15 +118,10 @@ def load_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path)
-    try:
-        if sha256 is not None:
-            verify(path, sha256, owner)
+    if sha256 is not None:
+        verify(path, sha256, owner)
+    with _reading(path, owner, (SafetensorError, OSError)):
         return load_file(path, device=device)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except (SafetensorError, OSError) as error:
-        raise damaged(path, str(error), owner) from None
 
 
 def link(path: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import re
-import sys
+import shutil
 from pathlib import Path
 
 from harness.errors import Problem, UserError
@@ -39,74 +39,84 @@ def source_problems(
 ) -> list[Problem]:
     """Errors in a file or URL of an experiment.
 
-    key, sha256_key: the keys of `source` and `sha256`; by default, `key` and `key` + "_sha256". A
-    URL needs a sha256. required: a local file must exist. folder: it may be a folder.
+    sha256_key: by default, `key` + "_sha256". required: a local file must exist. folder: it may be
+    a folder.
     """
-    if is_address(source):
-        message = "missing; downloads are verified by their sha256"
-        place = sha256_key or f"{key}_sha256"
-        return [] if sha256 else [Problem(place, "missing-key", message)]
     path = Path(source).expanduser()
-    if not path.exists():
+    if is_address(source):
+        if not sha256:
+            message = "missing; downloads are verified by their sha256"
+            return [Problem(sha256_key or f"{key}_sha256", "missing-key", message)]
+    elif not path.exists():
         return [Problem(key, "missing-file", f"{source} does not exist")] if required else []
-    if path.is_dir() and not folder:
+    elif path.is_dir() and not folder:
         return [Problem(key, "not-a-file", f"{source} is a folder")]
     return []
 
 
 def fetch(source: str, sha256: str | None) -> Path:
     """The local path of a file or a URL. The hash is required for a URL and optional for a path."""
-    if not is_address(source):
-        path = Path(source).expanduser()
+    if is_address(source):
+        path, remedy = _cached(source, sha256), "; delete it and run again"
+    else:
+        path, remedy = Path(source).expanduser(), ""
         if not path.is_file():
             raise UserError(f"{path} does not exist", "missing-file")
-        if sha256:
-            _verify(path, sha256)
-        return path
+    if sha256 and (found := sha256_file(path)) != sha256:
+        raise UserError(f"{path} has sha256 {found}, expected {sha256}{remedy}", "checksum")
+    return path
+
+
+def _cached(source: str, sha256: str | None) -> Path:
+    """The place of a URL in the cache, downloaded if necessary."""
+    from filelock import FileLock
+
     if not sha256:
         raise UserError(f"{source}: a download needs its sha256", "no-checksum")
     path = cache_dir() / f"{sha256[:16]}-{source.rsplit('/', 1)[-1]}"
     if not path.exists():
-        from filelock import FileLock
-
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(path.name + ".lock")):
             if not path.exists():  # another process may have downloaded it meanwhile
                 _download(source, sha256, path)
-    _verify(path, sha256, "; delete it and run again")
     return path
 
 
-def _verify(path: Path, sha256: str, remedy: str = "") -> None:
-    if (found := sha256_file(path)) != sha256:
-        raise UserError(f"{path} has sha256 {found}, expected {sha256}{remedy}", "checksum")
-
-
 def _download(source: str, sha256: str, path: Path) -> None:
+    """Download a file, or the rest of it after an interruption."""
     import http.client  # slow imports that most stages do not need
-    import socket
+    import urllib.request
 
-    from torch.hub import download_url_to_file
+    from tqdm import tqdm
 
-    for partial in path.parent.glob(f"{path.name}.*.partial"):  # of a killed process
-        partial.unlink()
+    partial = path.with_name(path.name + ".partial")
+    request = urllib.request.Request(source, headers={"User-Agent": "onestep-harness"})
+    if partial.exists():
+        request.add_header("Range", f"bytes={partial.stat().st_size}-")
     logger.info("downloading %s to %s", source, path)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
     try:
-        download_url_to_file(source, str(path), sha256, progress=sys.stderr.isatty())
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+            total = int(reply.headers.get("Content-Length") or 0)
+            mode = "ab" if reply.status == 206 else "wb"  # 206: the server sends the rest only
+            with (
+                open(partial, mode) as file,
+                tqdm.wrapattr(reply, "read", total=total, disable=None) as stream,
+            ):
+                shutil.copyfileobj(stream, file)
+            if missing := getattr(reply, "length", 0):
+                raise ConnectionError(f"{missing} bytes are missing")
     except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 416:  # the partial file is not shorter than the file
+            partial.unlink(missing_ok=True)
         raise UserError(
-            f"could not download {source} ({error}); run again, or put the file with sha256 "
-            f"{sha256} at {path}, or give a local path instead of the URL",
+            f"could not download {source} ({error}); run again to continue, or put the file with "
+            f"sha256 {sha256} at {path}, or give a local path instead of the URL",
             "download",
         ) from None
-    except RuntimeError as error:  # of torch.hub: another hash
-        raise UserError(
-            f"{source}: the download is incomplete or another file ({error})", "checksum"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+    if (found := sha256_file(partial)) != sha256:
+        partial.unlink()
+        raise UserError(f"{source} has sha256 {found}, expected {sha256}", "checksum")
+    partial.replace(path)
 
 
 def load_pickled(file):

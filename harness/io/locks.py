@@ -23,17 +23,13 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
-    timeout = 0
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=timeout)
-        except Timeout:
-            logger.info("waiting for another process to finish with %s", folder)
-            timeout = 60
     try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("waiting for another process to finish with %s", folder)
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -45,18 +41,17 @@ def machine_slot(exclusive: bool = False) -> Iterator[bool]:
     """
     import fcntl
 
+    def locked(kind: int) -> bool:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     path = Path(tempfile.gettempdir()) / f"onestep-harness-{os.getuid()}.slot"
     with open(path, "w") as file:
-        granted = True
-        if exclusive:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                granted = False
-        if not exclusive or not granted:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("waiting: a run with a budget in seconds has reserved the machine")
-                fcntl.flock(file, fcntl.LOCK_SH)
-        yield granted
+        reserved = exclusive and locked(fcntl.LOCK_EX)
+        if not reserved and not locked(fcntl.LOCK_SH):
+            logger.info("waiting: a run with a budget in seconds has reserved the machine")
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield reserved or not exclusive

@@ -12,21 +12,16 @@ FORMAT = "%(asctime)s %(levelname)s %(run)s%(message)s"
 _run: ContextVar[str] = ContextVar("run", default="")
 
 
-class _RunName(logging.Filter):
-    """Add the current run's name to every record as `%(run)s`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        name = _run.get()
-        record.run = f"{name}: " if name else ""
-        return True
+def _add_run_name(record: logging.LogRecord) -> bool:
+    record.run = f"{_run.get()}: " if _run.get() else ""
+    return True
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Send the harness's messages to standard error; processes other than the first log errors
-    only (their caller passes the level)."""
+    """Send the harness's messages to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(FORMAT, "%Y-%m-%d %H:%M:%S"))
-    handler.addFilter(_RunName())
+    handler.addFilter(_add_run_name)
     logger = logging.getLogger("harness")
     logger.handlers[:] = [handler]
     logger.setLevel(level)

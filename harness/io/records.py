@@ -27,62 +27,50 @@ class Record(_Part):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a record; a missing or damaged file, or one of another format, is a `UserError`."""
-        path = Path(path)
         value = read_json(path, owner=path)
-        found = value.pop("format", None) if isinstance(value, dict) else None
-        if found is not None and found != cls.FORMAT:
-            raise UserError(
-                f"{path} has format {found}; this version reads format {cls.FORMAT}; run the "
-                "workflow again",
-                "format",
-            )
+        if not isinstance(value, dict) or "format" not in value:
+            raise damaged(path, "no format", owner=path)
+        if (found := value.pop("format")) != cls.FORMAT:
+            message = f"this version reads format {cls.FORMAT}; run the workflow again"
+            raise UserError(f"{path} has format {found}; {message}", "format")
         try:
-            if found is None:
-                raise ValueError("no format")
             return cls.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise damaged(path, reason, owner=path) from None
-        except ValueError as error:
-            raise damaged(path, str(error), owner=path) from None
 
     @classmethod
     def read_optional(cls, path: Path) -> Self | None:
-        """The same; None if the file does not exist."""
-        return cls.read(path) if Path(path).exists() else None
+        return cls.read(path) if path.exists() else None
 
     def write(self, path: Path) -> None:
-        """Write the record atomically."""
         write_json(path, {"format": self.FORMAT, **self.model_dump(exclude_none=True)})
 
 
 class Costs(_Part):
-    """The totals of a `Ledger`. flops: floating-point operations. peak_memory: bytes. generated:
-    images that the student generated. passes: network -> images [forward, backward]. charges: costs
-    before training, included in the totals. costs: each phase variant."""
+    """The totals of a `Ledger`."""
 
     images: int
     flops: int
     seconds: float
-    peak_memory: int
-    generated: int = 0
-    passes: dict[str, list[int]] = {}
-    charges: dict[str, dict[str, Any]] = {}
-    costs: dict[str, dict[str, Any]] = {}
+    peak_memory: int  # bytes
+    generated: int = 0  # images that the student generated
+    passes: dict[str, list[int]] = {}  # network -> images [forward, backward]
+    charges: dict[str, dict[str, Any]] = {}  # costs before training, included in the totals
+    costs: dict[str, dict[str, Any]] = {}  # of each phase variant
 
 
 class Snapshot(_Part):
-    """Averaged weights at one point of training. grid: the units whose grid the point lies on.
-    before: what was spent one step earlier."""
+    """Averaged weights at one point of training."""
 
     name: str
     sha256: str
-    grid: list[str]
+    grid: list[str]  # the units whose grid the point lies on
     step: int
-    before: dict[str, float]
+    before: dict[str, float]  # what was spent one step earlier
     ledger: Costs
-    ema_half_life: float | None = None
+    ema_half_life: float | None = None  # images
 
 
 class Stop(_Part):
@@ -93,22 +81,19 @@ class Stop(_Part):
 
 
 class TrainingFacts(Record):
-    """What the records of trained networks share; None in those of imported ones. run_id: name of
-    the folder below `runs/`. skipped_steps: phase -> steps with a gradient that is not finite."""
+    """What the records of trained networks share; None in those of imported ones."""
 
     harness: str | None = None
     torch: str | None = None
-    run_id: str | None = None
+    run_id: str | None = None  # a folder below `runs/`
     sha256: str | None = None
     stop: Stop | None = None
-    skipped_steps: dict[str, int] | None = None
+    skipped_steps: dict[str, int] | None = None  # phase -> steps with a non-finite gradient
     ledger: Costs | None = None
 
 
 class StudentRecord(TrainingFacts):
-    """`student.json`. trained_against: feature networks in the losses, whose metrics are flagged.
-    pretraining: data sets that pretrained networks in the losses were trained on. inputs: sha256 of
-    each input. contended: whether other work ran during a run with a budget in seconds."""
+    """`student.json`."""
 
     sha256: str
     fingerprint: str
@@ -124,16 +109,16 @@ class StudentRecord(TrainingFacts):
     freeze: str
     lora: dict[str, Any] | None = None
     teacher: str
-    trained_against: list[str]
-    pretraining: list[str]
+    trained_against: list[str]  # feature networks in the losses, whose metrics are flagged
+    pretraining: list[str]  # data sets of the pretrained networks in the losses
     device: str
     processes: int
     nfe: int
     parameters: int
     frozen_fraction: float
-    inputs: dict[str, Any]
+    inputs: dict[str, Any]  # input -> sha256
     snapshots: list[Snapshot]
-    contended: bool
+    contended: bool  # other work ran during a run with a budget in seconds
 
 
 class File(_Part):
@@ -144,93 +129,86 @@ class File(_Part):
 
 
 class TeacherRecord(TrainingFacts):
-    """`teacher.json`. imported: source and sha256 of an imported teacher. text, evaluation_text:
-    embeddings of the prompts. codec: the decoder."""
+    """`teacher.json`."""
 
     teacher: str
     sha256: str
     fingerprint: str
     parameters: int
     device: str | None = None
-    imported: dict[str, str] | None = None
-    text: File | None = None
+    imported: dict[str, str] | None = None  # source and its sha256
+    text: File | None = None  # embeddings of the prompts
     evaluation_text: File | None = None
-    codec: dict[str, str] | None = None
+    codec: dict[str, str] | None = None  # the decoder's sha256
 
 
 class PairRecord(Record):
-    """`pairs.json`. pairs: their number. evaluations: of the teacher's network. contended: whether
-    other work ran meanwhile. sha256: of all shards in the folder `run_id`."""
+    """`pairs.json`."""
 
     name: str
     fingerprint: str
-    run_id: str
+    run_id: str  # the folder with the shards
     pairs: int
     sampler: dict[str, Any]
-    evaluations: int
+    evaluations: int  # of the teacher's network
     flops: int
     seconds: float
-    contended: bool
-    sha256: str
+    contended: bool  # other work ran meanwhile
+    sha256: str  # of all shards
 
 
 class FeatureRecord(TrainingFacts):
-    """`features.json`. settings: of the network's class, with its `type`. file: of a fetched
-    network. unavailable: why it has no weights, in two words; reason: the error; missing: the same
-    for heads. aesthetic: the trained aesthetic head."""
+    """`features.json`."""
 
     name: str
-    settings: dict[str, Any]
-    file: str | None = None
-    unavailable: str | None = None
-    reason: str | None = None
-    missing: dict[str, str] = {}
+    settings: dict[str, Any]  # of the network's class, with its `type`
+    file: str | None = None  # of a fetched network
+    unavailable: str | None = None  # why it has no weights, in two words
+    reason: str | None = None  # the error
+    missing: dict[str, str] = {}  # head -> why it has no weights
     held_out_accuracy: float | None = None
-    aesthetic: dict[str, Any] | None = None
+    aesthetic: dict[str, Any] | None = None  # the trained aesthetic head
 
 
 class PromptFile(_Part):
-    """A copy of a prompt file. prompts: its number of lines."""
+    """A copy of a prompt file."""
 
-    prompts: int
+    prompts: int  # number of lines
     sha256: str
 
 
 class DataRecord(Record):
-    """`data.json`. registered: whether `name` is a registered data set. sha256: of images and
-    prompts; images_sha256: of the images, or of their shape and classes if there are none."""
+    """`data.json`."""
 
     name: str
-    registered: bool
+    registered: bool  # `name` is a registered data set
     class_names: list[str]
     train_images: int
     held_out_images: int
     image_shape: list[int]
-    images_sha256: str
-    sha256: str
+    images_sha256: str  # of the images, or of their shape and classes if there are none
+    sha256: str  # of images and prompts
     prompts: PromptFile | None = None
     evaluation_prompts: PromptFile | None = None
 
 
 class ScoreRow(_Part):
-    """One number. sample_seed: None for real images. leave_out: values without each tenth of the
-    samples. protocol: key of `ScoreRecord.protocols`. status: why there is no value."""
+    """One number."""
 
-    sample_seed: int | None = None
+    sample_seed: int | None = None  # None for real images
     metric: str
     extractor: str
     num_samples: int
     value: float | None = None
     stderr: float | None = None
-    leave_out: list[float] = []
-    protocol: str
+    leave_out: list[float] = []  # values without each tenth of the samples
+    protocol: str  # key of `ScoreRecord.protocols`
     flag: str = ""
-    status: str | None = None
+    status: str | None = None  # why there is no value
 
 
 class ScoreEntry(_Part):
-    """The rows of one snapshot, or of a reference, named by `student` ("teacher", "teacher-1step",
-    "floor"). ema: half-life in images."""
+    """The rows of one snapshot, or of a reference ("teacher", "teacher-1step", "floor")."""
 
     student: str | None = None
     snapshot: str
@@ -238,7 +216,7 @@ class ScoreEntry(_Part):
     grid: list[str]
     sha256: str | None = None
     nfe: int | None = None
-    ema: float | None = None
+    ema: float | None = None  # half-life in images
     images: int | None = None
     flops: int | None = None
     seconds: float | None = None
@@ -246,18 +224,15 @@ class ScoreEntry(_Part):
 
 
 class Samples(File):
-    """The images for figures. neighbour_extractor, neighbour_rows: features and number of training
-    images among which the nearest were searched. neighbour_unit: of the distances."""
+    """The images for figures, with the nearest training images."""
 
     neighbour_extractor: str | None = None
-    neighbour_rows: int | None = None
-    neighbour_unit: str | None = None
+    neighbour_rows: int | None = None  # number of training images that were searched
+    neighbour_unit: str | None = None  # of the distances
 
 
 class ScoreRecord(Record):
-    """The scores of a run (student, method, seed) or of a teacher and the floor. weights: sha256 of
-    the network. dimensions: extractor -> number of features. kept: samples for the check against
-    other libraries. per_image: a CSV file with the values of each image."""
+    """The scores of a run (student, method, seed), or of a teacher and the floor."""
 
     FORMAT = SCORES_FORMAT
 
@@ -265,12 +240,12 @@ class ScoreRecord(Record):
     teacher: str | None = None
     method: str | None = None
     seed: int | None = None
-    weights: str
+    weights: str  # sha256 of the network
     fingerprint: str
     contended: bool = False
     entries: list[ScoreEntry]
     samples: Samples | None = None
     protocols: dict[str, dict[str, Any]]
-    dimensions: dict[str, int]
-    kept: File | None = None
-    per_image: File | None = None
+    dimensions: dict[str, int]  # extractor -> number of features
+    kept: File | None = None  # samples for the check against other libraries
+    per_image: File | None = None  # CSV of the values of each image
