@@ -10,8 +10,6 @@ from harness.data.datasets import Images
 from harness.evaluation import agreement
 from harness.evaluation.agreement import ImagePair, compare_with_libraries, write_images
 from harness.features.classifiers import CNNExtractor
-from harness.validation import load_experiment
-from tests.conftest import DATA
 
 
 class Projection(torch.nn.Module):
@@ -64,32 +62,6 @@ def test_all_quantities_agree_and_wrong_ones_are_detected(channels, tmp_path, mo
     )
     wrong = pd.DataFrame(compare_with_libraries(*given))
     assert "no" in set(wrong.agrees)
-
-
-def test_report_counts_agreeing_quantities_and_names_others(tmp_path):
-    from tests.test_html import Page, written
-
-    rows = compare_with_libraries(*stub(tmp_path))
-    experiment = load_experiment(DATA / "tiny.yaml", results=tmp_path)
-    folder = experiment.paths.tables
-    folder.mkdir(parents=True)
-
-    def text():
-        table = pd.DataFrame(rows, columns=list(agreement.COLUMNS))
-        table.to_csv(folder / "agreement.csv", index=False)
-        return Page(written(experiment)).text
-
-    count = len(rows)
-    assert f"{count} of {count} quantities agree within" in text()
-    assert "Disagreeing" not in text() and "✗ no" not in text()
-    wrong = agreement.difference(rows[0]["ours"], 2 * rows[0]["ours"])
-    rows[0] |= {"theirs": 2 * rows[0]["ours"]} | wrong
-    rows.append({"extractor": "inception", "tolerance": 1e-4, "agrees": "unavailable (no weights)"})
-    said = text()
-    assert f"{count - 1} of {count} quantities agree within" in said and "✗ no" in said
-    assert "✗ Disagreeing: fd in stub (torch-fidelity)." in said
-    assert "the largest relative difference is 5.0e−01 (fd, torch-fidelity)" in said
-    assert "unavailable (no weights)" in said
 
 
 def test_table_of_the_experiment(finished):

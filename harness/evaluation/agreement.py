@@ -50,8 +50,8 @@ def write_agreement(job: ReferenceScoring, folder: Path):
 
     scoring, rows = job.scoring, []
     dataset = datasets.load(scoring.data)
-    kept = ScoreRecord.read(job.output).kept
-    generated = Images(**load_tensors(job.output.with_name(kept.file), kept.sha256))
+    samples = ScoreRecord.read(job.output).kept
+    generated = Images(**load_tensors(job.output.with_name(samples.file), samples.sha256))
     count = min(len(generated), len(dataset.train))
     generated = Images(generated.pixels[:count], generated.labels[:count])
     drawn = Stream(0, "agreement").uniform(torch.arange(len(dataset.train))).argsort()[:count]

@@ -114,7 +114,7 @@ class FeatureSet:
     "<attribute>_correct", bool.
     labels: requested class or prompt of each image; classes: the classes that the prompts name
     (default: `labels`). neighbours: k of precision and recall. is_subset: one of several subsets,
-    whose spread gives the standard error, so metrics may skip theirs.
+    whose spread gives the standard error, so metrics may omit it.
     """
 
     outputs: dict[str, Tensor]

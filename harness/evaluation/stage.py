@@ -90,7 +90,7 @@ def score_references(job: ReferenceScoring) -> None:
     decoding, settings = load_decoding(job.teacher, device), sampler.model_dump()
     entries: list[ScoreEntry] = []
     images: Images = {}
-    kept: Images = {}  # samples of the first sampling seed, for other libraries
+    stored: Images = {}  # samples of the first sampling seed, for other libraries
     per_image: PerImage = {}
     common = {"snapshot": "", "final": True, "grid": []}
     for name, nfe, generate, identity in (
@@ -113,8 +113,8 @@ def score_references(job: ReferenceScoring) -> None:
                 per_image[seed] = scores.per_image
             if scores.images:
                 images = scores.images
-                kept = {key: images[key][:count] for key in ("pixels", "labels")}
-                images |= {key: images[key][: evaluation.grid_samples] for key in kept}
+                stored = {key: images[key][:count] for key in ("pixels", "labels")}
+                images |= {key: images[key][: evaluation.grid_samples] for key in stored}
         facts = {"student": name, "sha256": teacher.sha256, "nfe": nfe}
         facts["ema"] = getattr(job.section, "ema_half_life", None)  # unknown of imported teachers
         entries.append(ScoreEntry(**common, **facts, **_costs(teacher.ledger), rows=rows))
@@ -129,7 +129,7 @@ def score_references(job: ReferenceScoring) -> None:
     facts = {"teacher": job.name, "weights": teacher.sha256}
     if scorer.first:
         file = job.output.with_suffix(".kept.safetensors")
-        facts["kept"] = File(file=file.name, sha256=save_tensors(file, kept))
+        facts["kept"] = File(file=file.name, sha256=save_tensors(file, stored))
     _write(job.output, scorer, entries, images, per_image, reference_fingerprint(job), **facts)
 
 
