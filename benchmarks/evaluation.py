@@ -75,7 +75,7 @@ def stand_in(name: str, size: int) -> FeatureExtractor:
     torch.manual_seed(0)
     raw = {"type": name} if name == "inception" else {"type": name, "images": 1}
     settings, dataset = parse_settings(raw), stand_in_dataset(size)
-    return FEATURES[name](name, settings, FEATURES[name].build(settings, dataset).eval())
+    return FEATURES[name](name, settings, FEATURES[name](name, settings).build(dataset))
 
 
 def stand_in_dataset(size: int) -> Dataset:

@@ -139,7 +139,7 @@ def data(experiment, args):
 
 @stage("train or fetch a feature network", "features")
 def features(experiment, args):
-    call("features.train.make_features", experiment.feature_job(args.features))
+    call("features.base.make_features", experiment.feature_job(args.features))
 
 
 @stage("train or import a teacher", "teacher", many=True)

@@ -32,8 +32,7 @@ from harness.data import checks as data_checks
 from harness.data.registry import DATASETS
 from harness.errors import ConfigError, Problem, did_you_mean
 from harness.evaluation import checks as evaluation_checks
-from harness.features import checks as feature_checks
-from harness.features.base import FEATURES, settings_class
+from harness.features.base import FEATURES, new_extractor, settings_class
 from harness.networks.registry import BACKBONES
 from harness.registry import load_plugin
 from harness.reporting import checks as reporting_checks
@@ -206,7 +205,8 @@ def _check(s: Sections, files: bool) -> list[Problem]:
     problems += evaluation_checks.check(
         s.evaluation, s.claims, s.data, s.features, s.names["features"], files
     )
-    problems += feature_checks.check(s.features, s.data, files)
+    for name, settings in s.features.items():
+        problems += new_extractor(name, settings).check(s.data, files)
     problems += teacher_checks.check(s.teachers, s.data, s.features, s.names["features"], files)
     problems += reporting_checks.check_claims(s.claims, s.names["students"])
     if s.paper is not None:

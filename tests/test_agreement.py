@@ -9,7 +9,7 @@ import torch
 from harness.data.datasets import Images
 from harness.evaluation import agreement
 from harness.evaluation.agreement import ImagePair, compare_with_libraries, write_images
-from harness.features.classifiers import CNNExtractor
+from harness.features.classifiers import ClassifierExtractor
 
 
 class Projection(torch.nn.Module):
@@ -40,8 +40,8 @@ def stub(folder: Path, channels: int = 1) -> tuple[ImagePair, list[Path]]:
     folders = [folder / "generated", folder / "real"]
     for part, place in zip(sets, folders, strict=True):
         write_images(part.pixels, place)
-    settings = CNNExtractor.Settings(type="cnn", images=1)
-    extractor = CNNExtractor("stub", settings, Projection(), "")
+    settings = ClassifierExtractor.Settings(type="cnn", images=1)
+    extractor = ClassifierExtractor("stub", settings, Projection(), "")
     return ImagePair.extract(extractor, *sets, neighbours=3), folders
 
 

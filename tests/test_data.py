@@ -188,7 +188,7 @@ def test_floor_and_accuracy_need_a_held_out_part(workspace):
     folder = workspace.results / "features" / "tiny-cnn"
     digits = data.load(workspace.results / "data")
     extractor = load_extractor(folder, digits)
-    assert extractor.held_out_accuracy(extractor.network, digits) is None
+    assert extractor.held_out_accuracy(digits) is None
     done = workspace.stage("score-references", "edm")
     assert done.returncode == 0, done.stderr
     record = json.loads((workspace.results / "scores" / "teachers" / "edm.json").read_text())

@@ -33,7 +33,7 @@ def images(n: int, channels: int = 3, size: int = 64) -> Tensor:
     return torch.randint(0, 256, (n, channels, size, size), generator=generator).to(torch.uint8)
 
 
-def extractor(network: nn.Module, resize: str = "edm") -> InceptionExtractor:
+def extractor(network: nn.Module | None = None, resize: str = "edm") -> InceptionExtractor:
     settings = parse_settings({"type": "inception", "resize": resize})
     return InceptionExtractor("inception", settings, network)
 
@@ -44,7 +44,7 @@ def extractor(network: nn.Module, resize: str = "edm") -> InceptionExtractor:
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return InceptionExtractor.build(None, None)
+    return extractor().build()
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,7 @@ def test_outputs_equal_torch_fidelitys(weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     library = FeatureExtractorInceptionV3("library", ["2048", "logits_unbiased"], str(weights))
-    settings = parse_settings({"type": "inception"})
-    network = InceptionExtractor.load_network(settings, weights, None)
+    network = extractor().load_network(weights)
     pixels = images(2, size=40)
     features, logits = library(pixels)
     outputs = extractor(network).extract(pixels)
@@ -94,9 +93,9 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(b"other weights")
     settings = parse_settings({"type": "inception", "weights": str(path)})
     with pytest.raises(UserError, match=inception.SHA256):
-        InceptionExtractor.fetch(settings)
+        InceptionExtractor("inception", settings).fetch()
     with pytest.raises(UserError) as error:
-        InceptionExtractor.load_network(settings, path, None)
+        extractor().load_network(path)
     assert error.value.code == "weights" and "\n" not in str(error.value)
 
 
@@ -191,7 +190,7 @@ def scored(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def available(scored, monkeypatch, tmp_path):
     """The same with weights for Inception: those of a small network."""
-    monkeypatch.setattr(InceptionExtractor, "fetch", lambda settings: tmp_path / "x.yaml")
+    monkeypatch.setattr(InceptionExtractor, "fetch", lambda self: tmp_path / "x.yaml")
     monkeypatch.setattr(InceptionExtractor, "load_network", lambda *arguments: Stub())
     monkeypatch.setattr(
         InceptionExtractor, "inputs", lambda self, pixels: pixels.expand(-1, 3, -1, -1).float()

@@ -16,10 +16,9 @@ from harness.evaluation.registry import METRICS
 from harness.features import aesthetic, openclip
 from harness.features import timm_backbones as backbones
 from harness.features.aesthetic import LaionHead
-from harness.features.base import load_extractor, parse_settings, provides
+from harness.features.base import load_extractor, make_features, parse_settings, provides
 from harness.features.dinov2 import DINOv2Extractor
 from harness.features.openclip import OpenCLIPExtractor
-from harness.features.train import make_features
 from harness.io.artifacts import sha256_file
 from harness.io.records import FeatureRecord
 from harness.validation import parse_experiment
@@ -146,10 +145,10 @@ def test_half_precision_state_dicts_are_read_and_other_files_are_refused(clip_we
     path, network = tmp_path / "clip.pt", tiny_clip()
     half = {key: value.half() for key, value in weights.items()}
     torch.save({"state_dict": half}, path)
-    OpenCLIPExtractor.fill(network, path)
+    extractor = OpenCLIPExtractor("x", parse_settings(MODEL))
+    extractor.fill(network, path)
     assert network.visual.proj.dtype == torch.float32
     torch.testing.assert_close(network.visual.proj.data, weights["visual.proj"], atol=1e-3, rtol=0)
-    settings = parse_settings(MODEL)
     missing = tmp_path / "missing.safetensors"
     save_file({k: v for k, v in weights.items() if k != "visual.proj"}, missing)
     archive = tmp_path / "archive.pt"
@@ -158,11 +157,11 @@ def test_half_precision_state_dicts_are_read_and_other_files_are_refused(clip_we
     (tmp_path / "empty.pt").write_bytes(b"")
     for file in (missing, archive, tmp_path / "bad.pt", tmp_path / "empty.pt"):
         with pytest.raises(UserError) as error:
-            OpenCLIPExtractor.load_network(settings, file, None)
+            extractor.load_network(file)
         assert error.value.code == "weights" and "\n" not in str(error.value)
     for file, reason in ((missing, r"visual\.proj"), (archive, "TorchScript archive")):
         with pytest.raises(UserError, match=reason):
-            OpenCLIPExtractor.load_network(settings, file, None)
+            extractor.load_network(file)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, mse_loss, normalize, pad
+from torch.special import ndtr
 
 from harness.data.datasets import Dataset, Images
 from harness.denoiser import to_model_space, to_pixels
@@ -21,6 +22,7 @@ from harness.streams import Stream
 
 WEIGHTS = "aesthetic.safetensors"
 SCALE = 10.0
+ROUNDS, STEPS = 3, 400  # degradations of each image, and updates, in training
 
 
 class AestheticHead(nn.Module):
@@ -73,12 +75,8 @@ class LaionHead(nn.Module):
         return cls(load_pickled(fetch(*LAION_HEADS[version])))
 
 
-# Degradations of images in [-1, 1] `(B, C, H, W)`; strength `(B, 1, 1, 1)` in [0, 1], and standard
-# normal noise of the images' shape. -1 is the background.
-
-
-def _noise(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    return x + 1.5 * s * n
+# Degradations of images `x` in [-1, 1], where -1 is the background, `(B, C, H, W)`, by a strength
+# `s` `(B, 1, 1, 1)` in [0, 1], with standard normal noise `n` of the same shape as `x`.
 
 
 def _blur(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
@@ -91,37 +89,30 @@ def _blur(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
     return (1 - s) * x + s * wide
 
 
-def _fade(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Fade to the background."""
-    return -1 + (x + 1) * (1 - s)
-
-
-def _drop(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Set pixels to the background, each with probability `s`."""
-    return torch.where(torch.special.ndtr(n) < s, torch.full_like(x, -1.0), x)
-
-
 def _salt(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
     """Set pixels to black or white, with probability `s` in total."""
-    u = torch.special.ndtr(n)
-    x = torch.where(u < s / 2, torch.full_like(x, -1.0), x)
-    return torch.where(u > 1 - s / 2, torch.full_like(x, 1.0), x)
-
-
-def _overlay(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
-    """Blend another image of the batch in."""
-    return torch.maximum(x, -1 + s * (x.roll(1, dims=0) + 1))
+    u = ndtr(n)
+    return torch.where(u > 1 - s / 2, 1.0, torch.where(u < s / 2, -1.0, x))
 
 
 def _shuffle(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
     """Replace pixels by others of the image, each with probability `s`."""
     moved = x.flatten(2).gather(2, n.flatten(2).argsort(dim=2)).view_as(x)
-    return torch.where(torch.special.ndtr(n) < s, moved, x)
+    return torch.where(ndtr(n) < s, moved, x)
 
 
 HEAD_IMAGES = 4096  # the first of each part; enough for such a small head
-KNOWN = {"noise": _noise, "blur": _blur, "fade": _fade, "drop": _drop}
-UNSEEN = {"salt": _salt, "overlay": _overlay, "shuffle": _shuffle}
+KNOWN = {
+    "noise": lambda x, s, n: x + 1.5 * s * n,
+    "blur": _blur,
+    "fade": lambda x, s, n: -1 + (x + 1) * (1 - s),  # to the background
+    "drop": lambda x, s, n: torch.where(ndtr(n) < s, -1.0, x),  # pixels, with probability s
+}
+UNSEEN = {
+    "salt": _salt,
+    "overlay": lambda x, s, n: torch.maximum(x, -1 + s * (x.roll(1, dims=0) + 1)),
+    "shuffle": _shuffle,
+}
 
 
 def _degraded(images: Images, kind: str, degrade, round: int) -> tuple[Tensor, Tensor]:
@@ -131,8 +122,7 @@ def _degraded(images: Images, kind: str, degrade, round: int) -> tuple[Tensor, T
     strength = stream.child("strength").uniform(index)
     x = to_model_space(images.pixels[: len(index)])
     x = degrade(x, strength.view(-1, 1, 1, 1), stream.normal(index, tuple(x.shape[1:])))
-    x = to_model_space(to_pixels(x))
-    return x, SCALE * (1 - strength)
+    return to_model_space(to_pixels(x)), SCALE * (1 - strength)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -142,15 +132,13 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def train_head(
-    clip: nn.Module, dataset: Dataset, folder: Path, rounds: int = 3, steps: int = 400
-) -> dict:
+def train_head(clip: nn.Module, dataset: Dataset, folder: Path) -> dict:
     """Train a head on the embeddings `clip.features(x)` and write its weights. Returns its record:
     rank correlations on held-out images (none if nothing is held out) and the file's sha256."""
     with torch.no_grad():
         parts = [
             _degraded(dataset.train, kind, degrade, r)
-            for r in range(rounds)
+            for r in range(ROUNDS)
             for kind, degrade in KNOWN.items()
         ]
         embeddings = torch.cat([clip.features(x) for x, _ in parts])
@@ -160,8 +148,8 @@ def train_head(
         head = AestheticHead(embeddings.shape[1])
     nn.init.constant_(head.layers[-1].bias, SCALE / 2)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
         loss = mse_loss(head(embeddings), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -171,7 +159,7 @@ def train_head(
     with torch.no_grad():
         for group, kinds in (("known", KNOWN), ("unseen", UNSEEN)):
             for kind, degrade in kinds.items() if len(dataset.held_out) else ():
-                x, target = _degraded(dataset.held_out, kind, degrade, rounds)
+                x, target = _degraded(dataset.held_out, kind, degrade, ROUNDS)
                 rating = head(clip.features(x))
                 record[f"rank_correlation_{group}"][kind] = round(spearman(rating, target), 4)
     return record | {"sha256": save_tensors(folder / WEIGHTS, head.state_dict())}

@@ -2,8 +2,7 @@
 
 A kind of feature network is one file, in this package or a plug-in. It registers a subclass of
 `PretrainedExtractor` (published weights) or `harness.features.train.TrainedExtractor` (weights
-trained in the workflow) under the `type` by which experiments name it. Everything that other
-packages need to know about a kind is a method or attribute of its class.
+trained in the workflow) under the `type` by which experiments name it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import ConfigDict, field_validator
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from harness.config.jobs import FeatureJob
-from harness.config.schema import FeatureSettings
+from harness.config.schema import DataSection, FeatureSettings
 from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError, did_you_mean
 from harness.io.artifacts import sha256_file
-from harness.io.downloads import source_problems
+from harness.io.downloads import fetch, source_problems
 from harness.io.records import FeatureRecord
 from harness.registry import Registry
 
@@ -50,7 +49,7 @@ class TextEncoder(Protocol):
 
 
 class FeatureExtractor(ABC):
-    """A feature network of an experiment, loaded and ready.
+    """A feature network of an experiment. It has no network until `load`.
 
     Class attributes:
     Settings: its keys in an experiment file, with `type` as a literal.
@@ -58,74 +57,56 @@ class FeatureExtractor(ABC):
     has_feature_maps: the network has `maps(x)` and `map_channels`, so that a discriminator can use
     it (see `FeatureMaps`).
 
-    Attributes:
-    network: None if the weights are unavailable.
-    sha256: hash of the weights file, known for some networks even if it is unavailable.
+    Attributes, all of which may be properties:
+    provided: what metrics may require: the names of its outputs, and its traits: the name of its
+    Fréchet distance ("fd", or "fid-..." for Inception), "data-classes" (probabilities of the data
+    set's classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP trained on the
+    data set).
+    known_sha256: hash that the weights must have, if it is known.
     unavailable: why there are no weights; missing: the same for single outputs.
     resize: how images are brought to the network's input size.
     pretraining: data sets of the published weights' training.
     alias: its name in the records of students that were trained against it, if not `name`.
     details: further settings that belong to the protocol of its numbers.
-    provided: `provides` for its settings.
+    text_shape: tokens and width of its text embeddings; such a class has `text_encoder()`, too.
     """
 
     Settings: ClassVar[type[FeatureSettings]]
     trained: ClassVar[bool] = False
     has_feature_maps: ClassVar[bool] = False
+    provided: frozenset[str]
+    known_sha256: str | None = None
     resize: str = "none"
     pretraining: tuple[str, ...] = ()
     alias: str | None = None
+    unavailable: str | None = None
+    text_shape: tuple[int, int] | None = None
 
     def __init__(
         self,
         name: str,
         settings: FeatureSettings,
         network: nn.Module | None = None,
-        sha256: str = "unknown",
+        sha256: str | None = None,
     ):
-        self.name, self.settings, self.network, self.sha256 = name, settings, network, sha256
-        self.unavailable: str | None = None
+        self.name, self.settings, self.network = name, settings, network
+        self.sha256 = sha256 or self.known_sha256 or "unknown"
         self.missing: dict[str, str] = {}
         self.details: dict[str, Any] = {}
-        self.provided = self.provides(settings)
+        if network is not None:
+            network.eval().requires_grad_(False)
 
-    @classmethod
-    @abstractmethod
-    def provides(cls, settings: FeatureSettings) -> frozenset[str]:
-        """What metrics may require: the names of its outputs, and its traits.
-
-        Traits: the name of its Fréchet distance ("fd", or "fid-..." for Inception); "data-classes"
-        (probabilities of the data set's classes), "inception", "image-text" (a CLIP),
-        "short-captions" (a CLIP trained on the data set).
-        """
-
-    @classmethod
-    @abstractmethod
-    def build(cls, settings: FeatureSettings, dataset: Dataset) -> nn.Module:
-        """The network with random weights; it works on the meta device, too."""
-
-    @classmethod
-    @abstractmethod
-    def make(cls, job: FeatureJob) -> FeatureRecord:
-        """Train or fetch the network and write `features.json`."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> Self:
-        """The extractor that `make` left in a folder."""
-
-    @classmethod
-    def check(cls, name: str, settings: FeatureSettings, files: bool) -> list[Problem]:
+    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
         """Errors that the schema cannot express. `files`: local files must exist."""
         return []
 
-    @classmethod
-    def text_shape(cls, settings: FeatureSettings) -> tuple[int, int] | None:
-        """Tokens and width of its text embeddings; None if it is not a text encoder."""
-        return None
+    @abstractmethod
+    def make(self, job: FeatureJob) -> FeatureRecord:
+        """Train or fetch the network and write `features.json`."""
 
-    def text_encoder(self) -> TextEncoder:
-        raise UserError(f"{self.name} is not a text encoder", "no-text-encoder")
+    @abstractmethod
+    def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
+        """Load the network that `make` left in a folder."""
 
     @abstractmethod
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -167,20 +148,32 @@ def settings_class(raw: Any) -> type[FeatureSettings]:
 
 
 def parse_settings(raw: Any) -> FeatureSettings:
-    """Settings of a feature network, validated by its own class; errors are a pydantic
-    `ValidationError`."""
+    """Validated settings of a feature network; errors are a pydantic `ValidationError`."""
     return settings_class(raw).model_validate(raw)
 
 
+def new_extractor(name: str, settings: FeatureSettings) -> FeatureExtractor:
+    """The extractor of a feature network, without its weights."""
+    return FEATURES[settings.type](name, settings)
+
+
 def provides(settings: FeatureSettings) -> frozenset[str]:
-    """Outputs and traits of a feature network (`FeatureExtractor.provides`)."""
-    return FEATURES[settings.type].provides(settings)
+    """Outputs and traits of a feature network (`FeatureExtractor.provided`)."""
+    return new_extractor("", settings).provided
 
 
 def load_extractor(folder: Path, dataset: Dataset, device: str = "cpu") -> FeatureExtractor:
     """The extractor in `features/<name>/`."""
     record = FeatureRecord.read(folder / "features.json")
-    return FEATURES[record.settings["type"]].load(record, folder, dataset, device)
+    settings = parse_settings(record.settings)
+    extractor = FEATURES[settings.type](record.name, settings, sha256=record.sha256)
+    extractor.load(record, folder, dataset, device)
+    return extractor
+
+
+def make_features(job: FeatureJob) -> FeatureRecord:
+    """Train or fetch a feature network: leaves `features/<name>/` with its `features.json`."""
+    return new_extractor(job.name, job.settings).make(job)
 
 
 class FeatureMaps(nn.Module):
@@ -207,91 +200,74 @@ class PretrainedSettings(FeatureSettings):
 class PretrainedExtractor(FeatureExtractor):
     """A feature network with published weights, frozen, with a fixed input size.
 
-    A subclass gives `fetch`, `build`, `fill` and `outputs`; also `inputs`, unless a resize and a
-    normalisation are enough, and `known_sha256`, if the hash is not a setting.
+    A subclass gives `outputs`, and `build` and `fill` (or `load_network`). By default it fetches
+    the file in its settings, and its inputs are resized and normalised.
     """
 
     size: int  # height and width of the input
+    resize = "before the network, bicubic with antialiasing, 8 bits"
 
-    def __init__(
-        self,
-        name: str,
-        settings: FeatureSettings,
-        network: nn.Module | None = None,
-        sha256: str | None = None,
-    ):
-        super().__init__(name, settings, network and network.eval().requires_grad_(False))
-        self.sha256 = sha256 or self.known_sha256(settings) or self.sha256
+    @property
+    def known_sha256(self) -> str | None:
+        return getattr(self.settings, "sha256", None)
 
-    @classmethod
-    def known_sha256(cls, settings: FeatureSettings) -> str | None:
-        """Hash that the weights must have, if it is known: by default a setting."""
-        return getattr(settings, "sha256", None)
-
-    @classmethod
-    def check(cls, name: str, settings: FeatureSettings, files: bool) -> list[Problem]:
-        if settings.weights is None:
+    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
+        weights, key = self.settings.weights, f"features.{self.name}"
+        if weights is None:
             return []
-        key, sha256 = f"features.{name}", cls.known_sha256(settings)
+        sha256, sha256_key = self.known_sha256, f"{key}.sha256"
         return source_problems(
-            f"{key}.weights", settings.weights, sha256, sha256_key=f"{key}.sha256", required=files
+            f"{key}.weights", weights, sha256, sha256_key=sha256_key, required=files
         )
 
-    @classmethod
-    @abstractmethod
-    def fetch(cls, settings: FeatureSettings) -> Path:
+    def fetch(self) -> Path:
         """The file of the weights, downloaded if necessary; a `UserError` if that fails."""
+        return fetch(self.settings.weights, self.known_sha256)
 
-    @classmethod
-    def fill(cls, network: nn.Module, path: Path) -> None:
-        """Load the weights in a file."""
-        raise NotImplementedError
-
-    @classmethod
-    def load_network(cls, settings: FeatureSettings, path: Path, dataset: Dataset) -> nn.Module:
-        """The network with the weights in a file; a `UserError` if they do not fit."""
-        network = cls.build(settings, dataset)
-        with reading_weights(path, settings.type):
-            cls.fill(network, path)
-        return network
-
-    @classmethod
-    def fetch_parts(cls, settings: FeatureSettings) -> dict[str, str]:
+    def fetch_parts(self) -> dict[str, str]:
         """Fetch weights of optional outputs; returns those that are missing, with the reason."""
         return {}
 
-    @classmethod
-    def make(cls, job: FeatureJob) -> FeatureRecord:
+    def build(self, dataset: Dataset | None = None) -> nn.Module:
+        """The network with random weights."""
+        raise NotImplementedError
+
+    def fill(self, network: nn.Module, path: Path) -> None:
+        """Load the weights in a file."""
+        raise NotImplementedError
+
+    def load_network(self, path: Path) -> nn.Module:
+        """The network with the weights in a file; a `UserError` if they do not fit."""
+        network = self.build()
+        with reading_weights(path, self.settings.type):
+            self.fill(network, path)
+        return network
+
+    def prepare(self, dataset: Dataset) -> None:
+        """Set up what depends on the data set, such as captions."""
+
+    def make(self, job: FeatureJob) -> FeatureRecord:
         """Fetch the weights. If that fails, the record says why: the network's metrics are marked
         as unavailable, and everything else continues."""
         record = FeatureRecord(name=job.name, settings=job.settings.model_dump())
         try:
-            path = cls.fetch(job.settings)
+            path = self.fetch()
         except UserError as error:
             logger.warning("%s is unavailable: %s", job.name, error)
             record.unavailable, record.reason = NO_WEIGHTS, str(error)
         else:
-            record.file = path.name
-            record.sha256 = cls.known_sha256(job.settings) or sha256_file(path)
-        for output, reason in cls.fetch_parts(job.settings).items():
+            record.file, record.sha256 = path.name, self.known_sha256 or sha256_file(path)
+        for output, reason in self.fetch_parts().items():
             logger.warning("%s: %s is unavailable: %s", job.name, output, reason)
             record.missing[output] = NO_WEIGHTS
         record.write(job.folder / "features.json")
         return record
 
-    @classmethod
-    def load(cls, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> Self:
-        settings = parse_settings(record.settings)
-        extractor = cls(record.name, settings, None, record.sha256)
-        extractor.unavailable, extractor.missing = record.unavailable, record.missing
-        if extractor.unavailable is None:
-            network = cls.load_network(settings, cls.fetch(settings), dataset).to(device)
-            extractor.network = network.eval().requires_grad_(False)
-        extractor.prepare(dataset)
-        return extractor
-
-    def prepare(self, dataset: Dataset) -> None:
-        """Set up what depends on the data set, such as captions."""
+    def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
+        self.unavailable, self.missing = record.unavailable, record.missing
+        if self.unavailable is None:
+            self.network = self.load_network(self.fetch()).to(device).eval().requires_grad_(False)
+        self.prepare(dataset)
 
     def mean_and_std(self) -> tuple[Sequence[float], Sequence[float]]:
         """Per channel, of pixels in [0, 1], as in the network's training."""
@@ -299,8 +275,12 @@ class PretrainedExtractor(FeatureExtractor):
         return config["mean"], config["std"]
 
     def inputs(self, pixels: Tensor) -> Tensor:
-        """The network's input, `(B, 3, size, size)` on its device."""
-        x = resized(pixels, self.size).to(self.device).float() / 255
+        """The network's input, `(B, 3, size, size)` on its device. The resize equals PIL's up to
+        about one level of 8 bits."""
+        x = pixels.expand(-1, 3, -1, -1)
+        if x.shape[2:] != (self.size, self.size):
+            x = interpolate(x.cpu(), (self.size, self.size), mode="bicubic", antialias=True)
+        x = x.to(self.device).float() / 255
         mean, std = (torch.tensor(v).view(3, 1, 1).to(x.device) for v in self.mean_and_std())
         return (x - mean) / std
 
@@ -323,18 +303,6 @@ class PretrainedExtractor(FeatureExtractor):
 def full_precision() -> contextlib.AbstractContextManager:
     """No TensorFloat-32 convolutions: features must not depend on the GPU."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
-RESIZE = "before the network, bicubic with antialiasing, 8 bits"
-
-
-def resized(pixels: Tensor, size: int) -> Tensor:
-    """uint8 `(B, 1 or 3, H, W)` -> `(B, 3, size, size)`, bicubic with antialiasing: PIL's resize up
-    to about one level."""
-    rgb = pixels.expand(-1, 3, -1, -1)
-    if rgb.shape[2:] == (size, size):
-        return rgb
-    return interpolate(rgb.cpu(), (size, size), mode="bicubic", antialias=True)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import ClassVar, Literal
+from itertools import pairwise
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from harness.context import Context
 from harness.data.datasets import Dataset, Images
 from harness.features.base import FEATURES
 from harness.features.train import TrainedExtractor, TrainedSettings, augmented
-from harness.method import OptimizerConfig
 
 
 class Classifier(nn.Module):
@@ -27,15 +25,6 @@ class Classifier(nn.Module):
     feature_dim = 64
     map_channels: tuple[int, ...]
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        raise NotImplementedError
-
-    def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def logits(self, features: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(self.features(x))
 
@@ -47,15 +36,8 @@ class PlainCNN(Classifier):
         super().__init__()
         channels, height, _ = image_shape
         self.map_channels = (width, 2 * width)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1)
-            for a, b in [
-                (channels, width),
-                (width, width),
-                (width, 2 * width),
-                (2 * width, 2 * width),
-            ]
-        )
+        widths = (channels, width, width, 2 * width, 2 * width)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.hidden = nn.Linear(2 * width * (height // 4) ** 2, self.feature_dim)
         self.head = nn.Linear(self.feature_dim, num_classes)
 
@@ -91,13 +73,8 @@ class ResNet(Classifier):
         super().__init__()
         self.map_channels = (width, 2 * width, 4 * width)
         self.stem = nn.Conv2d(image_shape[0], width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            [
-                _ResidualBlock(width, width, 1),
-                _ResidualBlock(width, 2 * width, 2),
-                _ResidualBlock(2 * width, 4 * width, 2),
-            ]
-        )
+        shapes = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)]
+        self.blocks = nn.ModuleList(_ResidualBlock(*shape) for shape in shapes)
         self.hidden = nn.Linear(4 * width, self.feature_dim)
         self.head = nn.Linear(self.feature_dim, num_classes)
 
@@ -114,12 +91,11 @@ class ResNet(Classifier):
         return self.head(silu(features))
 
 
-def classification_loss(context: Context, label_smoothing: float) -> Tensor:
-    x, labels = context.real()
-    logits = context.networks["features"](augmented(context, x))
-    return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+ARCHITECTURES = {"cnn": PlainCNN, "resnet": ResNet}
 
 
+@FEATURES.register("cnn")
+@FEATURES.register("resnet")
 class ClassifierExtractor(TrainedExtractor):
     """Features and class probabilities of a classifier."""
 
@@ -134,42 +110,23 @@ class ClassifierExtractor(TrainedExtractor):
         weight_decay: float = Field(0.05, ge=0)
 
     has_feature_maps = True
-    architecture: ClassVar[type[Classifier]]
+    provided = frozenset({"features", "probabilities", "data-classes", "fd"})
 
-    @classmethod
-    def provides(cls, settings: Settings) -> frozenset[str]:
-        return frozenset({"features", "probabilities", "data-classes", "fd"})
+    def build(self, dataset: Dataset) -> Classifier:
+        architecture = ARCHITECTURES[self.settings.type]
+        return architecture(dataset.image_shape, dataset.num_classes, self.settings.width)
 
-    @classmethod
-    def build(cls, settings: Settings, dataset: Dataset) -> Classifier:
-        return cls.architecture(dataset.image_shape, dataset.num_classes, settings.width)
-
-    @classmethod
-    def loss(cls, settings: Settings) -> Callable[[Context], Tensor]:
-        return partial(classification_loss, label_smoothing=settings.label_smoothing)
-
-    @classmethod
-    def optimizer(cls, settings: Settings) -> OptimizerConfig:
-        return OptimizerConfig(lr=settings.lr, weight_decay=settings.weight_decay)
-
-    @classmethod
-    def training_images(cls, dataset: Dataset) -> Images:
+    def training_images(self, dataset: Dataset) -> Images:
         return Images(dataset.train.pixels, dataset.classes(dataset.train.labels))
 
-    @classmethod
-    def correct(cls, network: Classifier, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
-        return network(x).argmax(dim=1) == dataset.classes(labels)
+    def loss(self, context: Context) -> Tensor:
+        x, labels = context.real()
+        logits = context.networks["features"](augmented(context, x))
+        return cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+
+    def correct(self, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+        return self.network(x).argmax(dim=1) == dataset.classes(labels)
 
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         features = self.network.features(x)
         return {"features": features, "probabilities": self.network.logits(features).softmax(1)}
-
-
-@FEATURES.register("cnn")
-class CNNExtractor(ClassifierExtractor):
-    architecture = PlainCNN
-
-
-@FEATURES.register("resnet")
-class ResNetExtractor(ClassifierExtractor):
-    architecture = ResNet

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
+from harness.config.schema import Sha256
 from harness.data.datasets import Dataset
 from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
-from harness.features.timm_backbones import import_timm, load_weights
-from harness.io.downloads import fetch
+from harness.features.timm_backbones import load_weights
 
 NETWORKS = {"vitb14": "vit_base_patch14_dinov2", "vitl14": "vit_large_patch14_dinov2"}
 
@@ -26,30 +25,19 @@ class DINOv2Extractor(PretrainedExtractor):
         type: Literal["dinov2"]
         model: Literal["vitb14", "vitl14"]
         weights: str
-        sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the weights")
+        sha256: Sha256 | None = None
 
     size = 224
     resize = f"to {size} x {size}, bicubic with antialiasing, 8 bits"
     # The curated part of LVD-142M contains ImageNet-1k's training images (section 3).
     pretraining = ("lvd-142m", "imagenet-1k")
 
-    @classmethod
-    def provides(cls, settings: Settings) -> frozenset[str]:
-        return frozenset({"features", "fd"})
+    provided = frozenset({"features", "fd"})
 
-    @classmethod
-    def fetch(cls, settings: Settings) -> Path:
-        return fetch(settings.weights, settings.sha256)
-
-    @classmethod
-    def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
-        name = NETWORKS[settings.model]
-        return import_timm().create_model(name, img_size=cls.size, num_classes=0)
-
-    @classmethod
-    def load_network(cls, settings: Settings, path: Path, dataset: Dataset) -> nn.Module:
+    def load_network(self, path: Path) -> nn.Module:
         # timm renames the weights of Meta's file and resamples the position embeddings.
-        return load_weights(NETWORKS[settings.model], path, img_size=cls.size, num_classes=0)
+        name = NETWORKS[self.settings.model]
+        return load_weights(name, path, img_size=self.size, num_classes=0)
 
     def prepare(self, dataset: Dataset) -> None:
         self.details = {"model": self.settings.model}

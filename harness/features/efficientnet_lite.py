@@ -8,13 +8,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from harness.data.datasets import Dataset
-from harness.features.base import FEATURES, RESIZE, PretrainedExtractor, PretrainedSettings
-from harness.features.timm_backbones import (
-    import_timm,
-    load_weights,
-    pretraining_set,
-    weights_file,
-)
+from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
+from harness.features.timm_backbones import load_weights, pretraining_set, weights_file
 
 
 @FEATURES.register("efficientnet-lite")
@@ -26,37 +21,26 @@ class EfficientNetLiteExtractor(PretrainedExtractor):
         model: Literal["lite0", "lite1", "lite2"] = "lite0"
         weights: None = None
 
-        @property
-        def network(self) -> str:
-            """timm's name."""
-            return f"tf_efficientnet_{self.model}"
+    provided = frozenset({"features", "probabilities", "fd"})
 
-    resize = RESIZE
-
-    @classmethod
-    def provides(cls, settings: Settings) -> frozenset[str]:
-        return frozenset({"features", "probabilities", "fd"})
-
-    @classmethod
-    def fetch(cls, settings: Settings) -> Path:
-        return weights_file(settings.network)
-
-    @classmethod
-    def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
-        return import_timm().create_model(settings.network)
-
-    @classmethod
-    def load_network(cls, settings: Settings, path: Path, dataset: Dataset) -> nn.Module:
-        return load_weights(settings.network, path)
-
-    def prepare(self, dataset: Dataset) -> None:
-        name = self.settings.network
-        self.pretraining, self.alias = (pretraining_set(name),), f"timm/{name}"
-        self.details = {"model": name}
+    @property
+    def timm_name(self) -> str:
+        return f"tf_efficientnet_{self.settings.model}"
 
     @property
     def size(self) -> int:
         return self.network.pretrained_cfg["input_size"][1]
+
+    def fetch(self) -> Path:
+        return weights_file(self.timm_name)
+
+    def load_network(self, path: Path) -> nn.Module:
+        return load_weights(self.timm_name, path)
+
+    def prepare(self, dataset: Dataset) -> None:
+        name = self.timm_name
+        self.pretraining, self.alias = (pretraining_set(name),), f"timm/{name}"
+        self.details = {"model": name}
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         features = self.network.forward_head(self.network.forward_features(x), pre_logits=True)

@@ -51,20 +51,20 @@ class InceptionExtractor(PretrainedExtractor):
     size = SIZE
     pretraining = ("imagenet-1k",)
 
-    @classmethod
-    def provides(cls, settings: Settings) -> frozenset[str]:
-        return frozenset({"features", "probabilities", "inception", f"fid-{settings.resize}"})
+    known_sha256 = SHA256
 
-    @classmethod
-    def known_sha256(cls, settings: Settings) -> str:
-        return SHA256
+    @property
+    def provided(self) -> frozenset[str]:
+        return frozenset({"features", "probabilities", "inception", f"fid-{self.settings.resize}"})
 
-    @classmethod
-    def fetch(cls, settings: Settings) -> Path:
-        return fetch(settings.weights or WEIGHTS, SHA256)
+    @property
+    def resize(self) -> str:
+        return RESIZES[self.settings.resize]
 
-    @classmethod
-    def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
+    def fetch(self) -> Path:
+        return fetch(self.settings.weights or WEIGHTS, SHA256)
+
+    def build(self, dataset: Dataset | None = None) -> nn.Module:
         """torch-fidelity's network for `inputs`; it returns features and logits without bias."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -81,18 +81,12 @@ class InceptionExtractor(PretrainedExtractor):
                 features = torch.flatten(x, 1)
                 return features, features.mm(fc.weight.T)
 
-        empty = io.BytesIO()
-        torch.save({}, empty)
+        torch.save({}, empty := io.BytesIO())
         empty.seek(0)
         return Network("inception-v3-compat", ["2048", "logits_unbiased"], empty)
 
-    @classmethod
-    def fill(cls, network: nn.Module, path: Path) -> None:
+    def fill(self, network: nn.Module, path: Path) -> None:
         network.load_state_dict(load_pickled(path))
-
-    @property
-    def resize(self) -> str:
-        return RESIZES[self.settings.resize]
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Pixels from 0 to 255, `(B, 3, 299, 299)`, by the protocol's resize."""
@@ -114,13 +108,10 @@ class InceptionExtractor(PretrainedExtractor):
 def tensorflow_resize(pixels: Tensor) -> Tensor:
     """uint8 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)`, bilinear without antialiasing as in
     TensorFlow 1."""
-    from torch_fidelity.interpolate_compat_tensorflow import (
-        interpolate_bilinear_2d_like_tensorflow1x,
-    )
+    from torch_fidelity import interpolate_compat_tensorflow as compatible
 
-    return interpolate_bilinear_2d_like_tensorflow1x(
-        pixels.float(), size=(SIZE, SIZE), align_corners=False
-    )
+    resize = compatible.interpolate_bilinear_2d_like_tensorflow1x
+    return resize(pixels.float(), size=(SIZE, SIZE), align_corners=False)
 
 
 def clean_resize(pixels: Tensor) -> Tensor:
@@ -150,10 +141,7 @@ def centre_crop(pixels: Tensor, size: int) -> Tensor:
     """The middle `size` x `size` pixels."""
     height, width = pixels.shape[2:]
     if min(height, width) < size:
-        raise UserError(
-            f"resize: patch needs images of at least {size} x {size} pixels, not "
-            f"{height} x {width}",
-            "image-size",
-        )
+        needed = f"at least {size} x {size} pixels, not {height} x {width}"
+        raise UserError(f"resize: patch needs images of {needed}", "image-size")
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[:, :, top : top + size, left : left + size]

@@ -10,13 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from harness.config.schema import DataSection, Sha256
 from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError
 from harness.features.aesthetic import LaionHead
 from harness.features.base import (
     BLOCK,
     FEATURES,
-    RESIZE,
     PretrainedExtractor,
     PretrainedSettings,
     fetch_from_hub,
@@ -50,16 +50,9 @@ class OpenCLIPExtractor(PretrainedExtractor):
             *("ViT-H-14", "ViT-g-14", "ViT-bigG-14"),
         ]
         pretrained: str = "openai"
-        sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the weights")
+        sha256: Sha256 | None = None
         caption: str = Field("a photo of a {}", pattern=r"^[^{}]*\{\}[^{}]*$")
         aesthetic: list[Literal["v1", "v2"]] = Field([], description="LAION's heads, for ViT-L-14")
-
-        @property
-        def column(self) -> str:
-            """The name that tells the model and its weights in the tables."""
-            return f"{self.model}-{self.pretrained}".lower()
-
-    resize = RESIZE
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -67,52 +60,48 @@ class OpenCLIPExtractor(PretrainedExtractor):
         self.heads: dict[str, nn.Module] = {}  # on the host
         self._texts: dict[tuple[str, int], Tensor] = {}
 
-    @classmethod
-    def provides(cls, settings: Settings) -> frozenset[str]:
+    @property
+    def provided(self) -> frozenset[str]:
         outputs = {"features", "text_similarity", "prefixed_similarity", "image-text", "fd"}
-        return frozenset(outputs | {f"aesthetic_{version}" for version in settings.aesthetic})
+        return frozenset(outputs | {f"aesthetic_{version}" for version in self.settings.aesthetic})
 
-    @classmethod
-    def check(cls, name: str, settings: Settings, files: bool) -> list[Problem]:
-        key, problems = f"features.{name}", super().check(name, settings, files)
+    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
+        key, settings, problems = f"features.{self.name}", self.settings, super().check(data, files)
         known = settings.pretrained == "openai" and settings.model in OPENAI
+        column = f"{settings.model}-{settings.pretrained}".lower()
         if settings.weights is None and not known:
             message = "missing; only OpenAI's weights are downloaded without a file or an address"
             problems.append(Problem(f"{key}.weights", "missing-key", message))
-        if not name.startswith(settings.column):
-            message = f"the name must begin with {settings.column}, the heading of its columns"
+        if not self.name.startswith(column):
+            message = f"the name must begin with {column}, the heading of its columns"
             problems.append(Problem(key, "name", message))
-        if settings.aesthetic and settings.column != AESTHETIC:
+        if settings.aesthetic and column != AESTHETIC:
             message = "LAION's heads need ViT-L-14-quickgelu with OpenAI's weights"
             problems.append(Problem(f"{key}.aesthetic", "unsupported", message))
         return problems
 
-    @classmethod
-    def fetch(cls, settings: Settings) -> Path:
-        if settings.weights is not None:
-            return fetch(settings.weights, settings.sha256)
+    def fetch(self) -> Path:
+        if self.settings.weights is not None:
+            return super().fetch()
         instead = "name a local copy under weights"
-        path = fetch_from_hub(OPENAI[settings.model], HUB_FILE, instead)
-        return fetch(str(path), settings.sha256)
+        path = fetch_from_hub(OPENAI[self.settings.model], HUB_FILE, instead)
+        return fetch(str(path), self.known_sha256)
 
-    @classmethod
-    def fetch_parts(cls, settings: Settings) -> dict[str, str]:
+    def fetch_parts(self) -> dict[str, str]:
         missing = {}
-        for version in settings.aesthetic:
+        for version in self.settings.aesthetic:
             try:
                 LaionHead.published(version)
             except UserError as error:
                 missing[f"aesthetic_{version}"] = str(error)
         return missing
 
-    @classmethod
-    def build(cls, settings: Settings, dataset: Dataset) -> nn.Module:
+    def build(self, dataset: Dataset | None = None) -> nn.Module:
         import open_clip
 
-        return open_clip.create_model(settings.model, pretrained=None)
+        return open_clip.create_model(self.settings.model, pretrained=None)
 
-    @classmethod
-    def fill(cls, network: nn.Module, path: Path) -> None:
+    def fill(self, network: nn.Module, path: Path) -> None:
         import open_clip
 
         open_clip.load_checkpoint(network, str(path), weights_only=True)  # or safetensors

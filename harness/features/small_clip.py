@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,6 @@ def tokenize(captions: Sequence[str]) -> Tensor:
     return SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(captions))
 
 
-def text_width(width: int) -> int:
-    """Width of the text transformer in a CLIP of this width."""
-    return 2 * width
-
-
 class SmallCLIP(nn.Module):
     """open_clip's `CLIP` for images `(B, C, H, W)` in [-1, 1]; embeddings have length 1.
 
@@ -43,36 +38,20 @@ class SmallCLIP(nn.Module):
     embed_dim = 64
 
     def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        conditions: int,
-        width: int,
-        wordings: int = 1,
+        self, image_shape: tuple[int, int, int], conditions: int, width: int, wordings: int = 1
     ):
         super().__init__()
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
         self.size = image_shape[1]
-        self.clip = CLIP(
-            self.embed_dim,
-            CLIPVisionCfg(
-                layers=3,
-                width=2 * width,
-                head_width=16,
-                patch_size=2 if self.size < 16 else 4,
-                image_size=self.size,
-            ),
-            CLIPTextCfg(context_length=CONTEXT_LENGTH, width=text_width(width), heads=4, layers=2),
+        patch = 2 if self.size < 16 else 4
+        vision = CLIPVisionCfg(
+            layers=3, width=2 * width, head_width=16, patch_size=patch, image_size=self.size
         )
-        self.register_buffer(
-            "captions",
-            torch.zeros(
-                conditions,
-                wordings,
-                CONTEXT_LENGTH,
-                dtype=torch.long,
-            ),
-        )
+        text = CLIPTextCfg(context_length=CONTEXT_LENGTH, width=2 * width, heads=4, layers=2)
+        self.clip = CLIP(self.embed_dim, vision, text)
+        captions = torch.zeros(conditions, wordings, CONTEXT_LENGTH, dtype=torch.long)
+        self.register_buffer("captions", captions)
         # Equal numbers for captions of the same meaning; for training only.
         self.register_buffer("meaning", torch.arange(conditions), persistent=False)
 
@@ -142,11 +121,9 @@ def contrastive_loss(context: Context) -> Tensor:
     et al. 2022)."""
     clip = context.networks["features"]
     x, labels = context.real()
-    captions = clip.captions
-    template = (
-        (context.uniform("template") * captions.shape[1]).long().clamp_max(captions.shape[1] - 1)
-    )
-    logits = clip(augmented(context, x), captions[labels, template])
+    wordings = clip.captions.shape[1]
+    template = (context.uniform("template") * wordings).long().clamp_max(wordings - 1)
+    logits = clip(augmented(context, x), clip.captions[labels, template])
     meaning = clip.meaning[labels]
     same = (meaning[:, None] == meaning[None]).float()
     target = same / same.sum(dim=1, keepdim=True)
@@ -164,51 +141,43 @@ class SmallCLIPExtractor(TrainedExtractor):
     head_sha256 = ""
     _class_features: Tensor | None = None
 
-    @classmethod
-    def provides(cls, settings: Settings) -> frozenset[str]:
-        traits = {"image-text", "short-captions", "fd"}
-        return frozenset({"features", "text_similarity", "aesthetic"} | traits)
+    provided = frozenset(
+        {"features", "text_similarity", "aesthetic", "image-text", "short-captions", "fd"}
+    )
 
-    @classmethod
-    def build(cls, settings: Settings, dataset: Dataset) -> SmallCLIP:
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        return CONTEXT_LENGTH, 2 * self.settings.width
+
+    def text_encoder(self) -> CaptionEncoder:
+        return CaptionEncoder(self.network, self.sha256)
+
+    def build(self, dataset: Dataset) -> SmallCLIP:
         wordings = 1 if dataset.attributes else len(dataset.caption_templates)
-        return SmallCLIP(dataset.image_shape, dataset.num_conditions, settings.width, wordings)
+        return SmallCLIP(dataset.image_shape, dataset.num_conditions, self.settings.width, wordings)
 
-    @classmethod
-    def prepare_training(cls, network: SmallCLIP, dataset: Dataset) -> None:
+    def prepare_training(self, network: SmallCLIP, dataset: Dataset) -> None:
         network.set_captions(dataset)
 
-    @classmethod
-    def loss(cls, settings: Settings) -> Callable[[Context], Tensor]:
-        return contrastive_loss
+    def loss(self, context: Context) -> Tensor:
+        return contrastive_loss(context)
 
-    @classmethod
-    def correct(cls, network: SmallCLIP, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+    def correct(self, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
         """Whether the nearest caption is one of the image's class, or means the same as its own."""
-        nearest = (network.features(x) @ network.class_features().T).argmax(dim=1)
+        similarities = self.network.features(x) @ self.network.class_features().T
+        nearest = similarities.argmax(dim=1)
         if dataset.attributes:
             meanings = dataset.attributes.meanings()
             nearest, labels = meanings[nearest], meanings[labels]
         return nearest == labels
 
-    @classmethod
-    def train_head(cls, network: SmallCLIP, dataset: Dataset, folder: Path) -> dict:
-        return train_head(network, dataset, folder)
+    def train_head(self, dataset: Dataset, folder: Path) -> dict:
+        return train_head(self.network, dataset, folder)
 
-    @classmethod
-    def load(cls, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> Self:
-        extractor = super().load(record, folder, dataset, device)
-        extractor.head_sha256 = record.aesthetic["sha256"]
-        head = load_head(folder, extractor.head_sha256, SmallCLIP.embed_dim)
-        extractor.head = head.to(device)
-        return extractor
-
-    @classmethod
-    def text_shape(cls, settings: Settings) -> tuple[int, int]:
-        return CONTEXT_LENGTH, text_width(settings.width)
-
-    def text_encoder(self) -> CaptionEncoder:
-        return CaptionEncoder(self.network, self.sha256)
+    def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
+        super().load(record, folder, dataset, device)
+        self.head_sha256 = record.aesthetic["sha256"]
+        self.head = load_head(folder, self.head_sha256, SmallCLIP.embed_dim).to(device)
 
     @property
     def hashes(self) -> dict[str, str]:

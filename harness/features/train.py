@@ -1,11 +1,9 @@
-"""Feature networks trained in the workflow, and the stage that trains or fetches any of them."""
+"""Feature networks trained in the workflow."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 import torch
 from pydantic import Field
@@ -13,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from harness.config.jobs import FeatureJob
-from harness.config.schema import FeatureSettings, Positive
+from harness.config.schema import DataSection, FeatureSettings, Positive
 from harness.context import Context, TrainingData
 from harness.data import datasets
 from harness.data.datasets import Dataset, Images, placed
 from harness.denoiser import to_model_space
-from harness.features.base import FEATURES, FeatureExtractor, full_precision, parse_settings
+from harness.errors import Problem
+from harness.features.base import FeatureExtractor, full_precision
 from harness.io.artifacts import damaged, digest, link, load_tensors, save_tensors
 from harness.io.locks import run_lock
 from harness.io.records import FeatureRecord
@@ -30,53 +29,54 @@ from harness.training.run import TrainingRun, loop_settings
 WEIGHTS = "features.safetensors"
 
 
-def make_features(job: FeatureJob) -> FeatureRecord:
-    """Train or fetch a feature network: leaves `features/<name>/` with its `features.json`."""
-    return FEATURES[job.settings.type].make(job)
-
-
 class TrainedSettings(FeatureSettings):
     images: Positive
     batch: Positive = 128
     lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
     width: Positive = 32
     seed: int = Field(0, ge=0)
 
 
 class TrainedExtractor(FeatureExtractor):
-    """A feature network trained on the training part of the data set.
-
-    A subclass gives `build`, `loss`, `correct` and `outputs`. Its loss sees the network as
-    `context.networks["features"]`.
-    """
+    """A feature network trained on the training part of the data set."""
 
     trained = True
 
-    @classmethod
-    def prepare_training(cls, network: nn.Module, dataset: Dataset) -> None:
+    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
+        if data is None:
+            return []
+        if not data.has_images:
+            code, message = "needs-images", "needs images for training; this data set has none"
+        elif not data.labels:
+            code, message = "needs-labels", "needs labels for training; data.labels is false"
+        elif data.prompts is not None:
+            code = "needs-labels"
+            message = "cannot be trained on prompts; use a pretrained network"
+        else:
+            return []
+        return [Problem(f"features.{self.name}", code, message)]
+
+    @abstractmethod
+    def build(self, dataset: Dataset) -> nn.Module:
+        """The network with random weights; it works on the meta device, too."""
+
+    def prepare_training(self, network: nn.Module, dataset: Dataset) -> None:
         """Fill the buffers of a fresh network that depend on the data set."""
 
-    @classmethod
-    @abstractmethod
-    def loss(cls, settings: FeatureSettings) -> Callable[[Context], Tensor]:
-        """The training loss, a function of a context."""
-
-    @classmethod
-    def optimizer(cls, settings: FeatureSettings) -> OptimizerConfig:
-        return OptimizerConfig(lr=settings.lr)
-
-    @classmethod
-    def training_images(cls, dataset: Dataset) -> Images:
+    def training_images(self, dataset: Dataset) -> Images:
         """Images with the labels that the loss needs."""
         return dataset.train
 
-    @classmethod
     @abstractmethod
-    def correct(cls, network: nn.Module, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+    def loss(self, context: Context) -> Tensor:
+        """The training loss of `context.networks["features"]`."""
+
+    @abstractmethod
+    def correct(self, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
         """Whether the network recognises each of the images `x` in [-1, 1], bool `(B,)`."""
 
-    @classmethod
-    def train_head(cls, network: nn.Module, dataset: Dataset, folder: Path) -> dict | None:
+    def train_head(self, dataset: Dataset, folder: Path) -> dict | None:
         """Train a head on the finished network, write its weights and return its record."""
         return None
 
@@ -90,16 +90,17 @@ class TrainedExtractor(FeatureExtractor):
             outputs = self.outputs(to_model_space(pixels.to(self.device)), labels)
         return {name: output.cpu() for name, output in outputs.items()}
 
-    @classmethod
-    def make(cls, job: FeatureJob) -> FeatureRecord:
+    def make(self, job: FeatureJob) -> FeatureRecord:
         settings, folder = job.settings, job.folder
         dataset = datasets.load(job.data)
         run_id = digest([job.fingerprint, dataset.sha256])
+        tick_images = max(settings.images // 20, 1)
+        optimizer = OptimizerConfig(lr=settings.lr, weight_decay=settings.weight_decay)
 
         def start() -> TrainingRun:
             with seeded(settings.seed):
-                network = cls.build(settings, dataset)
-            cls.prepare_training(network, dataset)
+                network = self.build(dataset)
+            self.prepare_training(network, dataset)
             return TrainingRun(
                 name=f"features {job.name}",
                 folder=folder / "runs" / run_id,
@@ -108,25 +109,20 @@ class TrainedExtractor(FeatureExtractor):
                 networks={"features": network},
                 frozen={},
                 main="features",
-                phases=[
-                    # The name belongs to the random streams.
-                    Phase("classify", "features", cls.loss(settings), cls.optimizer(settings))
-                ],
+                # The phase's name belongs to the random streams.
+                phases=[Phase("classify", "features", self.loss, optimizer)],
                 data=TrainingData(
                     dataset.image_shape,
                     dataset.num_conditions,
                     sigma_init=0.0,
-                    **placed(cls.training_images(dataset), job.device),
+                    **placed(self.training_images(dataset), job.device),
                 ),
                 batch=settings.batch,
                 budget=[{"unit": "images", "amount": settings.images}],
                 export=lambda ema, to: {"sha256": save_tensors(to / WEIGHTS, ema.state_dict())},
                 ema_half_life=settings.images // 20,
                 loop=loop_settings(
-                    job.training,
-                    job.device,
-                    settings.batch,
-                    tick_images=max(settings.images // 20, 1),
+                    job.training, job.device, settings.batch, tick_images=tick_images
                 ),
             )
 
@@ -135,46 +131,40 @@ class TrainedExtractor(FeatureExtractor):
             final = folder / "runs" / run_id / "snapshots" / outcome.snapshots[-1]["name"]
             link(folder / WEIGHTS, final / WEIGHTS)
             facts = outcome.record(run_id)
-            network = cls.load_network(settings, folder, facts["sha256"], dataset)
+            self.load_network(folder, facts["sha256"], dataset)
             record = FeatureRecord(
                 name=job.name,
                 settings=settings.model_dump(),
-                held_out_accuracy=cls.held_out_accuracy(network, dataset),
-                aesthetic=cls.train_head(network, dataset, folder),
+                held_out_accuracy=self.held_out_accuracy(dataset),
+                aesthetic=self.train_head(dataset, folder),
                 **facts,
             )
             record.write(folder / "features.json")
         return record
 
-    @classmethod
     @torch.no_grad()
-    def held_out_accuracy(cls, network: nn.Module, dataset: Dataset) -> float | None:
+    def held_out_accuracy(self, dataset: Dataset) -> float | None:
         """Share of held-out images that the network recognises; None if nothing is held out."""
         if not len(dataset.held_out):
             return None
         correct = [
-            cls.correct(network, to_model_space(pixels), labels, dataset)
+            self.correct(to_model_space(pixels), labels, dataset)
             for pixels, labels in dataset.held_out.blocks(1024)
         ]
         return torch.cat(correct).double().mean().item()
 
-    @classmethod
-    def load_network(
-        cls, settings: FeatureSettings, folder: Path, sha256: str, dataset: Dataset
-    ) -> nn.Module:
-        """The trained network in a folder, frozen, in evaluation mode."""
-        network = cls.build(settings, dataset)
+    def load_network(self, folder: Path, sha256: str, dataset: Dataset) -> None:
+        """Load the trained network in a folder, frozen, in evaluation mode."""
+        network = self.build(dataset)
         try:
             network.load_state_dict(load_tensors(folder / WEIGHTS, sha256, owner=folder))
         except RuntimeError as error:
             raise damaged(folder / WEIGHTS, str(error).splitlines()[-1].strip(), folder) from None
-        return network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
 
-    @classmethod
-    def load(cls, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> Self:
-        settings = parse_settings(record.settings)
-        network = cls.load_network(settings, folder, record.sha256, dataset)
-        return cls(record.name, settings, network.to(device), record.sha256)
+    def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
+        self.load_network(folder, record.sha256, dataset)
+        self.network.to(device)
 
 
 def augmented(context: Context, x: Tensor) -> Tensor:

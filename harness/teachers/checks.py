@@ -8,7 +8,7 @@ from typing import Any
 from harness.config.schema import DataSection, ImportedTeacher, TrainedTeacher
 from harness.data.registry import has_captions, has_texts
 from harness.errors import Problem, did_you_mean
-from harness.features.base import FEATURES
+from harness.features.base import new_extractor
 from harness.io.downloads import source_problems
 from harness.networks.registry import BACKBONES, trainable_backbones
 from harness.teachers.pipelines import is_pipeline
@@ -128,7 +128,7 @@ def _check_captions(
         problems.append(Problem(place, "unknown-name", f"{encoder!r} is not in features{hint}"))
     elif encoder in features:
         settings = features[encoder]
-        if FEATURES[settings.type].text_shape(settings) is None:
+        if new_extractor(encoder, settings).text_shape is None:
             message = f"{encoder} (type {settings.type}) is not a text encoder"
             problems.append(Problem(place, "no-text-encoder", message))
     return problems

@@ -19,7 +19,7 @@ from harness.data.prompts import prompts_of
 from harness.data.registry import Images, data_source
 from harness.denoiser import Condition, Denoiser
 from harness.errors import UserError
-from harness.features.base import FEATURES
+from harness.features.base import new_extractor
 from harness.networks import build_denoiser
 from harness.networks.vp import Codec
 from harness.students.inputs import Inputs
@@ -43,8 +43,8 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
     if not needs.pixels:
         teacher.codec = nn.Identity()
     if needs.features:
-        settings = experiment.features[needs.features]
-        inputs.features = FEATURES[settings.type].build(settings, dataset)
+        extractor = new_extractor(needs.features, experiment.features[needs.features])
+        inputs.features = extractor.build(dataset)
     if needs.backbones:
         import timm
 
@@ -84,8 +84,7 @@ def _text_encoder(experiment: Experiment, teacher: str) -> Callable[[Tensor], Co
     encoder = experiment.text_encoder_of(teacher)
     if encoder is None:
         return None
-    settings = experiment.features[encoder]
-    shape = FEATURES[settings.type].text_shape(settings)
+    shape = new_extractor(encoder, experiment.features[encoder]).text_shape
     return lambda numbers: {"embeddings": torch.zeros(len(numbers), *shape)}
 
 

@@ -115,23 +115,15 @@ class Pixels(FeatureExtractor):
     class Settings(FeatureSettings):
         type: Literal["pixels"]
 
-    @classmethod
-    def provides(cls, settings):
-        return frozenset({"features", "brightness", "fd"})
+    provided = frozenset({"features", "brightness", "fd"})
 
-    @classmethod
-    def build(cls, settings, dataset):
-        return nn.Flatten()
-
-    @classmethod
-    def make(cls, job):
+    def make(self, job):
         record = FeatureRecord(name=job.name, sha256="none", settings=job.settings.model_dump())
         record.write(job.folder / "features.json")
         return record
 
-    @classmethod
-    def load(cls, record, folder, dataset, device):
-        return cls(record.name, cls.Settings(**record.settings), nn.Flatten(), record.sha256)
+    def load(self, record, folder, dataset, device):
+        self.network = nn.Flatten()
 
     def extract(self, pixels, labels=None):
         features = pixels.flatten(1).float() / 255
