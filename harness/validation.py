@@ -45,11 +45,8 @@ COMPILERS = ("g++", "clang++")  # torch.compile needs one of them
 
 @dataclass
 class Sections:
-    """The sections of an experiment file that are valid by themselves.
-
-    An invalid section is None; an invalid item is missing from its mapping. `names` has the names
-    of all items, so that a reference to an invalid item is not reported as unknown.
-    """
+    """The sections of an experiment file that are valid by themselves. An invalid section is None;
+    an invalid item is missing from its mapping."""
 
     raw: dict
     data: DataSection | None = None
@@ -63,6 +60,7 @@ class Sections:
 
     @property
     def names(self) -> dict[str, list[str]]:
+        """Names of all items, so that a reference to an invalid one is not reported as unknown."""
         raw = {key: self.raw.get(key) for key in ("features", "teachers", "students")}
         return {key: list(value) if isinstance(value, dict) else [] for key, value in raw.items()}
 
@@ -133,8 +131,7 @@ def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         elif item["type"] == "missing":
             problems.append(Problem(key, "missing-key", "missing"))
         else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            message = f"{message}, not {item['input']!r}"
+            message = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
             problems.append(Problem(key, "invalid-value", message))
     return problems
 
@@ -161,35 +158,28 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _check_names(s: Sections) -> list[Problem]:
     names = [("name", s.raw.get("name")), ("data.name", s.data.name if s.data else None)]
     names += [(f"{key}.{name}", name) for key, items in s.names.items() for name in items]
+    message = "use lower-case letters, digits, '.', '_' and '-' in names, not"
     problems = [
-        Problem(
-            key,
-            "invalid-name",
-            f"use lower-case letters, digits, '.', '_' and '-' in names, not {name!r}",
-        )
+        Problem(key, "invalid-name", f"{message} {name!r}")
         for key, name in names
         if isinstance(name, str) and not NAME.fullmatch(name)
     ]
-    reserved = sorted(RESERVED & set(s.names["students"]))
     return problems + [
-        Problem(f"students.{name}", "reserved-name", "this name is reserved") for name in reserved
+        Problem(f"students.{name}", "reserved-name", "this name is reserved")
+        for name in sorted(RESERVED & set(s.names["students"]))
     ]
 
 
-def _check_training(training: TrainingSection) -> list[Problem]:
+def _check_training(s: Sections) -> list[Problem]:
+    """Errors in what students, teachers and feature networks share."""
     problems = []
-    if len(set(training.seeds)) < len(training.seeds):
+    if s.training and len(set(s.training.seeds)) < len(s.training.seeds):
         problems.append(Problem("training.seeds", "duplicate", "duplicate seed"))
-    if training.compile and not any(map(shutil.which, COMPILERS)):
+    if s.training and s.training.compile and not any(map(shutil.which, COMPILERS)):
         message = f"needs a C++ compiler ({' or '.join(COMPILERS)})"
         problems.append(Problem("training.compile", "missing-compiler", message))
-    return problems
-
-
-def _check_multiples(s: Sections) -> list[Problem]:
-    problems = []
-    for key in ("teachers", "features"):
-        for name, item in getattr(s, key).items():
+    for key, items in (("teachers", s.teachers), ("features", s.features)):
+        for name, item in items.items():
             images, batch = getattr(item, "images", 0), getattr(item, "batch", 1)
             if images % batch:
                 message = f"not a multiple of its batch {batch}"
@@ -199,23 +189,21 @@ def _check_multiples(s: Sections) -> list[Problem]:
 
 def _check(s: Sections, files: bool) -> list[Problem]:
     """Errors that no section shows by itself. `files`: whether the files must exist."""
-    problems = _check_names(s) + _check_multiples(s)
+    names, problems = s.names, _check_names(s) + _check_training(s)
     if s.data is not None:
         problems += data_checks.check(s.data, files)
     problems += evaluation_checks.check(
-        s.evaluation, s.claims, s.data, s.features, s.names["features"], files
+        s.evaluation, s.claims, s.data, s.features, names["features"], files
     )
     for name, settings in s.features.items():
         problems += new_extractor(name, settings).check(s.data, files)
-    problems += teacher_checks.check(s.teachers, s.data, s.features, s.names["features"], files)
-    problems += reporting_checks.check_claims(s.claims, s.names["students"])
+    problems += teacher_checks.check(s.teachers, s.data, s.features, names["features"], files)
+    problems += reporting_checks.check_claims(s.claims, names["students"])
     if s.paper is not None:
-        names = s.names
         problems += reporting_checks.check_paper(s.paper, names["teachers"], names["students"])
     if s.training is not None:
-        problems += _check_training(s.training)
         problems += student_checks.check(
-            s.students, s.training, s.data, s.teachers, s.features, s.names, translate
+            s.students, s.training, s.data, s.teachers, s.features, names, translate
         )
     return problems
 
@@ -234,25 +222,17 @@ def _plugin_hashes(s: Sections) -> dict[str, str]:
     return {key: sha256 for key, sha256 in hashes.items() if sha256}
 
 
-def _resolve(s: Sections, raw: dict, results: Path) -> Experiment:
-    file = ExperimentFile.model_validate(raw)
+def _resolve(s: Sections, results: Path) -> Experiment:
+    file = ExperimentFile.model_validate(s.raw)
     students = {
         name: student_checks.resolve(name, section, s.training, s.teachers)
         for name, section in s.students.items()
     }
     return Experiment(
+        **vars(s) | {"students": students},
         name=file.name,
-        data=s.data,
-        features=s.features,
-        teachers=s.teachers,
-        students=students,
-        training=s.training,
-        evaluation=s.evaluation,
-        paper=s.paper,
-        claims=s.claims,
         device_setting=file.device,
         process_setting=file.processes,
-        raw=raw,
         paths=Paths(results / file.name),
         plugin_hashes=_plugin_hashes(s),
     )
@@ -267,16 +247,14 @@ def _load_plugins(raw: dict) -> None:
 def parse_experiment(
     raw: dict, source: str, results: Path = Path("results"), files: bool = True
 ) -> Experiment:
-    """Validate a resolved configuration; all its errors are in the `ConfigError` that is raised.
-
-    `files`: whether the files that it names must exist.
-    """
+    """Validate a resolved configuration; a `ConfigError` reports all its errors. `files`: whether
+    the files that it names must exist."""
     _load_plugins(raw)
     sections, problems = _parse(raw)
     problems += _check(sections, files)
     if problems:
         raise ConfigError(source, problems)
-    return _resolve(sections, raw, results)
+    return _resolve(sections, results)
 
 
 def load_experiment(
@@ -302,4 +280,4 @@ def load_snapshot(path: Path, results: Path = Path("results")) -> Experiment:
     sections, problems = _parse(raw)
     if problems:
         raise ConfigError(str(path), problems)
-    return _resolve(sections, raw, results)
+    return _resolve(sections, results)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-from harness.config import fingerprints
+import torch
+
+from harness import RESULTS_FORMAT, SCORES_FORMAT
 from harness.config.jobs import (
     FeatureJob,
     PairJob,
@@ -22,12 +24,14 @@ from harness.config.jobs import (
 )
 from harness.config.paths import Paths
 from harness.config.schema import (
+    PROMPT_KEYS,
     ClaimSection,
     DataSection,
     EvaluationSection,
     FeatureSettings,
     ImportedTeacher,
     PaperSection,
+    Switches,
     TeacherSection,
     TrainingSection,
     micro_batch,
@@ -85,11 +89,8 @@ class Experiment:
     @property
     def reference_rows(self) -> dict[str, str | None]:
         """Rows that students are compared with, in order -> their teacher (None for the floor)."""
-        rows: dict[str, str | None] = {}
-        for teacher in self.teachers:
-            for row in ("teacher", "teacher-1step"):
-                rows[self.teacher_row(teacher, row)] = teacher
-        return rows | {"floor": None}
+        rows = product(self.teachers, ("teacher", "teacher-1step"))
+        return {self.teacher_row(*row): row[0] for row in rows} | {"floor": None}
 
     def text_encoder_of(self, teacher: str) -> str | None:
         """The feature network that encodes captions for a teacher trained here."""
@@ -102,81 +103,103 @@ class Experiment:
         """The device of jobs; "auto" is resolved for this machine."""
         if self.device_setting != "auto":
             return self.device_setting
-        import torch
-
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def check_device(self) -> None:
         """Raise a `UserError` if this machine does not have the device. Jobs of a cluster are
         submitted and reported from machines without it."""
-        if self.device.startswith("cuda"):
-            import torch
-
-            if not torch.cuda.is_available():
-                raise UserError(f"device: {self.device} is not available; use cpu", "device")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device: {self.device} is not available; use cpu", "device")
 
     def processes(self, batch: int | None = None) -> int:
         """Number of processes that share a job: a divisor of its batch, at most the setting."""
         count, device = self.process_setting, self.device
         if device == "cuda":
-            import torch
-
             gpus = torch.cuda.device_count()
             if count != "auto" and count > gpus:
-                raise UserError(
-                    f"processes: {count} processes need a GPU each; this machine has {gpus}",
-                    "processes",
-                )
+                message = f"{count} processes need a GPU each; this machine has {gpus}"
+                raise UserError(f"processes: {message}", "processes")
             count = gpus if count == "auto" else count
         elif count == "auto" or device != "cpu":
             count = 1
         return count if batch is None else micro_batch(batch, count)
 
     # -- fingerprints ---------------------------------------------------------------------------
+    # What the results of each stage depend on, as JSON-like values. The workflow passes them to
+    # jobs as parameters, so that a change reruns what depends on it and nothing else.
+
+    def _with_plugin(self, key: str, fingerprint: dict) -> dict:
+        plugin = self.plugin_hashes.get(key)
+        return fingerprint | {"plugin": plugin} if plugin else fingerprint
 
     @cached_property
     def data_fingerprint(self) -> dict:
-        return fingerprints.data(self.data, self.plugin_hashes.get("data"))
+        """Where files lie is not included: their content counts, by the hashes of what is prepared.
+        Prompts count by their embeddings, so that other evaluation prompts retrain nothing."""
+        values = self.data.model_dump(exclude={"source", *PROMPT_KEYS})
+        return self._with_plugin("data", {"format": RESULTS_FORMAT, **values})
 
     @property
     def preparation_fingerprint(self) -> dict:
-        return fingerprints.preparation(self.data, self.plugin_hashes.get("data"))
+        """What the data stage depends on: the data and the prompt files."""
+        return self.data_fingerprint | {"prompts": self.data.prompt_files}
 
     def features_fingerprint(self, name: str) -> dict:
-        plugin = self.plugin_hashes.get(f"features.{name}")
-        return fingerprints.features(self.features[name], self.data_fingerprint, plugin)
+        values = self.features[name].model_dump()
+        fingerprint = {"data": self.data_fingerprint, "features": values}
+        return self._with_plugin(f"features.{name}", fingerprint)
 
     def teacher_fingerprint(self, name: str) -> dict:
+        """The sampler is not included: it decides a teacher's scores, not its weights."""
         encoder = self.text_encoder_of(name)
-        text = self.features_fingerprint(encoder) if encoder else None
-        plugin = self.plugin_hashes.get(f"teachers.{name}")
-        return fingerprints.teacher(self.teachers[name], self.data_fingerprint, text, plugin)
+        fingerprint = {
+            "data": self.data_fingerprint,
+            "teacher": self.teachers[name].model_dump(exclude={"sampler"}),
+            "text_encoder": self.features_fingerprint(encoder) if encoder else None,
+        }
+        return self._with_plugin(f"teachers.{name}", fingerprint)
 
     def pairs_fingerprint(self, name: str) -> dict:
         pair_set = self.pair_sets[name]
-        teacher = self.teacher_fingerprint(pair_set.teacher)
-        return fingerprints.pairs(pair_set, teacher, self.evaluation.block)
+        return {
+            "teacher": self.teacher_fingerprint(pair_set.teacher),
+            "pairs": pair_set.count,
+            "sampler": pair_set.sampler.model_dump(),
+            "block": self.evaluation.block,
+        }
 
     def run_fingerprint(self, name: str, seed: int) -> dict:
+        """Everything that decides a run's weights except its stopping rule and the method's file,
+        which enters a run's id by its hash."""
         student = self.students[name]
         features = student.requirements.features
-        return fingerprints.run(
-            student,
-            seed,
-            self.training,
-            self.teacher_fingerprint(student.teacher),
-            self.pairs_fingerprint(student.pairs.name) if student.pairs else None,
-            self.features_fingerprint(features) if features else None,
-        )
+        return {
+            "student": name,
+            "method": student.method,
+            "settings": student.settings.model_dump(),
+            "freeze": student.freeze,
+            "lora": student.lora.model_dump() if student.lora else None,
+            "seed": seed,
+            "teacher": self.teacher_fingerprint(student.teacher),
+            "pairs": self.pairs_fingerprint(student.pairs.name) if student.pairs else None,
+            "features": self.features_fingerprint(features) if features else None,
+            **self.training.model_dump(include={"snapshots", *Switches.model_fields}),
+        }
+
+    def scoring_fingerprint(self) -> dict:
+        """How samples are scored; `harness.evaluation` adds the metrics."""
+        return {
+            "format": SCORES_FORMAT,
+            "data": self.data_fingerprint,
+            "evaluation": self.evaluation.model_dump(),
+            "features": {n: self.features_fingerprint(n) for n in self.evaluation.extractors},
+            "prompts": list(self.data.prompt_files.values())[-1:],
+        }
 
     def report_fingerprint(self) -> list:
         """What decides the tables besides the scores."""
-        sections = [self.paper, *self.claims]
-        return [
-            list(self.students),
-            self.evaluation.main_metric,
-            *(section.model_dump() for section in sections if section),
-        ]
+        sections = [section.model_dump() for section in (self.paper, *self.claims) if section]
+        return [list(self.students), self.evaluation.main_metric, *sections]
 
     # -- jobs -----------------------------------------------------------------------------------
 
@@ -239,7 +262,6 @@ class Experiment:
 
     def scoring(self) -> Scoring:
         names = self.evaluation.extractors
-        extractors = {name: self.features_fingerprint(name) for name in names}
         return Scoring(
             experiment=self.name,
             evaluation=self.evaluation,
@@ -248,9 +270,7 @@ class Experiment:
             extractors={name: (self.features[name], self.paths.features(name)) for name in names},
             checkpoint_seconds=self.training.checkpoint_seconds,
             device=self.device,
-            fingerprint=fingerprints.scoring(
-                self.evaluation, self.data, self.data_fingerprint, extractors
-            ),
+            fingerprint=self.scoring_fingerprint(),
         )
 
     def run_scoring(self, student: str, seed: int) -> RunScoring:
@@ -311,6 +331,6 @@ class Experiment:
 def resolve_pairs(teacher: str, section: TeacherSection, count: int, steps: int) -> PairSet:
     """The pair set of a student that requires `count` pairs. Its sampler is deterministic, so that
     an image is a function of the noise that the student sees."""
-    settings: dict[str, Any] = {"s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
-    sampler = section.sampler.model_copy(update={"steps": steps, **settings})
+    settings = {"steps": steps, "s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
+    sampler = section.sampler.model_copy(update=settings)
     return PairSet(f"{teacher}_n{count}_steps{steps}", teacher, count, sampler)

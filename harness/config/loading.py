@@ -35,12 +35,9 @@ def read_yaml(path: Path) -> dict:
     except OSError:
         raise UserError(f"{path}: experiment file not found", "missing-file") from None
     except (yaml.YAMLError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: invalid YAML: {reason}", "invalid-yaml") from None
+        raise UserError(f"{path}: {' '.join(str(error).split())}", "invalid-yaml") from None
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: expected a mapping of keys to values, got {value!r}", "invalid-yaml"
-        )
+        raise UserError(f"{path}: expected keys and values, got {value!r}", "invalid-yaml")
     return value
 
 

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
 class Paths:
     """Folders and files of one experiment; `root` is results/<experiment>."""
 
-    root: Path
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def tables(self) -> Path:
-        return self.root / "tables"
-
-    @property
-    def figures(self) -> Path:
-        return self.root / "figures"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
+    def __init__(self, root: Path):
+        self.root = root
+        self.data, self.logs = root / "data", root / "logs"
+        self.tables, self.figures = root / "tables", root / "figures"
 
     def features(self, name: str) -> Path:
         return self.root / "features" / name

@@ -11,7 +11,6 @@ from harness.config.experiment import resolve_pairs
 from harness.config.jobs import Student
 from harness.config.schema import (
     DataSection,
-    Limit,
     StudentSection,
     TrainedTeacher,
     TrainingSection,
@@ -39,10 +38,8 @@ def resolve(
     settings = method_settings(section, training.settings)
     requirements = METHODS[section.method].requirements(settings)
     teacher = section.teacher or next(iter(teachers))
-    pairs = None
-    if requirements.pairs:
-        count, steps = requirements.pairs, requirements.pair_steps
-        pairs = resolve_pairs(teacher, teachers[teacher], count, steps)
+    count, steps = requirements.pairs, requirements.pair_steps
+    pairs = resolve_pairs(teacher, teachers[teacher], count, steps) if count else None
     return Student(
         name=name,
         method=section.method,
@@ -67,81 +64,63 @@ def check(
 ) -> list[Problem]:
     """`teachers`, `features`: the valid ones; `names`: section -> all names, valid or not."""
     problems = _check_shared_settings(students, training)
+
+    def report(key: str, code: str, message: str) -> None:
+        problems.append(Problem(key, code, message))
+
     for name, section in students.items():
         where = f"students.{name}"
         if section.lora is not None and section.freeze != "none":
-            problems.append(
-                Problem(f"{where}.lora", "conflict", "lora and freeze are mutually exclusive")
-            )
+            report(f"{where}.lora", "conflict", "lora and freeze are mutually exclusive")
         if section.teacher is not None and section.teacher not in names["teachers"]:
             hint = did_you_mean(section.teacher, names["teachers"])
-            message = f"unknown teacher {section.teacher!r}{hint}"
-            problems.append(Problem(f"{where}.teacher", "unknown-name", message))
+            report(f"{where}.teacher", "unknown-name", f"unknown teacher {section.teacher!r}{hint}")
         try:
             method = METHODS[section.method]
             settings = method_settings(section, training.settings)
         except UserError as error:
-            problems.append(Problem(f"{where}.method", error.code, str(error)))
+            report(f"{where}.method", error.code, str(error))
             continue
         except ValidationError as error:
             for problem in translate(error, method.Config):
                 own = problem.key.split(".")[0] in section.settings
                 # A shared setting is reported once, where it is written.
                 place = f"{where}.settings" if own else "training.settings"
-                key = f"{place}.{problem.key}"
-                problems.append(Problem(key, problem.code, problem.message))
+                report(f"{place}.{problem.key}", problem.code, problem.message)
             continue
         needs = method.requirements(settings)
-        if needs.features is not None and needs.features not in names["features"]:
-            hint = did_you_mean(needs.features, names["features"])
-            message = f"unknown feature network {needs.features!r}{hint}"
-            problems.append(Problem(f"{where}.settings", "unknown-name", message))
-        elif needs.features in features and not _has_maps(features[needs.features]):
-            message = f"feature network {needs.features!r} has no feature maps"
-            problems.append(Problem(f"{where}.settings", "unsupported", message))
+        if (network := needs.features) is not None and network not in names["features"]:
+            hint = did_you_mean(network, names["features"])
+            message = f"unknown feature network {network!r}{hint}"
+            report(f"{where}.settings", "unknown-name", message)
+        elif network in features and not FEATURES[features[network].type].has_feature_maps:
+            message = f"feature network {network!r} has no feature maps"
+            report(f"{where}.settings", "unsupported", message)
         if needs.real_images and data is not None:
-            message = None
             if not data.has_images:
                 message = f"method {section.method} needs images; this data set has none"
+                report(where, "needs-images", message)
             elif data.prompts is not None and not data.labels:
-                message = (
-                    f"method {section.method} needs the prompt of each image; data.labels is false"
-                )
-            problems += [Problem(where, "needs-images", message)] if message else []
+                message = "needs the prompt of each image; data.labels is false"
+                report(where, "needs-images", f"method {section.method} {message}")
         teacher = teachers.get(section.teacher or next(iter(names["teachers"]), None))
         trained = isinstance(teacher, TrainedTeacher)
         facts = TeacherFacts(unconditional=not trained or teacher.label_dropout > 0)
-        problems += [
-            Problem(f"{where}.settings.{setting}", code, message)
-            for setting, code, message in method.check(settings, facts)
-        ]
-        problems += _check_batch(where, settings.batch, section.budget, training)
-    return problems
-
-
-def _has_maps(settings: Any) -> bool:
-    """Whether a feature network has feature maps for a discriminator."""
-    return FEATURES[settings.type].has_feature_maps
-
-
-def _check_batch(
-    where: str, batch: int, own: list[Limit] | None, training: TrainingSection
-) -> list[Problem]:
-    problems, place = [], f"{where}.budget" if own else "training.budget"
-    if 1 == micro_batch(batch, training.micro_batch) < min(batch, training.micro_batch or 1):
-        message = (
-            f"batch {batch} has no divisor above 1 up to training.micro_batch "
-            f"{training.micro_batch}"
-        )
-        problems.append(Problem(where, "batch", message))
-    for i, limit in enumerate(own or training.budget):
-        if limit.unit == "images" and limit.amount % batch:
-            low = int(limit.amount // batch) * batch
-            message = (
-                f"{limit.amount:g} images is not a multiple of the batch {batch} of {where}; the "
-                f"nearest multiples are {low} and {low + batch}"
-            )
-            problems.append(Problem(f"{place}.{i}.amount", "batch", message))
+        for setting, code, message in method.check(settings, facts):
+            report(f"{where}.settings.{setting}", code, message)
+        batch, largest = settings.batch, training.micro_batch
+        if 1 == micro_batch(batch, largest) < min(batch, largest or 1):
+            message = f"batch {batch} has no divisor above 1 up to training.micro_batch {largest}"
+            report(where, "batch", message)
+        budget = f"{where}.budget" if section.budget else "training.budget"
+        for i, limit in enumerate(section.budget or training.budget):
+            if limit.unit == "images" and limit.amount % batch:
+                low = int(limit.amount // batch) * batch
+                message = (
+                    f"{limit.amount:g} images is not a multiple of the batch {batch} of {where}; "
+                    f"the nearest multiples are {low} and {low + batch}"
+                )
+                report(f"{budget}.{i}.amount", "batch", message)
     return problems
 
 
@@ -159,12 +138,9 @@ def _check_shared_settings(
         except Exception:
             if name in used:
                 raise
+    message = "no method has this setting"
     return [
-        Problem(
-            f"training.settings.{key}",
-            "unknown-key",
-            f"no method has this setting{did_you_mean(key, known)}",
-        )
+        Problem(f"training.settings.{key}", "unknown-key", message + did_you_mean(key, known))
         for key in training.settings
         if key not in known
     ]
