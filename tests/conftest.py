@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -21,6 +22,12 @@ DATA = Path(__file__).parent / "data"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logs_reach_caplog(monkeypatch):
+    """`harness.io.logs.configure`, which commands call, stops propagation for the whole process."""
+    monkeypatch.setattr(logging.getLogger("harness"), "propagate", True)
 
 
 class Workspace:

@@ -61,6 +61,14 @@ def test_large_data_sets_are_stored_in_several_files(tmp_path, monkeypatch):
     assert len(data.load(tmp_path / "shards").held_out) == 898
 
 
+def test_repeated_prompts_are_reported(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\n")
+    section = DataSection(name="x", image_shape=(3, 4, 4), prompts=str(tmp_path / "prompts.txt"))
+    data.prepare(section, tmp_path / "data")
+    assert "1 of 3 prompts repeat an earlier one" in caplog.text
+    assert data.load(tmp_path / "data").prompts.texts == ("a cat", "a dog", "a cat")
+
+
 def test_loading_without_images_reads_no_image_file(tmp_path):
     data.prepare(DIGITS, tmp_path)
     digits = data.load(tmp_path)

@@ -132,6 +132,21 @@ def test_other_archive_is_rejected_before_it_is_unpickled(small, official, monke
     assert error.value.code == "checksum"
 
 
+@pytest.mark.parametrize("name", [*BATCHES, "batches.meta"])
+def test_other_files_in_a_folder_are_rejected_before_they_are_unpickled(small, tmp_path, name):
+    class Payload:
+        def __reduce__(self):
+            return (tmp_path / "executed").mkdir, ()
+
+    (tmp_path / "batches").mkdir()
+    for file, content in (small[0] | {name: pickle.dumps(Payload())}).items():
+        (tmp_path / "batches" / file).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        cifar10(tmp_path / "batches").read()
+    assert error.value.code == "damaged"
+    assert not (tmp_path / "executed").exists()
+
+
 def test_other_images_are_rejected(small, official, package, tmp_path, monkeypatch, capsys):
     files, _ = small
     (tmp_path / "batches").mkdir()

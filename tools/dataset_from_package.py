@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harness.data.cifar10 import Cifar10
-from harness.data.torchvision_sets import CONVERTED, Part
+from harness.data.cifar10 import CONVERTED, Cifar10
+from harness.data.official import Part
 from harness.errors import UserError
 from harness.io.artifacts import save_tensors
 from harness.io.downloads import fetch

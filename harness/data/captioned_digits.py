@@ -34,7 +34,10 @@ WORDINGS = (
     "the number {digit}, {side}, {ink} on {ground}",
 )
 ATTRIBUTES = {"digit": DIGIT_WORDS, "ink": tuple(INKS), "ground": tuple(GROUNDS), "side": SIDES}
-CHECKED = ("ink", "ground", "side")  # the attributes that `measure` finds
+
+
+def _colours(table: dict[str, tuple[int, int, int]]) -> Tensor:
+    return torch.tensor(list(table.values())).float()
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,15 @@ class Attributes:
     """
 
     values: Tensor
-    names: tuple[str, ...] = CHECKED
+    names: tuple[str, ...] = ("ink", "ground", "side")
 
     def check(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Whether images have the ink, ground and side in captions `labels`: bool `(B, 3)`."""
         return measure(pixels) == self.values[labels, 1:]
 
     def classes(self, labels: Tensor) -> Tensor:
-        """The digit in each caption."""
         return self.values[labels, 0]
 
     def meanings(self) -> Tensor:
-        """int64 `(captions,)`, equal for captions that differ in wording only."""
         return self.values.unique(dim=0, return_inverse=True)[1]
 
 
@@ -73,7 +73,6 @@ def captions() -> tuple[tuple[str, ...], Attributes]:
 @DATASETS.register("captioned-digits")
 class CaptionedDigits(Digits):
     shape = (3, SIZE, SIZE)
-
     captions = staticmethod(captions)
 
     def read(self):
@@ -91,32 +90,23 @@ def draw(digits: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tenso
     set, which seed the attributes and positions.
     """
     index = (numbers[:, None] * COPIES + torch.arange(COPIES)).flatten()
-    stream = Stream(0, "captioned digits")
-    ink, ground, side, wording = (
-        stream.child(name).integers(index, count)
-        for name, count in (
-            ("ink", len(INKS)),
-            ("ground", len(GROUNDS)),
-            ("side", len(SIDES)),
-            ("wording", len(WORDINGS)),
-        )
-    )
+    stream, chosen = Stream(0, "captioned digits"), {}
     caption = labels.repeat_interleave(COPIES)
-    for part, values in ((ink, INKS), (ground, GROUNDS), (side, SIDES), (wording, WORDINGS)):
-        caption = caption * len(values) + part
+    choices = {"ink": INKS, "ground": GROUNDS, "side": SIDES, "wording": WORDINGS}
+    for name, values in choices.items():
+        chosen[name] = stream.child(name).integers(index, len(values))
+        caption = caption * len(values) + chosen[name]
     strength = interpolate(digits.float() / 255, size=(DIGIT, DIGIT), mode="bilinear")
     strength = strength.repeat_interleave(COPIES, dim=0)
     room = SIZE - DIGIT + 1
     top = stream.child("top").integers(index, room)
-    left = stream.child("left").integers(index, 2) + side * (room - 2)
+    left = stream.child("left").integers(index, 2) + chosen["side"] * (room - 2)
     rows = (top[:, None] + torch.arange(DIGIT))[:, :, None]
     columns = (left[:, None] + torch.arange(DIGIT))[:, None]
     mask = torch.zeros(len(index), 1, SIZE, SIZE)
     mask[torch.arange(len(index))[:, None, None], 0, rows, columns] = strength[:, 0]
-    inks, grounds = (
-        torch.tensor(list(colours.values())).float()[chosen][:, :, None, None]
-        for colours, chosen in ((INKS, ink), (GROUNDS, ground))
-    )
+    inks = _colours(INKS)[chosen["ink"]][:, :, None, None]
+    grounds = _colours(GROUNDS)[chosen["ground"]][:, :, None, None]
     return (grounds + mask * (inks - grounds)).round().to(torch.uint8), caption
 
 
@@ -129,15 +119,13 @@ def measure(pixels: Tensor) -> Tensor:
     """
     x = pixels.float()
     border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2)
-    grounds = torch.tensor(list(GROUNDS.values())).float()
-    ground = torch.cdist(border.median(dim=2).values, grounds).argmin(dim=1)
-    distance = (x - grounds[ground][:, :, None, None]).norm(dim=1)
+    ground = torch.cdist(border.median(dim=2).values, _colours(GROUNDS)).argmin(dim=1)
+    colour = _colours(GROUNDS)[ground]
+    distance = (x - colour[:, :, None, None]).norm(dim=1)
     strongest = distance.flatten(1).topk(SIZE * SIZE // 10, dim=1).indices
     ink = x.flatten(2).gather(2, strongest[:, None].expand(-1, 3, -1)).mean(dim=2)
-    inks = torch.tensor(list(INKS.values())).float()
-    step = ink - grounds[ground]
-    directions = inks[None] - grounds[ground][:, None]
-    projection = (step[:, None] * directions).sum(dim=2) / directions.norm(dim=2)
+    directions = _colours(INKS)[None] - colour[:, None]
+    projection = ((ink - colour)[:, None] * directions).sum(dim=2) / directions.norm(dim=2)
     columns = (torch.arange(SIZE) + 0.5)[None, None]
     centre = (distance * columns).sum(dim=(1, 2)) / distance.sum(dim=(1, 2)).clamp_min(1e-6)
     return torch.stack([projection.argmax(dim=1), ground, (centre > SIZE / 2).long()], dim=1)

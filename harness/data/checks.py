@@ -13,25 +13,17 @@ from harness.io.downloads import source_problems
 def check(section: DataSection, files: bool = True) -> list[Problem]:
     """All errors in a `data` section. `files`: whether the files that it names must exist."""
     try:
-        source = data_source(section)
+        problems = data_source(section).check()
     except UserError as error:
         return [Problem("data.name", error.code, str(error))]
-    problems = source.check()
     for key, (file, sha256) in section.prompt_files.items():
         problems += source_problems(f"data.{key}", file, sha256, required=files)
     if not section.labels and section.num_classes is not None:
-        problems.append(
-            Problem("data.num_classes", "not-allowed", "not allowed together with labels: false")
-        )
+        message = "not allowed together with labels: false"
+        problems.append(Problem("data.num_classes", "not-allowed", message))
     if section.source is not None:
-        problems += source_problems(
-            "data.source",
-            section.source,
-            section.sha256,
-            sha256_key="data.sha256",
-            required=files,
-            folder=True,
-        )
+        places = {"sha256_key": "data.sha256", "required": files, "folder": True}
+        problems += source_problems("data.source", section.source, section.sha256, **places)
         if section.sha256 and Path(section.source).expanduser().is_dir():
             problems.append(Problem("data.sha256", "not-allowed", "not allowed for a folder"))
     return problems

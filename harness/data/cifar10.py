@@ -1,25 +1,31 @@
 """CIFAR-10 (Krizhevsky 2009): 60,000 images, 32 x 32, RGB, 10 classes.
 
-The source is the official archive, or the folder that it contains.
+The source is the official archive, the folder that it contains, or a folder written by
+`tools/dataset_from_package.py`. The official files are pickles. Nothing is unpickled before its
+hash is verified: the archive by its sha256, each file of a folder by torchvision's md5.
 """
 
 from __future__ import annotations
 
 import tarfile
+import tempfile
 from pathlib import Path
 
+import numpy as np
+
+from harness.data.official import OfficialSet, Part
 from harness.data.registry import DATASETS
-from harness.data.torchvision_sets import TorchvisionSet
+from harness.io.artifacts import load_tensors
 from harness.io.downloads import fetch
 
-ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CONVERTED = "images.safetensors"  # written by tools/dataset_from_package.py
 
 
 @DATASETS.register("cifar10")
-class Cifar10(TorchvisionSet):
-    dataset = "CIFAR10"
+class Cifar10(OfficialSet):
     shape = (3, 32, 32)
     class_names = (
         *("airplane", "automobile", "bird", "cat", "deer"),
@@ -31,17 +37,28 @@ class Cifar10(TorchvisionSet):
     )
 
     @classmethod
-    def accepts_official(cls, path: Path) -> bool:
-        return path.name.endswith(ARCHIVE) or (path / "test_batch").is_file()
+    def accepts(cls, path: Path) -> bool:
+        files = (path / CONVERTED, path / "test_batch")
+        return path.name.endswith(ARCHIVE) or any(file.is_file() for file in files)
 
-    def download(self) -> Path:
-        return fetch(URL, SHA256)
+    def read_parts(self, path):
+        if path and (path / CONVERTED).is_file():
+            tensors = load_tensors(path / CONVERTED)
+            return tuple(
+                tuple(tensors[f"{part}_{name}"].numpy() for name in ("pixels", "labels"))
+                for part in ("train", "test")
+            )
+        with tempfile.TemporaryDirectory() as root:
+            if path and path.is_dir():
+                Path(root, FOLDER).symlink_to(path.resolve())
+            else:
+                with tarfile.open(fetch(str(path or URL), SHA256)) as archive:
+                    archive.extractall(root, filter="data")
+            return _part(root, train=True), _part(root, train=False)
 
-    def unpack(self, source: Path, root: Path) -> None:
-        # torchvision unpickles the files, so they must be the official ones.
-        if source.is_dir():  # torchvision checks their md5 first
-            (root / "cifar-10-batches-py").symlink_to(source.resolve())
-            return
-        fetch(str(source), SHA256)
-        with tarfile.open(source) as archive:
-            archive.extractall(root, filter="data")
+
+def _part(root: str, train: bool) -> Part:
+    from torchvision.datasets import CIFAR10
+
+    data = CIFAR10(root, train)  # checks the md5 of each file before unpickling it
+    return data.data.transpose(0, 3, 1, 2).copy(), np.array(data.targets, np.uint8)

@@ -7,6 +7,7 @@ for the score of real images.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,29 +24,23 @@ from harness.io.downloads import fetch
 from harness.io.records import DataRecord, PromptFile
 from harness.io.shards import TensorShards
 
-# Maximum bytes of a file of images, and of its header.
-SHARD, HEADER = 60_000_000, 10_000
-# Bytes of images up to which a run keeps all of them on its device.
-ON_DEVICE = 4 << 30
+logger = logging.getLogger(__name__)
+SHARD, HEADER = 60_000_000, 10_000  # maximum bytes of a file of images, and of its header
+ON_DEVICE = 4 << 30  # bytes of images up to which a run keeps all of them on its device
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data set.
-
-    sha256: of the images and prompts; images_sha256: of the images. prompts: the texts that labels
-    number, in a text-to-image data set; evaluation_prompts: the texts for scoring. attributes: the
-    checker of captions. caption_templates: captions of a class, see `DataSource`.
-    """
+    """A prepared data set."""
 
     name: str
     train: Images
     held_out: Images
     class_names: tuple[str, ...]
-    sha256: str
+    sha256: str  # of images and prompts
     attributes: AttributeChecker | None = None
-    prompts: Prompts | None = None
-    evaluation_prompts: Prompts | None = None
+    prompts: Prompts | None = None  # the texts that labels number, in a text-to-image data set
+    evaluation_prompts: Prompts | None = None  # for scoring
     images_sha256: str = ""
     caption_templates: tuple[str, ...] = DataSource.caption_templates
 
@@ -60,12 +55,12 @@ class Dataset:
     @property
     def num_conditions(self) -> int:
         """The number of conditions of a generator: prompts or classes."""
-        return len(self.prompts) if self.prompts else self.num_classes
+        return len(self.prompts or self.class_names)
 
     @property
     def num_evaluated(self) -> int:
         """The number of conditions for scoring."""
-        return len(self.evaluation_prompts) if self.evaluation_prompts else self.num_classes
+        return len(self.evaluation_prompts or self.class_names)
 
     def classes(self, labels: Tensor) -> Tensor:
         """The classes of labels; for captions, the classes that they name."""
@@ -73,11 +68,10 @@ class Dataset:
 
 
 def check_sizes(dataset: Dataset, minimum: tuple[int, int]) -> None:
-    """Raise an error if a part is too small for the metrics. `minimum`: images of the training and
-    of the held-out part. Empty parts are allowed."""
-    for part, images, least in zip(
-        ("training", "held-out"), (dataset.train, dataset.held_out), minimum, strict=True
-    ):
+    """Raise an error if the training or the held-out part has fewer images than the metrics need.
+    Empty parts are allowed."""
+    parts = {"training": dataset.train, "held-out": dataset.held_out}
+    for (part, images), least in zip(parts.items(), minimum, strict=True):
         if 0 < len(images) < least:
             none = "" if part == "training" else "; data.held_out: 0 holds none out"
             raise UserError(
@@ -119,9 +113,12 @@ def _copy_prompts(section: DataSection, folder: Path) -> dict[str, PromptFile]:
     """Copy the prompt files next to the data."""
     copies = {}
     for key, (source, sha256) in section.prompt_files.items():
-        prompts, path = read_prompts(fetch(source, sha256)), folder / f"{key}.txt"
-        write_text(path, "\n".join(prompts.texts) + "\n")
-        copies[key] = PromptFile(prompts=len(prompts), sha256=sha256_file(path))
+        texts, path = read_prompts(fetch(source, sha256)).texts, folder / f"{key}.txt"
+        if repeated := len(texts) - len(set(texts)):
+            message = "%s: %d of %d prompts repeat an earlier one; each line counts separately"
+            logger.warning(message, source, repeated, len(texts))
+        write_text(path, "\n".join(texts) + "\n")
+        copies[key] = PromptFile(prompts=len(texts), sha256=sha256_file(path))
     return copies
 
 
@@ -131,14 +128,14 @@ def _images(folder: Path) -> TensorShards:
 
 def _write_images(folder: Path, train: Images, held: Images) -> str:
     """Write the images, in files of at most `SHARD` bytes; returns their sha256."""
-    shutil.rmtree(folder / "images", ignore_errors=True)
     shards = _images(folder)
+    shutil.rmtree(shards.folder, ignore_errors=True)
     per_image = train.pixels[0].numel() + train.labels.element_size()
     size = max(1, (SHARD - HEADER) // per_image)
-    for number in range(-(-(len(train) + len(held)) // size)):
+    for number, start in enumerate(range(0, len(train) + len(held), size)):
         tensors = {}
         for name, part, before in (("train", train, 0), ("held_out", held, len(train))):
-            rows = slice(max(0, number * size - before), max(0, (number + 1) * size - before))
+            rows = slice(max(0, start - before), max(0, start + size - before))
             tensors |= {f"{name}_pixels": part.pixels[rows], f"{name}_labels": part.labels[rows]}
         shards.write(number, tensors)
     return shards.finish()["sha256"]
@@ -149,11 +146,9 @@ def load(folder: Path, images: bool = True) -> Dataset:
     record = DataRecord.read(folder / "data.json")
     source = DATASETS[record.name] if record.registered else DataSource
     if record.train_images and images:
-        tensors = _images(folder).load()
-        train, held = (
-            Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"])
-            for part in ("train", "held_out")
-        )
+        stored = _images(folder).load()
+        train = Images(stored["train_pixels"], stored["train_labels"])
+        held = Images(stored["held_out_pixels"], stored["held_out_labels"])
     else:
         empty = torch.empty(0, *record.image_shape, dtype=torch.uint8)
         train = held = Images(empty, torch.empty(0, dtype=torch.int64))
@@ -163,7 +158,7 @@ def load(folder: Path, images: bool = True) -> Dataset:
     for key in PROMPT_SETS:
         if file := getattr(record, key):
             verify(folder / f"{key}.txt", file.sha256, owner=folder)
-            prompts[key] = read_prompts(folder / f"{key}.txt", quiet=True)
+            prompts[key] = read_prompts(folder / f"{key}.txt")
     if prompts:
         prompts.setdefault("evaluation_prompts", prompts["prompts"])
     return Dataset(

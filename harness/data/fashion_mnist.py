@@ -7,25 +7,26 @@ The source is a folder with the four official files, compressed or not, such as
 from __future__ import annotations
 
 import gzip
-import shutil
 from pathlib import Path
 
+import numpy as np
+
+from harness.data.official import OfficialSet
 from harness.data.registry import DATASETS
-from harness.data.torchvision_sets import TorchvisionSet
-from harness.io.downloads import cache_dir, fetch
+from harness.io.downloads import fetch
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-FILES = {
+SHA256 = {  # of the compressed files
     "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
     "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
     "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
     "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
+IMAGES_HEADER, LABELS_HEADER = 16, 8  # bytes
 
 
 @DATASETS.register("fashion-mnist")
-class FashionMnist(TorchvisionSet):
-    dataset = "FashionMNIST"
+class FashionMnist(OfficialSet):
     shape = (1, 28, 28)
     class_names = (
         *("t-shirt", "trouser", "pullover", "dress", "coat"),
@@ -37,24 +38,22 @@ class FashionMnist(TorchvisionSet):
     )
 
     @classmethod
-    def accepts_official(cls, path: Path) -> bool:
+    def accepts(cls, path: Path) -> bool:
         return path.is_dir() and any(path.glob("t10k-images-idx3-ubyte*"))
 
-    def download(self) -> Path:
-        """Fetch the compressed files into one folder of the cache."""
-        folder = cache_dir() / "fashion-mnist"
-        for name, sha256 in FILES.items():
-            place = folder / f"{name}.gz"
-            if not place.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                fetch(f"{URL}{name}.gz", sha256).replace(place)
-        return folder
-
-    def unpack(self, source: Path, root: Path) -> None:
-        raw = root / self.dataset / "raw"
-        raw.mkdir(parents=True)
-        for name in FILES:
-            if (source / name).exists():
-                shutil.copy(source / name, raw)
+    def read_parts(self, path):
+        def content(name: str, header: int) -> np.ndarray:
+            if path and (path / name).exists():
+                data = (path / name).read_bytes()
             else:
-                (raw / name).write_bytes(gzip.decompress((source / f"{name}.gz").read_bytes()))
+                file = path / f"{name}.gz" if path else fetch(f"{URL}{name}.gz", SHA256[name])
+                data = gzip.decompress(file.read_bytes())
+            return np.frombuffer(bytearray(data), np.uint8, offset=header)
+
+        return tuple(
+            (
+                content(f"{part}-images-idx3-ubyte", IMAGES_HEADER).reshape(-1, *self.shape),
+                content(f"{part}-labels-idx1-ubyte", LABELS_HEADER),
+            )
+            for part in ("train", "t10k")
+        )

@@ -8,7 +8,6 @@ labels. Images are sorted by name; hidden files are ignored. Nothing is extracte
 from __future__ import annotations
 
 import io
-import json
 import logging
 import struct
 import zipfile
@@ -18,24 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from harness.config.schema import PROMPT_KEYS
 from harness.data.prompts import read_prompts
-from harness.data.registry import FILE_KEYS, FORMS, DataSource, split
+from harness.data.registry import FILE_KEYS, DataSource, split
 from harness.errors import UserError
 from harness.io.downloads import fetch
 
 logger = logging.getLogger(__name__)
 INDEXES = ("dataset.json", "labels")
-# Limits on the unpacked size of a file.
 MAX_SIDE = 2048
-MAX_IMAGE_BYTES = 1 << 25
+MAX_IMAGE_BYTES = 1 << 25  # unpacked, as the next
 MAX_INDEX_BYTES = 1 << 30
 MAX_CLASSES = 1 << 16
 
 
-@FORMS.register("image-files")
 class ImageArchive(DataSource):
     """A `data.source` of image files. With prompts, labels are line numbers of prompts."""
 
@@ -58,15 +56,19 @@ class ImageArchive(DataSource):
         return (self.section.num_classes or 0) if self.section.labels else 0
 
     def read(self):
-        section, path = self.section, self.local_source()
-        if section.prompts is None:
-            pixels, labels, names = read_images(
-                path, section.labels, section.num_classes, section.resolution
-            )
-            return *split(pixels, labels, section.held_out), names
-        count = len(read_prompts(fetch(section.prompts, section.prompts_sha256), quiet=True))
-        pixels, labels, _ = read_images(path, section.labels, count, section.resolution)
-        return *split(pixels, labels, section.held_out, torch.zeros_like(labels)), ()
+        section, count = self.section, self.section.num_classes
+        if section.prompts is not None:
+            count = len(read_prompts(fetch(section.prompts, section.prompts_sha256)))
+        pixels, labels, names = read_images(
+            self.local_source(), section.labels, count, section.resolution
+        )
+        if section.prompts is not None:  # the split ignores them
+            return *split(pixels, labels, section.held_out, torch.zeros_like(labels)), ()
+        return *split(pixels, labels, section.held_out), names
+
+
+class _Index(BaseModel):
+    labels: list[tuple[str, int]] | None
 
 
 class Files:
@@ -81,9 +83,8 @@ class Files:
             try:
                 self._zip = zipfile.ZipFile(path)
             except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"{path} is not a zip file, or is incomplete ({error})", "damaged"
-                ) from None
+                message = f"{path} is not a zip file, or is incomplete ({error})"
+                raise UserError(message, "damaged") from None
             found = [(i.filename, i.file_size) for i in self._zip.infolist() if not i.is_dir()]
         self.sizes = {n: size for n, size in found if not any(p[:1] == "." for p in n.split("/"))}
 
@@ -106,34 +107,23 @@ def has_labels(path: Path) -> bool:
 def _labels(files: Files, names: list[str], num_classes: int) -> Tensor:
     """The label of each image: int64 `(N,)`, below `num_classes`."""
     index = next((name for name in INDEXES if name in files.sizes), None)
-    if index is None:
-        raise UserError(
-            f"{files.path} has no {INDEXES[0]} with labels; for images without labels set "
-            "data.labels: false",
-            "no-labels",
-        )
     where = f"{files.path}: {index}"
-    form = f'{where}: expected {{"labels": [[file name, class], ...]}}'
     try:
-        entries = json.loads(files.read(index, MAX_INDEX_BYTES))["labels"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(form, "labels") from None
+        content = files.read(index, MAX_INDEX_BYTES) if index else b'{"labels": null}'
+        entries = _Index.model_validate_json(content, strict=True).labels
+    except ValidationError as error:
+        form = '{"labels": [[file name, class], ...]}'
+        raise UserError(f"{where}: expected {form}; {error.errors()[0]['msg']}", "labels") from None
     if entries is None:
-        raise UserError(f"{where} has no labels; set data.labels: false", "no-labels")
-    labels = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
-        match entry:
-            case [str(name), int(label)] if not isinstance(label, bool):
-                if not 0 <= label < num_classes:
-                    raise UserError(
-                        f"{where}: label {label} of {name} is not in 0..{num_classes - 1}",
-                        "label-range",
-                    )
-                labels[name] = label
-            case _:
-                raise UserError(f"{form}, got {str(entry)[:80]}", "labels")
+        message = f"{files.path} has no labels in {INDEXES[0]}; set data.labels: false"
+        raise UserError(message, "no-labels")
+    for name, label in entries:
+        if not 0 <= label < num_classes:
+            message = f"{where}: label {label} of {name} is not in 0..{num_classes - 1}"
+            raise UserError(message, "label-range")
     if len(entries) != len(names):
         raise UserError(f"{where} has {len(entries)} labels for {len(names)} images", "labels")
+    labels = dict(entries)
     for name in names:
         if name not in labels:
             raise UserError(f"{where} has no label for {name}", "labels")
@@ -148,15 +138,14 @@ def _decode(files: Files, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             depth = data[24]  # of IHDR, the first chunk: PIL would truncate 16-bit RGB
-            if image.mode not in ("L", "RGB") or depth != 8:
-                message = f"is {image.mode} with {depth} bits, not 8-bit RGB or grey"
-            elif image.width != image.height:
-                message = f"is {image.width} x {image.height}, not square"
-            elif image.width > MAX_SIDE:
-                message = f"is {image.width} pixels wide; the limit is {MAX_SIDE}"
-            else:
+            right_mode = image.mode in ("L", "RGB") and depth == 8
+            if right_mode and image.width == image.height <= MAX_SIDE:
                 return np.asarray(image).reshape(image.height, image.width, -1)
-            raise UserError(f"{where} {message}", "image-format")
+            raise UserError(
+                f"{where} is {image.width} x {image.height}, {image.mode} with {depth} bits; "
+                f"expected 8-bit RGB or grey, square, at most {MAX_SIDE} pixels wide",
+                "image-format",
+            )
     except UnidentifiedImageError:
         raise UserError(f"{where} is not a PNG file", "image-format") from None
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
@@ -178,26 +167,21 @@ def read_images(
     names = sorted(name for name in files.sizes if name not in INDEXES)
     if not names:
         raise UserError(f"{path} has no images", "no-images")
+    labels, class_names = torch.zeros(len(names), dtype=torch.int64), ()
     if labelled:
         labels = _labels(files, names, num_classes or MAX_CLASSES)
-        class_names = tuple(str(i) for i in range(num_classes or int(labels.max()) + 1))
-    else:
-        labels, class_names = torch.zeros(len(names), dtype=torch.int64), ()
-    first = _decode(files, names[0]).shape
-    if resolution is not None and first[0] != resolution:
-        raise UserError(
-            f"{path}: {names[0]} is {first[0]} pixels wide, but data.resolution is {resolution}",
-            "shape",
-        )
-    pixels = np.empty((len(names), first[2], *first[:2]), np.uint8)
+        class_names = tuple(map(str, range(num_classes or int(labels.max()) + 1)))
+    side, _, channels = _decode(files, names[0]).shape
+    if resolution not in (None, side):
+        message = f"{names[0]} is {side} pixels wide, but data.resolution is {resolution}"
+        raise UserError(f"{path}: {message}", "shape")
+    pixels = np.empty((len(names), channels, side, side), np.uint8)
 
     def read_into_place(i: int) -> None:
         image = _decode(files, names[i])
-        if image.shape != first:
-            raise UserError(
-                f"{path}: {names[i]} is {_size(image.shape)}, but {names[0]} is {_size(first)}",
-                "shape",
-            )
+        if image.shape != (side, side, channels):
+            message = f"has the shape {image.shape}, but {names[0]} has {(side, side, channels)}"
+            raise UserError(f"{path}: {names[i]} {message} (height, width, channels)", "shape")
         pixels[i] = image.transpose(2, 0, 1)
 
     step = max(1024, -(-len(names) // 20))
@@ -207,7 +191,3 @@ def read_images(
             list(pool.map(read_into_place, range(start, stop)))
             logger.info("%s: %d of %d images", path, stop, len(names))
     return torch.from_numpy(pixels), labels, class_names
-
-
-def _size(shape: tuple[int, int, int]) -> str:
-    return f"{shape[0]} x {shape[1]} {'RGB' if shape[2] == 3 else 'grey'}"

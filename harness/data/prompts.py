@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.io.artifacts import digest, sha256_file
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Prompts:
-    """`texts` in order; `sha256` of their file, or of themselves. A prompt's number is its line."""
+    """Texts by number, which is the line; `sha256` of their file, or of themselves."""
 
     texts: tuple[str, ...]
     sha256: str
@@ -28,9 +25,8 @@ def prompts_of(texts: tuple[str, ...]) -> Prompts:
     return Prompts(texts, digest(texts))
 
 
-def read_prompts(path: Path, quiet: bool = False) -> Prompts:
-    """Read a prompt file. Empty lines are errors; repeated prompts, as in COCO's captions, are
-    allowed, with a warning unless `quiet`."""
+def read_prompts(path: Path) -> Prompts:
+    """Read a prompt file. Empty lines are errors; prompts may repeat, as COCO's captions do."""
     try:
         # Not splitlines: captions from the web contain other characters that it splits at.
         lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -44,11 +40,4 @@ def read_prompts(path: Path, quiet: bool = False) -> Prompts:
     if empty := [number for number, text in enumerate(texts, 1) if not text]:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise UserError(f"{path}: line {empty[0]}{more} is empty", "empty-prompt")
-    if not quiet and (repeated := len(texts) - len(set(texts))):
-        logger.warning(
-            "%s: %d of %d prompts repeat an earlier one; each line counts as a separate prompt",
-            path,
-            repeated,
-            len(texts),
-        )
     return Prompts(texts, sha256_file(path))

@@ -1,7 +1,6 @@
 """The registry of data sets, and their base class.
 
-A data set is one file in this package or a plug-in: a subclass of `DataSource`, registered under
-the name that `data.name` in an experiment gives.
+A data set is a subclass of `DataSource` in this package or a plug-in, registered as `data.name`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from harness.config.schema import DataSection
+from harness.config.schema import PROMPT_KEYS, DataSection
 from harness.errors import Problem, UserError, did_you_mean
 from harness.io.downloads import fetch
 from harness.registry import Registry
@@ -39,13 +38,12 @@ class Images:
 
 
 class AttributeChecker(Protocol):
-    """A program that checks images against the captions of a data set; a label is the number of a
-    caption. names: the attributes that `check` measures."""
+    """A program that checks images against captions; a label is the number of a caption."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the attributes that `check` measures
 
     def check(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Whether uint8 images `(B, C, H, W)` have the attributes in captions `labels` `(B,)`: bool
+        """Whether uint8 images `(B, C, H, W)` have each attribute of their captions: bool
         `(B, len(names))`."""
 
     def classes(self, labels: Tensor) -> Tensor:
@@ -59,20 +57,16 @@ class DataSource:
     """A data set as configured by the `data` section.
 
     Subclasses set `shape` and `class_names` and implement `read`.
-
-    description: for error messages ("data.x: not allowed for <description>"). keys: keys of the
-    `data` section that apply, besides `name`. caption_templates: captions of a class by its name,
-    for networks that compare images with texts; the first one is for scoring.
     """
 
-    description: ClassVar[str] = "an embedded data set"
+    description: ClassVar[str] = "an embedded data set"  # for "data.x: not allowed for ..."
     shape: ClassVar[tuple[int, int, int] | None] = None  # (C, H, W)
     class_names: ClassVar[tuple[str, ...]] = ()
+    # Keys of the `data` section that apply, besides `name`.
     keys: ClassVar[frozenset[str]] = frozenset({"held_out"})
+    # Captions of a class, for networks that compare images with texts; the first is for scoring.
     caption_templates: ClassVar[tuple[str, ...]] = (
-        "a photo of a {}",
-        "a {}",
-        "a small picture of the {}",
+        *("a photo of a {}", "a {}", "a small picture of the {}"),
     )
 
     def __init__(self, section: DataSection):
@@ -109,16 +103,42 @@ class DataSource:
 
     def check(self) -> list[Problem]:
         """Errors in the `data` section, apart from its files."""
-        extra = sorted(self.section.model_fields_set - self.keys - {"name"})
         return [
             Problem(f"data.{key}", "not-allowed", f"not allowed for {self.description}")
-            for key in extra
+            for key in sorted(self.section.model_fields_set - self.keys - {"name"})
         ]
 
 
+class NoImages(DataSource):
+    """A data set without images: their shape, and classes or prompts."""
+
+    @property
+    def description(self) -> str:
+        return "prompts without images" if self.section.prompts else "a data set without images"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return {"image_shape"} | (PROMPT_KEYS if self.section.prompts else {"num_classes"})
+
+    @property
+    def image_shape(self):
+        return self.section.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.section.num_classes or 0
+
+    def check(self) -> list[Problem]:
+        key, shape = "data.image_shape", self.image_shape
+        if shape is None:
+            return [Problem(key, "missing-key", "required for prompts without a source")]
+        if shape[1] == shape[2]:
+            return super().check()
+        message = f"expected (channels, height, width) of square images, got {list(shape)}"
+        return [*super().check(), Problem(key, "invalid-value", message)]
+
+
 DATASETS: Registry[type[DataSource]] = Registry("data set", "harness.data")
-# Forms of unregistered data sets.
-FORMS: Registry[type[DataSource]] = Registry("form of data", "harness.data")
 
 
 def data_source(section: DataSection) -> DataSource:
@@ -127,6 +147,8 @@ def data_source(section: DataSection) -> DataSource:
     A registered name wins, unless the section gives a source of another form, or only a shape for a
     data set that would have to be downloaded.
     """
+    from harness.data.image_archive import ImageArchive  # which imports this module
+
     if section.name in DATASETS:
         known = DATASETS[section.name]
         if section.source is not None:
@@ -136,9 +158,9 @@ def data_source(section: DataSection) -> DataSource:
         if fits:
             return known(section)
     if section.source is not None:
-        return FORMS["image-files"](section)
+        return ImageArchive(section)
     if section.image_shape is not None or section.prompts is not None:
-        return FORMS["no-images"](section)
+        return NoImages(section)
     hint = did_you_mean(section.name, DATASETS.names())
     raise UserError(f"unknown data set {section.name!r} without a source{hint}", "unknown-name")
 
@@ -163,10 +185,8 @@ def attribute_names() -> list[str]:
 
 
 def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the held-out part: the fraction `held_out` of each class.
-
-    The split depends on the labels only.
-    """
+    """Indices of the training and the held-out part, which is a fraction of each class. They depend
+    on the labels only."""
     rank = Stream(0, "split").uniform(torch.arange(len(labels)))
     chosen = []
     for label in labels.unique():
