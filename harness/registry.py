@@ -20,11 +20,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Registry(Generic[T]):
-    """Entries by name.
-
-    `kind` is used in messages ("metric"). `package` names the package whose modules register
-    entries: all of them are imported at the first look-up, so that a new entry is a new file.
-    """
+    """Entries by name. `kind` is for messages. All modules of `package` are imported at the first
+    look-up, so that a new entry is a new file."""
 
     def __init__(self, kind: str, package: str | None = None):
         self.kind, self._package = kind, package
@@ -43,7 +40,7 @@ class Registry(Generic[T]):
     def add(self, name: str, entry: T, source: Path | None = None) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"{self.kind} name {name!r}: use letters, digits, '.', '_' and '-'")
-        source = source or _source(entry)
+        source = source or Path(inspect.getsourcefile(entry)).resolve()
         if name in self._entries and source != self._sources[name]:
             raise ValueError(f"{self.kind} {name!r} is already registered ({self._sources[name]})")
         self._entries[name], self._sources[name] = entry, source
@@ -72,9 +69,8 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         self._import_package()
         if name not in self._entries:
-            raise UserError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}", "unknown-name"
-            )
+            hint = did_you_mean(name, self._entries)
+            raise UserError(f"unknown {self.kind} {name!r}{hint}", "unknown-name")
         return self._entries[name]
 
     def plugin_sha256(self, name: str) -> str | None:
@@ -103,13 +99,3 @@ def load_plugin(path: Path) -> None:
         del sys.modules[name], _plugins[name]
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"plugins: {path} could not be imported: {reason}", "plugin") from error
-
-
-def _source(entry: object) -> Path:
-    try:
-        return Path(inspect.getsourcefile(entry)).resolve()
-    except TypeError:  # not a class or a function: the module that registers it
-        frame = inspect.currentframe()
-        while frame and frame.f_globals.get("__name__") == __name__:
-            frame = frame.f_back
-        return Path(frame.f_code.co_filename).resolve()

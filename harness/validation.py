@@ -30,7 +30,7 @@ from harness.config.schema import (
 )
 from harness.data import checks as data_checks
 from harness.data.registry import DATASETS
-from harness.errors import ConfigError, Problem, did_you_mean
+from harness.errors import ConfigError, Problem, UserError, did_you_mean
 from harness.evaluation import checks as evaluation_checks
 from harness.features.base import FEATURES, new_extractor, settings_class
 from harness.networks.registry import BACKBONES
@@ -102,7 +102,11 @@ def _parse(raw: dict) -> tuple[Sections, list[Problem]]:
             setattr(sections, key, attempt(section_class, raw[key], key))
     for key, class_of in ITEMS.items():
         for name, value in raw[key].items() if isinstance(raw.get(key), dict) else ():
-            item = attempt(class_of(value), value, f"{key}.{name}")
+            try:
+                item = attempt(class_of(value), value, f"{key}.{name}")
+            except UserError as error:
+                problems.append(Problem(f"{key}.{name}.type", error.code, str(error)))
+                continue
             if item is not None:
                 getattr(sections, key)[name] = item
     try:
@@ -126,8 +130,6 @@ def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         if item["type"] == "extra_forbidden":
             hint = did_you_mean(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
             problems.append(Problem(key, "unknown-key", f"unknown key{hint}"))
-        elif item["type"] == "unknown-name":
-            problems.append(Problem(key, "unknown-name", item["msg"]))
         elif item["type"] == "missing":
             problems.append(Problem(key, "missing-key", "missing"))
         else:

@@ -1,7 +1,7 @@
-"""What each stage takes: one frozen record per job, resolved from an experiment.
+"""One frozen record per job, resolved from an experiment: what each stage reads.
 
-Stages read these records, never the experiment. `fingerprint` is a JSON-like value of everything
-that decides the job's results; `device` is resolved ("cpu", "cuda", "cuda:1" or "meta").
+`fingerprint` is a JSON-like value of everything that decides the job's results; `device` is
+resolved ("cpu", "cuda", "cuda:1" or "meta").
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ class Student:
 
 @dataclass(frozen=True)
 class StudentRun:
-    """One student with one training seed. `exclusive`: a budget of the experiment is in seconds, so
-    the run needs the machine to itself. Folders hold the prepared data, the teacher, and the
-    feature network and pairs if the method requires them."""
+    """One student with one training seed, and the folders of its inputs. `exclusive`: a budget of
+    the experiment is in seconds, so that the run needs the machine to itself."""
 
     experiment: str
     student: Student
@@ -81,8 +80,7 @@ class StudentRun:
 
 @dataclass(frozen=True)
 class TeacherJob:
-    """A teacher to train or to import. `text_encoder`: folder of the CLIP that reads its captions.
-    `data_section`: what kind of data it is for."""
+    """A teacher to train or to import. `text_encoder`: folder of the CLIP that reads captions."""
 
     name: str
     section: TeacherSection
@@ -126,9 +124,8 @@ class PairJob:
 class Scoring:
     """How an experiment scores any set of images.
 
-    extractors: name -> (settings, folder) of each feature network, in order. checkpoint_seconds:
-    time between two writes of an unfinished job. fingerprint: without the metrics, which
-    `harness.evaluation` adds.
+    extractors: name -> (settings, folder) of each feature network, in order. fingerprint: without
+    the metrics, which `harness.evaluation` adds.
     """
 
     experiment: str
@@ -136,7 +133,7 @@ class Scoring:
     data: Path
     data_section: DataSection
     extractors: Mapping[str, tuple[Any, Path]]
-    checkpoint_seconds: float
+    checkpoint_seconds: float  # between two writes of an unfinished job
     device: str
     fingerprint: dict
 

@@ -12,6 +12,7 @@ from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PROMPT_SETS = ("prompts", "evaluation_prompts")
@@ -67,10 +68,8 @@ class Grid(Section):
 
 
 class Sampler(Section):
-    """EDM's Heun sampler (Karras et al. 2022): deterministic, or stochastic with `s_churn`.
-
-    The fields are keyword arguments of `harness.sampling.heun`.
-    """
+    """EDM's Heun sampler (Karras et al. 2022): deterministic, or stochastic with `s_churn`. The
+    fields are keyword arguments of `harness.sampling.heun`."""
 
     steps: Positive = 18
     sigma_min: float = Field(SIGMA_MIN, gt=0)
@@ -100,9 +99,7 @@ class ImportedTeacher(TeacherSection):
 
     source: str
     sha256: Sha256 | None = None
-    network: dict[str, Any] | None = Field(
-        None, description="the network it must contain; `plan` uses it before the file exists"
-    )
+    network: dict[str, Any] | None = Field(None, description="for `plan` without the file")
 
     @property
     def pipeline(self) -> bool:
@@ -116,9 +113,7 @@ class Switches(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = Field(False, description="memory format of the networks' weights")
     compile: bool = Field(False, description="torch.compile for denoisers, static shapes")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations of diffusers networks in backward passes"
-    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations (diffusers)")
     micro_batch: Positive | None = Field(None, description="largest number of images at a time")
 
 
@@ -139,9 +134,7 @@ class TrainedTeacher(TeacherSection, Switches):
     sigma_data: float = Field(0.5, gt=0)
     label_dropout: float = Field(0.0, ge=0, lt=1)
     augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations")
-    text_encoder: str | None = Field(
-        None, description="a CLIP under `features` that encodes the captions"
-    )
+    text_encoder: str | None = Field(None, description="a CLIP of `features`, for captions")
     seed: int = Field(0, ge=0)
 
 
@@ -175,31 +168,24 @@ class TrainingSection(Switches):
     """What all students share. `settings` overrides method defaults; a student's own settings
     override both."""
 
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     budget: list[Limit] = Field(min_length=1)
     settings: dict[str, Any] = {}
     snapshots: dict[Literal["images", "flops"], Grid] = {}
     max_nonfinite: int = Field(20, ge=0)
     tick_images: Positive = 1024
     checkpoint_seconds: float = Field(15.0, ge=0)
-    loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(
-        ["csv"], description="where ticks are logged; train.csv is always written"
-    )
+    # Where ticks are logged; train.csv is always written.
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]
 
 
 class EvaluationSection(Section):
     num_samples: Positive = 2000
-    sampling_seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        [0, 1, 2], min_length=1, description="one range of noise each"
-    )
-    snapshot_seeds: Positive | None = Field(
-        None, description="sampling seeds for snapshots before the last; default: all"
-    )
+    sampling_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    snapshot_seeds: Positive | None = Field(None, description="of snapshots before the last")
     extractors: list[str] = Field(min_length=1)
     main_metric: str = "fd"
-    statistics: str | None = Field(
-        None, min_length=1, description=".npz with mu and sigma: reference statistics of an FID"
-    )
+    statistics: str | None = Field(None, min_length=1, description=".npz with mu and sigma of FID")
     statistics_sha256: Sha256 | None = None
     neighbours: Positive = 3
     grid_samples: Positive = 100
@@ -220,9 +206,8 @@ class PublishedName(Section):
 class PaperSection(Section):
     """Published numbers to compare the experiment with.
 
-    setting: how close the experiment's settings are to the papers'. methods: published names of
-    students or of teacher rows whose names differ from the defaults in
-    `harness.reporting.published`.
+    setting: how close its settings are to the papers'. methods: published names of students or of
+    teacher rows, where they differ from the defaults in `harness.reporting.published`.
     """
 
     dataset: str
@@ -244,8 +229,7 @@ class ClaimSection(Section):
 
 
 class ExperimentFile(Section):
-    """An experiment file. Feature networks and teachers are parsed one by one in
-    `harness.validation`, since their keys depend on their type."""
+    """An experiment file. `harness.validation` parses feature networks and teachers by type."""
 
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

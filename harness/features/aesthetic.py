@@ -28,9 +28,9 @@ ROUNDS, STEPS = 3, 400  # degradations of each image, and updates, in training
 class AestheticHead(nn.Module):
     """Ratings `(B,)` of CLIP image embeddings `(B, D)`, by one hidden layer."""
 
-    def __init__(self, dim: int, hidden: int = 64):
+    def __init__(self, dim: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        self.layers = nn.Sequential(nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, 1))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.layers(normalize(embeddings, dim=-1)).squeeze(-1)

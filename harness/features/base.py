@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import ConfigDict, field_validator
-from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from harness.config.jobs import FeatureJob
 from harness.config.schema import DataSection, FeatureSettings
 from harness.data.datasets import Dataset
-from harness.errors import Problem, UserError, did_you_mean
+from harness.errors import Problem, UserError
 from harness.io.artifacts import sha256_file
 from harness.io.downloads import fetch, source_problems
 from harness.io.records import FeatureRecord
@@ -54,14 +52,12 @@ class FeatureExtractor(ABC):
     Class attributes:
     Settings: its keys in an experiment file, with `type` as a literal.
     trained: its weights come from training on the experiment's data, in the workflow.
-    has_feature_maps: the network has `maps(x)` and `map_channels`, so that a discriminator can use
-    it (see `FeatureMaps`).
+    has_feature_maps: the network has `maps(x)` and `map_channels` for discriminators.
 
     Attributes, all of which may be properties:
-    provided: what metrics may require: the names of its outputs, and its traits: the name of its
-    Fréchet distance ("fd", or "fid-..." for Inception), "data-classes" (probabilities of the data
-    set's classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP trained on the
-    data set).
+    provided: what metrics may require: names of outputs, the name of its Fréchet distance ("fd", or
+    "fid-..." for Inception), and the traits "data-classes" (probabilities of the data set's
+    classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP of this data set).
     known_sha256: hash that the weights must have, if it is known.
     unavailable: why there are no weights; missing: the same for single outputs.
     resize: how images are brought to the network's input size.
@@ -129,26 +125,17 @@ class FeatureExtractor(ABC):
 FEATURES: Registry[type[FeatureExtractor]] = Registry("feature network", "harness.features")
 
 
-class _UnknownSettings(FeatureSettings):
-    """Placeholder for a section without a known `type`; validation always fails."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    @field_validator("type")
-    @classmethod
-    def _unknown(cls, kind: str) -> str:
-        message = f"unknown feature network {kind!r}{did_you_mean(kind, FEATURES)}"
-        raise PydanticCustomError("unknown-name", "{message}", {"message": message})
-
-
 def settings_class(raw: Any) -> type[FeatureSettings]:
-    """The class that validates the section of a feature network."""
-    kind = raw.get("type") if isinstance(raw, Mapping) else None
-    return FEATURES[kind].Settings if kind in FEATURES else _UnknownSettings
+    """The class that validates the section of a feature network; a `UserError` about its `type`."""
+    if not isinstance(raw, Mapping):
+        return FeatureSettings
+    if "type" not in raw:
+        raise UserError("missing", "missing-key")
+    return FEATURES[str(raw["type"])].Settings
 
 
 def parse_settings(raw: Any) -> FeatureSettings:
-    """Validated settings of a feature network; errors are a pydantic `ValidationError`."""
+    """Validated settings of a feature network."""
     return settings_class(raw).model_validate(raw)
 
 

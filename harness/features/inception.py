@@ -1,7 +1,6 @@
 """Inception of 2015-12-05, the network of all published FIDs: type `inception`.
 
-The network and its converted TensorFlow weights are torch-fidelity's. `resize` selects the protocol
-by which images reach its 299 x 299 input.
+The network and its converted TensorFlow weights are torch-fidelity's.
 """
 
 from __future__ import annotations
@@ -125,8 +124,7 @@ def clean_resize(pixels: Tensor) -> Tensor:
 
 
 def lanczos(pixels: Tensor, size: int) -> Tensor:
-    """uint8 `(B, 3, H, W)` -> `(B, 3, size, size)` by PIL's Lanczos filter, as text-to-image papers
-    reduce samples of 512 pixels to the size of COCO's photographs."""
+    """uint8 `(B, 3, H, W)` -> `(B, 3, size, size)` by PIL's Lanczos filter."""
     import numpy as np
     from PIL import Image
 

@@ -30,10 +30,7 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         size = (self.resolution, self.resolution)
-        x, y = (
-            interpolate(images.expand(-1, 3, -1, -1), size, mode="bilinear", align_corners=False)
-            for images in (x, y)
-        )
+        x, y = (interpolate(z.expand(-1, 3, -1, -1), size, mode="bilinear") for z in (x, y))
         return self.network(x, y).flatten()
 
 
@@ -57,16 +54,13 @@ def build_lpips() -> nn.Module:
 def trunk_file() -> Path:
     """The trunk's weights, downloaded if necessary; a `UserError` if that fails."""
     if find_spec("lpips") is None:
-        raise UserError(
-            "LPIPS needs the package lpips: pip install 'onestep-harness[pretrained]'",
-            "missing-package",
-        )
+        message = "LPIPS needs the package lpips: pip install 'onestep-harness[pretrained]'"
+        raise UserError(message, "missing-package")
     return fetch(TRUNK, TRUNK_SHA256)
 
 
 def load_lpips() -> PerceptualDistance:
     """LPIPS-VGG with its pretrained weights, frozen."""
-    weights = load_pickled(trunk_file())
-    network = build_lpips()
+    weights, network = load_pickled(trunk_file()), build_lpips()
     load_trunk(network, weights)
     return PerceptualDistance(network).eval().requires_grad_(False)

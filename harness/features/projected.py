@@ -1,13 +1,14 @@
 """The projected discriminator: trained heads on random mixtures of frozen pretrained features.
 
-Sauer et al. 2021 (Projected GANs, arXiv 2111.01007), as in GDD. Written from the paper; the
-docstrings name our choices where the paper leaves them open.
+Written from Sauer et al. 2021 (Projected GANs, arXiv 2111.01007), as in GDD. Docstrings name our
+choices where the paper leaves them open.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -43,12 +44,9 @@ class RandomPyramid(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         mixed: list[Tensor] = []  # from coarse to fine
-        for x, channels, scales in reversed(
-            list(zip(maps, self.across_channels, self.across_scales, strict=True))
-        ):
-            h = channels(x)
-            if mixed:
-                h = h + mixed[-1]
+        layers = zip(maps, self.across_channels, self.across_scales, strict=True)
+        for x, channels, scales in reversed(list(layers)):
+            h = channels(x) + mixed[-1] if mixed else channels(x)
             mixed.append(interpolate(scales(h), scale_factor=2, mode="bilinear"))
         return mixed[::-1]
 
@@ -57,11 +55,8 @@ class ProjectedFeatures(nn.Module):
     """The frozen part: backbones and their random pyramids.
 
     `forward(pixels)`: `(B, 1 or 3, H, W)` in [-1, 1], resized bilinearly to `resolution` -> four
-    maps per backbone from fine to coarse (`RandomPyramid`), one backbone after the other. Twice
-    differentiable.
-
-    The mixing weights are drawn from torch's generator. A resumed run builds them again under the
-    same seed, because only trained networks are saved.
+    maps per backbone from fine to coarse, one backbone after the other. Twice differentiable. Only
+    trained networks are saved: a resumed run draws the mixing weights again under the same seed.
     """
 
     def __init__(self, backbones: Sequence[Backbone], cout: int = 64, resolution: int = 224):
@@ -79,15 +74,10 @@ class ProjectedFeatures(nn.Module):
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        if pixels.shape[1] == 1:
-            pixels = pixels.expand(-1, 3, -1, -1)
         size = (self.resolution, self.resolution)
-        x = interpolate(pixels, size, mode="bilinear")
-        return [
-            m
-            for backbone, pyramid in zip(self.backbones, self.pyramids, strict=True)
-            for m in pyramid(backbone(x))
-        ]
+        x = interpolate(pixels.expand(-1, 3, -1, -1), size, mode="bilinear")
+        networks = zip(self.backbones, self.pyramids, strict=True)
+        return [m for backbone, pyramid in networks for m in pyramid(backbone(x))]
 
 
 class TextEmbedding(nn.Linear):
@@ -119,30 +109,21 @@ class ProjectedHead(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        widths: Sequence[int],
-        num_classes: int,
-        embedding: int,
-        text_width: int = 0,
+        self, channels: int, widths: Sequence[int], num_classes: int, size: int, text_width: int = 0
     ):
         super().__init__()
-        inputs = [channels, *widths[:-1]]
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(
-                    spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)),
-                    nn.GroupNorm(math.gcd(b, max(1, b // 16)), b),
-                    nn.LeakyReLU(0.2),
-                )
-                for a, b in zip(inputs, widths, strict=True)
+        blocks = [
+            nn.Sequential(
+                spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)),
+                nn.GroupNorm(math.gcd(b, max(1, b // 16)), b),
+                nn.LeakyReLU(0.2),
             )
-        )
+            for a, b in pairwise([channels, *widths])
+        ]
+        self.blocks = nn.Sequential(*blocks)
         conditional = num_classes or text_width
-        self.embed = (
-            condition_embedding(num_classes, embedding, text_width) if conditional else None
-        )
-        outputs = 1 + (embedding if conditional else 0)
+        self.embed = condition_embedding(num_classes, size, text_width) if conditional else None
+        outputs = 1 + size if conditional else 1
         self.output = spectral_norm(nn.Conv2d(widths[-1], outputs, 4, padding=1))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, interpolate, normalize
 
 from harness.context import Context
 from harness.data.datasets import Dataset
-from harness.features.aesthetic import AestheticHead, load_head, train_head
+from harness.features.aesthetic import load_head, train_head
 from harness.features.base import FEATURES
 from harness.features.train import TrainedExtractor, TrainedSettings, augmented
 from harness.io.records import FeatureRecord
@@ -31,8 +31,8 @@ def tokenize(captions: Sequence[str]) -> Tensor:
 class SmallCLIP(nn.Module):
     """open_clip's `CLIP` for images `(B, C, H, W)` in [-1, 1]; embeddings have length 1.
 
-    The tokens `captions`, int64 `(conditions, wordings, 16)`, are saved with the weights, so that
-    scoring needs no tokenizer. They are a few wordings for each class, or one for each prompt.
+    `captions` are tokens, int64 `(conditions, wordings, 16)`: a few wordings for each class, or one
+    for each prompt. They are saved with the weights, so that scoring needs no tokenizer.
     """
 
     embed_dim = 64
@@ -57,17 +57,17 @@ class SmallCLIP(nn.Module):
 
     def set_captions(self, dataset: Dataset) -> None:
         """Tokenize the prompts of a data set with captions, or captions of the class names."""
-        names = dataset.class_names
-        texts = [t.format(name) for name in names for t in dataset.caption_templates]
         if dataset.attributes:
-            texts = list(dataset.prompts.texts)
+            texts = dataset.prompts.texts
             self.meaning.copy_(dataset.attributes.meanings())
+        else:
+            names, templates = dataset.class_names, dataset.caption_templates
+            texts = [template.format(name) for name in names for template in templates]
         self.captions.copy_(tokenize(texts).view_as(self.captions))
 
     def features(self, x: Tensor) -> Tensor:
         """Image embeddings `(B, 64)`, normalised."""
-        if x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1)
+        x = x.expand(-1, 3, -1, -1)
         if x.shape[-1] != self.size:
             x = interpolate(x, size=self.size, mode="bilinear", antialias=True)
         return self.clip.encode_image(x, normalize=True)
@@ -137,8 +137,6 @@ class SmallCLIPExtractor(TrainedExtractor):
     class Settings(TrainedSettings):
         type: Literal["clip"]
 
-    head: AestheticHead | None = None
-    head_sha256 = ""
     _class_features: Tensor | None = None
 
     provided = frozenset(
@@ -181,14 +179,14 @@ class SmallCLIPExtractor(TrainedExtractor):
 
     @property
     def hashes(self) -> dict[str, str]:
-        return super().hashes | ({"head": self.head_sha256} if self.head else {})
+        return {"weights": self.sha256, "head": self.head_sha256}
 
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         features = self.network.features(x)
-        outputs = {"features": features}
+        outputs = {"features": features, "aesthetic": self.head(features)}
         if labels is not None:
             if self._class_features is None:
                 self._class_features = self.network.class_features()
             captions = self._class_features[labels.to(self.device)]
             outputs["text_similarity"] = (features * captions).sum(dim=1)
-        return outputs | ({"aesthetic": self.head(features)} if self.head else {})
+        return outputs

