@@ -104,11 +104,10 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.elements, self.open, self.text, self.data = [], [], "", ""
+        self.elements, self.open, self.text, self.charts = [], [], "", []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         assert not self.open, f"unclosed elements: {self.open}"
-        self.charts = json.loads(self.data)
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
@@ -120,8 +119,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         tag, attributes = self.open[-1] if self.open else ("", {})
-        if attributes.get("id") == "specifications":
-            self.data += data
+        if attributes.get("type") == "application/json":
+            self.charts.append(json.loads(data))
         elif tag not in ("style", "script"):
             self.text += data
 

@@ -123,9 +123,8 @@ def test_a_metric_with_a_sample_limit_is_drawn_at_its_limit(make):
     column = "kd_n10000_tiny-cnn"
     summary = summarise(experiment, table)
     assert list(summary.columns.index[summary.columns.ranked]) == [column]
-    figure = quality.figure(experiment, table, "images", [("kd", "tiny-cnn")])
-    panel = figure.axes[0]
-    assert len(panel.lines) == 3 + 1 and column in panel.get_title()
+    figure = quality.figure(experiment, table, "images").to_dict()
+    assert [panel["title"][1] for panel in figure["hconcat"]] == [f"in tiny-cnn, n {10_000:,}"]
     descriptions = [chart["description"] for chart in page(experiment, table).charts]
     curve = next(text for text in descriptions if "at the end" in text)
     assert curve.endswith("at the end: s1 1.1, s2 2.1, s3 3.1, teacher, 35 NFE 0.5")

@@ -42,6 +42,30 @@ def number_text(value: object, form: str = ".3g", scale: float = 1) -> str:
     return format(value / scale, form) if is_known(value) else MISSING
 
 
+def minus(text: str) -> str:
+    """A number's text with a typographic minus sign."""
+    return text.replace("-", "−")
+
+
+def interval_text(row) -> tuple[str, str]:
+    """A row's difference and its interval (low, high), rounded to the decimals that the width of
+    the interval supports."""
+    if not is_known(row.difference):
+        return "", ""
+    bounded = is_known(row.low) and is_known(row.high) and row.high > row.low
+    size = (row.high - row.low) / 2 if bounded else abs(row.difference) / 10
+    decimals = max(0, 1 - math.floor(math.log10(size))) if size else 2
+    form = f"+.{decimals}f" if decimals <= 6 else "+.1e"
+    bounds = [minus(format(bound, form)) for bound in (row.low, row.high) if is_known(bound)]
+    return minus(format(row.difference, form)), f"({' to '.join(bounds)})" if bounds else ""
+
+
+def as_text(table: pd.DataFrame, missing: str = MISSING) -> pd.DataFrame:
+    """A table of texts, numbers with six significant digits."""
+    texts = table.astype(object).map(lambda v: f"{v:g}" if isinstance(v, float) else str(v))
+    return texts.where(table.notna(), missing)
+
+
 def flagged(text: str, flags: object) -> str:
     """A number's text with the marks of its space-separated flags."""
     if text == MISSING or not isinstance(flags, str):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+import altair as alt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from harness.config.experiment import Experiment
+from harness.reporting.figures import charts
 from harness.reporting.figures.samples import scored_runs
-from harness.reporting.figures.style import PHASE_COLOURS, PHASE_DASHES, THOUSANDS, plain_log
 
 # Column prefixes of train.csv -> title.
 PANELS = {"loss/": "loss", "grad_norm/": "gradient norm", "nonfinite/": "non-finite steps"}
+COLOURS = tuple(charts.COLOURS[i] for i in (0, 2, 4, 5, 3))
+DASHES = (charts.SOLID, charts.DASHED, charts.DOTTED, charts.MIXED)
+MAX_POINTS = 300  # of one line
 
 
 def training_logs(experiment: Experiment, table: pd.DataFrame) -> dict[str, dict]:
@@ -24,6 +26,13 @@ def training_logs(experiment: Experiment, table: pd.DataFrame) -> dict[str, dict
     return logs
 
 
+def phases_of(logs: dict[str, dict]) -> list[str]:
+    """The phases of all students, in the order of their first appearance."""
+    columns = [c for seeds in logs.values() for log in seeds.values() for c in log.columns]
+    phases = [c.removeprefix(p) for c in columns for p in PANELS if c.startswith(p)]
+    return list(dict.fromkeys(phases))
+
+
 def tidy_log(seeds: dict[int, pd.DataFrame], prefix: str) -> pd.DataFrame:
     """The columns of a student's logs with a prefix, one row per value: images, seed, phase,
     value."""
@@ -34,51 +43,54 @@ def tidy_log(seeds: dict[int, pd.DataFrame], prefix: str) -> pd.DataFrame:
         .melt(id_vars=["images", "seed"], var_name="phase")
         for seed, log in seeds.items()
     ]
-    columns = ["images", "seed", "phase", "value"]
-    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+    return pd.concat(parts)
 
 
-def phases_of(logs: dict[str, dict]) -> list[str]:
-    """The phases of all students, in the order of their first appearance."""
-    columns = [c for seeds in logs.values() for log in seeds.values() for c in log.columns]
-    phases = [c.removeprefix(p) for c in columns for p in PANELS if c.startswith(p)]
-    return list(dict.fromkeys(phases))
+def chart(
+    student: str,
+    seeds: dict[int, pd.DataFrame],
+    phases: list[str],
+    prefix: str,
+    legend: bool = False,
+) -> alt.Chart:
+    """One quantity of PANELS of a student against images, a line per phase and seed."""
+    log = tidy_log(seeds, prefix)
+    lines = log.groupby(["phase", "seed"], sort=False)
+    ends = [
+        f"{phase} of seed {seed} from {line.value.iloc[0]:.3g} to {line.value.iloc[-1]:.3g}"
+        for (phase, seed), line in lines
+    ]
+    text = f"{PANELS[prefix]} of {student} against images: {'; '.join(ends)}"
+    log = lines.nth(slice(None, None, max(1, len(log) // (MAX_POINTS * lines.ngroups))))
+    values = log.value.dropna()
+    is_log = prefix == "grad_norm/" and (values > 0).all()
+    chart = alt.Chart(charts.data(log)).mark_line(strokeWidth=1.3)
+    chart = chart.encode(
+        x=charts.numbers(alt.X, "images", None, False, log.images, form=".3~s", tickCount=4),
+        y=charts.numbers(alt.Y, "value", None, is_log, values, tickCount=4),
+        detail="seed:N",
+        color=charts.categories(alt.Color, "phase", phases, COLOURS, legend),
+        strokeDash=charts.categories(alt.StrokeDash, "phase", phases, DASHES, legend),
+        tooltip=charts.tooltips("phase:N", "seed:N", images="images", value="value"),
+    )
+    return chart.properties(width="container", height=120, description=text)
 
 
-def figure(experiment: Experiment, table: pd.DataFrame) -> Figure:
-    """One column per student, one row per entry of PANELS, one line per phase and seed."""
+def figure(experiment: Experiment, table: pd.DataFrame) -> alt.VConcatChart:
+    """One column per student with a run, one row per entry of PANELS."""
     logs = training_logs(experiment, table)
     phases = phases_of(logs)
-    size = (2.7 * len(logs), 6.6)
-    figure, panels = plt.subplots(
-        len(PANELS), len(logs), figsize=size, sharex=True, squeeze=False, layout="constrained"
-    )
-    handles = {}
-    for column, (student, seeds) in zip(panels.T, logs.items(), strict=True):
-        for panel, prefix in zip(column, PANELS, strict=True):
-            for (phase, _), line in tidy_log(seeds, prefix).groupby(["phase", "seed"], sort=False):
-                index = phases.index(phase)
-                (handles[phase],) = panel.plot(
-                    line.images,
-                    line.value,
-                    color=PHASE_COLOURS[index % len(PHASE_COLOURS)],
-                    linestyle=PHASE_DASHES[index % len(PHASE_DASHES)],
-                    linewidth=1.2,
+    rows = [
+        alt.hconcat(
+            *(
+                chart(student, seeds, phases, prefix, legend=True).properties(
+                    width=180, title=[student, title]
                 )
-            if prefix == "grad_norm/" and panel.lines:
-                panel.set_yscale("log")
-                plain_log(panel.yaxis)
-            panel.xaxis.set_major_formatter(THOUSANDS)
-            panel.xaxis.set_major_locator(plt.MaxNLocator(4))
-        column[0].set_title(student, fontsize=10)
-        if not seeds:
-            column[0].annotate("no run", (0.5, 0.5), xycoords="axes fraction", ha="center")
-        column[-1].set_ylim(bottom=-0.5, top=max(5, column[-1].get_ylim()[1]))
-        column[-1].set_xlabel("images")
-    for panel, title in zip(panels[:, 0], PANELS.values(), strict=True):
-        panel.set_ylabel(title)
-    if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles)
+                for student, seeds in logs.items()
+                if seeds
+            )
         )
-    return figure
+        for prefix, title in PANELS.items()
+        if phases
+    ]
+    return alt.vconcat(*rows or [charts.message("no run")])

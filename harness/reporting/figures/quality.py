@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-import matplotlib.pyplot as plt
+import altair as alt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from harness.config.experiment import Experiment
 from harness.evaluation.columns import column_name
 from harness.evaluation.registry import FRECHET, METRICS
-from harness.reporting.collect import main_metric_in
-from harness.reporting.figures.style import THOUSANDS, line_style, plain_log
+from harness.reporting.collect import main_column, main_metric_in
+from harness.reporting.figures import charts
+from harness.reporting.formatting import number_text
 
 AXES = {
     "images": "images that received a generator update",
@@ -23,16 +23,6 @@ DIRECTIONS = {True: "higher is better", False: "lower is better", None: "no pref
 
 def direction(metric: str) -> str:
     return DIRECTIONS[METRICS[metric].higher_is_better]
-
-
-def has_log_scale(metric: str) -> bool:
-    return metric in FRECHET
-
-
-def drawn_column(experiment: Experiment, metric: str, extractor: str) -> str:
-    """The column of a metric that is drawn: at the largest sample count that it accepts."""
-    count = METRICS[metric].count(experiment.evaluation.num_samples)
-    return column_name(metric, count, extractor)
 
 
 def drawn_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -56,14 +46,11 @@ def curves(experiment: Experiment, table: pd.DataFrame, axis: str, column: str) 
     keys = ["student", "snapshot", "seed"]
     per_seed = rows.groupby(keys)[["images", "flops", "value"]].mean().reset_index()
     points = per_seed.groupby(["student", "images"], sort=True)
-    values = points.value
     x = points[axis].first() if axis == "images" else points.flops.mean() / 1e12
-    result = pd.DataFrame(
-        {"x": x, "mean": values.mean(), "low": values.min(), "high": values.max()}
-    ).reset_index()
-    order = {name: i for i, name in enumerate(experiment.students)}
-    result = result.sort_values("student", key=lambda names: names.map(order), kind="stable")
-    return result[["student", "x", "mean", "low", "high"]].reset_index(drop=True)
+    result = points.value.agg(mean="mean", low="min", high="max").assign(x=x).reset_index()
+    position = list(experiment.students).index
+    order = result.student.map(position).sort_values(kind="stable").index
+    return result.loc[order, ["student", "x", "mean", "low", "high"]].reset_index(drop=True)
 
 
 def per_training_seed(final: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -77,10 +64,10 @@ def per_training_seed(final: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def reference_lines(
-    experiment: Experiment, table: pd.DataFrame, column: str, log: bool = False
+    experiment: Experiment, table: pd.DataFrame, column: str, log: bool
 ) -> dict[str, float]:
-    """Label -> value of the horizontal lines: the teachers, with many steps and with one, and the
-    floor. log: without values that a logarithmic axis cannot show."""
+    """Label -> value of the teachers, with many steps and with one, and of the floor. log: without
+    values that a logarithmic axis cannot show."""
     lines = {}
     for name in experiment.reference_rows:
         rows = table[(table.student == name) & (table.column == column)]
@@ -92,50 +79,98 @@ def reference_lines(
     return lines
 
 
-def _panel(
-    panel, experiment: Experiment, table: pd.DataFrame, axis: str, column: str, log: bool
-) -> None:
-    names = list(experiment.students)
-    for name, line in curves(experiment, table, axis, column).groupby("student", sort=False):
-        style = line_style(names.index(name))
-        panel.plot(line.x, line["mean"], label=name, markersize=5, **style)
-        panel.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, lw=0)
-    for label, value in reference_lines(experiment, table, column, log).items():
-        panel.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
-        panel.annotate(
-            f"{label}: {value:.3g}",
-            (1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color="0.25",
-        )
-    panel.set_xscale("log", base=2 if axis == "images" else 10)
-    if log:
-        panel.set_yscale("log")
-        plain_log(panel.yaxis)
-    if axis == "images":
-        panel.xaxis.set_major_formatter(THOUSANDS)
-    else:
-        plain_log(panel.xaxis)
-    panel.set_xlabel(AXES[axis])
+def chart(
+    experiment: Experiment,
+    table: pd.DataFrame,
+    axis: str,
+    metric: str,
+    extractor: str,
+    legend: bool = False,
+) -> alt.LayerChart:
+    """One metric against a budget, at the largest sample count that the metric accepts. Lines:
+    means over training seeds; bands: from the lowest to the highest seed."""
+    count = METRICS[metric].count(experiment.evaluation.num_samples)
+    column, log = column_name(metric, count, extractor), metric in FRECHET
+    names, x_title = list(experiment.students), AXES[axis]
+    lines = curves(experiment, table, axis, column)
+    reference = reference_lines(experiment, table, column, log)
+    last = lines.groupby("student", sort=False)["mean"].last()
+    ends = [f"{name} {value:.3g}" for name, value in [*last.items(), *reference.items()]]
+    title = f"{METRICS[metric].label} in {extractor} ({direction(metric)})"
+    text = f"{title} against {x_title}; at the end: {', '.join(ends)}"
+
+    def student(channel, values: tuple):
+        return charts.categories(channel, "student", names, values, legend)
+
+    values = [*lines.low, *lines.high, *reference.values()]
+    y = charts.numbers(alt.Y, "mean", None, log, values)
+    base = alt.Chart().encode(
+        x=charts.numbers(alt.X, "x", x_title, True, lines.x),
+        color=student(alt.Color, charts.COLOURS),
+        tooltip=charts.tooltips(
+            "student:N", x=x_title, mean="mean", low="lowest seed", high="highest seed"
+        ),
+    )
+    opaque = charts.when_highlighted(1.0)
+    bands = base.mark_area().encode(y="low:Q", y2="high:Q", opacity=charts.when_highlighted(0.15))
+    dashes, shapes = (
+        student(alt.StrokeDash, charts.DASHES),
+        student(alt.Shape, tuple(charts.SHAPES)),
+    )
+    drawn = base.mark_line().encode(y=y, opacity=opaque, strokeDash=dashes)
+    points = base.mark_point(filled=True, size=45).encode(y=y, opacity=opaque, shape=shapes)
+    labels = {f"{name}: {value:.3g}": value for name, value in reference.items()}
+    layers = [alt.layer(bands, drawn, points, data=charts.data(lines))]
+    layers += charts.lines_across(labels, "y", align="right", dy=-6)
+    return alt.layer(*layers).properties(width="container", height=230, description=text)
 
 
-def figure(
-    experiment: Experiment, table: pd.DataFrame, axis: str, metrics: list[tuple[str, str]]
-) -> Figure:
-    """One panel per (metric, extractor) against `axis` ("images" or "flops"): means over training
-    seeds, and bands from the lowest to the highest seed."""
-    count = max(1, len(metrics))
-    size = (5.4 * count, 4.2)
-    figure, panels = plt.subplots(1, count, figsize=size, squeeze=False, layout="constrained")
-    for panel, (metric, extractor) in zip(panels[0], metrics, strict=bool(metrics)):
-        column = drawn_column(experiment, metric, extractor)
-        _panel(panel, experiment, table, axis, column, has_log_scale(metric))
-        panel.set_title(f"{METRICS[metric].label} ({direction(metric)})\n{column}", fontsize=10)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return figure
+def final_chart(
+    experiment: Experiment, final: pd.DataFrame, extractor: str
+) -> alt.LayerChart | None:
+    """The final score of every training seed in an extractor's main column, with two standard
+    errors of its sampling to each side; None without scores."""
+    names, column = list(experiment.students), main_column(experiment, extractor)
+    metric = main_metric_in(experiment, extractor)
+    scores = per_training_seed(final, column)
+    if not scores.student.isin(names).any():
+        return None
+    listed = [
+        f"{name} {', '.join(map(number_text, group.value))}"
+        for name, group in scores.groupby("student", sort=False)
+    ]
+    text = f"Final {metric.label} ({column}): {'; '.join(listed)}"
+    error = 2 * scores.stderr.fillna(0)
+    scores = scores.assign(low=scores.value - error, high=scores.value + error)
+    scores = scores[scores.student.isin(names)]
+    # The teacher's single step is far off and would squeeze the students together.
+    near = final[~final.student.str.startswith("teacher-1step")]
+    reference = reference_lines(experiment, near, column, metric.name in FRECHET)
+    log = metric.name in FRECHET and (scores.low > 0).all()
+    values = [*scores.low, *scores.high, *reference.values()]
+    x = charts.numbers(alt.X, "value", f"{column} ({direction(metric.name)})", log, values)
+    base = alt.Chart().encode(
+        y=alt.Y("student:N", sort=names, title=None, axis=alt.Axis(grid=False, ticks=False)),
+        yOffset=alt.YOffset("seed:N"),
+        color=charts.categories(alt.Color, "student", names, charts.COLOURS, False),
+        opacity=charts.when_highlighted(1.0),
+        tooltip=charts.tooltips("student:N", "seed:N", value="score", stderr="sampling error"),
+    )
+    shape = charts.categories(alt.Shape, "student", names, tuple(charts.SHAPES), False)
+    points = base.mark_point(filled=True, size=50).encode(x=x, shape=shape)
+    bars = base.mark_rule(strokeWidth=1.3).encode(x="low:Q", x2="high:Q")
+    layers = [alt.layer(bars, points, data=charts.data(scores))]
+    layers += charts.lines_across(reference, "x", dy=-8)
+    height = 30 * max(3, scores.student.nunique())
+    return alt.layer(*layers).properties(width="container", height=height, description=text)
+
+
+def figure(experiment: Experiment, table: pd.DataFrame, axis: str) -> alt.HConcatChart:
+    """One panel per drawn metric and extractor against `axis` ("images" or "flops")."""
+    panels = []
+    for metric, extractor in drawn_metrics(experiment, table):
+        count = METRICS[metric].count(experiment.evaluation.num_samples)
+        title = [f"{METRICS[metric].label} ({direction(metric)})", f"in {extractor}, n {count:,}"]
+        panel = chart(experiment, table, axis, metric, extractor, legend=True)
+        panels.append(panel.properties(width=380, height=260, title=title))
+    return alt.hconcat(*panels or [charts.message("no scores")], spacing=30)

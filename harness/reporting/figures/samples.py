@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,23 +17,22 @@ from harness.data.datasets import load
 from harness.data.registry import has_texts
 from harness.io.artifacts import load_tensors
 from harness.io.records import Samples, ScoreRecord
-from harness.reporting.figures.style import message_figure
 
+matplotlib.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 160, "savefig.bbox": "tight"})
 PROMPTS = 12  # columns of a grid of prompts
 CLASS_COLUMNS = 20  # columns of a grid of classes
 
 
 @dataclass
 class ScoredSamples:
-    """What scoring kept of a row's images: tensors `pixels`, `labels` and those of the nearest
+    """The images that scoring saved of a row: tensors `pixels`, `labels` and those of the nearest
     neighbours (`closest…`), and the record that describes them."""
 
     tensors: dict[str, np.ndarray]
     record: Samples
 
 
-@dataclass
-class Neighbours:
+class Neighbours(NamedTuple):
     """Samples `(N, C, H, W)`, nearest first, their nearest training images, and the distances
     `(N,)`."""
 
@@ -118,45 +119,56 @@ def nearest_neighbours(samples: dict[str, ScoredSamples]) -> tuple[dict[str, Nei
     )
 
 
-def _tile(rows: list[np.ndarray], gap: int = 1) -> np.ndarray:
-    """Rows of images `(N, C, H, W)` as one image `(H', W', C)` with white gaps."""
-    channels, height, width = rows[0].shape[1:]
-    columns = max(map(len, rows))
-    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, channels)
-    tiled = np.full(shape, 255, np.uint8)
+def tile(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of images `(N, C, H, W)` uint8 as one image `(H', W', 4)` with transparent gaps."""
+    height, width = rows[0].shape[2:]
+    gap, columns = max(1, width // 12), max(map(len, rows))
+    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 4)
+    tiled = np.zeros(shape, np.uint8)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             top, left = r * (height + gap), c * (width + gap)
-            tiled[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+            cell = tiled[top : top + height, left : left + width]
+            cell[..., :3] = image.transpose(1, 2, 0)  # grey fills three channels
+            cell[..., 3] = 255
     return tiled
 
 
-def _show(axes, image: np.ndarray) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+def _show(axes, rows: list[np.ndarray], names: list[str], columns: list[str]) -> None:
+    """Draw images with the names of their rows and columns."""
+    image = tile(rows)
+    axes.imshow(image, interpolation="nearest")
+    for axis, labels, size in (
+        (axes.yaxis, names, len(image)),
+        (axes.xaxis, columns, len(image[0])),
+    ):
+        axis.set_ticks((np.arange(len(labels)) + 0.5) * size / max(1, len(labels)), labels)
     axes.tick_params(length=0)
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
+
+
+def _message(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = Figure(figsize=(4, 1))
+    figure.text(0.5, 0.5, text, ha="center")
+    return figure
 
 
 def sample_grid(samples: dict[str, ScoredSamples], texts: tuple[str, ...] = ()) -> Figure:
     """Rows: the teachers and each student (first seed). Columns: one noise and one condition."""
     images, conditions = select_samples(samples, texts)
-    names, rows = list(images), list(images.values())
-    if not rows:
-        return message_figure("no samples")
-    (height, width), columns, gap = rows[0].shape[2:], max(map(len, rows)), 1
+    if not images:
+        return _message("no samples")
     cell, head = (0.8, 2.6) if texts else (0.5, 0.7)
-    size = (cell * columns + 1.2, (cell + 0.02) * len(rows) + head)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    _show(axes, _tile(rows, gap))
-    axes.set_yticks([(i + 0.5) * (height + gap) - gap for i in range(len(rows))], names)
-    positions = [(i + 0.5) * (width + gap) - gap for i in range(len(conditions))]
-    axes.set_xticks(positions, conditions)
+    columns = max(map(len, images.values()))
+    size = (cell * columns + 1.2, (cell + 0.02) * len(images) + head)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    _show(axes, list(images.values()), list(images), [textwrap.fill(c, 26) for c in conditions])
     axes.xaxis.tick_top()
     if texts:
-        for label, text in zip(axes.get_xticklabels(), conditions, strict=True):
-            label.set(text=textwrap.fill(text, 26), rotation=60, ha="left", rotation_mode="anchor")
+        for label in axes.get_xticklabels():
+            label.set(rotation=60, ha="left", rotation_mode="anchor")
     caption = "the noise is the same down each column"
     if conditions:
         caption = f"{'prompt' if texts else 'class'} (top); {caption}"
@@ -168,19 +180,23 @@ def neighbour_grid(samples: dict[str, ScoredSamples]) -> Figure:
     """For each row, the samples nearest to training images, and below them these images."""
     neighbours, description = nearest_neighbours(samples)
     if not neighbours:
-        return message_figure("no training images to compare with")
-    first = next(iter(neighbours.values()))
-    height, width = 2 * first.images.shape[2] + 1, first.images.shape[3] + 1
+        return _message("no training images to compare with")
     columns = max(len(row.images) for row in neighbours.values())
     size = (0.56 * columns + 1.4, 1.33 * len(neighbours) + 0.3)
-    figure, panels = plt.subplots(
-        len(neighbours), 1, figsize=size, squeeze=False, layout="constrained"
-    )
-    for axes, (name, row) in zip(panels[:, 0], neighbours.items(), strict=True):
-        _show(axes, _tile([row.images, row.training]))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(neighbours), squeeze=False)[:, 0]
+    for axes, (name, row) in zip(panels, neighbours.items(), strict=True):
         label = "floor (held out)" if name == "floor" else name
-        axes.set_yticks([height / 4, 3 * height / 4], [label, "training"])
-        positions = [(i + 0.5) * width for i in range(len(row.distance))]
-        axes.set_xticks(positions, [f"{distance:.2f}" for distance in row.distance], fontsize=8)
-    panels[-1, 0].set_xlabel(description, fontsize=9, labelpad=6)
+        distances = [f"{distance:.2f}" for distance in row.distance]
+        _show(axes, [row.images, row.training], [label, "training"], distances)
+        axes.tick_params(axis="x", labelsize=8)
+    panels[-1].set_xlabel(description, fontsize=9, labelpad=6)
     return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and PDF, with the same bytes every time; returns their paths."""
+    png, pdf = (folder / f"{name}.{kind}" for kind in ("png", "pdf"))
+    figure.savefig(png)
+    figure.savefig(pdf, metadata={"CreationDate": None})
+    return [png, pdf]

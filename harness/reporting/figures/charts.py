@@ -1,0 +1,108 @@
+"""Parts of the charts: Vega-Lite specifications, built with Altair, for the page and for files.
+
+Text and axes take the colour of their surroundings, so a chart serves light, dark and print.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import altair as alt
+import pandas as pd
+
+# Okabe and Ito's palette for colour-blind readers, with a grey that is visible on black and white;
+# shapes and dashes distinguish the students in grey print.
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#7F7F7F", "#8C8C00")
+SHAPES = {  # and their glyphs in the page's legend
+    **{"circle": "●", "cross": "✚", "square": "■", "triangle-up": "▲", "diamond": "◆"},
+    **{"triangle-down": "▼", "triangle-left": "◀"},
+}
+SOLID, DASHED, DOTTED, MIXED = [1, 0], [6, 4], [1, 3], [6, 3, 1, 3]
+DASHES = (SOLID, DASHED, SOLID, MIXED, SOLID, DASHED, DOTTED, MIXED)
+AXIS = {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"}
+AXIS |= {"gridColor": "currentColor", "domainColor": "currentColor", "tickColor": "currentColor"}
+AXIS |= {"gridOpacity": 0.1, "domainOpacity": 0.4, "tickOpacity": 0.4, "labelLimit": 160}
+CONFIG = {"background": None, "font": "inherit", "view": {"stroke": None}, "axis": AXIS}
+# The page's legend sets this parameter to a student's name.
+HIGHLIGHT = {"name": "highlight", "value": None}
+
+
+def specification(chart: alt.TopLevelMixin, **config) -> dict:
+    return chart.to_dict() | {"config": CONFIG | config, "params": [HIGHLIGHT]}
+
+
+def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> list[Path]:
+    """Write a chart as PNG and PDF; returns their paths."""
+    import vl_convert
+
+    text = {"fontSize": 11, "anchor": "start"}
+    static = specification(chart, background="white", font="sans-serif", title=text)
+    png, pdf = (folder / f"{name}.{kind}" for kind in ("png", "pdf"))
+    png.write_bytes(vl_convert.vegalite_to_png(static, scale=2))
+    pdf.write_bytes(vl_convert.vegalite_to_pdf(static))
+    return [png, pdf]
+
+
+def cycled(values: tuple, names: list[str]) -> list:
+    """A value for each name, from the beginning again if there are too few."""
+    return [values[i % len(values)] for i in range(len(names))]
+
+
+def data(table: pd.DataFrame) -> alt.Data:
+    """A table's rows as inline data; NaN becomes null."""
+    return alt.Data(values=table.astype(object).where(table.notna(), None).to_dict("records"))
+
+
+def categories(channel, field: str, names: list[str], values: tuple, legend: bool):
+    """A channel that gives each name of a field one of the values."""
+    scale = alt.Scale(domain=names, range=cycled(values, names))
+    guide = alt.Legend(orient="bottom", title=None, columns=8, labelLimit=0, symbolOpacity=1)
+    return channel(f"{field}:N", scale=scale, legend=guide if legend else None)
+
+
+def when_highlighted(opacity: float):
+    chosen = alt.when("highlight === null || datum.student === highlight")
+    return chosen.then(alt.value(opacity)).otherwise(alt.value(opacity * 0.12))
+
+
+def numbers(channel, field: str, title: str | None, log: bool, values, form=None, **options):
+    """A quantitative channel, linear or logarithmic, whose axis holds the values."""
+    values = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    if log and values:
+        options["values"] = log_ticks(min(values), max(values))
+    form = form or (".3~s" if values and max(values) >= 1000 else ".3~r")
+    scale = alt.Scale(nice=False, padding=8, **({"type": "log"} if log else {"zero": False}))
+    axis = alt.Axis(format=form, labelOverlap=True, **options)
+    return channel(f"{field}:Q", title=title, scale=scale, axis=axis)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks at 1, 2 and 5 of each decade between two values, or at 1 if there are many decades; the
+    values themselves if there are fewer than two such ticks."""
+    steps = (1, 2, 5) if high < 200 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return ticks if len(ticks) > 1 else sorted({low, *ticks, high})
+
+
+def tooltips(*names: str, **titles: str) -> list[alt.Tooltip]:
+    numbers = [alt.Tooltip(f"{k}:Q", title=title, format=".4~g") for k, title in titles.items()]
+    return [*map(alt.Tooltip, names), *numbers]
+
+
+def lines_across(values: dict[str, float], axis: str, **text) -> list[alt.Chart]:
+    """Dotted lines across the chart at some values of an axis, and their labels."""
+    rows = [{"label": label, "value": value} for label, value in values.items()]
+    chart = alt.Chart(alt.Data(values=rows))
+    rule = chart.mark_rule(strokeDash=[1, 2], color="currentColor", opacity=0.7)
+    label = chart.mark_text(color="currentColor", opacity=0.8, fontSize=10, **text)
+    end = {"y": {"x": alt.value("width")}, "x": {"y": alt.value(0)}}[axis]
+    at = {axis: "value:Q"}
+    return [rule.encode(**at), label.encode(text="label:N", **at, **end)] if values else []
+
+
+def message(text: str) -> alt.Chart:
+    """A chart that says why there is nothing to draw."""
+    return alt.Chart(alt.Data(values=[{}])).mark_text(text=text).properties(width=300, height=40)
