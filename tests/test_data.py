@@ -82,7 +82,7 @@ def test_loading_without_images_reads_no_image_file(tmp_path):
 
 def test_a_registered_data_set_is_used_by_name(tmp_path, monkeypatch):
     class Squares(DataSource):
-        shape, class_names = (1, 2, 2), ("dark", "light")
+        image_shape, class_names = (1, 2, 2), ("dark", "light")
 
         def read(self):
             train, test = (

@@ -5,8 +5,6 @@ ink colours, on a black or white ground, on the left or on the right. A caption 
 attributes in one of three wordings. Each digit is drawn eight times, with fixed random attributes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 
@@ -72,7 +70,7 @@ def captions() -> tuple[tuple[str, ...], Attributes]:
 
 @DATASETS.register("captioned-digits")
 class CaptionedDigits(Digits):
-    shape = (3, SIZE, SIZE)
+    image_shape = (3, SIZE, SIZE)
     captions = staticmethod(captions)
 
     def read(self):

@@ -1,7 +1,5 @@
 """Checks of the `data` section of an experiment."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from harness.config.schema import DataSection

@@ -5,8 +5,6 @@ The source is the official archive, the folder that it contains, or a folder wri
 hash is verified: the archive by its sha256, each file of a folder by torchvision's md5.
 """
 
-from __future__ import annotations
-
 import tarfile
 import tempfile
 from pathlib import Path
@@ -26,7 +24,7 @@ CONVERTED = "images.safetensors"  # written by tools/dataset_from_package.py
 
 @DATASETS.register("cifar10")
 class Cifar10(OfficialSet):
-    shape = (3, 32, 32)
+    image_shape = (3, 32, 32)
     class_names = (
         *("airplane", "automobile", "bird", "cat", "deer"),
         *("dog", "frog", "horse", "ship", "truck"),

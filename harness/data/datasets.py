@@ -5,8 +5,6 @@ training part, which is also the reference of all distances. The held-out part i
 for the score of real images.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """1,797 handwritten digits, 8 x 8, 17 grey levels (Alpaydin and Kaynak 1998; scikit-learn)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
 @DATASETS.register("digits")
 class Digits(DataSource):
-    shape = (1, 8, 8)
+    image_shape = (1, 8, 8)
     class_names = DIGIT_WORDS
     caption_templates = ("a handwritten digit {}", "the digit {}", "a scan of the number {}")
 

@@ -4,8 +4,6 @@ The source is a folder with the four official files, compressed or not, such as
 `/usr/share/datasets/fashion-mnist` of Debian's package `dataset-fashion-mnist`.
 """
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
@@ -22,12 +20,12 @@ SHA256 = {  # of the compressed files
     "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
     "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
-IMAGES_HEADER, LABELS_HEADER = 16, 8  # bytes
+HEADERS = (16, 8, 16, 8)  # bytes of each file
 
 
 @DATASETS.register("fashion-mnist")
 class FashionMnist(OfficialSet):
-    shape = (1, 28, 28)
+    image_shape = (1, 28, 28)
     class_names = (
         *("t-shirt", "trouser", "pullover", "dress", "coat"),
         *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
@@ -50,10 +48,6 @@ class FashionMnist(OfficialSet):
                 data = gzip.decompress(file.read_bytes())
             return np.frombuffer(bytearray(data), np.uint8, offset=header)
 
-        return tuple(
-            (
-                content(f"{part}-images-idx3-ubyte", IMAGES_HEADER).reshape(-1, *self.shape),
-                content(f"{part}-labels-idx1-ubyte", LABELS_HEADER),
-            )
-            for part in ("train", "t10k")
-        )
+        train, train_labels, test, test_labels = map(content, SHA256, HEADERS)
+        train, test = (pixels.reshape(-1, *self.image_shape) for pixels in (train, test))
+        return (train, train_labels), (test, test_labels)

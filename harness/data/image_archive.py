@@ -5,8 +5,6 @@ A zip or a folder of square PNG files of one size, grey or RGB, such as `00000/i
 labels. Images are sorted by name; hidden files are ignored. Nothing is extracted to disk.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import struct
@@ -20,7 +18,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from harness.config.schema import PROMPT_KEYS
+from harness.config.schema import PROMPT_KEYS, DataSection
 from harness.data.prompts import read_prompts
 from harness.data.registry import FILE_KEYS, DataSource, split
 from harness.errors import UserError
@@ -37,23 +35,13 @@ MAX_CLASSES = 1 << 16
 class ImageArchive(DataSource):
     """A `data.source` of image files. With prompts, labels are line numbers of prompts."""
 
-    @property
-    def description(self) -> str:
-        return "prompts with a source" if self.section.prompts else "a source of image files"
-
-    @property
-    def keys(self) -> frozenset[str]:
-        keys = FILE_KEYS | {"held_out", "resolution"}
-        return keys | (PROMPT_KEYS if self.section.prompts else {"num_classes"})
-
-    @property
-    def image_shape(self):
-        side = self.section.resolution
-        return (3, side, side) if side else None
-
-    @property
-    def num_classes(self) -> int:
-        return (self.section.num_classes or 0) if self.section.labels else 0
+    def __init__(self, section: DataSection):
+        self.section, texts, side = section, section.prompts is not None, section.resolution
+        self.description = "prompts with a source" if texts else "a source of image files"
+        self.keys = FILE_KEYS | {"held_out", "resolution"}
+        self.keys |= PROMPT_KEYS if texts else {"num_classes"}
+        self.image_shape = (3, side, side) if side else None
+        self.num_classes = (section.num_classes or 0) if section.labels else 0
 
     def read(self):
         section, count = self.section, self.section.num_classes
@@ -121,12 +109,11 @@ def _labels(files: Files, names: list[str], num_classes: int) -> Tensor:
         if not 0 <= label < num_classes:
             message = f"{where}: label {label} of {name} is not in 0..{num_classes - 1}"
             raise UserError(message, "label-range")
+    labels = dict(entries)
     if len(entries) != len(names):
         raise UserError(f"{where} has {len(entries)} labels for {len(names)} images", "labels")
-    labels = dict(entries)
-    for name in names:
-        if name not in labels:
-            raise UserError(f"{where} has no label for {name}", "labels")
+    if missing := sorted(set(names) - labels.keys()):
+        raise UserError(f"{where} has no label for {missing[0]}", "labels")
     return torch.tensor([labels[name] for name in names])
 
 

@@ -3,8 +3,6 @@
 Images and labels are verified after reading, so that every source gives the same data.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Prompt files: plain text, one prompt per line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

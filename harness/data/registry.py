@@ -3,8 +3,6 @@
 A data set is a subclass of `DataSource` in this package or a plug-in, registered as `data.name`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +54,13 @@ class AttributeChecker(Protocol):
 class DataSource:
     """A data set as configured by the `data` section.
 
-    Subclasses set `shape` and `class_names` and implement `read`.
+    Subclasses set `image_shape` and `class_names` and implement `read`.
     """
 
-    description: ClassVar[str] = "an embedded data set"  # for "data.x: not allowed for ..."
-    shape: ClassVar[tuple[int, int, int] | None] = None  # (C, H, W)
-    class_names: ClassVar[tuple[str, ...]] = ()
-    # Keys of the `data` section that apply, besides `name`.
-    keys: ClassVar[frozenset[str]] = frozenset({"held_out"})
+    description: str = "an embedded data set"  # for "data.x: not allowed for ..."
+    keys: frozenset[str] = frozenset({"held_out"})  # those of the section that apply, and `name`
+    image_shape: tuple[int, int, int] | None = None  # (C, H, W); None if unknown before reading
+    class_names: tuple[str, ...] = ()
     # Captions of a class, for networks that compare images with texts; the first is for scoring.
     caption_templates: ClassVar[tuple[str, ...]] = (
         *("a photo of a {}", "a {}", "a small picture of the {}"),
@@ -71,21 +68,13 @@ class DataSource:
 
     def __init__(self, section: DataSection):
         self.section = section
+        # 0 without classes, or if unknown before reading.
+        self.num_classes = len(self.class_names) if section.labels else 0
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
         """Whether a `data.source` holds this data set; otherwise it is read as image files."""
-        return "source" in cls.keys
-
-    @property
-    def image_shape(self) -> tuple[int, int, int] | None:
-        """`(C, H, W)`, without reading files; None if unknown."""
-        return self.shape
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes, without reading files; 0 without classes or if unknown."""
-        return len(self.class_names) if self.section.labels else 0
+        return False
 
     @classmethod
     def captions(cls) -> tuple[tuple[str, ...], AttributeChecker] | None:
@@ -112,21 +101,11 @@ class DataSource:
 class NoImages(DataSource):
     """A data set without images: their shape, and classes or prompts."""
 
-    @property
-    def description(self) -> str:
-        return "prompts without images" if self.section.prompts else "a data set without images"
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return {"image_shape"} | (PROMPT_KEYS if self.section.prompts else {"num_classes"})
-
-    @property
-    def image_shape(self):
-        return self.section.image_shape
-
-    @property
-    def num_classes(self) -> int:
-        return self.section.num_classes or 0
+    def __init__(self, section: DataSection):
+        self.section, texts = section, section.prompts is not None
+        self.description = "prompts without images" if texts else "a data set without images"
+        self.keys = {"image_shape"} | (PROMPT_KEYS if texts else {"num_classes"})
+        self.image_shape, self.num_classes = section.image_shape, section.num_classes or 0
 
     def check(self) -> list[Problem]:
         key, shape = "data.image_shape", self.image_shape

@@ -4,8 +4,6 @@ A file is either complete or absent: it is written under a temporary name and re
 exchange data through this module; nothing here unpickles.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

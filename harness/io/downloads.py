@@ -4,8 +4,6 @@ Downloads are cached in `$ONESTEP_CACHE`, by default `~/.cache/onestep-harness`.
 the cache when it is complete and its sha256 is right; a cached file needs no network.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Locks: one process per run, and exclusive use of the machine for budgets in seconds."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Logging: every line carries the time, the level and the name of the run."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

@@ -3,8 +3,6 @@
 A stage writes its record last, so its presence means that the stage is complete.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar, Self
 

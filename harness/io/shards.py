@@ -5,8 +5,6 @@ it. `index.json` is written last and lists all shards. Several processes may wri
 an interrupted writer continues at the first incomplete one.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
