@@ -17,8 +17,7 @@ from harness.data import cifar10 as cifar10_module
 from harness.data import datasets as data
 from harness.data.cifar10 import Cifar10
 from harness.data.fashion_mnist import FashionMnist
-from harness.data.image_archive import ImageArchive
-from harness.data.registry import data_source
+from harness.data.registry import ImageArchive, data_source
 from harness.errors import UserError
 from tools import dataset_from_package as package_tool
 

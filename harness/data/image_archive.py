@@ -18,11 +18,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from harness.config.schema import PROMPT_KEYS, DataSection
-from harness.data.prompts import read_prompts
-from harness.data.registry import FILE_KEYS, DataSource, split
 from harness.errors import UserError
-from harness.io.downloads import fetch
 
 logger = logging.getLogger(__name__)
 INDEXES = ("dataset.json", "labels")
@@ -30,29 +26,6 @@ MAX_SIDE = 2048
 MAX_IMAGE_BYTES = 1 << 25  # unpacked, as the next
 MAX_INDEX_BYTES = 1 << 30
 MAX_CLASSES = 1 << 16
-
-
-class ImageArchive(DataSource):
-    """A `data.source` of image files. With prompts, labels are line numbers of prompts."""
-
-    def __init__(self, section: DataSection):
-        self.section, texts, side = section, section.prompts is not None, section.resolution
-        self.description = "prompts with a source" if texts else "a source of image files"
-        self.keys = FILE_KEYS | {"held_out", "resolution"}
-        self.keys |= PROMPT_KEYS if texts else {"num_classes"}
-        self.image_shape = (3, side, side) if side else None
-        self.num_classes = (section.num_classes or 0) if section.labels else 0
-
-    def read(self):
-        section, count = self.section, self.section.num_classes
-        if section.prompts is not None:
-            count = len(read_prompts(fetch(section.prompts, section.prompts_sha256)))
-        pixels, labels, names = read_images(
-            self.local_source(), section.labels, count, section.resolution
-        )
-        if section.prompts is not None:  # the split ignores them
-            return *split(pixels, labels, section.held_out, torch.zeros_like(labels)), ()
-        return *split(pixels, labels, section.held_out), names
 
 
 class _Index(BaseModel):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import PROMPT_KEYS, DataSection
+from harness.data.image_archive import read_images
+from harness.data.prompts import read_prompts
 from harness.errors import Problem, UserError, did_you_mean
 from harness.io.downloads import fetch
 from harness.registry import Registry
@@ -98,6 +100,29 @@ class DataSource:
         ]
 
 
+class ImageArchive(DataSource):
+    """A `data.source` of image files. With prompts, labels are line numbers of prompts."""
+
+    def __init__(self, section: DataSection):
+        self.section, texts, side = section, section.prompts is not None, section.resolution
+        self.description = "prompts with a source" if texts else "a source of image files"
+        self.keys = FILE_KEYS | {"held_out", "resolution"}
+        self.keys |= PROMPT_KEYS if texts else {"num_classes"}
+        self.image_shape = (3, side, side) if side else None
+        self.num_classes = (section.num_classes or 0) if section.labels else 0
+
+    def read(self):
+        section, count = self.section, self.section.num_classes
+        if section.prompts is not None:
+            count = len(read_prompts(fetch(section.prompts, section.prompts_sha256)))
+        pixels, labels, names = read_images(
+            self.local_source(), section.labels, count, section.resolution
+        )
+        if section.prompts is not None:  # the split ignores them
+            return *split(pixels, labels, section.held_out, torch.zeros_like(labels)), ()
+        return *split(pixels, labels, section.held_out), names
+
+
 class NoImages(DataSource):
     """A data set without images: their shape, and classes or prompts."""
 
@@ -126,8 +151,6 @@ def data_source(section: DataSection) -> DataSource:
     A registered name wins, unless the section gives a source of another form, or only a shape for a
     data set that would have to be downloaded.
     """
-    from harness.data.image_archive import ImageArchive  # which imports this module
-
     if section.name in DATASETS:
         known = DATASETS[section.name]
         if section.source is not None:
