@@ -1,9 +1,8 @@
 """EDM's augmentation of training images (Karras et al. 2022, appendix F.2).
 
-Each geometric transformation is applied with a probability. The network receives nine numbers per
-image that describe them (zeros: not augmented), so that augmentations do not leak into samples.
-Written from the paper; images are resampled bicubically with reflected borders, while the paper's
-pipeline uses wavelet filters.
+The network receives nine numbers per image that describe the transformations (zeros: none), so
+that they do not leak into samples. Written from the paper; images are resampled bicubically with
+reflected borders, while the paper's pipeline uses wavelet filters.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Condition = Tensor | Mapping[str, Tensor] | None
 
 
 def map_condition(function: Callable[..., Tensor], *conditions: Condition) -> Condition:
-    """Apply a function to each tensor of a condition (or of several of the same structure)."""
+    """Apply a function to each tensor of a condition, or of several of the same structure."""
     if isinstance(conditions[0], Mapping):
         return {name: function(*(c[name] for c in conditions)) for name in conditions[0]}
     return None if conditions[0] is None else function(*conditions)
@@ -26,11 +26,10 @@ class Denoiser(nn.Module):
     """D(x; σ, c): the estimate of the clean data, given noised data.
 
     x: float `(B, C, H, W)`, clean data in the model's space (pixels scaled to [-1, 1], or latents)
-    plus sigma times standard normal noise. sigma: float `(B,)`. condition: a batch-first tensor
-    (class labels int64 `(B,)`), a mapping of batch-first tensors, or None for "no condition".
-    Returns float32 of the shape of `x`.
+    plus sigma times standard normal noise. sigma: float `(B,)`. condition: None means "no label" or
+    "empty prompt". Returns float32 of the shape of `x`.
 
-    `codec` maps the model's space to pixels in [-1, 1], differentiably; here it is the identity.
+    `codec` maps the model's space to pixels in [-1, 1], differentiably.
     """
 
     preconditioning: ClassVar[str]  # its name in denoiser.json
@@ -46,8 +45,9 @@ class Denoiser(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """`(C, H, W)` in the model's space."""
-        raise NotImplementedError
+        """`(C, H, W)` in the model's space; by default from a diffusers model's config."""
+        config = self.backbone.config
+        return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
     def precondition(self) -> dict:
@@ -63,8 +63,7 @@ class Denoiser(nn.Module):
         return sigma
 
     def sigma_at(self, u: Tensor) -> Tensor:
-        """Noise levels at fractions `u` in [0, 1] of the time axis that losses draw from: EDM's,
-        with rho 7 from σ = 0.002 to 80, or a scheduler's."""
+        """Noise levels at fractions `u` in [0, 1] of the time axis that losses draw from."""
         return karras_sigma(u)
 
     def within(self, sigma: Tensor) -> Tensor:
@@ -72,12 +71,8 @@ class Denoiser(nn.Module):
         return sigma
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """The weight λ(σ) of the squared denoising error in training: EDM's, or the weight that
-        makes it the error of the predicted noise."""
+        """The weight λ(σ) of the squared denoising error that the network was trained with."""
         return edm_weight(sigma, self.sigma_data)
-
-    def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None, **extras) -> Tensor:
-        raise NotImplementedError
 
 
 class GuidedDenoiser(Denoiser):
@@ -111,32 +106,23 @@ def guided(denoiser: Denoiser, scale: float) -> Denoiser:
 class EDMDenoiser(Denoiser):
     """EDM's preconditioning (Karras et al. 2022, table 1) around a backbone.
 
-    The preconditioning runs in float32; the backbone may run in bfloat16 under autocast. A subclass
-    defines how its backbone is built and called.
-
-    num_classes: labels run from 0 to `num_classes - 1`; `num_classes` itself means "no label".
-    epsilon: 0 for EDM. Consistency models (Song et al. 2023) and GDD's students replace σ by
-    σ - epsilon in c_skip and in the numerator of c_out.
+    The preconditioning runs in float32. The label `num_classes` means "no label". epsilon: 0 for
+    EDM. Consistency models (Song et al. 2023) and GDD's students replace σ by σ - epsilon in c_skip
+    and in the numerator of c_out.
     """
 
     preconditioning = "edm"
     settings = ("num_classes", "sigma_data", "epsilon")
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        sigma_data: float = 0.5,
-        epsilon: float = 0.0,
+        self, backbone: nn.Module, num_classes: int, sigma_data: float = 0.5, epsilon: float = 0.0
     ):
         super().__init__()
         self.backbone, self.num_classes = backbone, num_classes
         self.sigma_data, self.epsilon = sigma_data, epsilon
 
     @staticmethod
-    def backbone_arguments(
-        image_shape: tuple[int, int, int], num_classes: int, null: dict[str, Tensor] | None
-    ) -> dict:
+    def backbone_arguments(image_shape: tuple[int, ...], num_classes: int, null: Condition) -> dict:
         """Constructor arguments of the backbone that follow from the data. `null`: the embedding of
         the empty prompt, if the backbone reads text."""
         raise NotImplementedError
@@ -173,8 +159,7 @@ def one_step(student: Denoiser, z: Tensor, condition: Condition, sigma_init: flo
 
 
 def clone_denoiser(denoiser: Denoiser) -> Denoiser:
-    """A trainable copy, to start a student or fake score from its teacher. The teacher's codec is
-    not copied."""
+    """A trainable copy without the codec, to start a student or fake score from its teacher."""
     clone = copy.deepcopy(denoiser, {id(denoiser.codec): nn.Identity()})
     return clone.requires_grad_(True)
 

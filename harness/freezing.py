@@ -1,13 +1,10 @@
-"""Presets of parameters that a student does not train.
-
-Zheng and Yang 2024 (GDD-I): a diffusion model is nearly a one-step generator, and its convolutions
-need no further training, so that most layers can be frozen.
-"""
+"""Parameters that a student does not train. Zheng and Yang 2024 (GDD-I): a diffusion model is
+nearly a one-step generator, and its convolutions need no further training."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import Literal
 
 from torch import nn
 
@@ -24,20 +21,15 @@ _EDM_UNET = re.compile(r"(^|\.)(enc|dec)\.\d+x\d+_(block\d+|up|down|in[01])\.(co
 _DIFFUSERS_TRANSFORMER = re.compile(
     r"(^|\.)transformer_blocks\.\d+\.(attn\d?\.to_out\.\d+\.|ff\.net\..*weight$)"
 )
+_INNATE = (_DIFFUSERS_UNET, _EDM_UNET, _DIFFUSERS_TRANSFORMER)
 
 
-def _innate(name: str) -> bool:
-    return any(p.search(name) for p in (_DIFFUSERS_UNET, _EDM_UNET, _DIFFUSERS_TRANSFORMER))
-
-
-PRESETS: dict[str, Callable[[str], bool]] = {"none": lambda name: False, "innate": _innate}
-
-
-def freeze(network: nn.Module, preset: str) -> float:
-    """Set `requires_grad` by `preset` ("none", "innate"); returns the fraction that is frozen."""
+def freeze(network: nn.Module, preset: Literal["none", "innate"]) -> float:
+    """Set `requires_grad` by `preset`; returns the fraction that is frozen."""
     frozen = total = 0
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(not PRESETS[preset](name))
+        matches = any(pattern.search(name) for pattern in _INNATE)
+        parameter.requires_grad_(preset == "none" or not matches)
         frozen += 0 if parameter.requires_grad else parameter.numel()
         total += parameter.numel()
     if preset != "none" and frozen == 0:

@@ -1,7 +1,7 @@
 """Sampling in blocks of fixed size, with noise that depends on (seed, index) alone.
 
-Each block has the same size, padded at the end, so that the same weights give the same bytes for
-image i in any call and with any number of processes. Noise and labels are drawn on the host.
+All blocks have the same size, so that the same weights give the same bytes for image i in any call
+and with any number of processes. Noise and labels are drawn on the host.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,8 @@ DECODED = 1 << 20  # pixels that a codec decodes at a time
 
 # Step number -> standard normal noise for the images of a block, `(B, C, H, W)`.
 Noise = Callable[[int], Tensor]
-
-
-class ProcessGroup(Protocol):
-    """Processes that share the work (`harness.training.distributed.Processes`)."""
-
-    rank: int
-    size: int
-
-    def gather(self, own: Tensor | None, count: int) -> Iterator[Tensor]: ...
+# Noise, condition and step noise of a block -> images or latents.
+Generator = Callable[[Tensor, Condition, Noise], Tensor]
 
 
 def heun(
@@ -56,18 +49,14 @@ def heun(
     with classifier-free `guidance`.
 
     It is deterministic (algorithm 1) with `s_churn` 0, and stochastic (algorithm 2) otherwise:
-    `noise` is then added at levels from `s_min` to `s_max` (None: no bound).
-
-    `latents`: standard normal `(B, C, H, W)`. The state is float64, the network float32.
-    Returns float64 images in the model's space.
+    `noise` is then added at levels from `s_min` to `s_max` (None: no bound). `latents`: standard
+    normal `(B, C, H, W)`. The state and the result are float64, the network float32.
     """
     if s_churn and noise is None:
         raise ValueError("a sampler with s_churn needs noise")
-    sigmas = heun_sigmas(steps, sigma_min, sigma_max, rho).to(latents.device)
-    # A copy on the host: comparisons must not wait for the device.
-    levels = heun_sigmas(steps, sigma_min, sigma_max, rho).tolist()
-
-    denoiser = guided(denoiser, guidance)
+    sigmas = heun_sigmas(steps, sigma_min, sigma_max, rho)
+    levels = sigmas.tolist()  # on the host: comparisons must not wait for the device
+    sigmas, denoiser = sigmas.to(latents.device), guided(denoiser, guidance)
 
     def slope(x: Tensor, sigma: Tensor) -> Tensor:
         return (x - denoiser(x.float(), sigma.float().expand(len(x)), condition).double()) / sigma
@@ -88,7 +77,7 @@ def heun(
 
 def balanced_labels(index: Tensor, num_classes: int, stream: Stream) -> Tensor:
     """Labels `(B,)` of images `index`: `num_classes` consecutive images are a random permutation of
-    all classes, so that sets of samples do not differ in their class frequencies."""
+    all classes, so that sets of samples have equal class frequencies."""
     rounds, row = (index // num_classes).unique(return_inverse=True)
     orders = torch.stack([_order(stream.name, int(number), num_classes) for number in rounds])
     return orders.to(index.device)[row, index % num_classes]
@@ -121,12 +110,6 @@ def step_noise(index: Tensor, shape: tuple[int, ...], seed: int, device: str = "
     return lambda step: stream.child(f"churn{step}").normal(index, shape).to(device)
 
 
-def blocks(count: int, block: int = BLOCK) -> Iterator[tuple[Tensor, int]]:
-    """Index tensors of equal size that cover 0 .. count - 1, with the number of valid entries."""
-    for start in range(0, count, block):
-        yield torch.arange(start, start + block), min(block, count - start)
-
-
 def prefetch(make: Callable, items: list, device: str) -> Iterator:
     """Yield `make(item)` for each item. With a GPU a thread works one item ahead, so that the GPU
     does not wait for the host; on CPU this would take another job's core."""
@@ -143,49 +126,38 @@ def prefetch(make: Callable, items: list, device: str) -> Iterator:
         yield following.result()
 
 
-Generator = Callable[[Tensor, Condition, Noise], Tensor]
-
-
 def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
     """Images of a student from noise and condition."""
     return lambda z, condition, noise: one_step(student, z, condition, sigma_init)
 
 
-def heun_generator(denoiser: Denoiser, sampler: dict) -> Generator:
-    """Images of a teacher from noise, condition and step noise; `sampler`: arguments of `heun`."""
-    return lambda z, condition, noise: heun(denoiser, z, condition, noise, **sampler)
-
-
-def check_finite(images: Tensor, what: str = "images") -> None:
-    """Raise a `UserError` if generated images, or latents, contain NaN or infinity."""
+def check_finite(images: Tensor) -> None:
+    """Raise a `UserError` if generated images or latents contain NaN or infinity."""
     if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
         raise UserError(
-            f"{bad} of {len(images)} generated {what} contain NaN or infinity; were the weights "
-            "saved after float16 had overflowed?",
+            f"{bad} of {len(images)} generated images or latents contain NaN or infinity; were the "
+            "weights saved after float16 had overflowed?",
             "not-finite",
         )
-
-
-def decode(codec: nn.Module, latents: Tensor) -> Tensor:
-    """Decode latents to uint8 pixels."""
-    images = codec(latents.float())
-    check_finite(images)
-    return to_pixels(images)
 
 
 def pixels_of(generate: Generator, codec: nn.Module) -> Generator:
     """A generator of uint8 pixels on the host. A codec decodes a few images at a time, since it
     takes gigabytes of memory for each."""
-    plain = isinstance(codec, nn.Identity)
+
+    def decode(latents: Tensor) -> Tensor:
+        images = codec(latents.float())
+        check_finite(images)
+        return to_pixels(images)
 
     def pixels(z: Tensor, condition: Condition, noise: Noise) -> Tensor:
         images = generate(z, condition, noise)
-        check_finite(images, "images" if plain else "latents")
-        if plain:
+        check_finite(images)
+        if isinstance(codec, nn.Identity):
             return to_pixels(images).cpu()
-        parts = [decode(codec, images[:1])]
+        parts = [decode(images[:1])]
         size = max(1, DECODED // parts[0][0, 0].numel())
-        parts += [decode(codec, part) for part in images[1:].split(size)]
+        parts += [decode(part) for part in images[1:].split(size)]
         return torch.cat(parts).cpu()
 
     return pixels
@@ -202,22 +174,22 @@ def sample(
     embeddings: Callable[[Tensor], Condition] | None = None,
     block: int = BLOCK,
     start: int = 0,
-    group: ProcessGroup | None = None,
+    group: Any = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield images `start` .. count - 1 of `generate` block by block, with labels on the host.
 
     embeddings: map labels (numbers of prompts) to conditions. start: the end of a block of an
-    earlier call. group: processes that take turns at the blocks. All of them iterate; the first
-    receives all blocks in order, the others none.
+    earlier call. group: `harness.training.distributed.Processes` that take turns at the blocks. All
+    of them iterate; the first receives all blocks in order, the others none.
     """
     rank, size = (group.rank, group.size) if group else (0, 1)
-    remaining = list(blocks(count, block))[-(-start // block) :]
+    remaining = [torch.arange(i, i + block) for i in range(0, count, block) if i >= start]
 
     def draw(index: Tensor) -> tuple[Tensor, Tensor, Condition]:
         z, labels = noise_and_labels(index, shape, num_classes, seed)
         return index, z, embeddings(labels) if embeddings else labels
 
-    inputs = prefetch(draw, [index for index, _ in remaining[rank::size]], device)
+    inputs = prefetch(draw, remaining[rank::size], device)
     for first in range(0, len(remaining), size):
         turn, own = remaining[first : first + size], None
         if rank < len(turn):
@@ -225,5 +197,6 @@ def sample(
             condition = map_condition(lambda part: part.to(device), condition)
             own = generate(z.to(device), condition, step_noise(index, shape, seed, device))
         received = group.gather(own, len(turn)) if group else [own]
-        for (index, valid), images in zip(turn, received, strict=False):
-            yield images[:valid], labels_of(index[:valid], num_classes, seed)
+        for index, images in zip(turn, received, strict=False):
+            index = index[index < count]  # the last block is padded
+            yield images[: len(index)], labels_of(index, num_classes, seed)

@@ -28,12 +28,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
     for _ in range(10):
         # 32x32-bit products fill 64 bits; int64 wraps, and the mask undoes the arithmetic shift.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        c0, c2 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, ((p0 >> 32) & _MASK) ^ c3 ^ k1
+        c1, c3 = p1 & _MASK, p0 & _MASK
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -59,10 +55,8 @@ class Stream:
         index = index.view(-1, 1)
         block = torch.arange((count + 3) // 4, device=index.device).view(1, -1)
         zero = torch.zeros_like(block + index)
-        words = philox_4x32(
-            (block + zero, (index & _MASK) + zero, (index >> 32) + zero, zero), self.key
-        )
-        return torch.stack(words, dim=-1).flatten(1)[:, :count]
+        counter = (block + zero, (index & _MASK) + zero, (index >> 32) + zero, zero)
+        return torch.stack(philox_4x32(counter, self.key), dim=-1).flatten(1)[:, :count]
 
     def uniform(self, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """float32 `(B, *shape)`, uniform on [0, 1]."""

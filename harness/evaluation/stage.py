@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from harness.io.records import (
     TeacherRecord,
 )
 from harness.networks import denoiser_record, load_denoiser
-from harness.sampling import heun_generator, one_step_generator
+from harness.sampling import heun, one_step_generator
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def score_references(job: ReferenceScoring) -> None:
     per_image: PerImage = {}
     common = {"snapshot": "", "final": True, "grid": []}
     for name, nfe, generate, identity in (
-        ("teacher", sampler.nfe, heun_generator(denoiser, settings), settings),
+        ("teacher", sampler.nfe, partial(heun, denoiser, **settings), settings),
         ("teacher-1step", 1, one_step_generator(denoiser, sampler.sigma_max), sampler.sigma_max),
     ):
         source, rows = SampleSource(generate, denoiser.image_shape, *decoding), []

@@ -1,9 +1,5 @@
-"""Networks as denoisers: a registry of backbones, and denoisers stored in folders.
-
-A folder holds what diffusers' `save_pretrained` writes (`config.json`,
-`diffusion_pytorch_model.safetensors`) and `denoiser.json` with the preconditioning. A denoiser that
-reads text also has `null.safetensors`, the embedding of the empty prompt.
-"""
+"""Denoisers in folders: what diffusers' `save_pretrained` writes, `denoiser.json` with the
+preconditioning and, if the denoiser reads text, the embedding of the empty prompt."""
 
 from __future__ import annotations
 
@@ -41,8 +37,6 @@ def build_denoiser(
     kind = settings.pop("type")
     backbone = BACKBONES[kind]
     denoiser_class, options = backbone.denoiser("edm"), {}
-    if denoiser_class is None:
-        raise UserError(f"network of type {kind}: it can only be imported", "network")
     if backbone.reads_text:
         num_classes, options = 0, {"null": null}
     try:
@@ -54,11 +48,8 @@ def build_denoiser(
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -> str:
-    """Write a denoiser folder and return the sha256 of its weights.
-
-    `extra` is added to denoiser.json. LoRA adapters are merged into the weights.
-    """
-    folder = Path(folder)
+    """Write a denoiser folder, with LoRA adapters merged into the weights and `extra` added to
+    denoiser.json; return the sha256 of the weights."""
     record = {"preconditioning": denoiser.preconditioning, **denoiser.precondition, **(extra or {})}
     merged(denoiser.backbone).save_pretrained(folder, safe_serialization=True)
     null = getattr(denoiser, "null", None)
@@ -73,9 +64,8 @@ def load_denoiser(
 ) -> Denoiser:
     """Load the denoiser of a teacher or student folder, in evaluation mode.
 
-    Weights are read from safetensors only. A missing or damaged file, weights that do not fit the
-    architecture, or weights of another `sha256` are a `UserError`, which says to delete `owner` if
-    one is given.
+    A missing or damaged file, weights that do not fit the architecture, or weights of another
+    `sha256` are a `UserError`, which says to delete `owner` if one is given.
     """
     folder = Path(folder)
     record, config = denoiser_record(folder), read_json(folder / "config.json")
@@ -104,8 +94,8 @@ def denoiser_record(folder: Path) -> dict:
 
 
 def pipeline_sha256(teacher: Path) -> str | None:
-    """Hash of all parts of an imported pipeline: its codec and text encoder decide the images,
-    too. None for other teachers."""
+    """Hash of all parts of an imported pipeline, since its codec and text encoder change the
+    images, too; None for other teachers."""
     record = TeacherRecord.read(teacher / "teacher.json")
     return record.imported["sha256"] if record.codec else None
 

@@ -1,26 +1,21 @@
-"""EDM's U-Nets (Karras et al. 2022, arXiv 2206.00364): DDPM++, NCSN++ (`SongUNet`) and ADM
-(`DhariwalUNet`).
+"""EDM's U-Nets (Karras et al. 2022, arXiv 2206.00364), written from a specification.
 
-Written from a specification of their computation. Arguments, module names and tensor shapes are
-those of the official checkpoints, which `harness.teachers.edm_pickle` can load.
-
-Images are `(B, C, H, W)`; labels are float vectors `(B, label_dim)`, zeros for "no label".
-Parameters are float32. Under autocast the image path runs in bfloat16, but the noise and label
-embedding in float32, because its phases reach hundreds of radians.
+Arguments, module names and tensor shapes are those of the official checkpoints. Parameters are
+float32. Under autocast the image path runs in bfloat16, but the noise and label embedding in
+float32, because its phases reach hundreds of radians.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-# -- layers -------------------------------------------------------------------------------------
 
 
 class EmbeddingLinear(nn.Linear):
@@ -35,7 +30,7 @@ class EmbeddingLinear(nn.Linear):
 
 class GroupNorm(nn.GroupNorm):
     """Group norm in the dtype of its input, with float32 sums inside. Autocast would return
-    float32, which doubles the memory traffic of the following memory-bound operations."""
+    float32, which doubles the memory traffic of the operations that follow."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__(min(32, channels // 4), channels, eps)
@@ -55,10 +50,9 @@ def _filter(taps: Sequence[int]) -> Tensor:
 
 
 class Conv2d(nn.Module):
-    """A convolution of odd size `kernel`, after an optional up- or downsampling by 2.
+    """A convolution of odd size `kernel` (0: none), after an optional up- or downsampling by 2.
 
-    kernel: 0 for resampling only. fused_down: convolve first, then filter and downsample, as in
-    NCSN++'s residual path; this differs at the border.
+    fused_down: convolve, then downsample, as in NCSN++'s residual path; differs at the border.
     """
 
     def __init__(
@@ -82,8 +76,7 @@ class Conv2d(nn.Module):
             self.register_buffer("resample_filter", _filter(taps))
 
     def _depthwise(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        f = (gain * self.resample_filter).to(x.dtype)
-        return f.expand(x.shape[1], -1, -1, -1)
+        return (gain * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         padding = self.kernel // 2
@@ -91,17 +84,15 @@ class Conv2d(nn.Module):
             x = F.conv2d(x, self.weight.to(x.dtype), padding=padding + self.filter_padding)
             x = F.conv2d(x, self._depthwise(x), stride=2, groups=x.shape[1])
             return x + self.bias.to(x.dtype).view(1, -1, 1, 1)
+        depthwise = {"stride": 2, "padding": self.filter_padding, "groups": x.shape[1]}
         if self.down and self.box:
             x = F.avg_pool2d(x, 2)
         elif self.down:
-            x = F.conv2d(
-                x, self._depthwise(x), stride=2, padding=self.filter_padding, groups=x.shape[1]
-            )
+            x = F.conv2d(x, self._depthwise(x), **depthwise)
         elif self.up and self.box:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         elif self.up:
-            f = self._depthwise(x, gain=4.0)
-            x = F.conv_transpose2d(x, f, stride=2, padding=self.filter_padding, groups=x.shape[1])
+            x = F.conv_transpose2d(x, self._depthwise(x, gain=4.0), **depthwise)
         if self.kernel:
             x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
         return x
@@ -208,36 +199,76 @@ class UNetBlock(nn.Module):
         return h
 
 
-# -- networks -----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def _draw(module: nn.Module, mode: str, weight_gain: float, bias_gain: float = 0.0) -> None:
-    """Initialise a linear layer or convolution; the bias uses the weight's fans."""
-    fan_in = module.weight[0].numel()
-    fan_out = module.weight.numel() // module.weight.shape[1]
-    bound = {
-        "xavier_uniform": math.sqrt(6 / (fan_in + fan_out)),
-        "kaiming_uniform": math.sqrt(3 / fan_in),
-    }[mode]
-    module.weight.uniform_(-bound, bound).mul_(weight_gain)
-    if module.bias is not None:
-        module.bias.uniform_(-bound, bound).mul_(bias_gain)
+def _initialise(network: nn.Module, xavier: bool, gain: Callable[[str], float]) -> None:
+    """Draw all parameters except norms: Xavier-uniform with zero biases, or Kaiming-uniform.
 
-
-def _layers(network: nn.Module):
-    """Yield (last part of the name, module) for all modules with a weight, except norms."""
+    gain: the factor of a layer by the last part of its name.
+    """
     for name, module in network.named_modules():
-        if hasattr(module, "weight") and not isinstance(module, nn.GroupNorm):
-            yield name.rsplit(".", 1)[-1], module
+        if not hasattr(module, "weight") or isinstance(module, nn.GroupNorm):
+            continue
+        fan_in = module.weight[0].numel()
+        fan_out = module.weight.numel() // module.weight.shape[1]
+        bound = math.sqrt(6 / (fan_in + fan_out) if xavier else 3 / fan_in)
+        factor = gain(name.rpartition(".")[-1])
+        module.weight.uniform_(-bound, bound).mul_(factor)
+        if module.bias is not None:
+            module.bias.uniform_(-bound, bound).mul_(0.0 if xavier else factor)
 
 
 class EDMUNet(ModelMixin, ConfigMixin):
-    """Common part of both U-Nets: label dropout, encoder and decoder.
+    """Common part of both U-Nets.
 
-    `forward(x, c_noise, labels=None, augment_labels=None)`: `x` `(B, C, H, W)`, `c_noise` `(B,)`,
-    `labels` `(B, label_dim)`, `augment_labels` `(B, augment_dim)`; returns `(B, C, H, W)`.
+    `x` and the result are `(B, C, H, W)`, `c_noise` `(B,)`, `labels` `(B, label_dim)` (zeros mean
+    "no label"), `augment_labels` `(B, augment_dim)`.
     """
+
+    def _build(self, channels: int, head_width: int | None, **options) -> int:
+        """Build encoder and decoder; returns the channels of the decoder's output.
+
+        channels: output of the first convolution. head_width: channels per attention head; None:
+        one head, and in the decoder only in the last block of a level. options: of `UNetBlock`.
+        """
+        config = self.config
+        emb_channels = config.model_channels * config.channel_mult_emb
+        block = partial(UNetBlock, emb_channels=emb_channels, dropout=config.dropout, **options)
+        levels = []  # name, channels, attention heads
+        for level, mult in enumerate(config.channel_mult):
+            size, width = config.img_resolution >> level, config.model_channels * mult
+            heads = width // (head_width or width) if size in config.attn_resolutions else 0
+            levels.append((f"{size}x{size}", width, heads))
+
+        self.enc, skips, aux_channels = nn.ModuleDict(), [], config.in_channels
+        for level, (name, width, heads) in enumerate(levels):
+            if level == 0:
+                self.enc[f"{name}_conv"] = Conv2d(config.in_channels, channels, 3)
+            else:
+                self.enc[f"{name}_down"] = block(channels, channels, down=True)
+                if config.get("encoder_type") == "residual":
+                    self.enc[f"{name}_aux_residual"] = Conv2d(
+                        aux_channels, channels, 3, down=True, taps=options["taps"], fused_down=True
+                    )
+                    aux_channels = channels
+            skips.append(channels)
+            for i in range(config.num_blocks):
+                self.enc[f"{name}_block{i}"] = block(channels, width, heads=heads)
+                channels = width
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for level, (name, width, heads) in reversed(list(enumerate(levels))):
+            if level == len(levels) - 1:
+                middle_heads = channels // (head_width or channels)
+                self.dec[f"{name}_in0"] = block(channels, channels, heads=middle_heads)
+                self.dec[f"{name}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{name}_up"] = block(channels, channels, up=True)
+            for i in range(config.num_blocks + 1):
+                attention = heads if head_width or i == config.num_blocks else 0
+                self.dec[f"{name}_block{i}"] = block(channels + skips.pop(), width, heads=attention)
+                channels = width
+        return channels
 
     def _drop(self, labels: Tensor) -> Tensor:
         if not (self.training and self.config.label_dropout):
@@ -245,12 +276,14 @@ class EDMUNet(ModelMixin, ConfigMixin):
         keep = torch.rand(len(labels), 1, device=labels.device) >= self.config.label_dropout
         return labels * keep
 
-    def embedding(
-        self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
     ) -> Tensor:
-        raise NotImplementedError
-
-    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        emb = self.embedding(c_noise, labels, augment_labels)
         skips, aux = [], x
         for module in self.enc.values():
             if isinstance(module, UNetBlock):
@@ -261,27 +294,12 @@ class EDMUNet(ModelMixin, ConfigMixin):
             else:
                 x = module(x)
             skips.append(x)
-        return skips
-
-    def decode(self, skips: list[Tensor], emb: Tensor) -> Tensor:
-        x = skips[-1]
         for name, module in self.dec.items():
-            if not isinstance(module, UNetBlock):
-                continue
-            if "_block" in name:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = module(x, emb)
-        return x
-
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        emb = self.embedding(c_noise, labels, augment_labels)
-        return self.output(self.decode(self.encode(x, emb), emb))
+            if isinstance(module, UNetBlock):
+                if "_block" in name:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = module(x, emb)
+        return self.output(x)
 
 
 class SongUNet(EDMUNet):
@@ -313,97 +331,39 @@ class SongUNet(EDMUNet):
         resample_filter: Sequence[int] = (1, 1),
     ):
         super().__init__()
-        for name, value, known in (
-            ("embedding_type", embedding_type, ("positional", "fourier")),
-            ("encoder_type", encoder_type, ("standard", "residual")),
-            ("decoder_type", decoder_type, ("standard",)),
+        for name, known in (
+            ("embedding_type", ("positional", "fourier")),
+            ("encoder_type", ("standard", "residual")),
+            ("decoder_type", ("standard",)),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        noise_channels = model_channels * channel_mult_noise
-        emb_channels = model_channels * channel_mult_emb
-        taps = tuple(resample_filter)
-
-        def block(*channels: int, **options) -> UNetBlock:
-            return UNetBlock(
-                *channels,
-                emb_channels,
-                eps=1e-6,
-                taps=taps,
-                skip_scale=math.sqrt(0.5),
-                project_skip=True,
-                dropout=dropout,
-                **options,
-            )
-
-        fourier = embedding_type == "fourier"
-        self.map_noise = (
-            FourierEmbedding(noise_channels)
-            if fourier
-            else PositionalEmbedding(noise_channels, endpoint=True)
-        )
-        self.map_label = EmbeddingLinear(label_dim, noise_channels) if label_dim else None
-        self.map_augment = (
-            EmbeddingLinear(augment_dim, noise_channels, bias=False) if augment_dim else None
-        )
-        self.map_layer0 = EmbeddingLinear(noise_channels, emb_channels)
+            if self.config[name] not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}")
+        width, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+        if embedding_type == "fourier":
+            self.map_noise = FourierEmbedding(width)
+        else:
+            self.map_noise = PositionalEmbedding(width, endpoint=True)
+        self.map_label = EmbeddingLinear(label_dim, width) if label_dim else None
+        self.map_augment = EmbeddingLinear(augment_dim, width, bias=False) if augment_dim else None
+        self.map_layer0 = EmbeddingLinear(width, emb_channels)
         self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
-
-        self.enc, skips = nn.ModuleDict(), []
-        channels, aux_channels = model_channels, in_channels
-        for level, mult in enumerate(channel_mult):
-            size = img_resolution >> level
-            attention = int(size in attn_resolutions)
-            if level == 0:
-                self.enc[f"{size}x{size}_conv"] = Conv2d(in_channels, channels, 3)
-            else:
-                self.enc[f"{size}x{size}_down"] = block(channels, channels, down=True)
-                if encoder_type == "residual":
-                    self.enc[f"{size}x{size}_aux_residual"] = Conv2d(
-                        aux_channels, channels, 3, down=True, taps=taps, fused_down=True
-                    )
-                    aux_channels = channels
-            skips.append(channels)
-            for i in range(num_blocks):
-                self.enc[f"{size}x{size}_block{i}"] = block(
-                    channels, model_channels * mult, heads=attention
-                )
-                channels = model_channels * mult
-                skips.append(channels)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            size = img_resolution >> level
-            attention = int(size in attn_resolutions)
-            if level == len(channel_mult) - 1:
-                self.dec[f"{size}x{size}_in0"] = block(channels, channels, heads=1)
-                self.dec[f"{size}x{size}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{size}x{size}_up"] = block(channels, channels, up=True)
-            for i in range(num_blocks + 1):
-                self.dec[f"{size}x{size}_block{i}"] = block(
-                    channels + skips.pop(),
-                    model_channels * mult,
-                    heads=attention if i == num_blocks else 0,
-                )
-                channels = model_channels * mult
-        self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(channels, eps=1e-6)
-        self.dec[f"{size}x{size}_aux_conv"] = Conv2d(channels, out_channels, 3)
+        options = {"taps": tuple(resample_filter), "skip_scale": math.sqrt(0.5)}
+        channels = self._build(model_channels, None, eps=1e-6, project_skip=True, **options)
+        size = f"{img_resolution}x{img_resolution}"
+        self.dec[f"{size}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+        self.dec[f"{size}_aux_conv"] = Conv2d(channels, out_channels, 3)
 
         gains = {"conv1": 1e-5, "proj": 1e-5, "qkv": math.sqrt(0.2)}
-        for name, module in _layers(self):
-            _draw(module, "xavier_uniform", 1e-5 if "aux_conv" in name else gains.get(name, 1.0))
+        _initialise(self, True, lambda name: 1e-5 if "aux_conv" in name else gains.get(name, 1.0))
 
-    def embedding(
-        self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None
-    ) -> Tensor:
+    def embedding(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
         emb = torch.cat([sin, cos], dim=1)
         if self.map_label is not None:
             labels = self._drop(labels)
             emb = emb + self.map_label(math.sqrt(labels.shape[1]) * labels)
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
+        if self.map_augment is not None and augment is not None:
+            emb = emb + self.map_augment(augment)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def output(self, x: Tensor) -> Tensor:
@@ -431,72 +391,25 @@ class DhariwalUNet(EDMUNet):
         label_dropout: float = 0.0,
     ):
         super().__init__()
-        emb_channels = model_channels * channel_mult_emb
-
-        def block(c_in: int, c_out: int, attention: bool = False, **options) -> UNetBlock:
-            return UNetBlock(
-                c_in,
-                c_out,
-                emb_channels,
-                eps=1e-5,
-                heads=c_out // 64 if attention else 0,
-                scale_shift=True,
-                dropout=dropout,
-                **options,
-            )
-
-        self.map_noise = PositionalEmbedding(model_channels, endpoint=False)
-        self.map_augment = (
-            EmbeddingLinear(augment_dim, model_channels, bias=False) if augment_dim else None
-        )
-        self.map_layer0 = EmbeddingLinear(model_channels, emb_channels)
+        width, emb_channels = model_channels, model_channels * channel_mult_emb
+        self.map_noise = PositionalEmbedding(width, endpoint=False)
+        self.map_augment = EmbeddingLinear(augment_dim, width, bias=False) if augment_dim else None
+        self.map_layer0 = EmbeddingLinear(width, emb_channels)
         self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
         self.map_label = EmbeddingLinear(label_dim, emb_channels, bias=False) if label_dim else None
-
-        self.enc, skips = nn.ModuleDict(), []
-        channels = model_channels * channel_mult[0]
-        for level, mult in enumerate(channel_mult):
-            size = img_resolution >> level
-            if level == 0:
-                self.enc[f"{size}x{size}_conv"] = Conv2d(in_channels, channels, 3)
-            else:
-                self.enc[f"{size}x{size}_down"] = block(channels, channels, down=True)
-            skips.append(channels)
-            for i in range(num_blocks):
-                self.enc[f"{size}x{size}_block{i}"] = block(
-                    channels, model_channels * mult, size in attn_resolutions
-                )
-                channels = model_channels * mult
-                skips.append(channels)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            size = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{size}x{size}_in0"] = block(channels, channels, True)
-                self.dec[f"{size}x{size}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{size}x{size}_up"] = block(channels, channels, up=True)
-            for i in range(num_blocks + 1):
-                self.dec[f"{size}x{size}_block{i}"] = block(
-                    channels + skips.pop(), model_channels * mult, size in attn_resolutions
-                )
-                channels = model_channels * mult
+        channels = self._build(width * channel_mult[0], 64, eps=1e-5, scale_shift=True)
         self.out_norm = GroupNorm(channels, eps=1e-5)
         self.out_conv = Conv2d(channels, out_channels, 3)
 
-        for name, module in _layers(self):
-            gain = 0.0 if name in ("conv1", "proj", "out_conv", "map_augment") else math.sqrt(1 / 3)
-            _draw(module, "kaiming_uniform", gain, gain)
+        zero = ("conv1", "proj", "out_conv", "map_augment")
+        _initialise(self, False, lambda name: 0.0 if name in zero else math.sqrt(1 / 3))
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
-    def embedding(
-        self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None
-    ) -> Tensor:
+    def embedding(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         emb = self.map_noise(c_noise)
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
+        if self.map_augment is not None and augment is not None:
+            emb = emb + self.map_augment(augment)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
             emb = emb + self.map_label(self._drop(labels))

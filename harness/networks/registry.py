@@ -17,17 +17,13 @@ from harness.registry import Registry
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A diffusers text-to-image pipeline that a backbone belongs to.
+    """A diffusers text-to-image pipeline that a backbone belongs to."""
 
-    name: its class. folder: the backbone's folder in it. text_encoder: "clip" or "t5". tokens:
-    length of its text embeddings. masked: whether the backbone masks padding.
-    """
-
-    name: str
-    folder: str
-    text_encoder: str
-    tokens: int
-    masked: bool
+    name: str  # of its class
+    folder: str  # the backbone's
+    text_encoder: str  # "clip" or "t5"
+    tokens: int  # length of its text embeddings
+    masked: bool  # whether the backbone masks padding
 
 
 class Backbone:
@@ -36,18 +32,20 @@ class Backbone:
     Register a subclass in `BACKBONES` under the backbone's class name: `type` in an experiment,
     `_class_name` in config.json. denoisers: classes that wrap the backbone, one for each
     preconditioning: "edm" if it can be trained here, "vp" if it can be imported with a pipeline.
-    reads_text: its condition is a text embedding, not a class label.
     """
 
+    model: ClassVar[str]  # module and name of the class, which is imported when needed
     denoisers: ClassVar[tuple[type[Denoiser], ...]] = ()
-    reads_text: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False  # the condition is a text embedding, not a class label
     pipeline: ClassVar[Pipeline | None] = None
 
-    @staticmethod
-    def model_class() -> type[nn.Module]:
-        """Import the backbone class. The registry is read at every start, so heavy imports belong
-        here and not at the top of the file."""
-        raise NotImplementedError
+    @classmethod
+    def model_class(cls) -> type[nn.Module]:
+        """Import the backbone class."""
+        module, _, name = cls.model.rpartition(".")
+        single = module.startswith("diffusers.models.")
+        load = _import_diffusers_module if single else importlib.import_module
+        return getattr(load(module), name)
 
     @classmethod
     def denoiser(cls, preconditioning: str) -> type[Denoiser] | None:
@@ -64,22 +62,21 @@ def trainable_backbones() -> list[str]:
     return [name for name in BACKBONES.names() if BACKBONES[name].denoiser("edm")]
 
 
-def import_diffusers_model(module: str, name: str) -> type[nn.Module]:
-    """Import one model class of diffusers without the other models of its package.
+def _import_diffusers_module(name: str) -> ModuleType:
+    """Import one module of diffusers.models without the other models of its package.
 
-    The packages `unets` and `transformers` of diffusers.models import all their models, which takes
-    3 of the 10 seconds of a stage's start. Placeholders without content replace the two packages
-    during this import; a later import of the packages themselves works as usual.
+    The packages `unets` and `transformers` import all their models, which takes 3 of the 10 seconds
+    of a stage's start. Empty placeholders replace the two packages during this import.
     """
     import diffusers.models as models
 
     packages = [f"{models.__name__}.{part}" for part in ("unets", "transformers")]
-    placeholders = {name: ModuleType(name) for name in packages if name not in sys.modules}
+    placeholders = {path: ModuleType(path) for path in packages if path not in sys.modules}
     for package, placeholder in placeholders.items():
         placeholder.__path__ = [str(Path(models.__path__[0]) / package.rpartition(".")[-1])]
     sys.modules.update(placeholders)
     try:
-        return getattr(importlib.import_module(f"{models.__name__}.{module}"), name)
+        return importlib.import_module(name)
     finally:
         for package in placeholders:
             sys.modules.pop(package, None)

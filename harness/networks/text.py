@@ -21,7 +21,5 @@ class EmptyPrompt(nn.Module):
     def forward(self, batch: int) -> dict[str, Tensor]:
         """Expand the embedding to `batch` samples."""
         if not self.names:
-            raise ValueError(
-                "no empty-prompt embedding: classifier-free guidance needs null.safetensors"
-            )
+            raise ValueError("classifier-free guidance needs the empty prompt (null.safetensors)")
         return {name: part.expand(batch, *part.shape[1:]) for name, part in self.tensors.items()}

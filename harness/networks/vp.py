@@ -30,8 +30,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 def schedule_sigmas(schedule: dict) -> Tensor:
     """σ at timesteps 0, 1, … of a scheduler: float64 `(T,)`, increasing.
 
-    A terminal signal-to-noise ratio of zero is clipped as in diffusers' Euler scheduler, so σ is
-    finite.
+    A zero terminal signal-to-noise ratio is clipped as in diffusers, so that σ is finite.
     """
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
@@ -41,7 +40,8 @@ def schedule_sigmas(schedule: dict) -> Tensor:
 
 
 class VPDenoiser(Denoiser):
-    """A network that predicts noise or velocity at integer timesteps, as D(x; σ, c).
+    """A network that predicts noise or velocity at integer timesteps, as D(x; σ, c). A subclass
+    defines `run_backbone(x, time, condition)` with variance-preserving `x` and `time` `(B,)`.
 
     condition: `embeddings` `(B, L, D)` of the text encoder's last layer and, if padding is masked,
     `mask` `(B, L)` (1: token, 0: padding). schedule: `SCHEDULE_KEYS` of the scheduler's config.
@@ -60,19 +60,12 @@ class VPDenoiser(Denoiser):
         sigma_data: float = 1.0,
     ):
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.sigma_data = sigma_data
         sigmas = schedule_sigmas(schedule)
         self._levels = sigmas.tolist()  # on the host: comparisons do not wait for the device
         self.register_buffer("log_sigmas", sigmas.log(), persistent=False)
         self.null = EmptyPrompt(null or {})
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        size = self.backbone.config.sample_size
-        return (self.backbone.config.in_channels, size, size)
 
     def null_condition(self, batch: int) -> Condition:
         return self.null(batch)
@@ -91,25 +84,18 @@ class VPDenoiser(Denoiser):
         return sigma.clamp(self._levels[0], self._levels[-1])
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        # The error of a predicted velocity is EDM's with unit variance, (1 + σ²) / σ².
+        # The error of a predicted velocity has EDM's weight with unit variance, (1 + σ²) / σ².
         return sigma**-2 if self.prediction == "epsilon" else super().loss_weight(sigma)
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The timestep, float32 `(B,)`, of noise levels `(B,)`, interpolated in log σ.
-
-        Levels beyond the ends get the timestep of the end. Levels of the schedule get exact
-        integers despite rounding.
-        """
+        """Timesteps, float32 `(B,)`, of noise levels `(B,)`, interpolated in log σ and clipped.
+        Levels of the schedule get exact integers."""
         log, grid = sigma.double().log(), self.log_sigmas
         above = torch.searchsorted(grid, log).clamp(1, len(grid) - 1)
         low, high = grid[above - 1], grid[above]
         time = above - 1 + ((log - low) / (high - low)).clamp(0, 1)
         whole = time.round()
         return torch.where((time - whole).abs() < 1e-3, whole, time).float()
-
-    def run_backbone(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """The raw network: variance-preserving input `(B, C, H, W)`, timesteps `(B,)`."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         x, sigma = x.float(), sigma.float().view(-1, 1, 1, 1)
@@ -123,8 +109,7 @@ class VPDenoiser(Denoiser):
 
 
 class Codec(nn.Module):
-    """Decoder of a pipeline's autoencoder: latents `(B, C, H, W)` -> pixels in [-1, 1],
-    differentiable."""
+    """Decoder of an autoencoder: latents `(B, C, H, W)` -> pixels in [-1, 1], differentiable."""
 
     def __init__(self, vae: nn.Module):
         super().__init__()

@@ -108,7 +108,7 @@ def _make_shard(
         started = time.perf_counter()
         x = heun(teacher, z, condition, **sampler.model_dump()).float().cpu()
         seconds += time.perf_counter() - started
-        check_finite(x, "images or latents")
+        check_finite(x)
         images.append(x[:valid])
     tensors = {"x": torch.cat(images)} | ({"condition": torch.cat(labels)} if labels else {})
     return tensors, {"seconds": seconds, "flops": round(flops_per_image * count)}

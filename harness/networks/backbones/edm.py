@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import one_hot
 
-from harness.denoiser import EDMDenoiser
+from harness.denoiser import Condition, EDMDenoiser
 from harness.networks.registry import BACKBONES, Backbone
 
 
@@ -16,16 +16,10 @@ class OneHotDenoiser(EDMDenoiser):
     """
 
     @staticmethod
-    def backbone_arguments(
-        image_shape: tuple[int, int, int], num_classes: int, null: dict[str, Tensor] | None
-    ) -> dict:
-        channels, height, _ = image_shape
-        return {
-            "img_resolution": height,
-            "in_channels": channels,
-            "out_channels": channels,
-            "label_dim": num_classes,
-        }
+    def backbone_arguments(image_shape: tuple[int, ...], num_classes: int, null: Condition) -> dict:
+        channels, size, _ = image_shape
+        arguments = {"img_resolution": size, "in_channels": channels, "out_channels": channels}
+        return arguments | {"label_dim": num_classes}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -46,21 +40,11 @@ class OneHotDenoiser(EDMDenoiser):
 
 @BACKBONES.register("SongUNet")
 class SongUNetBackbone(Backbone):
+    model = "harness.networks.edm_unet.SongUNet"
     denoisers = (OneHotDenoiser,)
-
-    @staticmethod
-    def model_class() -> type[nn.Module]:
-        from harness.networks.edm_unet import SongUNet
-
-        return SongUNet
 
 
 @BACKBONES.register("DhariwalUNet")
 class DhariwalUNetBackbone(Backbone):
+    model = "harness.networks.edm_unet.DhariwalUNet"
     denoisers = (OneHotDenoiser,)
-
-    @staticmethod
-    def model_class() -> type[nn.Module]:
-        from harness.networks.edm_unet import DhariwalUNet
-
-        return DhariwalUNet

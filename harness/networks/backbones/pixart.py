@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.denoiser import Condition
-from harness.networks.registry import BACKBONES, Backbone, Pipeline, import_diffusers_model
+from harness.networks.registry import BACKBONES, Backbone, Pipeline
 from harness.networks.vp import VPDenoiser
 
 
@@ -40,14 +40,9 @@ class PixArtDenoiser(VPDenoiser):
 
 @BACKBONES.register("PixArtTransformer2DModel")
 class PixArtBackbone(Backbone):
+    model = "diffusers.models.transformers.pixart_transformer_2d.PixArtTransformer2DModel"
     denoisers = (PixArtDenoiser,)
     reads_text = True
     pipeline = Pipeline(
         "PixArtAlphaPipeline", folder="transformer", text_encoder="t5", tokens=120, masked=True
     )
-
-    @staticmethod
-    def model_class() -> type[nn.Module]:
-        return import_diffusers_model(
-            "transformers.pixart_transformer_2d", "PixArtTransformer2DModel"
-        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from harness.denoiser import EDMDenoiser
-from harness.networks.registry import BACKBONES, Backbone, import_diffusers_model
+from harness.denoiser import Condition, EDMDenoiser
+from harness.networks.registry import BACKBONES, Backbone
 
 
 class UNet2DDenoiser(EDMDenoiser):
@@ -27,21 +27,10 @@ class UNet2DDenoiser(EDMDenoiser):
             raise ValueError(f"num_class_embeds must be num_classes + 1 = {num_classes + 1}")
 
     @staticmethod
-    def backbone_arguments(
-        image_shape: tuple[int, int, int], num_classes: int, null: dict[str, Tensor] | None
-    ) -> dict:
-        channels, height, _ = image_shape
-        return {
-            "sample_size": height,
-            "in_channels": channels,
-            "out_channels": channels,
-            "num_class_embeds": num_classes + 1 if num_classes else None,
-        }
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        config = self.backbone.config
-        return (config.in_channels, config.sample_size, config.sample_size)
+    def backbone_arguments(image_shape: tuple[int, ...], num_classes: int, null: Condition) -> dict:
+        channels, size, _ = image_shape
+        arguments = {"sample_size": size, "in_channels": channels, "out_channels": channels}
+        return arguments | {"num_class_embeds": num_classes + 1 if num_classes else None}
 
     def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
         return self.backbone(x, c_noise * self.TIME_SCALE, class_labels=condition, **extras).sample
@@ -49,8 +38,5 @@ class UNet2DDenoiser(EDMDenoiser):
 
 @BACKBONES.register("UNet2DModel")
 class UNet2DBackbone(Backbone):
+    model = "diffusers.models.unets.unet_2d.UNet2DModel"
     denoisers = (UNet2DDenoiser,)
-
-    @staticmethod
-    def model_class() -> type[nn.Module]:
-        return import_diffusers_model("unets.unet_2d", "UNet2DModel")

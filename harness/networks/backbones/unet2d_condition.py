@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from harness.denoiser import Condition
 from harness.networks.backbones.unet2d import UNet2DDenoiser
-from harness.networks.registry import BACKBONES, Backbone, Pipeline, import_diffusers_model
+from harness.networks.registry import BACKBONES, Backbone, Pipeline
 from harness.networks.text import EmptyPrompt
 from harness.networks.vp import VPDenoiser
 
@@ -23,9 +23,7 @@ class TextDenoiser(UNet2DDenoiser):
         self.null = EmptyPrompt(null or {})
 
     @staticmethod
-    def backbone_arguments(
-        image_shape: tuple[int, int, int], num_classes: int, null: dict[str, Tensor] | None
-    ) -> dict:
+    def backbone_arguments(image_shape: tuple[int, ...], num_classes: int, null: Condition) -> dict:
         if null is None:
             raise ValueError("it reads texts; set text_encoder")
         arguments = UNet2DDenoiser.backbone_arguments(image_shape, 0, None)
@@ -65,16 +63,9 @@ def _run(backbone: nn.Module, x: Tensor, time: Tensor, condition: Condition, **e
 
 @BACKBONES.register("UNet2DConditionModel")
 class UNet2DConditionBackbone(Backbone):
+    model = "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel"
     denoisers = (TextDenoiser, StableDiffusionDenoiser)
     reads_text = True
     pipeline = Pipeline(
-        "StableDiffusionPipeline",
-        folder="unet",
-        text_encoder="clip",
-        tokens=77,
-        masked=False,
+        "StableDiffusionPipeline", folder="unet", text_encoder="clip", tokens=77, masked=False
     )
-
-    @staticmethod
-    def model_class() -> type[nn.Module]:
-        return import_diffusers_model("unets.unet_2d_condition", "UNet2DConditionModel")
