@@ -109,6 +109,11 @@ class EDMDenoiser(Denoiser):
     The preconditioning runs in float32. The label `num_classes` means "no label". epsilon: 0 for
     EDM. Consistency models (Song et al. 2023) and GDD's students replace σ by σ - epsilon in c_skip
     and in the numerator of c_out.
+
+    A subclass defines `run_backbone(x, c_noise, condition, **extras)` for scaled input and
+    `c_noise = ln(σ)/4` `(B,)`, and the static method `backbone_arguments(image_shape, num_classes,
+    null)`: constructor arguments of the backbone that follow from the data and, if the backbone
+    reads text, from the embedding `null` of the empty prompt.
     """
 
     preconditioning = "edm"
@@ -121,25 +126,14 @@ class EDMDenoiser(Denoiser):
         self.backbone, self.num_classes = backbone, num_classes
         self.sigma_data, self.epsilon = sigma_data, epsilon
 
-    @staticmethod
-    def backbone_arguments(image_shape: tuple[int, ...], num_classes: int, null: Condition) -> dict:
-        """Constructor arguments of the backbone that follow from the data. `null`: the embedding of
-        the empty prompt, if the backbone reads text."""
-        raise NotImplementedError
-
     def null_condition(self, batch: int) -> Tensor | None:
         if not self.num_classes:
             return None
         return torch.full((batch,), self.num_classes, device=self.backbone.device)
 
-    def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
-        """The raw network: scaled input `(B, C, H, W)` and `c_noise = ln(σ)/4` `(B,)`."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor, sigma: Tensor, condition=None, **extras) -> Tensor:
         x, sigma = x.float(), sigma.float().view(-1, 1, 1, 1)
-        variance = sigma**2 + self.sigma_data**2
-        excess = sigma - self.epsilon
+        variance, excess = sigma**2 + self.sigma_data**2, sigma - self.epsilon
         c_skip = self.sigma_data**2 / (excess**2 + self.sigma_data**2)
         c_out = excess * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()

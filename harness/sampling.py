@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -116,8 +117,6 @@ def prefetch(make: Callable, items: list, device: str) -> Iterator:
     if device == "cpu" or len(items) < 2:
         yield from map(make, items)
         return
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(make, items[0])
         for item in items[1:]:

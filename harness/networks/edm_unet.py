@@ -43,12 +43,6 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-def _filter(taps: Sequence[int]) -> Tensor:
-    """The outer product of the taps with themselves, normalised to sum 1: `(1, 1, n, n)`."""
-    f = torch.tensor(taps, dtype=torch.float32)
-    return (torch.outer(f, f) / f.sum() ** 2)[None, None]
-
-
 class Conv2d(nn.Module):
     """A convolution of odd size `kernel` (0: none), after an optional up- or downsampling by 2.
 
@@ -73,7 +67,8 @@ class Conv2d(nn.Module):
             self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
             self.bias = nn.Parameter(torch.empty(out_channels))
         if up or down:
-            self.register_buffer("resample_filter", _filter(taps))
+            f = torch.tensor(taps, dtype=torch.float32)
+            self.register_buffer("resample_filter", (torch.outer(f, f) / f.sum() ** 2)[None, None])
 
     def _depthwise(self, x: Tensor, gain: float = 1.0) -> Tensor:
         return (gain * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
@@ -99,8 +94,8 @@ class Conv2d(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Cosines, then sines, of `x` `(B,)` at `size / 2` frequencies from 1 down to 1/10000
-    (exclusive unless `endpoint`)."""
+    """Cosines, then sines, of `x` `(B,)` at `size / 2` frequencies from 1 to 1/10000 (`endpoint`:
+    inclusive)."""
 
     def __init__(self, size: int, endpoint: bool):
         super().__init__()
@@ -116,9 +111,9 @@ class PositionalEmbedding(nn.Module):
 class FourierEmbedding(nn.Module):
     """Cosines, then sines, of `x` `(B,)` at fixed random frequencies."""
 
-    def __init__(self, size: int, scale: float = 16.0):
+    def __init__(self, size: int):
         super().__init__()
-        self.register_buffer("freqs", torch.randn(size // 2) * scale)
+        self.register_buffer("freqs", torch.randn(size // 2) * 16.0)
 
     def forward(self, x: Tensor) -> Tensor:
         # Multiply 2π·freqs first: at hundreds of radians the order of the products is visible.
@@ -169,8 +164,8 @@ class UNetBlock(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         """Self-attention over pixels, as tokens `(B, H·W, C)` (no copy if x is channels-last)."""
         batch, channels, height, width = x.shape
-        # The checkpoint's channel order is (head, channel, q/k/v). Reordering the weight to
-        # (q/k/v, head, channel), not the activations, makes q, k and v contiguous.
+        # Reorder the weight, not the activations, from the checkpoint's (head, channel, q/k/v) to
+        # (q/k/v, head, channel), so that q, k and v are contiguous.
         order = (3, self.heads, channels // self.heads)
         weight = self.qkv.weight.view(order[1], order[2], 3, channels).permute(2, 0, 1, 3)
         bias = self.qkv.bias.view(order[1], order[2], 3).permute(2, 0, 1)

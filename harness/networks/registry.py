@@ -50,8 +50,7 @@ class Backbone:
     @classmethod
     def denoiser(cls, preconditioning: str) -> type[Denoiser] | None:
         """The denoiser class with a preconditioning, if there is one."""
-        matches = (c for c in cls.denoisers if c.preconditioning == preconditioning)
-        return next(matches, None)
+        return next((c for c in cls.denoisers if c.preconditioning == preconditioning), None)
 
 
 BACKBONES: Registry[type[Backbone]] = Registry("network", "harness.networks.backbones")

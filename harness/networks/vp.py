@@ -40,8 +40,8 @@ def schedule_sigmas(schedule: dict) -> Tensor:
 
 
 class VPDenoiser(Denoiser):
-    """A network that predicts noise or velocity at integer timesteps, as D(x; σ, c). A subclass
-    defines `run_backbone(x, time, condition)` with variance-preserving `x` and `time` `(B,)`.
+    """A network that predicts noise or velocity, as D(x; σ, c). A subclass defines
+    `run_backbone(x, time, condition)` for variance-preserving `x` and timesteps `(B,)`.
 
     condition: `embeddings` `(B, L, D)` of the text encoder's last layer and, if padding is masked,
     `mask` `(B, L)` (1: token, 0: padding). schedule: `SCHEDULE_KEYS` of the scheduler's config.
