@@ -173,11 +173,6 @@ class MethodRegistry(Registry[type[Method]]):
         names = {module.name for module in pkgutil.iter_modules(methods.__path__)}
         return {name for name in names if not name.startswith("_")}
 
-    def add(self, name: str, entry: type[Method], source: Path | None = None) -> None:
-        if name in self._files() and entry.__module__ != f"methods.{name}":
-            raise ValueError(f"method {name!r} is already defined in methods/{name}.py")
-        super().add(name, entry, source)
-
     def names(self) -> list[str]:
         return sorted({*super().names(), *self._files()})
 

@@ -5,10 +5,9 @@ Authors, year (arXiv number). How the student learns, with the equations that th
 Deviations:
 * Each difference from the paper or the authors' code, and why.
 
-Checklist: take each default from the paper or the code and say where (`paper`, `code`), or explain
-it (`ours`); write the loss as a pure function of tensors, one value per sample; test it against
-golden values of the authors' code or a closed form (tests/test_losses.py). tests/test_methods.py
-covers every method in this folder. A stanza `students: {mine: {method: <name>}}` runs it.
+Checklist: say where each default comes from (`paper`, `code`) or explain it (`ours`); write the
+loss as a pure function of tensors, one value per sample; test it against the authors' code or a
+closed form (tests/test_losses.py). tests/test_methods.py covers every method in this folder.
 """
 
 from __future__ import annotations

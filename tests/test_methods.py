@@ -218,7 +218,7 @@ def test_methods_come_from_files_and_plugins(tmp_path):
     assert METHODS.plugin("sid") is None
     sid = Path(methods.sid.__file__)
     assert method_source("sid-plugin") == (path, sid) and method_source("sid") == (sid,)
-    with pytest.raises(ValueError, match="already defined in methods/sid"):
+    with pytest.raises(ValueError, match="already registered"):
         METHODS.register("sid")(METHODS["sid-plugin"])
     with pytest.raises(UserError) as error:
         METHODS["sidd"]

@@ -67,15 +67,16 @@ class CsvLogger:
         """Rows after `step` are dropped: they were written after the state that is resumed."""
         self._path, self._header = path, []
         if path.exists():
-            self._header, rows = self._read()
+            rows = self._read()
             done = [row for row in rows if (row.get("step") or "").isdigit()]
             done = [row for row in done if int(row["step"]) <= step and None not in row.values()]
             self._rewrite(done)
 
-    def _read(self) -> tuple[list[str], list[dict]]:
+    def _read(self) -> list[dict]:
         with open(self._path, newline="") as file:
             reader = csv.DictReader(file)
-            return list(reader.fieldnames or []), list(reader)
+            self._header = list(reader.fieldnames or [])
+            return list(reader)
 
     def _rewrite(self, rows: list[dict]) -> None:
         text = io.StringIO()
@@ -86,13 +87,13 @@ class CsvLogger:
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row; a column that appears late (of a phase that runs seldom) is added."""
-        if new := [name for name in row if name not in self._header]:
-            rows = self._read()[1] if self._header else []
-            self._header += new
-            self._rewrite([*rows, row])
-        else:
+        if row.keys() <= set(self._header):
             with open(self._path, "a", newline="") as file:
                 csv.DictWriter(file, self._header).writerow(row)
+        else:
+            rows = self._read() if self._header else []
+            self._header += [name for name in row if name not in self._header]
+            self._rewrite([*rows, row])
 
 
 def tensorboard(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
