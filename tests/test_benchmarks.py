@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 def test_throughput_prints_a_row_for_each_student():
     done = subprocess.run(
         [
-            *(sys.executable, "benchmarks/throughput.py", "--iterations", "1"),
+            *(sys.executable, "-m", "benchmarks.throughput", "--iterations", "1"),
             *("--configfile", "tests/data/tiny.yaml", "--students", "sid", "gdd"),
             *("--compare", "channels_last", "plain"),
         ],
@@ -32,7 +32,7 @@ def test_throughput_prints_a_row_for_each_student():
 def test_evaluation_prints_both_ratios():
     sizes = ("--dim", "64", "--images", "40", "--size", "8", "--repeats", "1")
     done = subprocess.run(
-        [sys.executable, "benchmarks/evaluation.py", *sizes],
+        [sys.executable, "-m", "benchmarks.evaluation", *sizes],
         cwd=ROOT,
         capture_output=True,
         text=True,
