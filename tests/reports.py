@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.evaluation.columns import column_name
-from harness.evaluation.registry import METRICS
+from harness.evaluation.registry import METRICS, column_name
 from harness.io.records import Samples, StudentRecord
 from harness.reporting.collect import COLUMNS
 from harness.reporting.figures import samples

@@ -12,7 +12,8 @@ from harness.data.digits import read_digits
 from harness.data.prompts import prompts_of
 from harness.data.registry import data_source
 from harness.errors import UserError
-from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.fake_score import drop_condition
 from harness.features.small_clip import CaptionEncoder, SmallCLIP, contrastive_loss

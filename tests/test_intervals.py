@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.evaluation.estimates import jackknife
-from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.feature_set import FeatureSet, jackknife
+from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.reporting import claims, intervals
 from harness.reporting.claims import claims_table, write_claims

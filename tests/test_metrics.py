@@ -9,11 +9,8 @@ import torch
 
 from harness.data.datasets import Images
 from harness.evaluation import neighbours
-from harness.evaluation.accumulate import NEAREST, FeatureAccumulator, NearestImages
 from harness.evaluation.checks import minimum_samples
-from harness.evaluation.columns import column_name, parse_column
-from harness.evaluation.estimates import jackknife
-from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.feature_set import FeatureSet, jackknife
 from harness.evaluation.frechet import (
     Moments,
     factor,
@@ -21,7 +18,9 @@ from harness.evaluation.frechet import (
     frechet_of_few,
     gaussian_statistics,
 )
+from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS, register
+from harness.evaluation.sample_stream import NEAREST, FeatureAccumulator, NearestImages
 from harness.features.aesthetic import AestheticHead, spearman
 
 
@@ -414,10 +413,3 @@ def test_an_aesthetic_head_looks_at_directions_only():
     torch.testing.assert_close(head(x), head(3 * x))
     assert head(x).shape == (5,)
     assert spearman(torch.arange(5.0), torch.arange(5.0) ** 3) == pytest.approx(1)
-
-
-def test_column_names_are_parsed_back():
-    for column in (("fd", 2000, "digits-cnn"), ("clip-score-2.5-depicts", 10, "my_n5_clip")):
-        assert parse_column(column_name(*column)) == column
-    with pytest.raises(ValueError):
-        parse_column("student")

@@ -11,7 +11,8 @@ from harness.config.jobs import FeatureJob
 from harness.data.datasets import Dataset, Images
 from harness.data.prompts import prompts_of
 from harness.errors import ConfigError, UserError
-from harness.evaluation.feature_set import FeatureSet, Reference
+from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.features import aesthetic, openclip
 from harness.features import timm_backbones as backbones

@@ -10,8 +10,8 @@ from PIL import Image
 from harness.data import datasets
 from harness.errors import UserError
 from harness.evaluation.agreement import write_images
-from harness.evaluation.columns import column_name
 from harness.evaluation.folder import print_folder, score_folder
+from harness.evaluation.registry import column_name
 from harness.evaluation.scorer import Scorer
 from harness.reporting.collect import COLUMNS, SCHEMA, collect, read_metrics
 from harness.reporting.figures import samples

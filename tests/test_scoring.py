@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,17 +19,23 @@ from harness.data.datasets import prepare
 from harness.data.registry import Images
 from harness.errors import UserError
 from harness.evaluation import references, sample_stream, scorer
-from harness.evaluation.accumulate import FeatureAccumulator, NearestImages
 from harness.evaluation.agreement import write_images
-from harness.evaluation.feature_set import Reference
 from harness.evaluation.folder import print_folder, score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
+from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
-from harness.evaluation.sample_stream import Checkpoints, SampleSource, SampleStream
+from harness.evaluation.sample_stream import (
+    Checkpoints,
+    FeatureAccumulator,
+    NearestImages,
+    SampleSource,
+    SampleStream,
+)
 from harness.evaluation.scorer import Scorer, Scores
 from harness.features.base import parse_settings, provides
 from harness.io.records import ScoreRow
 from harness.registry import load_plugin
+from harness.sampling import pixels_of, sample
 
 # -- resuming -----------------------------------------------------------------------------------
 
@@ -67,8 +74,9 @@ def generate(z, condition, noise):
 
 
 def stream(folder: Path, seconds: float = 0.0) -> SampleStream:
-    source = SampleSource(generate, (1, 4, 4), torch.nn.Identity(), None)
-    return SampleStream(source, 0, 22, 4, 4, "cpu", folder, Checkpoints(seconds))
+    pixels = pixels_of(generate, torch.nn.Identity())
+    blocks = partial(sample, pixels, 22, (1, 4, 4), 4, seed=0, block=4)
+    return SampleStream(blocks, 22, folder, Checkpoints(seconds))
 
 
 def accumulate(blocks: SampleStream, stop_after: int | None = None) -> tuple[Extractor, dict]:
@@ -338,7 +346,7 @@ def test_values_that_are_not_finite_are_refused(scoring, tmp_path):
     assert error.value.code == "not-finite"
     source = SampleSource(lambda z, *_: z * torch.nan, (1, 8, 8), torch.nn.Identity(), None)
     with pytest.raises(UserError):
-        next(iter(scorer.stream(source, 0, tmp_path)))
+        scorer.score_samples(source, 0, tmp_path, keep=0)
 
 
 def test_images_nearest_to_training_images_are_returned(scoring):
@@ -390,7 +398,7 @@ NOT_FINITE[0, 0] = np.nan
 @pytest.mark.parametrize(
     ("arrays", "dim", "code"),
     [
-        ({"mu": np.zeros(3)}, None, "missing-key"),
+        ({"mu": np.zeros(3)}, None, "damaged"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, None, "shape"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, 2048, "shape"),
         ({"mu": np.zeros(3), "sigma": NOT_FINITE}, None, "not-finite"),
@@ -441,7 +449,7 @@ def metrics() -> Iterator[None]:
 def test_a_metric_of_a_new_output_is_one_file(tmp_path, metrics):
     file = tmp_path / "brightness.py"
     file.write_text(
-        "from harness.evaluation.estimates import mean_estimate\n"
+        "from harness.evaluation.feature_set import mean_estimate\n"
         "from harness.evaluation.registry import register\n"
         '@register("brightness", "Brightness", True, requires=("brightness",))\n'
         "def brightness(features):\n"

@@ -1,13 +1,7 @@
 """The same images scored by this project, torch-fidelity and clean-fid: tables/agreement.{csv,md}.
 
 Each library reads the images from disk and extracts features with this project's network, through
-its hook for custom networks; everything after that is compared. Where definitions differ, the
-libraries are set to this project's:
-
-* clean-fid resizes to 299 x 299 even for custom networks: its resize is replaced by the identity.
-* Kernel distances use standardised features and all samples: the libraries' subset is the whole
-  set, so both sets have the same size.
-* torch-fidelity's cache of features is keyed by a name, not by the images: it is off.
+its hook for custom networks; everything after that is compared, with this project's definitions.
 """
 
 from __future__ import annotations
@@ -16,6 +10,7 @@ import tempfile
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +19,12 @@ from torch.nn.functional import normalize
 from harness.config.jobs import ReferenceScoring
 from harness.data import datasets
 from harness.data.datasets import Images
-from harness.evaluation.accumulate import FeatureAccumulator
-from harness.evaluation.feature_set import FeatureSet, Reference
-from harness.evaluation.kernels import SIGMA
+from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.metrics.classifier_scores import SPLITS
+from harness.evaluation.metrics.kernel_distances import SIGMA
+from harness.evaluation.references import Reference
 from harness.evaluation.registry import FRECHET, METRICS
+from harness.evaluation.sample_stream import FeatureAccumulator
 from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import load_tensors, write_text
 from harness.io.records import ScoreRecord
@@ -58,8 +54,8 @@ def write_agreement(job: ReferenceScoring, folder: Path):
     real = Images(dataset.train.pixels[drawn], dataset.train.labels[drawn])
     with tempfile.TemporaryDirectory(prefix="onestep-agreement-") as temporary:
         folders = [Path(temporary) / name for name in ("generated", "real")]
-        for images, place in zip((generated, real), folders, strict=True):
-            write_images(images.pixels, place)
+        write_images(generated.pixels, folders[0])
+        write_images(real.pixels, folders[1])
         for name, (_, extractor_folder) in scoring.extractors.items():
             extractor = load_extractor(extractor_folder, dataset, scoring.device)
             if extractor.unavailable:
@@ -70,11 +66,21 @@ def write_agreement(job: ReferenceScoring, folder: Path):
                 rows += compare_with_libraries(pair, folders)
     table = pd.DataFrame(rows, columns=COLUMNS)
     write_text(folder / "agreement.csv", table.to_csv(index=False))
-    caption = (
-        f"{count:,} samples of teacher {job.name} against {count:,} training images, read from "
-        "disk by each library and processed by the same networks."
+    compared = table.relative_difference.dropna()
+    largest = f"{compared.max():.1e}" if len(compared) else "none"
+    body = (
+        table.astype(object)
+        .where(table.notna(), None)
+        .to_markdown(
+            index=False, floatfmt=("", "", ".8g", "", ".8g", ".1e", "g", ""), missingval="–"
+        )
     )
-    write_text(folder / "agreement.md", _markdown(scoring.experiment, table, caption))
+    text = (
+        f"# Agreement with the libraries on {scoring.experiment}\n\n{body}\n\n{count:,} samples of "
+        f"teacher {job.name} against {count:,} training images, read from disk by each library and "
+        f"processed by the same networks. Largest relative difference: {largest}.\n"
+    )
+    write_text(folder / "agreement.md", text)
     return table
 
 
@@ -107,31 +113,18 @@ class ImagePair:
             return accumulator.feature_set(extractor.name, reference, neighbours)
 
         reference = Reference(extracted(real, Reference(None)).features)
-        channels = generated.pixels.shape[1]
-        return cls(extractor, channels, extracted(generated, reference))
+        return cls(extractor, generated.pixels.shape[1], extracted(generated, reference))
 
-    @property
-    def reference(self) -> Reference:
-        return self.features.reference
+    def first_of(self, names) -> str | None:
+        """The first of these metrics that is defined for the extractor."""
+        return next((n for n in names if METRICS[n].applies_to(self.extractor.provided)), None)
 
     def values(self) -> dict[str, float]:
         """Every metric that one of the libraries has, too."""
         # As one of several subsets, to skip the standard errors.
         features = replace(self.features, is_subset=True)
-        return {
-            name: METRICS[name].estimate(features).value
-            for name in COMPARED
-            if METRICS[name].applies_to(self.extractor.provided)
-        }
-
-    def class_score(self) -> str | None:
-        """The class score that the extractor has, if any."""
-        provided = self.extractor.provided
-        return next((q for q in CLASS_SCORES if METRICS[q].applies_to(provided)), None)
-
-    def distance(self) -> str:
-        """The name of the extractor's Fréchet distance."""
-        return next(name for name in FRECHET if name in self.extractor.provided)
+        names = [n for n in COMPARED if METRICS[n].applies_to(self.extractor.provided)]
+        return {name: METRICS[name].estimate(features).value for name in names}
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The extractor's outputs for a library's batch `(B, 3, H, W)` of 8-bit values."""
@@ -141,40 +134,22 @@ class ImagePair:
 
 def compare_with_libraries(pair: ImagePair, folders: list[Path]) -> list[dict]:
     """The table's rows for one extractor. folders: the generated and the real images on disk."""
-    ours, rows = pair.values(), []
-    for library, theirs in (
-        ("torch-fidelity", with_torch_fidelity(pair, folders)),
-        ("clean-fid", with_clean_fid(pair, folders)),
+    values, rows = pair.values(), []
+    for library, compute in (
+        ("torch-fidelity", with_torch_fidelity),
+        ("clean-fid", with_clean_fid),
     ):
-        for quantity, value in theirs.items():
-            row = {"quantity": quantity, "extractor": pair.extractor.name, "ours": ours[quantity]}
-            row |= {"library": library, "theirs": value}
-            rows.append(row | difference(ours[quantity], value))
+        for quantity, theirs in compute(pair, folders).items():
+            ours = values[quantity]
+            # Both may be 0.
+            relative = 0.0 if ours == theirs else abs(ours - theirs) / max(abs(theirs), 1e-12)
+            agrees = "yes" if relative <= TOLERANCE else "no"
+            row = quantity, pair.extractor.name, ours, library, theirs, relative, TOLERANCE, agrees
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
     return rows
 
 
-def difference(ours: float, theirs: float) -> dict:
-    """The last three columns of a row."""
-    relative = abs(ours - theirs) / max(abs(theirs), 1e-12)
-    if ours == theirs:  # both may be 0
-        relative = 0.0
-    agrees = "yes" if relative <= TOLERANCE else "no"
-    return {"relative_difference": relative, "tolerance": TOLERANCE, "agrees": agrees}
-
-
-def torch_fidelity_values(folders: list[Path], name: str, **options) -> dict[str, float]:
-    """`torch_fidelity.calculate_metrics` of two folders with a registered network, on the CPU, in
-    this process, without cache."""
-    import torch_fidelity
-
-    common = {"feature_extractor": name, "cuda": False, "cache": False, "verbose": False}
-    common["save_cpu_ram"] = True  # otherwise it starts four processes
-    return torch_fidelity.calculate_metrics(
-        input1=str(folders[0]), input2=str(folders[1]), **common | options
-    )
-
-
-def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict]:
+def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict[str, Any]]:
     """Register the extractor in torch-fidelity; returns its name there and the options that select
     this project's definitions. Its features: `exact` (float64), `features`, `standardised` and,
     with probabilities, `logits`."""
@@ -194,47 +169,54 @@ def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict]:
             features = {
                 "exact": lambda: outputs["features"].double(),
                 "features": lambda: outputs["features"],
-                "standardised": lambda: pair.reference.standardise(outputs["features"]),
+                "standardised": lambda: pair.features.reference.standardise(outputs["features"]),
                 "logits": lambda: outputs["probabilities"].log(),
             }
             return tuple(features[name]() for name in self.features_list)
 
     name = f"onestep-{pair.extractor.name}-{uuid.uuid4().hex}"
     torch_fidelity.register_feature_extractor(name, Hook)
-    score = pair.class_score()
+    score = pair.first_of(CLASS_SCORES)
+    layers = {"fid": "exact", "kid": "standardised", "prc": "features", "isc": "logits"}
     return name, {
-        "fid": True,
-        "kid": True,
-        "prc": True,
-        "isc": score is not None,
-        "feature_layer_fid": "exact",
-        "feature_layer_kid": "standardised",
-        "feature_layer_prc": "features",
-        "feature_layer_isc": "logits",
+        **{f"feature_layer_{metric}": layer for metric, layer in layers.items()},
+        **{metric: metric != "isc" or score is not None for metric in layers},
         "isc_splits": CLASS_SCORES.get(score, 1),
         "samples_shuffle": False,
-        "kid_subsets": 1,
+        "kid_subsets": 1,  # all samples: both sets have the same size
         "kid_subset_size": len(pair.features.features),
         "prc_neighborhood": pair.features.neighbours,
     }
 
 
-def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
+def torch_fidelity_values(folders: list[Path], name: str, **options: Any) -> dict[str, float]:
+    """`torch_fidelity.calculate_metrics` of two folders with a registered network, on the CPU."""
     import torch_fidelity
+
+    # Its cache is keyed by the network's name, not by the images; without save_cpu_ram it starts
+    # four processes.
+    common = {"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False}
+    options = {"feature_extractor": name} | common | options
+    return torch_fidelity.calculate_metrics(
+        input1=str(folders[0]), input2=str(folders[1]), **options
+    )
+
+
+def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     name, options = register_in_torch_fidelity(pair)
     found = torch_fidelity_values(folders, name, **options)
     values = {
-        pair.distance(): found[torch_fidelity.KEY_METRIC_FID],
-        "kd": 1000 * found[torch_fidelity.KEY_METRIC_KID_MEAN],
-        "precision": found[torch_fidelity.KEY_METRIC_PRECISION],
-        "recall": found[torch_fidelity.KEY_METRIC_RECALL],
+        pair.first_of(FRECHET): found["frechet_inception_distance"],
+        "kd": 1000 * found["kernel_inception_distance_mean"],
+        "precision": found["precision"],
+        "recall": found["recall"],
     }
-    if score := pair.class_score():
-        values[score] = found[torch_fidelity.KEY_METRIC_ISC_MEAN]
-    if METRICS["cmmd"].applies_to(pair.extractor.provided):
-        both = (pair.features.features, pair.reference.features)
+    if score := pair.first_of(CLASS_SCORES):
+        values[score] = found["inception_score_mean"]
+    if pair.first_of(["cmmd"]):
+        both = pair.features.features, pair.features.reference.features
         found = kid_features_to_metric(
             *(normalize(features.double(), dim=1) for features in both),
             kid_subsets=1,
@@ -243,7 +225,7 @@ def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float
             kid_kernel_rbf_sigma=SIGMA,
             verbose=False,
         )
-        values["cmmd"] = 1000 * found[torch_fidelity.KEY_METRIC_KID_MEAN]
+        values["cmmd"] = 1000 * found["kernel_inception_distance_mean"]
     return values
 
 
@@ -256,27 +238,14 @@ def with_clean_fid(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
             lambda images: pair.outputs(images)["features"].double(),
             num_workers=0,
             device=torch.device("cpu"),
-            custom_fn_resize=lambda image: image,
+            custom_fn_resize=lambda image: image,  # otherwise to 299 x 299 pixels
             verbose=False,
         )
         for folder in folders
     )
-    standardised = [
-        pair.reference.standardise(torch.from_numpy(t)).numpy() for t in (generated, real)
-    ]
+    standardise = pair.features.reference.standardise
+    both = (standardise(torch.from_numpy(features)).numpy() for features in (generated, real))
     return {
-        pair.distance(): float(fid.fid_from_feats(generated, real)),
-        "kd": 1000 * fid.kernel_distance(*standardised, num_subsets=1, max_subset_size=len(real)),
+        pair.first_of(FRECHET): float(fid.fid_from_feats(generated, real)),
+        "kd": 1000 * fid.kernel_distance(*both, num_subsets=1, max_subset_size=len(real)),
     }
-
-
-def _markdown(name: str, table, caption: str) -> str:
-    compared = table.relative_difference.dropna()
-    largest = f"{compared.max():.1e}" if len(compared) else "none"
-    body = table.astype(object).where(table.notna(), None)
-    formats = ("", "", ".8g", "", ".8g", ".1e", "g", "")
-    body = body.to_markdown(index=False, floatfmt=formats, missingval="–")
-    return (
-        f"# Agreement with the libraries on {name}\n\n{body}\n\n{caption} Largest relative "
-        f"difference: {largest}.\n"
-    )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from harness.config.schema import ClaimSection, DataSection, EvaluationSection, FeatureSettings
 from harness.data.registry import has_captions
 from harness.errors import Problem, did_you_mean
-from harness.evaluation.estimates import GROUPS
-from harness.evaluation.feature_set import DENSITY_NEIGHBOURS
+from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, GROUPS
 from harness.evaluation.registry import METRICS, Metric
 from harness.features.base import provides
 from harness.io.downloads import source_problems
 
 PATCH_SIZE = 299  # pixels of a patch FID
+
+Provided = Mapping[str, Collection[str]]  # extractor -> what it provides
 
 
 def minimum_samples(neighbours: int) -> tuple[int, int]:
@@ -45,121 +46,95 @@ def check(
     Sections with errors of their own are None, or missing in `features`; `feature_names` has all
     names. `files`: whether local files must exist.
     """
-    extractors = evaluation.extractors if evaluation else []
-    used = {name: features[name] for name in extractors if name in features}
+    names = evaluation.extractors if evaluation else []
+    provided = {name: provides(features[name]) for name in names if name in features}
     problems = []
     if evaluation is not None:
+        given = evaluation.statistics is not None
         problems += _check_samples(evaluation)
-        problems += _check_extractors(evaluation, data, used, set(feature_names))
-        problems += _check_statistics(evaluation, data, used, files)
-        problems += _check_metric(
-            "evaluation.main_metric",
-            evaluation.main_metric,
-            data,
-            used,
-            evaluation.statistics is not None,
-        )
+        problems += _check_extractors(evaluation.extractors, data, provided, set(feature_names))
+        problems += _check_statistics(evaluation, data, provided, files)
+        key = "evaluation.main_metric"
+        problems += _check_metric(key, evaluation.main_metric, data, provided, given)
     for i, claim in enumerate(claims):
         if claim.metric is not None:
-            problems += _check_metric(f"claims.{i}.metric", claim.metric, data, used)
+            problems += _check_metric(f"claims.{i}.metric", claim.metric, data, provided)
     return problems
 
 
-def _check_samples(evaluation: EvaluationSection) -> list[Problem]:
-    problems, seeds = [], evaluation.sampling_seeds
-    minimum = minimum_samples(evaluation.neighbours)[1]
+def _check_samples(evaluation: EvaluationSection) -> Iterator[Problem]:
+    seeds, minimum = evaluation.sampling_seeds, minimum_samples(evaluation.neighbours)[1]
     if evaluation.num_samples < minimum:
         message = f"too few; with neighbours {evaluation.neighbours} the metrics need {minimum}"
-        problems.append(Problem("evaluation.num_samples", "too-few", message))
+        yield Problem("evaluation.num_samples", "too-few", message)
     if len(set(seeds)) < len(seeds):
-        problems.append(Problem("evaluation.sampling_seeds", "duplicate", "duplicate seed"))
+        yield Problem("evaluation.sampling_seeds", "duplicate", "duplicate seed")
     if (evaluation.snapshot_seeds or 0) > len(seeds):
         message = f"{evaluation.snapshot_seeds} is more than the {len(seeds)} sampling_seeds"
-        problems.append(Problem("evaluation.snapshot_seeds", "too-many", message))
-    return problems
+        yield Problem("evaluation.snapshot_seeds", "too-many", message)
 
 
 def _check_extractors(
-    evaluation: EvaluationSection,
-    data: DataSection | None,
-    used: Mapping[str, FeatureSettings],
-    names: set[str],
-) -> list[Problem]:
-    key, problems = "evaluation.extractors", []
-    for name in evaluation.extractors:
+    extractors: list[str], data: DataSection | None, provided: Provided, names: set[str]
+) -> Iterator[Problem]:
+    key = "evaluation.extractors"
+    for name in extractors:
         if name not in names:
             message = f"{name!r} is not under features{did_you_mean(name, names)}"
-            problems.append(Problem(key, "unknown-name", message))
-    inception = {name for name, settings in used.items() if "inception" in provides(settings)}
+            yield Problem(key, "unknown-name", message)
     # Inception with several resizes is one network.
-    networks = set(evaluation.extractors) - inception | ({"inception"} if inception else set())
+    networks = {"inception" if "inception" in provided.get(n, ()) else n for n in extractors}
     if len(networks) < 2 and (data is None or data.has_images):
         message = "name at least two networks; a lead in one may vanish in another's features"
-        problems.append(Problem(key, "too-few", message))
-    if data is not None:
+        yield Problem(key, "too-few", message)
+    if data is not None and any("fid-patch" in outputs for outputs in provided.values()):
         size = data.image_shape[1] if data.image_shape else data.resolution
-        patch = any("fid-patch" in provides(settings) for settings in used.values())
-        if patch and size and size < PATCH_SIZE:
+        if size and size < PATCH_SIZE:
             message = f"resize: patch needs images of {PATCH_SIZE} pixels, not {size}"
-            problems.append(Problem(key, "too-small", message))
-    return problems
+            yield Problem(key, "too-small", message)
 
 
 def _check_statistics(
-    evaluation: EvaluationSection,
-    data: DataSection | None,
-    used: Mapping[str, FeatureSettings],
-    files: bool,
-) -> list[Problem]:
-    key, statistics, problems = "evaluation.statistics", evaluation.statistics, []
+    evaluation: EvaluationSection, data: DataSection | None, provided: Provided, files: bool
+) -> Iterator[Problem]:
+    key, statistics = "evaluation.statistics", evaluation.statistics
     if statistics is not None:
-        if used and not any("inception" in provides(settings) for settings in used.values()):
-            problems.append(Problem(key, "unsupported", "needs an extractor of type inception"))
-        problems += source_problems(key, statistics, evaluation.statistics_sha256, required=files)
+        if provided and not any("inception" in outputs for outputs in provided.values()):
+            yield Problem(key, "unsupported", "needs an extractor of type inception")
+        yield from source_problems(key, statistics, evaluation.statistics_sha256, required=files)
     elif evaluation.statistics_sha256 is not None:
-        message = "not allowed without evaluation.statistics"
-        problems.append(Problem(f"{key}_sha256", "unused", message))
+        yield Problem(f"{key}_sha256", "unused", "not allowed without evaluation.statistics")
     elif data is not None and not data.has_images and data.prompts is None:
-        message = "missing; this data set has no images to compare with"
-        problems.append(Problem(key, "missing-key", message))
-    return problems
+        yield Problem(key, "missing-key", "missing; this data set has no images to compare with")
 
 
 def _check_metric(
-    key: str,
-    name: str,
-    data: DataSection | None,
-    used: Mapping[str, FeatureSettings],
-    statistics: bool = True,
-) -> list[Problem]:
-    """A metric that ranks students: it has a direction, some extractor provides its inputs, and the
-    data set has what it compares with. `statistics`: whether reference statistics are given."""
+    key: str, name: str, data: DataSection | None, provided: Provided, statistics: bool = True
+) -> Iterator[Problem]:
+    """Check a metric that ranks students. `statistics`: whether reference statistics are given."""
     if name not in METRICS:
         message = f"unknown metric {name!r}{did_you_mean(name, METRICS)}"
-        return [Problem(key, "unknown-name", message)]
+        yield Problem(key, "unknown-name", message)
+        return
     metric, captioned = METRICS[name], data is not None and has_captions(data)
 
     def usable(other: Metric) -> bool:
-        provided = any(other.applies_to(provides(settings)) for settings in used.values())
-        return provided and (captioned or not other.needs_attributes)
+        applies = any(map(other.applies_to, provided.values()))
+        return applies and (captioned or not other.needs_attributes)
 
-    code, message = None, ""
     if metric.higher_is_better is None:
-        code, message = "diagnostic", f"{name!r} is a diagnostic without a preferred direction"
+        message = f"{name!r} is a diagnostic without a preferred direction"
+        yield Problem(key, "diagnostic", message)
     elif metric.needs_attributes and not captioned:
-        code, message = "needs-captions", f"{name!r} needs captions; this data set has none"
-    elif used and not usable(metric):
-        others = [n for n in METRICS.names() if usable(METRICS[n])]
-        ranking = [n for n in others if METRICS[n].higher_is_better is not None]
-        code = "unsupported"
-        message = f"no extractor provides {name!r}; available: {', '.join(ranking)}"
-    elif (
-        metric.needs_reference
-        and not statistics
-        and data is not None
-        and data.prompts is not None
-        and not data.has_images
+        message = f"{name!r} needs captions; this data set has none"
+        yield Problem(key, "needs-captions", message)
+    elif provided and not usable(metric):
+        others = [METRICS[n] for n in METRICS.names() if METRICS[n].higher_is_better is not None]
+        known = ", ".join(other.name for other in others if usable(other))
+        message = f"no extractor provides {name!r}; available: {known}"
+        yield Problem(key, "unsupported", message)
+    elif not (statistics or data is None or data.prompts is None or data.has_images) and any(
+        need.startswith("reference.") for need in metric.needs
     ):
-        code = "needs-images"
         message = f"{name!r} compares with real images or statistics; there are none"
-    return [Problem(key, code, message)] if code else []
+        yield Problem(key, "needs-images", message)

@@ -1,117 +1,74 @@
-"""Inputs of the metrics: features of generated images (`FeatureSet`) and of real ones
-(`Reference`)."""
+"""What metrics take and return: the features of a set of images, and estimates."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from harness.evaluation.estimates import GROUPS, Estimate, jackknife, without_each_group
-from harness.evaluation.frechet import (
-    BLOCK,
-    Moments,
-    factor,
-    frechet_distance,
-    frechet_of_few,
-    gaussian_statistics,
-)
-from harness.evaluation.kernels import cubic_kernel, gaussian_kernel, mean_within
-from harness.evaluation.neighbours import Neighbourhood, nearest, neighbour_radii, neighbourhood
+from harness.evaluation.frechet import BLOCK, Moments
+from harness.evaluation.neighbours import Neighbourhood, neighbourhood
+from harness.evaluation.references import Reference
 
-# Samples that metrics over all pairs use at most, generated and reference: memory grows with the
-# square, to 800 MB of float64 here.
-PAIRWISE_LIMIT = 10_000
+GROUPS = 10  # of the delete-a-group jackknife: consecutive samples
 DENSITY_NEIGHBOURS = 5  # of density and coverage, as in the authors' code
 
 
-class Reference:
-    """Real images to compare with. Quantities that several comparisons share are computed once.
+class Estimate(NamedTuple):
+    """A value and its standard error over the draw of samples (NaN where unknown).
 
-    features: `(M, D)`, at most PAIRWISE_LIMIT; None if only statistics are known.
-    statistics: mean `(D,)` and covariance `(D, D)`; None: those of `features`.
-    held_out: features of real images outside the reference, if there are any.
-    index: positions of `features` in the training part, `(M,)`, if known.
+    `leave_out[g]` is the value without the samples of group g. The group of a sample depends on its
+    position only, so two generators with the same noise can be compared group by group
+    (`harness.reporting.intervals`).
     """
 
-    def __init__(
-        self,
-        features: Tensor | None,
-        statistics: tuple[Tensor, Tensor] | None = None,
-        held_out: Tensor | None = None,
-        index: Tensor | None = None,
-    ):
-        self.features, self.held_out, self.index = features, held_out, index
-        self._given_statistics = statistics
-        self._radii: dict[int, Tensor] = {}
+    value: float
+    stderr: float = math.nan
+    leave_out: tuple[float, ...] = ()
 
-    @cached_property
-    def _own_statistics(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.features is None else gaussian_statistics(self.features)
 
-    @property
-    def statistics(self) -> tuple[Tensor, Tensor] | None:
-        return self._own_statistics if self._given_statistics is None else self._given_statistics
+def jackknife(estimates: Sequence[float]) -> float:
+    """Standard error from estimates that each leave out one of the groups."""
+    t = torch.tensor(estimates, dtype=torch.float64)
+    return math.sqrt((len(t) - 1) * t.var(correction=0).item())
 
-    @cached_property
-    def _factor(self) -> Tensor:
-        return factor(self.statistics[1])
 
-    def frechet(self, features: Tensor) -> float:
-        """Fréchet distance of samples `(N, D)`."""
-        if len(features) <= features.shape[1]:
-            return frechet_of_few(features, *self.statistics)
-        return self.frechet_of_moments(Moments.over(features.split(BLOCK)))
+def without_each_group(x: Tensor, function: Callable[[Tensor], float]) -> tuple[float, ...]:
+    """`function` of the rows of x without each of the groups."""
+    groups = x.chunk(GROUPS)
+    return tuple(function(torch.cat([*groups[:i], *groups[i + 1 :]])) for i in range(len(groups)))
 
-    def frechet_of_moments(self, moments: Moments) -> float:
-        return frechet_distance(*self.statistics, *moments.statistics(), self._factor)
 
-    def standardise(self, x: Tensor) -> Tensor:
-        """Features in float64, scaled by the mean and standard deviation of `features`."""
-        mean, covariance = self._own_statistics
-        return (x.double() - mean) / covariance.diagonal().sqrt().clamp_min(1e-6)
+def mean_estimate(values: Tensor) -> Estimate:
+    """Mean of per-image values `(N,)`."""
+    values = values.double()
+    left = [(values.sum() - g.sum()) / (len(values) - len(g)) for g in values.chunk(GROUPS)]
+    error = (values.std() / math.sqrt(len(values))).item()
+    return Estimate(values.mean().item(), error, tuple(x.item() for x in left))
 
-    @cached_property
-    def standardised(self) -> Tensor:
-        return self.standardise(self.features)
 
-    @cached_property
-    def cubic_within(self) -> Tensor:
-        return mean_within(cubic_kernel, self.standardised)
-
-    @cached_property
-    def gaussian_within(self) -> Tensor:
-        return mean_within(gaussian_kernel, normalize(self.features.double(), dim=1))
-
-    @cached_property
-    def held_out_nearest(self) -> Tensor:
-        """Distance of each held-out image to the nearest reference image."""
-        return nearest(self.held_out, self.features)[0]
-
-    @cached_property
-    def typical_nearest(self) -> float | None:
-        """Median of `held_out_nearest`: the unit for distances to the training images. None if
-        nothing is held out, or if half of the held-out images duplicate training images."""
-        if self.held_out is None:
-            return None
-        return self.held_out_nearest.double().quantile(0.5).item() or None
-
-    def radii(self, k: int) -> Tensor:
-        if k not in self._radii:
-            self._radii[k] = neighbour_radii(self.features, k)
-        return self._radii[k]
+def mean_over_subsets(estimates: Sequence[Estimate]) -> Estimate:
+    """Average over disjoint subsets, the groups of `leave_out`, with the standard error from their
+    spread; a single subset keeps its own error."""
+    if len(estimates) == 1:
+        return estimates[0]
+    t = torch.tensor([e.value for e in estimates], dtype=torch.float64)
+    left = (t.sum() - t) / (len(t) - 1)
+    return Estimate(t.mean().item(), (t.std() / len(t) ** 0.5).item(), tuple(left.tolist()))
 
 
 @dataclass
 class FeatureSet:
     """What one feature extractor computed of a set of images.
 
-    outputs: per-image tensors by name, `(N, ...)`: "features" `(N, D)`, and what else the extractor
-    provides (class "probabilities", "text_similarity", ...). If a program can check the images for
-    attributes that their captions name, also "attributes_correct" (all of them) and
-    "<attribute>_correct", bool.
+    outputs: per-image tensors by name, `(N, ...)`: "features" `(N, D)`, what else the extractor
+    provides, and, if a program can check the attributes that the captions name, bool
+    "attributes_correct" (all of them) and "<attribute>_correct".
     labels: requested class or prompt of each image; classes: the classes that the prompts name
     (default: `labels`). neighbours: k of precision and recall. is_subset: one of several subsets,
     whose spread gives the standard error, so metrics may omit it.
@@ -148,21 +105,15 @@ class FeatureSet:
         else:
             total = Moments.over(features.split(BLOCK))
             value = reference.frechet_of_moments(total)
-            without = tuple(
-                reference.frechet_of_moments(total - Moments.of(group))
-                for group in features.chunk(GROUPS)
-            )
+            groups = map(Moments.of, features.chunk(GROUPS))
+            without = tuple(reference.frechet_of_moments(total - group) for group in groups)
         return Estimate(value, jackknife(without), without)
 
     @cached_property
     def neighbourhood(self) -> Neighbourhood:
-        return neighbourhood(
-            self.features,
-            self.reference.features,
-            self.neighbours,
-            self.reference.radii(self.neighbours),
-            self.reference.radii(DENSITY_NEIGHBOURS),
-        )
+        k, reference = self.neighbours, self.reference
+        radii, wide_radii = reference.radii(k), reference.radii(DENSITY_NEIGHBOURS)
+        return neighbourhood(self.features, reference.features, k, radii, wide_radii)
 
     @property
     def class_correct(self) -> Tensor:
@@ -171,12 +122,8 @@ class FeatureSet:
         return self.outputs["probabilities"].argmax(dim=1) == requested
 
     def per_image(self) -> dict[str, Tensor]:
-        """All scalar outputs, `(N,)` each: what metrics average over the images."""
-        values = {
-            name: output
-            for name, output in self.outputs.items()
-            if output.ndim == 1 and output.is_floating_point()
-        }
+        """What metrics average over the images: all scalar outputs, `(N,)` each."""
+        values = {k: t for k, t in self.outputs.items() if t.ndim == 1 and t.is_floating_point()}
         if "attributes_correct" in self.outputs and "probabilities" in self.outputs:
             values["attributes_correct"] = self.class_correct & self.outputs["attributes_correct"]
         return values
@@ -184,20 +131,14 @@ class FeatureSet:
     def subsets(self, count: int) -> list[FeatureSet]:
         """All disjoint subsets of `count` consecutive images, without the remainder. The same
         objects at every call, so that metrics share cached quantities."""
+        starts = range(0, len(self.features) - count + 1, count)
+
+        def subset(rows: slice) -> FeatureSet:
+            outputs = {name: tensor[rows] for name, tensor in self.outputs.items()}
+            labels, classes = (t if t is None else t[rows] for t in (self.labels, self.classes))
+            several = len(starts) > 1
+            return replace(self, outputs=outputs, labels=labels, classes=classes, is_subset=several)
+
         if count not in self._subsets:
-            starts = range(0, len(self.features) - count + 1, count)
-
-            def part(tensor: Tensor | None, start: int) -> Tensor | None:
-                return None if tensor is None else tensor[start : start + count]
-
-            self._subsets[count] = [
-                replace(
-                    self,
-                    outputs={name: part(t, start) for name, t in self.outputs.items()},
-                    labels=part(self.labels, start),
-                    classes=part(self.classes, start),
-                    is_subset=len(starts) > 1,
-                )
-                for start in starts
-            ]
+            self._subsets[count] = [subset(slice(start, start + count)) for start in starts]
         return self._subsets[count]

@@ -9,7 +9,7 @@ from harness.data.datasets import Images
 from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
 from harness.evaluation.checks import minimum_samples
-from harness.evaluation.columns import column_name
+from harness.evaluation.registry import column_name
 from harness.evaluation.scorer import Scorer
 from harness.io.records import ScoreRow
 
@@ -43,15 +43,11 @@ def score_folder(scoring: Scoring, path: Path) -> list[ScoreRow]:
 def print_folder(scoring: Scoring, path: Path) -> None:
     from tabulate import tabulate
 
-    rows = [
-        (
-            column_name(row.metric, row.num_samples, row.extractor),
-            row.value if row.status is None else row.status,
-            row.stderr,
-        )
-        for row in score_folder(scoring, path)
-    ]
-    print(tabulate(rows, ("column", "value", "standard error"), tablefmt="github", floatfmt=".4g"))
+    lines = []
+    for row in score_folder(scoring, path):
+        column = column_name(row.metric, row.num_samples, row.extractor)
+        lines.append((column, row.status or row.value, row.stderr))
+    print(tabulate(lines, ("column", "value", "standard error"), "github", floatfmt=".4g"))
     print(
         f"\n{path} against the training part of {scoring.data_section.name}, scored like the "
         f"students of {scoring.experiment}. How these images were selected is unknown."

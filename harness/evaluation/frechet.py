@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -25,44 +24,24 @@ def gaussian_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (len(features) - 1)
 
 
-# Raised by numpy and zipfile for files that are damaged or of another kind.
-UNREADABLE = (
-    *(OSError, EOFError, ValueError, RuntimeError, MemoryError),
-    *(zlib.error, zipfile.BadZipFile),
-)
-
-
 def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean `(D,)` and covariance `(D, D)`, float64, from an `.npz` file with `mu` and `sigma`, the
-    usual format of published reference statistics.
-
-    dim: the extractor's number of features. A file without such numbers is a `UserError`.
-    """
+    usual format of published reference statistics. dim: the extractor's number of features."""
     import numpy as np
 
-    arrays = {}
     try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            for key in ("mu", "sigma"):
-                if key not in archive:
-                    raise UserError(f"{path}: {key!r} is missing", "missing-key")
-                arrays[key] = archive[key]
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("mu", "sigma")}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "missing-file") from None
-    except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable .npz file ({reason})", "damaged") from None
+    except Exception as error:  # a foreign file may fail in any way
+        reason = (str(error) or repr(error)).splitlines()[0]
+        message = f"{path} is not an .npz file with mu and sigma ({reason})"
+        raise UserError(message, "damaged") from None
     mu, sigma = arrays["mu"], arrays["sigma"]
-    if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape:
-        raise UserError(
-            f"{path}: expected mu (D,) and sigma (D, D), got {mu.shape} and {sigma.shape}", "shape"
-        )
-    if dim is not None and len(mu) != dim:
-        message = f"{path}: statistics of {len(mu)} features; the extractor has {dim}"
-        raise UserError(message, "shape")
+    if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape or dim not in (None, len(mu)):
+        expected = f"expected mu (D,) and sigma (D, D), D = {dim or 'any'}"
+        raise UserError(f"{path}: {expected}; got {mu.shape} and {sigma.shape}", "shape")
     for key, array in arrays.items():
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise UserError(f"{path}: {key} contains NaN or infinity", "not-finite")
@@ -70,8 +49,8 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
     # Sums in single precision leave some asymmetry; a wrong matrix has far more.
     if (covariance - covariance.T).abs().max() > 1e-5 * covariance.abs().max():
         raise UserError(f"{path}: sigma is not symmetric", "not-a-covariance")
-    # The same rounding may leave slightly negative eigenvalues. Cholesky's factors reveal lower
-    # ones in 2 % of the time of an eigenvalue decomposition.
+    # The same rounding may leave slightly negative eigenvalues. Cholesky's factors reveal
+    # lower ones.
     rounding = 1e-5 * covariance.diagonal().abs().sum() + torch.finfo(torch.float64).tiny
     lifted = covariance + rounding * torch.eye(len(mean), dtype=torch.float64)
     if torch.linalg.cholesky_ex(lifted).info:
@@ -82,8 +61,8 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
 def factor(covariance: Tensor) -> Tensor:
     """F `(D, r)` with F Fᵀ = C, for a covariance C `(D, D)` of rank r, in float64.
 
-    Cholesky's factor if C is positive definite, at 2 % of the cost of eigenvectors. Otherwise
-    (fewer samples than dimensions, dead features) from the eigenvectors with nonzero eigenvalues.
+    Cholesky's if C is positive definite, at 2 % of the cost of eigenvectors; otherwise (fewer
+    samples than dimensions, dead features) from the eigenvectors with nonzero eigenvalues.
     """
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
@@ -117,16 +96,17 @@ def frechet_of_few(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
     """Distance of features `(N, D)`, N <= D, from a Gaussian. The centred features are a factor of
     their covariance, so the eigenvalues are those of an N x N matrix."""
     features = features.double()
-    centred = features - features.mean(dim=0)
-    own = centred.T / (len(features) - 1) ** 0.5
+    own = (features - features.mean(dim=0)).T / (len(features) - 1) ** 0.5
     return _distance(features.mean(dim=0), own, mean, covariance)
 
 
+@dataclass(frozen=True)
 class Moments:
     """Sums of features and of their products; subtract those of a group for the jackknife."""
 
-    def __init__(self, count: int, total: Tensor, outer: Tensor):
-        self.count, self.total, self.outer = count, total, outer
+    count: int
+    total: Tensor
+    outer: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:

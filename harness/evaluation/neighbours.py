@@ -7,7 +7,7 @@ MB). Precision, recall, density and coverage share the passes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,28 +30,19 @@ def neighbour_radii(points: Tensor, k: int) -> Tensor:
 
 def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Distance of each point `(N, D)` to the nearest of the others `(M, D)`, and its index; both
-    `(N,)`.
-
-    The distance is recomputed from the difference: `torch.cdist` subtracts large squares, whose
-    rounding hides exact copies.
-    """
+    `(N,)`. The distance is recomputed from the difference: `torch.cdist` subtracts large squares,
+    whose rounding hides exact copies."""
     index = torch.cat([d.argmin(dim=1) for _, d in _distances(points, others)])
     return (points - others[index]).norm(dim=1), index
 
 
-@dataclass(frozen=True)
-class Neighbourhood:
-    """Overlap of the balls around generated samples `(N,)` and reference samples `(M,)`.
+class Neighbourhood(NamedTuple):
+    """Overlap of the balls around generated samples `(N,)` and reference samples `(M,)`."""
 
-    precise: whether a generated sample lies in a reference ball. recalled: whether a reference
-    sample lies in a generated ball. balls: number of reference balls of the wide radius that
-    contain a generated sample. covered: whether the ball of a reference sample contains one.
-    """
-
-    precise: Tensor
-    recalled: Tensor
-    balls: Tensor
-    covered: Tensor
+    precise: Tensor  # whether a generated sample lies in a reference ball
+    recalled: Tensor  # whether a reference sample lies in a generated ball
+    balls: Tensor  # number of reference balls of the wide radius that contain a generated sample
+    covered: Tensor  # whether the wide ball of a reference sample contains a generated one
 
 
 def neighbourhood(

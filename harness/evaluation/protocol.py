@@ -1,4 +1,4 @@
-"""What identifies a number: the protocol of a metric, and the fingerprint of a score file."""
+"""The record that identifies a number (its protocol), and the fingerprint of a score file."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from harness import __version__
 from harness.config.jobs import ReferenceScoring, Scoring
 from harness.data.datasets import Dataset
 from harness.evaluation.references import PublishedStatistics
-from harness.evaluation.registry import METRICS, Metric, metric_names
-from harness.features.base import FeatureExtractor
-
-QUANTISATION = "uint8: x * 127.5 + 128, clipped"
+from harness.evaluation.registry import METRICS, Metric
+from harness.features.base import FeatureExtractor, provides
 
 
 def fingerprint(scoring: Scoring) -> dict[str, Any]:
-    """What decides the scores of a run, as a JSON-like value; a new metric changes it."""
-    names = metric_names(settings for settings, _ in scoring.extractors.values())
-    metrics = {name: METRICS.plugin_sha256(name) for name in names}
-    return scoring.fingerprint | {"metrics": metrics}
+    """What decides the scores of a run, as a JSON-like value. It lists the metrics that are defined
+    for at least one extractor, so that a new metric makes scores outdated."""
+    provided = [provides(settings) for settings, _ in scoring.extractors.values()]
+    names = [name for name in METRICS.names() if any(map(METRICS[name].applies_to, provided))]
+    return scoring.fingerprint | {"metrics": {name: METRICS.plugin_sha256(name) for name in names}}
 
 
 def reference_fingerprint(job: ReferenceScoring) -> dict[str, Any]:
@@ -49,6 +48,13 @@ def protocol(
         library += f", torch-fidelity {version('torch-fidelity')}"
     if metric.name in ("precision", "recall"):
         settings["k"] = scoring.evaluation.neighbours
+    count = len(dataset.train)
+    reference, sha256, draw = f"train{count}", dataset.images_sha256, {}
+    given = published is not None and extractor.name == published.extractor
+    if given and "reference.statistics" in metric.needs:
+        reference, sha256 = "statistics", published.sha256
+    elif metric.limit and count > metric.limit:
+        draw["reference_draw"] = f"a fixed draw of {metric.limit} images"
     prompts = dataset.evaluation_prompts
     return {
         "metric": metric.name,
@@ -57,32 +63,14 @@ def protocol(
         "extractor_sha256": extractor.hashes,
         "num_samples": num_samples,
         "subsets": "mean over all disjoint subsets of this size",
-        **_reference(metric, extractor, dataset, published),
+        "reference": f"{dataset.name}-{reference}",
+        "reference_sha256": sha256,
+        **draw,
         **({"prompts_sha256": prompts.sha256} if prompts else {}),
-        "quantisation": QUANTISATION,
+        "quantisation": "uint8: x * 127.5 + 128, clipped",
         "resize": extractor.resize,
         **extractor.details,
         "sampling": "image i from (sampling seed, i), balanced labels",
         "sampling_seeds": scoring.evaluation.sampling_seeds,
         "library": library,
     }
-
-
-def _reference(
-    metric: Metric,
-    extractor: FeatureExtractor,
-    dataset: Dataset,
-    published: PublishedStatistics | None,
-) -> dict[str, str]:
-    """What the metric compares with."""
-    if (
-        published is not None
-        and extractor.name == published.extractor
-        and "reference.statistics" in metric.needs
-    ):
-        return {"reference": f"{dataset.name}-statistics", "reference_sha256": published.sha256}
-    count = len(dataset.train)
-    record = {"reference": f"{dataset.name}-train{count}"}
-    if metric.limit and count > metric.limit:
-        record["reference_draw"] = f"a fixed draw of {metric.limit} images"
-    return record | {"reference_sha256": dataset.images_sha256}

@@ -1,9 +1,12 @@
-"""Features and statistics of the real images that samples are compared with."""
+"""Real images that samples are compared with, by their features and statistics."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,21 +14,89 @@ from torch import Tensor
 from harness.config.jobs import Scoring
 from harness.data.datasets import Dataset
 from harness.errors import UserError
-from harness.evaluation.feature_set import PAIRWISE_LIMIT, Reference
-from harness.evaluation.frechet import Moments, load_statistics
+from harness.evaluation.frechet import (
+    BLOCK,
+    Moments,
+    factor,
+    frechet_distance,
+    frechet_of_few,
+    gaussian_statistics,
+    load_statistics,
+)
+from harness.evaluation.neighbours import nearest, neighbour_radii
 from harness.features.base import FeatureExtractor, provides
 from harness.features.inception import DIM
-from harness.io.artifacts import (
-    digest,
-    load_tensors,
-    read_json,
-    save_tensors,
-    sha256_file,
-    write_json,
-)
+from harness.io import artifacts
 from harness.io.downloads import fetch
 from harness.io.locks import run_lock
 from harness.streams import Stream
+
+# Samples that metrics over all pairs use at most, generated and reference: memory grows with the
+# square, to 800 MB of float64 here.
+PAIRWISE_LIMIT = 10_000
+
+
+class Reference:
+    """Real images to compare with.
+
+    features: `(M, D)`, at most PAIRWISE_LIMIT; None if only statistics are known.
+    statistics: mean `(D,)` and covariance `(D, D)`; default: those of `features`.
+    held_out: features of real images outside the reference, if there are any.
+    index: positions of `features` in the training part, `(M,)`, if known.
+    """
+
+    def __init__(
+        self,
+        features: Tensor | None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        held_out: Tensor | None = None,
+        index: Tensor | None = None,
+    ):
+        self.features, self.held_out, self.index = features, held_out, index
+        self._given_statistics = statistics
+        self._computed: dict[str, Any] = {}
+
+    def cached(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of `compute`, which all comparisons share under this name."""
+        if name not in self._computed:
+            self._computed[name] = compute()
+        return self._computed[name]
+
+    @cached_property
+    def _own_statistics(self) -> tuple[Tensor, Tensor]:
+        return gaussian_statistics(self.features)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        given = self._given_statistics
+        return self._own_statistics if given is None and self.features is not None else given
+
+    def frechet(self, features: Tensor) -> float:
+        """Fréchet distance of samples `(N, D)`."""
+        if len(features) <= features.shape[1]:
+            return frechet_of_few(features, *self.statistics)
+        return self.frechet_of_moments(Moments.over(features.split(BLOCK)))
+
+    def frechet_of_moments(self, moments: Moments) -> float:
+        own = self.cached("factor", lambda: factor(self.statistics[1]))
+        return frechet_distance(*self.statistics, *moments.statistics(), own)
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Features in float64, scaled by the mean and standard deviation of `features`."""
+        mean, covariance = self._own_statistics
+        return (x.double() - mean) / covariance.diagonal().sqrt().clamp_min(1e-6)
+
+    @cached_property
+    def typical_nearest(self) -> float | None:
+        """The unit for distances to the training images: the median distance of a held-out image to
+        the nearest one. None if nothing is held out, or if half of it duplicates training images.
+        """
+        if self.held_out is None:
+            return None
+        return nearest(self.held_out, self.features)[0].double().quantile(0.5).item() or None
+
+    def radii(self, k: int) -> Tensor:
+        return self.cached(f"radii of {k}", lambda: neighbour_radii(self.features, k))
 
 
 @dataclass(frozen=True)
@@ -47,7 +118,7 @@ def published_statistics(scoring: Scoring) -> PublishedStatistics | None:
     inception = [name for name, names in provided.items() if "inception" in names]
     extractor = next((name for name in inception if "fid-edm" in provided[name]), inception[0])
     path = fetch(evaluation.statistics, evaluation.statistics_sha256)
-    return PublishedStatistics(extractor, load_statistics(path, DIM), sha256_file(path))
+    return PublishedStatistics(extractor, load_statistics(path, DIM), artifacts.sha256_file(path))
 
 
 def load_reference(
@@ -57,10 +128,9 @@ def load_reference(
     device: str,
     published: tuple[Tensor, Tensor] | None = None,
 ) -> Reference:
-    """Real images as an extractor sees them.
+    """The training part in an extractor's features. `published`: statistics that replace its own.
 
-    They are the same for all generators: the first scoring job stores them in the extractor's
-    `folder`, and the others read them. published: statistics that replace the training part's.
+    The first scoring job stores the features in the extractor's `folder`; the others read them.
     """
     if not len(dataset.train):
         return Reference(None, published)
@@ -74,18 +144,17 @@ def load_reference(
         "torch": torch.__version__,
         "device": device,
     }
-    path = folder / f"reference-{digest(key)}.safetensors"
+    path = folder / f"reference-{artifacts.digest(key)}.safetensors"
+    record = path.with_suffix(".json")
     with run_lock(folder):
-        record = path.with_suffix(".json")
         try:
-            tensors = load_tensors(path, read_json(record)["sha256"])
+            tensors = artifacts.load_tensors(path, artifacts.read_json(record)["sha256"])
         except UserError:  # missing or damaged
             tensors = _extract_reference(extractor, dataset, moments=published is None)
-            write_json(record, {"sha256": save_tensors(path, tensors)})
+            artifacts.write_json(record, {"sha256": artifacts.save_tensors(path, tensors)})
     own = (tensors["mean"], tensors["covariance"]) if "mean" in tensors else None
-    return Reference(
-        tensors["features"], published or own, tensors.get("held_out"), tensors["index"]
-    )
+    held_out = tensors.get("held_out")
+    return Reference(tensors["features"], published or own, held_out, tensors["index"])
 
 
 def _extract_reference(

@@ -1,4 +1,4 @@
-"""The registry of metrics.
+"""The registry of metrics, and the names of their columns.
 
 A metric is a function of a `FeatureSet` that returns an `Estimate`. A new metric is a new file, in
 `harness/evaluation/metrics/` or a plug-in, with a function under the decorator `register`.
@@ -7,34 +7,29 @@ A metric is a function of a `FeatureSet` that returns an `Estimate`. A new metri
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from harness.config.schema import FeatureSettings
-from harness.evaluation.estimates import Estimate
-from harness.evaluation.feature_set import FeatureSet
-from harness.features.base import provides
+from harness.evaluation.feature_set import Estimate, FeatureSet
 from harness.registry import Registry
 
-# Names of the Fréchet distance. Each extractor provides one of them: "FID" is reserved for
-# Inception, with the name of the protocol.
-FRECHET = ("fd", "fid-edm", "fid-clean", "fid-legacy-tensorflow", "fid-coco", "fid-patch")
+# Names and labels of the Fréchet distance. Each extractor provides one of the names: "FID" is
+# reserved for Inception, with the name of the protocol.
+FRECHET = {
+    "fd": "Fréchet distance",
+    "fid-edm": "FID, EDM's protocol",  # Karras et al. 2022
+    "fid-clean": "FID, clean-fid",  # Parmar et al. 2022
+    "fid-legacy-tensorflow": "FID, clean-fid's legacy_tensorflow",  # Inception's own resize
+    "fid-coco": "FID, COCO at 256 px",  # Kang et al. 2023 (GigaGAN) and text-to-image papers
+    "fid-patch": "Patch FID",  # Chai et al. 2022: the centre of large images, not resized
+}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric.
-
-    higher_is_better: None for a diagnostic without a preferred direction, which is never used for
-    ranking or claims.
-    requires: what an extractor must provide for the metric to be defined there.
-    needs: outputs or attributes of the `FeatureSet` that the images must have ("labels",
-    "reference.features"); otherwise the metric is skipped.
-    limit: the most samples that it uses. final_only: skip snapshots before the last.
-    samples_per_dim: the fewest samples per feature dimension.
-    settings: the part of its definition that belongs to the protocol.
-    """
+    """A registered metric; see `register`."""
 
     name: str
     label: str
@@ -45,7 +40,7 @@ class Metric:
     limit: int | None
     final_only: bool
     samples_per_dim: int
-    settings: dict
+    settings: dict[str, Any]
 
     @property
     def arrow(self) -> str:
@@ -56,10 +51,6 @@ class Metric:
     def needs_attributes(self) -> bool:
         """Whether images must be checked for the attributes that their captions name."""
         return "attributes_correct" in self.needs
-
-    @property
-    def needs_reference(self) -> bool:
-        return any(name.startswith("reference.") for name in self.needs)
 
     def applies_to(self, provides: Collection[str]) -> bool:
         """Whether the metric is defined for an extractor that provides these outputs."""
@@ -85,10 +76,18 @@ def register(
     limit: int | None = None,
     final_only: bool = False,
     samples_per_dim: int = 0,
-    **settings,
+    **settings: Any,
 ) -> Callable:
-    """Register `function(FeatureSet) -> Estimate` (or the tuple that makes one) as a metric; the
-    arguments are the fields of `Metric`. A duplicate name is a `ValueError`."""
+    """Decorator that registers `function(FeatureSet) -> Estimate` (or the tuple that makes one).
+
+    higher_is_better: None for a diagnostic, which is never used for ranking or claims.
+    requires: what an extractor must provide for the metric to be defined there.
+    needs: outputs or attributes of the `FeatureSet` that the images must have ("labels",
+    "reference.features"); otherwise the metric is skipped.
+    limit: the most samples that it uses. final_only: skip snapshots before the last.
+    samples_per_dim: the fewest samples per feature dimension.
+    settings: the part of its definition that belongs to the protocol.
+    """
 
     def decorate(function: Callable) -> Callable:
         facts = requires, needs, limit, final_only, samples_per_dim, settings
@@ -99,14 +98,12 @@ def register(
     return decorate
 
 
-def metric_names(extractors: Iterable[FeatureSettings]) -> list[str]:
-    """Names of the metrics that are defined for at least one of these extractors, sorted: a new
-    metric makes scores outdated."""
-    provided = [provides(settings) for settings in extractors]
-    return [name for name in METRICS.names() if any(map(METRICS[name].applies_to, provided))]
-
-
 def main_metric(chosen: str, provides: Collection[str]) -> Metric:
     """The metric that ranks students in an extractor's features: the experiment's choice, or the
     extractor's Fréchet distance where that is not defined."""
     return next(METRICS[name] for name in (chosen, *FRECHET) if METRICS[name].applies_to(provides))
+
+
+def column_name(metric: str, num_samples: int, extractor: str) -> str:
+    """The column of a metric in comparison tables, such as fd_n2000_digits-cnn."""
+    return f"{metric}_n{num_samples}_{extractor}"

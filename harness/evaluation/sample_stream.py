@@ -1,26 +1,34 @@
-"""Generated samples block by block, in a form that scoring can resume."""
+"""Streams of generated samples, and the outputs of all extractors for them, which can resume."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from harness.data.registry import AttributeChecker, Images
+from harness.errors import UserError
+from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.frechet import BLOCK
+from harness.evaluation.neighbours import nearest
+from harness.evaluation.references import Reference
+from harness.features.base import FeatureExtractor
 from harness.io.shards import TensorShards
 from harness.networks import load_codec, pipeline_sha256
-from harness.sampling import Generator, pixels_of, sample
+from harness.sampling import Generator
 from harness.teachers.text_embeddings import TextEmbeddings, load_embeddings
 from harness.training.distributed import processes
 
 logger = logging.getLogger(__name__)
 
-# uint8 pixels `(B, C, H, W)` with the requested classes or prompts `(B,)`, if there are any.
-Blocks = Iterator[tuple[Tensor, Tensor | None]]
+NEAREST = 10  # image pairs in the figure of nearest neighbours
 
 
 @dataclass(frozen=True)
@@ -73,17 +81,15 @@ class Checkpoints:
 
 @dataclass
 class SampleStream:
-    """The images of one sampling seed from `start` on, for `harness.evaluation.accumulate`.
+    """Blocks of images of one sampling seed, from the first that is not in `folder`, where an
+    interrupted job has stored what it computed.
 
-    `folder` stores what an interrupted job has computed of the images before `start`.
+    blocks: yields `count` uint8 images with the requested classes or prompts (see
+    `harness.sampling.sample`), from image `start` on.
     """
 
-    source: SampleSource
-    seed: int
+    blocks: Callable[..., Iterator[tuple[Tensor, Tensor | None]]]
     count: int
-    num_conditions: int
-    block: int
-    device: str
     folder: Path
     checkpoints: Checkpoints
 
@@ -92,22 +98,154 @@ class SampleStream:
         stored = sum(record["images"] for record in self.shards.records) if group.first else 0
         self.start = int(group.agree(stored))
 
-    def __iter__(self) -> Blocks:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         done, logged = self.start, time.monotonic()
-        for pixels, labels in sample(
-            pixels_of(self.source.generate, self.source.codec),
-            self.count,
-            self.source.shape,
-            self.num_conditions,
-            self.seed,
-            self.device,
-            self.source.embeddings,
-            self.block,
-            self.start,
-            processes(),
-        ):
+        for pixels, labels in self.blocks(start=self.start):
             yield pixels, labels
             done += len(pixels)
             if time.monotonic() - logged >= 60:
                 logged = time.monotonic()
                 logger.info("%d of %d samples", done, self.count)
+
+
+class NearestImages:
+    """The generated images that are nearest to a training image, in one extractor's features.
+
+    train: the training part; images of another size are ignored.
+    """
+
+    def __init__(self, extractor: str, reference: Reference, train: Images):
+        self.extractor, self.reference, self.train = extractor, reference, train
+        self.best: dict[str, Tensor] = {}  # pixels, distance and neighbour (in `reference`)
+
+    def add(self, pixels: Tensor, features: Tensor) -> None:
+        if pixels.shape[1:] != self.train.pixels.shape[1:]:
+            return
+        distance, neighbour = (t.cpu() for t in nearest(features, self.reference.features))
+        candidates = {"pixels": pixels, "distance": distance, "neighbour": neighbour}
+        if self.best:
+            candidates = {k: torch.cat([self.best[k], t]) for k, t in candidates.items()}
+        order = candidates["distance"].argsort(stable=True)[:NEAREST]
+        self.best = {name: tensor[order] for name, tensor in candidates.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`closest`: the images, nearest first; `closest_training`: their nearest training images;
+        `closest_distance`: in units of `Reference.typical_nearest` if that is known."""
+        if not self.best:
+            return {}
+        index = self.reference.index[self.best["neighbour"]]
+        return {
+            "closest": self.best["pixels"],
+            "closest_training": self.train.pixels[index],
+            "closest_distance": self.best["distance"] / (self.reference.typical_nearest or 1.0),
+        }
+
+
+class FeatureAccumulator:
+    """Outputs of every extractor for a stream of images.
+
+    attributes: checker of a data set whose prompts name attributes that a program can check.
+    keep: how many images to store themselves, from the first. nearest: which images to search for.
+    stream: where to resume from, and to save to; None: in memory only.
+    """
+
+    def __init__(
+        self,
+        extractors: Sequence[FeatureExtractor],
+        attributes: AttributeChecker | None = None,
+        keep: int = 0,
+        nearest: NearestImages | None = None,
+        stream: SampleStream | None = None,
+    ):
+        self.extractors, self.attributes = extractors, attributes
+        self.keep, self.nearest, self.stream = keep, nearest, stream
+        self.count = self._saved_count = 0
+        # Names: "pixels", "labels", "attributes" and "<extractor>/<output>".
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._saved_parts: dict[str, int] = {}  # how many of the parts are on disk
+        if stream is not None:
+            self._resume()
+
+    def add(self, pixels: Tensor, labels: Tensor | None) -> None:
+        """Process one block: uint8 pixels `(B, C, H, W)`, labels int64 `(B,)`."""
+        for extractor in self.extractors:
+            outputs = extractor.extract(pixels, labels)
+            for name, output in outputs.items():
+                self._parts[f"{extractor.name}/{name}"].append(output)
+            if self.nearest and extractor.name == self.nearest.extractor:
+                self.nearest.add(pixels, outputs["features"])
+        if self.count < self.keep:
+            self._parts["pixels"].append(pixels)
+        if labels is not None:
+            self._parts["labels"].append(labels)
+            if self.attributes:
+                self._parts["attributes"].append(self.attributes.check(pixels, labels))
+        self.count += len(pixels)
+        self._save(ended=False)
+
+    def finish(self) -> None:
+        """Call it when the stream has ended."""
+        self._save(ended=True)
+
+    def _save(self, ended: bool) -> None:
+        """Append everything that is not on disk yet to the stream's shards, if it is time."""
+        images = self.count - self._saved_count
+        if self.stream is None or not images or not self.stream.checkpoints.due(ended):
+            return
+        new = {key: parts[self._saved_parts.get(key, 0) :] for key, parts in self._parts.items()}
+        tensors = {name: torch.cat(parts) for name, parts in new.items() if parts}
+        if self.nearest:
+            tensors |= {f"nearest/{name}": tensor for name, tensor in self.nearest.best.items()}
+        self.stream.shards.append(tensors, images=images)
+        self.stream.checkpoints.saved()
+        self._mark_saved()
+
+    def _resume(self) -> None:
+        for tensors in self.stream.shards:
+            for name, tensor in tensors.items():
+                if name.startswith("nearest/"):
+                    self.nearest.best[name.removeprefix("nearest/")] = tensor
+                else:
+                    self._parts[name].append(tensor)
+        self.count = self.stream.start
+        self._mark_saved()
+
+    def _mark_saved(self) -> None:
+        self._saved_count = self.count
+        self._saved_parts = {name: len(parts) for name, parts in self._parts.items()}
+
+    def images(self) -> dict[str, Tensor]:
+        """`pixels` and `labels` of the first images, and the nearest ones."""
+        names = [name for name in ("pixels", "labels") if self.keep and self._parts[name]]
+        kept = {name: torch.cat(self._parts[name])[: self.keep].clone() for name in names}
+        return kept | (self.nearest.tensors() if self.nearest else {})
+
+    def feature_set(self, name: str, reference: Reference, neighbours: int) -> FeatureSet:
+        """Join an extractor's outputs; call it once per extractor. Blocks are freed as they are
+        joined, so that memory holds all features only once."""
+        # Shards list tensors by name, so that a resumed job has the same order.
+        names = sorted(key for key in self._parts if key.startswith(f"{name}/"))
+        outputs = {key.removeprefix(f"{name}/"): _join(self._parts.pop(key)) for key in names}
+        blocks = outputs["features"].split(BLOCK)  # a mask of all features would double the memory
+        if bad := sum((~block.isfinite().all(dim=1)).sum().item() for block in blocks):
+            message = f"the features of {bad} of {self.count} images are not finite"
+            raise UserError(f"{name}: {message}; are its weights damaged?", "not-finite")
+        labels = torch.cat(self._parts["labels"]) if self._parts["labels"] else None
+        classes = None
+        if self._parts["attributes"]:
+            classes, correct = self.attributes.classes(labels), torch.cat(self._parts["attributes"])
+            outputs["attributes_correct"] = correct.all(dim=1)
+            names = self.attributes.names
+            outputs |= {f"{key}_correct": correct[:, i] for i, key in enumerate(names)}
+        return FeatureSet(outputs, reference, labels, classes, neighbours)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Concatenate parts `(n, ...)`, freeing each part when it is copied; empties the list."""
+    whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole

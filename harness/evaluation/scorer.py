@@ -5,24 +5,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.config.jobs import Scoring
 from harness.data import datasets
-from harness.evaluation.accumulate import FeatureAccumulator, NearestImages
 from harness.evaluation.checks import minimum_samples, small_sample_warning
-from harness.evaluation.estimates import Estimate, mean_over_subsets
-from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.feature_set import Estimate, FeatureSet, mean_over_subsets
 from harness.evaluation.protocol import protocol
-from harness.evaluation.references import load_reference, published_statistics
+from harness.evaluation.references import Reference, load_reference, published_statistics
 from harness.evaluation.registry import METRICS, Metric
-from harness.evaluation.sample_stream import Checkpoints, SampleSource, SampleStream
+from harness.evaluation.sample_stream import (
+    Checkpoints,
+    FeatureAccumulator,
+    NearestImages,
+    SampleSource,
+    SampleStream,
+)
 from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import digest
 from harness.io.records import ScoreRow
+from harness.sampling import pixels_of, sample
 from harness.training.distributed import processes
 
 logger = logging.getLogger(__name__)
@@ -55,7 +62,7 @@ class Scorer:
         datasets.check_sizes(self.dataset, minimum_samples(scoring.evaluation.neighbours))
         self.published = published_statistics(scoring)
         self.extractors: list[FeatureExtractor] = []
-        self.references = {}
+        self.references: dict[str, Reference] = {}  # of the available extractors
         for name, (_, folder) in scoring.extractors.items() if self.first else ():
             extractor = load_extractor(folder, self.dataset, scoring.device)
             self.extractors.append(extractor)
@@ -70,10 +77,6 @@ class Scorer:
         self.checkpoints = Checkpoints(scoring.checkpoint_seconds)
         self.protocols: dict[str, dict] = {}
         self.dimensions: dict[str, int] = {}
-
-    @property
-    def available(self) -> list[FeatureExtractor]:
-        return [extractor for extractor in self.extractors if not extractor.unavailable]
 
     @property
     def labels_known(self) -> bool:
@@ -95,28 +98,31 @@ class Scorer:
         """Sample counts to score at: the main one and the floor's."""
         return list(dict.fromkeys([self.scoring.evaluation.num_samples, self.floor_count]))
 
-    def stream(
-        self, source: SampleSource, seed: int, folder: Path, *identity: object
-    ) -> SampleStream:
-        """The samples of one sampling seed. `folder`: for unfinished work; `identity`: what decides
-        the samples, and what is stored of them, besides the source and the seed."""
-        evaluation, device = self.scoring.evaluation, self.scoring.device
-        key = [*source.hashes, *identity, seed, evaluation.block, self.dataset.sha256]
+    def score_samples(
+        self, source: SampleSource, seed: int, folder: Path, *identity: object, keep: int, **options
+    ) -> Scores:
+        """Score the samples of one sampling seed. `folder`: for unfinished work; `identity`: what
+        decides the samples besides the source and the seed; `options`: see `score`."""
+        block, device = self.scoring.evaluation.block, self.scoring.device
+        key = [*source.hashes, *identity, keep, seed, block, self.dataset.sha256]
         key += [torch.__version__, device]
-        key += [
-            [e.name, e.hashes, e.settings.model_dump(), e.resize, e.details]
-            for e in self.extractors
-        ]
-        return SampleStream(
-            source,
-            seed,
-            max(self.counts),
+        for e in self.extractors:
+            key.append([e.name, e.hashes, e.settings.model_dump(), e.resize, e.details])
+        count, folder = max(self.counts), folder / digest(key)
+        blocks = partial(
+            sample,
+            pixels_of(source.generate, source.codec),
+            count,
+            source.shape,
             self.dataset.num_evaluated,
-            evaluation.block,
+            seed,
             device,
-            folder / digest(key),
-            self.checkpoints,
+            source.embeddings,
+            block,
+            group=processes(),
         )
+        stream = SampleStream(blocks, count, folder, self.checkpoints)
+        return self.score(stream, seed=seed, keep=keep, nearest=keep > 0, **options)
 
     def score(
         self,
@@ -147,13 +153,9 @@ class Scorer:
         if nearest and self.nearest_in is not None:
             reference = self.references[self.nearest_in]
             search = NearestImages(self.nearest_in, reference, self.dataset.train)
-        accumulator = FeatureAccumulator(
-            self.available,
-            self.dataset.attributes,
-            keep,
-            search,
-            blocks if isinstance(blocks, SampleStream) else None,
-        )
+        available = [extractor for extractor in self.extractors if not extractor.unavailable]
+        stream = blocks if isinstance(blocks, SampleStream) else None
+        accumulator = FeatureAccumulator(available, self.dataset.attributes, keep, search, stream)
         for pixels, labels in blocks:
             if labels is None and self.labels_known:  # as `Images` has them without classes
                 labels = torch.zeros(len(pixels), dtype=torch.int64)
@@ -176,8 +178,8 @@ class Scorer:
             elif set(extractor.pretraining) & set(pretraining):
                 flag = "shares-pretraining"
             for metric, count in self._measurements(extractor, features, counts, final):
-                row = self._row(metric, extractor, features, count)
-                result.rows.append(row.model_copy(update={"sample_seed": seed, "flag": flag}))
+                row = self._row(metric, extractor, features, count, sample_seed=seed, flag=flag)
+                result.rows.append(row)
         return result
 
     def _record_dimension(self, name: str, features: FeatureSet, counts: list[int]) -> None:
@@ -185,8 +187,9 @@ class Scorer:
             return
         dim = self.dimensions[name] = features.features.shape[1]
         floor = self.floor_count if len(self.dataset.held_out) else None
-        for count in (count for count in counts if count <= dim):
-            logger.warning(small_sample_warning(name, dim, count, floor))
+        for count in counts:
+            if count <= dim:
+                logger.warning(small_sample_warning(name, dim, count, floor))
 
     def _measurements(
         self,
@@ -197,14 +200,14 @@ class Scorer:
     ) -> list[tuple[Metric, int]]:
         """Each metric that applies to an extractor, with each of its sample counts. For an
         unavailable extractor (no features) these are the metrics that would apply."""
-        without_features = {
-            "reference.features": len(self.dataset.train) > 0,
-            "reference.held_out": len(self.dataset.held_out) > 0,
+        images = {
+            "reference.features": self.dataset.train,
+            "reference.held_out": self.dataset.held_out,
         }
 
         def has(need: str) -> bool:
             if features is None:
-                return without_features.get(need, True)
+                return need not in images or len(images[need]) > 0
             return need in extractor.missing or features.has(need)
 
         metrics = [
@@ -219,15 +222,19 @@ class Scorer:
         return [(METRICS[name], n) for name, n in pairs if n >= METRICS[name].samples_per_dim * dim]
 
     def _row(
-        self, metric: Metric, extractor: FeatureExtractor, features: FeatureSet | None, count: int
+        self,
+        metric: Metric,
+        extractor: FeatureExtractor,
+        features: FeatureSet | None,
+        count: int,
+        **facts: Any,
     ) -> ScoreRow:
         """The number of a metric, or a row with a `status` if a network is unavailable."""
         missing = [extractor.missing[name] for name in metric.requires if name in extractor.missing]
         unavailable = extractor.unavailable or next(iter(missing), None)
         value = Estimate(None, None)
         if unavailable is None:
-            parts = [metric.estimate(subset) for subset in features.subsets(count)]
-            value = mean_over_subsets(parts)
+            value = mean_over_subsets([metric.estimate(s) for s in features.subsets(count)])
         record = protocol(metric, extractor, count, self.dataset, self.scoring, self.published)
         key = digest(record)
         self.protocols[key] = record
@@ -240,4 +247,5 @@ class Scorer:
             leave_out=list(value.leave_out),
             protocol=key,
             status=f"unavailable ({unavailable})" if unavailable else None,
+            **facts,
         )

@@ -14,7 +14,7 @@ from harness.config.jobs import ReferenceScoring, RunScoring
 from harness.evaluation.protocol import fingerprint, reference_fingerprint
 from harness.evaluation.sample_stream import SampleSource, load_decoding
 from harness.evaluation.scorer import Scorer
-from harness.io.artifacts import digest, save_tensors, sha256_file, write_text
+from harness.io import artifacts
 from harness.io.records import (
     Costs,
     File,
@@ -51,30 +51,22 @@ def score_run(job: RunScoring) -> None:
         generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
         source, rows = SampleSource(generate, denoiser.image_shape, *decoding), []
         for seed in evaluation.seeds_of_snapshot(final):
-            keep = evaluation.grid_samples if final and not images else 0
-            scores = scorer.score(
-                scorer.stream(source, seed, _unfinished(job.output), snapshot.sha256, keep),
-                seed=seed,
+            scores = scorer.score_samples(
+                source,
+                seed,
+                _unfinished(job.output),
+                snapshot.sha256,
+                keep=evaluation.grid_samples if final and not images else 0,
                 final=final,
                 trained_against=run.trained_against,
                 pretraining=run.pretraining,
-                keep=keep,
-                nearest=keep > 0,
                 per_image=final and scorer.dataset.prompts is not None,
             )
             rows += scores.rows
             images, per_image[seed] = images or scores.images, scores.per_image
-        entries.append(
-            ScoreEntry(
-                **snapshot.model_dump(include={"grid", "sha256"}),
-                **_costs(snapshot.ledger),
-                snapshot=snapshot.name,
-                final=final,
-                nfe=1,
-                ema=snapshot.ema_half_life,
-                rows=rows,
-            )
-        )
+        facts = snapshot.model_dump(include={"grid", "sha256"}) | _costs(snapshot.ledger)
+        facts |= {"snapshot": snapshot.name, "final": final, "ema": snapshot.ema_half_life}
+        entries.append(ScoreEntry(**facts, nfe=1, rows=rows))
         logger.info("scored %s", snapshot.name)
     facts = {"student": job.student, "seed": job.seed, "weights": run.sha256}
     facts |= {"method": run.method, "contended": run.contended}
@@ -102,13 +94,9 @@ def score_references(job: ReferenceScoring) -> None:
         prompted = name == "teacher" and scorer.dataset.prompts is not None
         count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // source.image_bytes)
         for seed in evaluation.sampling_seeds:
-            keep, folder = 0 if images else max(count, evaluation.grid_samples), job.output
-            stream = scorer.stream(
-                source, seed, _unfinished(folder), teacher.sha256, identity, keep
-            )
-            scores = scorer.score(
-                stream, seed=seed, keep=keep, nearest=keep > 0, per_image=prompted
-            )
+            keep = 0 if images else max(count, evaluation.grid_samples)
+            what = _unfinished(job.output), teacher.sha256, identity
+            scores = scorer.score_samples(source, seed, *what, keep=keep, per_image=prompted)
             rows += scores.rows
             if prompted:
                 per_image[seed] = scores.per_image
@@ -116,9 +104,9 @@ def score_references(job: ReferenceScoring) -> None:
                 images = scores.images
                 stored = {key: images[key][:count] for key in ("pixels", "labels")}
                 images |= {key: images[key][: evaluation.grid_samples] for key in stored}
-        facts = {"student": name, "sha256": teacher.sha256, "nfe": nfe}
+        facts = {"student": name, "sha256": teacher.sha256, "nfe": nfe} | _costs(teacher.ledger)
         facts["ema"] = getattr(job.section, "ema_half_life", None)  # unknown of imported teachers
-        entries.append(ScoreEntry(**common, **facts, **_costs(teacher.ledger), rows=rows))
+        entries.append(ScoreEntry(**common, **facts, rows=rows))
         logger.info("scored %s", name)
     if len(scorer.dataset.held_out):
         blocks = scorer.dataset.held_out.blocks()
@@ -130,7 +118,7 @@ def score_references(job: ReferenceScoring) -> None:
     facts = {"teacher": job.name, "weights": teacher.sha256}
     if scorer.first:
         file = job.output.with_suffix(".kept.safetensors")
-        facts["kept"] = File(file=file.name, sha256=save_tensors(file, stored))
+        facts["kept"] = File(file=file.name, sha256=artifacts.save_tensors(file, stored))
     _write(job.output, scorer, entries, images, per_image, reference_fingerprint(job), **facts)
 
 
@@ -156,16 +144,17 @@ def _write(
         return
     if any(per_image.values()):  # not without an available extractor
         file = path.with_suffix(".prompts.csv")
-        facts["per_image"] = File(file=file.name, sha256=write_per_image(file, per_image))
+        _write_per_image(file, per_image)
+        facts["per_image"] = File(file=file.name, sha256=artifacts.sha256_file(file))
     file = path.with_suffix(".samples.safetensors")
-    samples = Samples(file=file.name, sha256=save_tensors(file, images))
+    samples = Samples(file=file.name, sha256=artifacts.save_tensors(file, images))
     if scorer.nearest_in is not None:
         reference = scorer.references[scorer.nearest_in]
         samples.neighbour_extractor = scorer.nearest_in
         samples.neighbour_rows = len(reference.features)
         samples.neighbour_unit = "held-out median" if reference.typical_nearest else "features"
     ScoreRecord(
-        fingerprint=digest(fingerprint),
+        fingerprint=artifacts.digest(fingerprint),
         entries=entries,
         samples=samples,
         protocols=scorer.protocols,
@@ -175,19 +164,17 @@ def _write(
     shutil.rmtree(_unfinished(path), ignore_errors=True)
 
 
-def write_per_image(path: Path, per_image: PerImage) -> str:
-    """Write a CSV file with one row per image; returns its sha256. The column `prompt` has line
-    numbers of the evaluation prompts, from 0. Image i of a sampling seed has the same noise and
-    prompt for every student."""
+def _write_per_image(path: Path, per_image: PerImage) -> None:
+    """Write a CSV file with one row per image. The column `prompt` has line numbers of the
+    evaluation prompts, from 0. Image i of a sampling seed has the same noise and prompt for every
+    student."""
     import pandas as pd
 
     tables = []
     for seed, columns in per_image.items():
         if columns:
-            table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
-            table.insert(0, "prompt", table.pop("prompt"))
-            table.insert(0, "image", range(len(table)))
-            table.insert(0, "sample_seed", seed)
-            tables.append(table)
-    write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6g"))
-    return sha256_file(path)
+            values = {name: tensor.numpy() for name, tensor in columns.items()}
+            prompts = values.pop("prompt")
+            first = {"sample_seed": seed, "image": range(len(prompts)), "prompt": prompts}
+            tables.append(pd.DataFrame(first | values))
+    artifacts.write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6g"))

@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.evaluation.columns import column_name
-from harness.evaluation.registry import METRICS
+from harness.evaluation.registry import METRICS, column_name
 from harness.features.base import provides
 from harness.io.artifacts import write_text
 from harness.reporting.collect import main_metric_in

@@ -10,9 +10,8 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.columns import column_name
 from harness.evaluation.protocol import fingerprint, reference_fingerprint
-from harness.evaluation.registry import Metric, main_metric
+from harness.evaluation.registry import Metric, column_name, main_metric
 from harness.features.base import provides
 from harness.io.artifacts import digest
 from harness.io.records import FeatureRecord, ScoreRecord, StudentRecord, TeacherRecord

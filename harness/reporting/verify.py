@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.columns import column_name
+from harness.evaluation.registry import column_name
 from harness.io.artifacts import digest
 from harness.io.records import ScoreRow, TeacherRecord
 from harness.reporting.collect import reference_scores

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from harness.data.registry import attribute_names
-from harness.evaluation.estimates import Estimate, jackknife, mean_estimate, without_each_group
-from harness.evaluation.feature_set import FeatureSet
+from harness.evaluation.feature_set import (
+    Estimate,
+    FeatureSet,
+    jackknife,
+    mean_estimate,
+    without_each_group,
+)
 from harness.evaluation.registry import register
 
 SPLITS = 10  # of all published Inception Scores; the number of splits biases the score
@@ -33,9 +39,8 @@ def _score(probabilities: Tensor) -> float:
 def inception_score(features: FeatureSet) -> Estimate:
     probabilities = features.outputs["probabilities"]
     n = len(probabilities)
-    values = torch.tensor(
-        [_score(probabilities[i * n // SPLITS : (i + 1) * n // SPLITS]) for i in range(SPLITS)]
-    )
+    ends = [i * n // SPLITS for i in range(SPLITS + 1)]
+    values = torch.tensor([_score(probabilities[a:b]) for a, b in pairwise(ends)])
     return Estimate(values.mean().item(), (values.std() / math.sqrt(SPLITS)).item())
 
 

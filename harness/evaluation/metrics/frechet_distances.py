@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from harness.evaluation.estimates import Estimate
-from harness.evaluation.feature_set import FeatureSet
-from harness.evaluation.registry import register
+from harness.evaluation.feature_set import Estimate, FeatureSet
+from harness.evaluation.registry import FRECHET, register
 from harness.streams import Stream
 
-LABELS = {
-    "fd": "Fréchet distance",
-    "fid-edm": "FID, EDM's protocol",  # Karras et al. 2022
-    "fid-clean": "FID, clean-fid",  # Parmar et al. 2022
-    "fid-legacy-tensorflow": "FID, clean-fid's legacy_tensorflow",  # Inception's own resize
-    "fid-coco": "FID, COCO at 256 px",  # Kang et al. 2023 (GigaGAN) and text-to-image papers
-    "fid-patch": "Patch FID",  # Chai et al. 2022: the centre of large images, not resized
-}
-
-
-def frechet(features: FeatureSet) -> Estimate:
-    return features.frechet
-
-
-for _name, _label in LABELS.items():
-    register(_name, _label, False, (_name,), ("reference.statistics",), covariance="N-1")(frechet)
-
-
 SIZES = 10
+
+for _name, _label in FRECHET.items():
+    register(_name, _label, False, (_name,), ("reference.statistics",), covariance="N-1")(
+        lambda features: features.frechet
+    )
 
 
 @register(
@@ -54,11 +40,8 @@ def frechet_infinity(features: FeatureSet) -> Estimate:
     shuffled, line = features.features[order], []
     for parts in range(1, SIZES + 1):
         size = n // parts
-        values = [
-            features.reference.frechet(shuffled[start : start + size])
-            for start in range(0, size * parts, size)
-        ]
-        line.append((1 / size, sum(values) / parts))
+        subsets = shuffled[: size * parts].split(size)
+        line.append((1 / size, sum(map(features.reference.frechet, subsets)) / parts))
     x, y = torch.tensor(line, dtype=torch.float64).T
     slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
     return Estimate((y.mean() - slope * x.mean()).item(), features.frechet.stderr)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from harness.evaluation.estimates import Estimate, mean_estimate
-from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, PAIRWISE_LIMIT, FeatureSet
+from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, Estimate, FeatureSet, mean_estimate
+from harness.evaluation.references import PAIRWISE_LIMIT
 from harness.evaluation.registry import register
 
 _register = partial(

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from harness.evaluation.estimates import Estimate, mean_estimate
-from harness.evaluation.feature_set import FeatureSet
+from functools import partial
+
+from harness.evaluation.feature_set import Estimate, FeatureSet, mean_estimate
 from harness.evaluation.registry import register
 
+_plain = partial(register, label="CLIP score", higher_is_better=True, needs=("text_similarity",))
 
-@register(
-    "clip-score",
-    "CLIP score",
-    True,
-    ("text_similarity", "short-captions"),
-    ("text_similarity",),
-    scale=100,
-)
-@register(
+
+@_plain("clip-score", requires=("text_similarity", "short-captions"), scale=100)
+@_plain(
     "clip-score-100-plain",
-    "CLIP score",
-    True,
-    ("text_similarity", "prefixed_similarity"),
-    ("text_similarity",),
+    requires=("text_similarity", "prefixed_similarity"),
     scale="100 max(cos, 0)",
     prefix="none",
 )
@@ -45,11 +38,12 @@ def clip_score_depicts(features: FeatureSet) -> Estimate:
     return mean_estimate(2.5 * features.outputs["prefixed_similarity"].clamp_min(0))
 
 
-for _output, _name, _label, _settings in (
-    ("aesthetic_v1", "aesthetic-v1", "Aesthetic, LAION v1", {}),
-    ("aesthetic_v2", "aesthetic-v2", "Aesthetic, LAION v2", {}),
-    ("aesthetic", "aesthetic", "Aesthetic (legibility)", {"scale": "0-10"}),
+for _name, _label, _settings in (
+    ("aesthetic-v1", "Aesthetic, LAION v1", {}),
+    ("aesthetic-v2", "Aesthetic, LAION v2", {}),
+    ("aesthetic", "Aesthetic (legibility)", {"scale": "0-10"}),
 ):
+    _output = _name.replace("-", "_")
     register(_name, _label, True, (_output,), **_settings)(
         lambda features, output=_output: mean_estimate(features.outputs[output])
     )

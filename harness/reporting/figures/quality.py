@@ -8,8 +8,7 @@ import altair as alt
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.evaluation.columns import column_name
-from harness.evaluation.registry import FRECHET, METRICS
+from harness.evaluation.registry import FRECHET, METRICS, column_name
 from harness.reporting.collect import main_column, main_metric_in
 from harness.reporting.figures import charts
 from harness.reporting.formatting import number_text

@@ -21,8 +21,7 @@ from markupsafe import Markup, escape
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.columns import column_name
-from harness.evaluation.registry import METRICS
+from harness.evaluation.registry import METRICS, column_name
 from harness.io.artifacts import write_text
 from harness.reporting.claims import multiplicity_note
 from harness.reporting.collect import (

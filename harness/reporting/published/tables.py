@@ -15,7 +15,7 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.columns import column_name
+from harness.evaluation.registry import column_name
 from harness.io.artifacts import write_text
 from harness.method import METHODS
 from harness.reporting.collect import collect

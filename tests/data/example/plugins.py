@@ -17,7 +17,7 @@ from torch.nn.functional import embedding, silu
 from harness.config.schema import FeatureSettings
 from harness.data.registry import DATASETS, DataSource, split
 from harness.denoiser import EDMDenoiser
-from harness.evaluation.estimates import mean_estimate
+from harness.evaluation.feature_set import mean_estimate
 from harness.evaluation.registry import register
 from harness.features.base import FEATURES, FeatureExtractor
 from harness.io.records import FeatureRecord
