@@ -1,11 +1,11 @@
-"""Speed of the evaluation against the libraries it agrees with.
+"""Compare the speed of the evaluation with the libraries that it agrees with.
 
     python benchmarks/evaluation.py [--threads 2] [--dim 2048] [--images 2000] [--network inception]
 
-Prints two ratios (above 1: this project is faster). From covariances to the Fréchet distance,
-against `scipy.linalg.sqrtm`, which clean-fid and older programs take. And from images on disk to
-Fréchet distance, kernel distance, class score, precision and recall, against torch-fidelity, for
-the same definitions and through the same network; its weights are random, which changes no time.
+Prints two kinds of ratios (above 1: this project is faster). From covariances to the Fréchet
+distance, against `scipy.linalg.sqrtm`, which clean-fid and older programs use. From images on disk
+to Fréchet distance, kernel distance, class score, precision and recall, against torch-fidelity with
+the same definitions and the same network. Its weights are random; speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def timed(compute: Callable, repeats: int) -> tuple[float, object]:
 
 
 def distances(dim: int, repeats: int) -> list[list]:
-    """Rows of the first ratio: full covariances, and fewer samples than dimensions."""
+    """Rows of Fréchet distances: full covariances, and fewer samples than dimensions."""
     from scipy.linalg import sqrtm
 
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def distances(dim: int, repeats: int) -> list[list]:
         return ((mean1 - mean2).square().sum() + trace).item()
 
     rows = []
-    for name, ours, theirs in (
+    for name, compute, compute_reference in (
         (f"{dim} features", lambda: frechet_distance(*one, *two), lambda: with_sqrtm(*one, *two)),
         (
             f"{dim} features, {len(few)} samples",
@@ -64,24 +64,25 @@ def distances(dim: int, repeats: int) -> list[list]:
             lambda: with_sqrtm(*gaussian_statistics(few), *two),
         ),
     ):
-        mine, value = timed(ours, repeats)
-        other, reference = timed(theirs, repeats)
-        rows.append([name, mine, other, f"{other / mine:.1f}", abs(value / reference - 1)])
+        seconds, value = timed(compute, repeats)
+        reference_seconds, reference = timed(compute_reference, repeats)
+        ratio = f"{reference_seconds / seconds:.1f}"
+        rows.append([name, seconds, reference_seconds, ratio, abs(value / reference - 1)])
     return rows
 
 
-def stand_in(name: str, size: int) -> FeatureExtractor:
-    """An extractor with random weights, of images of a size."""
+def random_extractor(name: str, size: int) -> FeatureExtractor:
+    """An extractor with random weights for `size` x `size` images."""
     torch.manual_seed(0)
     raw = {"type": name} if name == "inception" else {"type": name, "images": 1}
-    settings, dataset = parse_settings(raw), stand_in_dataset(size)
+    settings, dataset = parse_settings(raw), empty_dataset(size)
     return FEATURES[name](name, settings, FEATURES[name](name, settings).build(dataset))
 
 
-def stand_in_dataset(size: int) -> Dataset:
-    """No images, but their shape and ten classes."""
-    none = Images(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0))
-    return Dataset("none", none, none, tuple("0123456789"), "")
+def empty_dataset(size: int) -> Dataset:
+    """A data set of ten classes without images."""
+    empty = Images(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0))
+    return Dataset("none", empty, empty, tuple("0123456789"), "")
 
 
 def read(folder: Path) -> Images:
@@ -94,30 +95,31 @@ def read(folder: Path) -> Images:
 
 
 def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
-    """The row of the second ratio."""
-    extractor = stand_in(name, size)
+    """The row of all metrics, from image files."""
+    extractor = random_extractor(name, size)
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / part for part in ("generated", "real")]
-        for place in folders:
+        for target in folders:
             pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator)
-            write_images(pixels.to(torch.uint8), place)
+            write_images(pixels.to(torch.uint8), target)
 
-        def ours() -> dict:
+        def compute() -> dict:
             return ImagePair.extract(extractor, *map(read, folders), neighbours=3).values()
 
         pair = ImagePair.extract(extractor, *map(read, folders), neighbours=3)
         hooked, options = register_in_torch_fidelity(pair)
 
-        def theirs() -> dict:
-            # Its own way to read images: four processes.
+        def compute_reference() -> dict:
+            # torch-fidelity reads images in four processes.
             return torch_fidelity_values(folders, hooked, **options | {"save_cpu_ram": False})
 
-        mine, values = timed(ours, repeats)
-        other, found = timed(theirs, repeats)
+        seconds, values = timed(compute, repeats)
+        reference_seconds, reference = timed(compute_reference, repeats)
     distance = next(v for k, v in values.items() if k == "fd" or k.startswith("fid-"))
-    agreement = abs(distance / found["frechet_inception_distance"] - 1)
-    return [f"{count} + {count} images, {name}", mine, other, f"{other / mine:.1f}", agreement]
+    agreement = abs(distance / reference["frechet_inception_distance"] - 1)
+    ratio = f"{reference_seconds / seconds:.1f}"
+    return [f"{count} + {count} images, {name}", seconds, reference_seconds, ratio, agreement]
 
 
 def main() -> None:
@@ -132,7 +134,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = distances(args.dim, args.repeats)
     rows.append(end_to_end(args.network, args.images, args.size, args.repeats))
-    header = ["what", "here, s", "library, s", "ratio", "relative difference"]
+    header = ["task", "this project, s", "library, s", "ratio", "relative difference"]
     form = ("", ".3g", ".3g", "", ".1e")
     print(tabulate(rows, header, tablefmt="github", floatfmt=form, disable_numparse=[3]))
     print(f"{args.threads} threads; libraries: scipy.linalg.sqrtm, torch-fidelity")

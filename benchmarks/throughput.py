@@ -199,7 +199,7 @@ def main() -> None:
         f"{experiment.name}: {experiment.device}, {args.threads} thread(s), torch "
         f"{torch.__version__}; matmul peak {peak / 1e9:.1f} GFLOP/s ({product})\n"
     )
-    headers = ("student", "batch", "images/s", "MFLOPs/image", "share of peak")
+    headers = ("student", "batch", "images/s", "MFLOPs/image", "fraction of peak")
     headers += tuple("× with " + " + ".join(s) for s in sets)
     headers += ("× the plain loop",) if PLAIN in args.compare else ()
     table = [
