@@ -19,9 +19,6 @@ from harness.workflow.machine import is_first, launched, relaunch
 
 logger = logging.getLogger(__name__)
 
-# Where the names of students, teachers, ... in the arguments are defined.
-SECTIONS = {"student": "students", "teacher": "teachers"}
-SECTIONS |= {"features": "features", "pairs": "pair_sets"}
 ARGUMENTS = {
     "seed": {"type": int, "help": "training seed"},
     "file": {"type": Path},
@@ -32,9 +29,9 @@ ARGUMENTS = {
     "--partial": {"action": "store_true", "help": "show missing runs as failed"},
     "--tflops": {"type": float, "default": 100.0, "help": "sustained TFLOP/s"},
     "--out": {"type": Path, "help": "write all columns to this CSV file"},
+    "--configfile": {"type": Path, "default": "configs/digits.yaml", "help": "experiment file"},
 }
 COMMANDS = {}
-DISK_FULL = "No space left on device"
 OUT_OF_MEMORY = (
     "For training, reduce training.micro_batch, or set gradient_checkpointing or lora; for "
     "sampling and pairs, reduce evaluation.block."
@@ -45,13 +42,6 @@ def call(name: str, *args, **options):
     """Import and call `harness.<name>`, so that a command loads only the libraries it needs."""
     module, _, function = name.rpartition(".")
     return getattr(importlib.import_module(f"harness.{module}"), function)(*args, **options)
-
-
-def check_name(args: argparse.Namespace, argument: str, known) -> None:
-    name = getattr(args, argument, None)
-    if name is not None and name not in known:
-        hint = did_you_mean(name, known)
-        raise UserError(f"unknown {argument} {name!r}{hint}", "unknown-name")
 
 
 def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = True):
@@ -67,8 +57,19 @@ def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = 
                 experiment = call("validation.load_snapshot", args.configfile)
             else:
                 experiment = call("validation.load_experiment", args.configfile, files=files)
-            for argument, section in SECTIONS.items():
-                check_name(args, argument, getattr(experiment, section))
+            rows = ["teacher", *experiment.students]
+            for argument, kind, names in (
+                ("student", "student", experiment.students),
+                ("teacher", "teacher", experiment.teachers),
+                ("features", "feature network", experiment.features),
+                ("pairs", "pair set", experiment.pair_sets),
+                ("a", "student", rows),
+                ("b", "student", rows),
+            ):
+                name = getattr(args, argument, None)
+                if name is not None and name not in names:
+                    hint = did_you_mean(name, names)
+                    raise UserError(f"unknown {kind} {name!r}{hint}", "unknown-name")
             function(experiment, args)
 
         run.help, run.arguments = help, arguments.split() + ["--configfile"] * configfile
@@ -94,13 +95,10 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
             experiment.check_device()
             if many:
                 relaunch(experiment.processes(_batch(experiment, args)), args.argv)
-            made, folder = _target(experiment, args)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(logs.run_name(made))
-                if folder:
-                    stack.enter_context(record_failure(folder, label or made))
-                if slot:
-                    stack.enter_context(machine_slot())
+            name, folder = _product(experiment, args)
+            none = contextlib.nullcontext()
+            record = record_failure(folder, label or name) if folder else none
+            with logs.run_name(name), record, machine_slot() if slot else none:
                 function(experiment, args)
 
         run.__name__ = function.__name__
@@ -109,16 +107,16 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
     return decorate
 
 
-def _target(experiment, args: argparse.Namespace) -> tuple[str, Path | None]:
+def _product(experiment, args: argparse.Namespace) -> tuple[str, Path | None]:
     """Name and folder of what a stage makes; ("", None) for one that makes no folder."""
+    paths = experiment.paths
     if args.command == "data":
-        return "data", experiment.paths.data
+        return "data", paths.data
     if hasattr(args, "student"):
-        folder = experiment.paths.run(args.student, args.seed)
-        return f"{args.student}/seed{args.seed}", folder
+        return f"{args.student}/seed{args.seed}", paths.run(args.student, args.seed)
     for kind in ("features", "teacher", "pairs"):
         if name := getattr(args, kind, None):
-            return f"{kind} {name}", getattr(experiment.paths, kind)(name)
+            return f"{kind} {name}", getattr(paths, kind)(name)
     return "", None
 
 
@@ -149,9 +147,7 @@ def teacher(experiment, args):
 
 @stage("generate a set of teacher pairs", "pairs", slot=False, many=True)
 def pairs(experiment, args):
-    slot = machine_slot(exclusive=experiment.exclusive)
-    with call("training.distributed.processes").leading(slot) as exclusive:
-        call("teachers.pairs.make_pairs", experiment.pair_job(args.pairs), exclusive)
+    call("teachers.pairs.make_pairs", experiment.pair_job(args.pairs))
 
 
 @stage("distil one student", "student seed", label="training", slot=False, many=True)
@@ -215,8 +211,6 @@ def plan(experiment, args):
 
 @tool("compare two students prompt by prompt", "a b --seed")
 def prompts(experiment, args):
-    for argument in ("a", "b"):
-        check_name(args, argument, ["teacher", *experiment.students])
     call("reporting.prompt_comparison.print_prompts", experiment, args.a, args.b, args.seed)
 
 
@@ -263,13 +257,11 @@ def methods(args):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="harness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    default = {"type": Path, "default": Path("configs/digits.yaml"), "help": "experiment file"}
-    options = ARGUMENTS | {"--configfile": default}
     for name, run in COMMANDS.items():
         sub = commands.add_parser(name, help=run.help, description=run.help)
         for argument in run.arguments:
             optional = {"nargs": "?"} if argument.endswith("?") else {}
-            sub.add_argument(argument.rstrip("?"), **options.get(argument, optional))
+            sub.add_argument(argument.rstrip("?"), **ARGUMENTS.get(argument, optional))
     return parser
 
 
@@ -280,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     logs.configure(logging.INFO if is_first() else logging.ERROR)
     if not sys.stderr.isatty() and not launched():  # a log file begins with its command
         logger.info("python -m harness %s", shlex.join(args.argv))
-    prefix = "error: " if is_first() else f"process {os.environ['RANK']}: error: "
+    process = "" if is_first() else f"process {os.environ['RANK']}: "
     try:
         COMMANDS[args.command](args)
         return 0
@@ -293,9 +285,9 @@ def main(argv: list[str] | None = None) -> int:
             message = str(error)
         elif type(error).__name__ == "OutOfMemoryError":
             message += f"\n{OUT_OF_MEMORY}"
-        elif DISK_FULL in str(error):
+        elif "No space left on device" in str(error):
             message += "; free some space and repeat the command"
         else:
             raise
-        print(f"{prefix}{message}", file=sys.stderr)
+        print(f"{process}error: {message}", file=sys.stderr)
         return 2

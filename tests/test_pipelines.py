@@ -232,7 +232,7 @@ def test_embeddings_are_stored_once(both, tmp_path, monkeypatch, caplog):
     file.write_text("\n".join(texts))
     prompts = read_prompts(file)
     embeddings = embed_prompts(encoder, prompts, tmp_path / "text")
-    assert f"1 of 10 prompts are longer than the {encoder.limit} tokens" in caplog.text
+    assert f"truncated 1 of 10 prompts to the {encoder.limit} tokens" in caplog.text
     assert len(embeddings) == 10
     rows = embeddings(torch.tensor([9, 0, 5]))
     expected = encoder.encode([texts[i] for i in (9, 0, 5)])

@@ -7,7 +7,6 @@ image in one step.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +17,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from harness.config.jobs import StudentRun, TeacherJob
+from harness.config.schema import ImportedTeacher
 from harness.data import datasets
 from harness.denoiser import EDMDenoiser, one_step
 from harness.errors import UserError
-from harness.io.artifacts import atomic_folder, read_json
+from harness.io.artifacts import atomic_folder, read_json, write_json
 from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
 from harness.networks import BACKBONES, denoiser_record, load_denoiser
 from harness.networks.vp import VPDenoiser
@@ -34,13 +34,10 @@ OTHER_PARTS = ("text_encoder", "tokenizer", "vae")  # copied from the teacher's 
 
 
 def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> EulerDiscreteScheduler:
-    """A stock scheduler whose only step goes from the level of `sigma_init` to the clean image.
-
-    Its schedule ends at that level, where the first timestep of a one-step "trailing" schedule is.
-    """
+    """A stock scheduler whose only step goes from the level of `sigma_init` to the clean image: its
+    schedule ends at that level, where a one-step "trailing" schedule begins."""
     schedule = EulerDiscreteScheduler(**student.schedule)
-    sigma = torch.tensor([student.level(sigma_init)])
-    time = int(student.time(sigma))
+    time = int(student.time(torch.tensor([student.level(sigma_init)])))
     return EulerDiscreteScheduler(
         num_train_timesteps=time + 1,
         trained_betas=schedule.betas[: time + 1].tolist(),
@@ -58,8 +55,8 @@ class OneStepOutput(BaseOutput):
 class OneStepPipeline(DiffusionPipeline):
     """A one-step student with EDM's preconditioning: `pipe(class_labels=[3, 7]).images`.
 
-    network: the backbone. sigma_init: the noise level at which the student is evaluated. The other
-    arguments are its preconditioning (`harness.denoiser.EDMDenoiser`).
+    sigma_init: the noise level at which the student is evaluated. The other arguments are of
+    `harness.denoiser.EDMDenoiser`.
     """
 
     def __init__(
@@ -96,12 +93,12 @@ class OneStepPipeline(DiffusionPipeline):
         class_labels: random by default if the student has classes. latents: standard normal
         `(B, C, H, W)`, random by default.
         """
-        denoiser, classes = self.denoiser, self.config.num_classes
+        denoiser, classes, device = self.denoiser, self.config.num_classes, self.network.device
         if class_labels is None and classes:
             count = num_images if latents is None else len(latents)
             class_labels = torch.randint(classes, (count,), generator=generator)
         if class_labels is not None:
-            class_labels = torch.as_tensor(class_labels)
+            class_labels = torch.as_tensor(class_labels).to(device)
             if not classes:
                 raise ValueError("this student has no classes")
             if class_labels.min() < 0 or class_labels.max() >= classes:
@@ -109,12 +106,9 @@ class OneStepPipeline(DiffusionPipeline):
             num_images = len(class_labels)
         if latents is None:
             latents = torch.randn(num_images, *denoiser.image_shape, generator=generator)
-        condition = None if class_labels is None else class_labels.to(self.network.device)
-        x = one_step(denoiser, latents.to(self.network.device), condition, self.config.sigma_init)
+        x = one_step(denoiser, latents.to(device), class_labels, self.config.sigma_init)
         images = (x / 2 + 0.5).clip(0, 1).cpu()
-        if output_type == "pt":
-            return OneStepOutput(images=images)
-        return OneStepOutput(images=_pil(images))
+        return OneStepOutput(images=images if output_type == "pt" else _pil(images))
 
 
 def _pil(images: Tensor) -> list:
@@ -132,18 +126,24 @@ def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: P
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists; choose a new or empty folder", "exists")
+    name, model = run.student.name, run.folder / "model"
     record = StudentRecord.read(run.folder / "student.json")
-    denoiser = load_denoiser(run.folder / "model", record.sha256, owner=run.folder)
-    sigma_init = denoiser_record(run.folder / "model")["sigma_init"]
+    denoiser = load_denoiser(model, record.sha256, owner=run.folder)
+    sigma_init = denoiser_record(model)["sigma_init"]
     card = model_card(run, teacher, record, scores)
     stock = isinstance(denoiser, VPDenoiser)
     if denoiser.text_width and not stock:
         raise UserError(
-            f"{run.student.name} needs the experiment's own text encoder, which is not part of a "
-            "pipeline; text-to-image students can be exported if their teacher is a pipeline",
+            f"{name} needs the experiment's own text encoder, which is not part of a pipeline; "
+            "text-to-image students can be exported if their teacher is a pipeline",
             "not-exportable",
         )
-    source = _source_pipeline(teacher) if stock else None
+    if stock:
+        source = PipelineFolder(Path(teacher.section.source).expanduser())
+        imported = TeacherRecord.read(teacher.folder / "teacher.json").imported
+        if source.sha256() != imported["sha256"]:
+            message = f"{source.folder} is not the pipeline that teacher {teacher.name} was "
+            raise UserError(f"{message}imported from", "checksum")
     with atomic_folder(folder) as temporary:
         if stock:
             _write_stock(denoiser, sigma_init, source, temporary)
@@ -151,16 +151,6 @@ def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: P
             pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
             pipeline.save_pretrained(temporary, safe_serialization=True)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-def _source_pipeline(teacher: TeacherJob) -> PipelineFolder:
-    """The pipeline that a teacher was imported from; a `UserError` if it has changed."""
-    folder = Path(teacher.section.source).expanduser()
-    pipeline = PipelineFolder(folder)
-    if pipeline.sha256() != TeacherRecord.read(teacher.folder / "teacher.json").imported["sha256"]:
-        message = f"{folder} is not the pipeline that teacher {teacher.name} was imported from"
-        raise UserError(message, "checksum")
-    return pipeline
 
 
 def _write_stock(
@@ -177,9 +167,9 @@ def _write_stock(
     new = {key: value for key, value in index.items() if key.startswith("_") or key in parts}
     new["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
     if "safety_checker" in index:
-        new |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        new |= {key: [None, None] for key in ("safety_checker", "feature_extractor")}
         new["requires_safety_checker"] = False
-    (folder / "model_index.json").write_text(json.dumps(new, indent=2) + "\n")
+    write_json(folder / "model_index.json", new)
 
 
 CARD = """\
@@ -187,13 +177,21 @@ CARD = """\
 {{ card_data }}
 ---
 
-# {{ student }}: a one-step student of {{ teacher }}
+# {{ record.student }}: a one-step student of {{ teacher }}
 
 Distilled with `{{ record.method }}` ({{ record.paper }}), training seed {{ record.seed }} of the
 experiment `{{ record.experiment }}`. It generates an image in one network evaluation.
 
 ```python
-{{ usage }}
+{% if dataset.prompts %}from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{{ name }}")
+image = pipe("a lighthouse at dusk", num_inference_steps=1, guidance_scale=0).images[0]
+{%- else %}from harness import OneStepPipeline
+
+pipe = OneStepPipeline.from_pretrained("{{ name }}")
+images = pipe({{ "class_labels=[0, 1]" if dataset.num_classes else "num_images=4" }}).images
+{%- endif %}
 ```
 
 | | |
@@ -216,19 +214,10 @@ quantisation, resize, library): compare only values for which all three are equa
 
 Deviations from the paper: {{ record.deviations | join("; ") or "none" }}.
 
-{{ licence }}
+{% if imported %}The weights were initialised from the teacher, so its licence \
+({{ licence or "see its source" }}) applies.
+{%- else %}The weights were trained from this data only.{% endif %}
 """
-
-USAGE = """\
-from harness import OneStepPipeline
-
-images = OneStepPipeline.from_pretrained("{folder}")({arguments}).images"""
-
-STOCK_USAGE = """\
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{folder}")
-image = pipe("a lighthouse at dusk", num_inference_steps=1, guidance_scale=0).images[0]"""
 
 
 def model_card(run: StudentRun, teacher: TeacherJob, record: StudentRecord, scores: Path) -> str:
@@ -237,53 +226,47 @@ def model_card(run: StudentRun, teacher: TeacherJob, record: StudentRecord, scor
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     dataset, data = datasets.load(run.data, images=False), teacher.data_section.name
-    name, source = f"{run.experiment}-{run.student.name}", getattr(teacher.section, "source", None)
-    task, usage = "unconditional-image-generation", USAGE
-    if dataset.prompts:
-        task, usage = "text-to-image", STOCK_USAGE
+    name, origin = f"{run.experiment}-{run.student.name}", teacher.name
+    task = "text-to-image" if dataset.prompts else "unconditional-image-generation"
     table = _mean_scores(scores, record.sha256)
+    results = [
+        EvalResult(task, data, data, row.pop("metric"), row.pop("mean"), metric_args=row)
+        for row in table.to_dict("records")
+    ]
     card_data = ModelCardData(
         model_name=name,
         library_name="diffusers",
         pipeline_tag=task,
         tags=["one-step-diffusion", record.method],
-        eval_results=[
-            EvalResult(task, data, data, row.pop("metric"), row.pop("mean"), metric_args=row)
-            for row in table.to_dict("records")
-        ]
-        or None,
+        eval_results=results or None,
     )
-    licence = "The weights were trained from this data only."
-    if source is not None:
-        card_data.base_model, card_data.license = Path(source).name, _licence(source)
-        licence = (
-            "The weights were initialised from the teacher, so its licence "
-            f"({card_data.license or 'see its source'}) applies."
-        )
+    if imported := isinstance(teacher.section, ImportedTeacher):
+        source = Path(teacher.section.source)
+        origin += f" ({source.name})"
+        card_data.base_model, card_data.license = source.name, _licence(source)
     card = ModelCard.from_template(
         card_data,
         template_str=CARD,
-        student=run.student.name,
-        teacher=teacher.name if source is None else f"{teacher.name} ({Path(source).name})",
+        name=name,
+        teacher=origin,
         record=record,
+        dataset=dataset,
         data=data,
+        imported=imported,
+        licence=card_data.license,
         scores=table.to_markdown(index=False, floatfmt=".4g") if len(table) else "",
-        usage=usage.format(
-            folder=name, arguments="class_labels=[0, 1]" if dataset.num_classes else "num_images=4"
-        ),
-        licence=licence,
     )
     return str(card)
 
 
-def _licence(source: str) -> str | None:
+def _licence(source: Path) -> str | None:
     """The licence in the model card of a teacher's folder, if it has one."""
     from huggingface_hub import ModelCard
 
-    path = Path(source).expanduser() / "README.md"
-    return (
-        ModelCard.load(path, ignore_metadata_errors=True).data.license if path.is_file() else None
-    )
+    path = source.expanduser() / "README.md"
+    if not path.is_file():
+        return None
+    return ModelCard.load(path, ignore_metadata_errors=True).data.license
 
 
 def _mean_scores(path: Path, sha256: str) -> pandas.DataFrame:

@@ -22,8 +22,8 @@ class Inputs:
     """Inputs of a student's training.
 
     features, backbones, lpips: what the method requires. embeddings: map prompt numbers to
-    conditions. charge: name, cost and seconds of the teacher pairs. hashes: of everything that came
-    from a file. shared_machine: the pairs' seconds were measured while other work was running.
+    conditions. charge: name, cost and seconds of the teacher pairs. hashes: of what came from
+    files. shared_machine: other work ran while the pairs' seconds were measured.
     """
 
     dataset: Dataset

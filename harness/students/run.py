@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from harness.config.jobs import StudentRun
 from harness.context import TrainingData
 from harness.data.datasets import placed, placement
@@ -32,9 +30,8 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
 
     student, config, needs = run.student, run.student.settings, run.student.requirements
     with seeded(run.seed):
-        features = FeatureMaps(inputs.features) if inputs.features else None
-        features = features or inputs.backbones or inputs.lpips
-        method = METHODS[student.method](config, inputs.teacher, features)
+        features = FeatureMaps(inputs.features) if inputs.features else inputs.backbones
+        method = METHODS[student.method](config, inputs.teacher, features or inputs.lpips)
         auxiliary = method.networks()
     network = clone_denoiser(inputs.teacher)
     set_dropout(network, 0.0)  # a generator has none; its teacher may have been trained with some
@@ -87,19 +84,14 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
 
 
 def describe(run: StudentRun) -> dict:
-    """The part of student.json that is known before training.
-
-    `trained_against`: networks of the loss, which may not score this student without a flag.
-    `pretraining`: the data that these were pretrained on, which a metric's network may share.
-    """
+    """The part of student.json that is known before training."""
     from harness.features.timm_backbones import pretraining_set
 
     student, needs = run.student, run.student.requirements
     method = METHODS[student.method]
     against = [needs.features] if needs.features else []
     against += [f"timm/{name}" for name in needs.backbones] + ["lpips-vgg"] * needs.lpips
-    pretraining = {pretraining_set(name) for name in needs.backbones}
-    pretraining |= {"imagenet-1k"} if needs.lpips else set()
+    pretraining = {*map(pretraining_set, needs.backbones), *["imagenet-1k"] * needs.lpips}
     adapters = [f"LoRA of rank {student.lora.rank}"] if student.lora else []
     settings, defaults = student.settings.model_dump(), method.Config().model_dump()
     return {
@@ -113,7 +105,7 @@ def describe(run: StudentRun) -> dict:
         "settings": settings,
         "changed_settings": {k: v for k, v in settings.items() if v != defaults[k]},
         "freeze": student.freeze,
-        **({"lora": student.lora.model_dump(exclude_none=True)} if student.lora else {}),
+        "lora": student.lora and student.lora.model_dump(exclude_none=True),
         "teacher": student.teacher,
         "trained_against": against,
         "pretraining": sorted(pretraining),
@@ -123,16 +115,8 @@ def describe(run: StudentRun) -> dict:
     }
 
 
-def _parameters(network: nn.Module) -> dict:
-    """Parameters of the exported network, and the fraction that was frozen."""
-    total = parameter_count(network)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return {"parameters": total, "frozen_fraction": max(0.0, 1 - trained / total)}
-
-
 def train_student(run: StudentRun) -> StudentRecord | None:
-    """Train a run to its budget, write `student.json`, and return the record (in the first
-    process)."""
+    """Train a run to its budget and write `student.json`; the first process returns the record."""
     group, slot = processes(), machine_slot(exclusive=run.exclusive)
     with group.leading(run_lock(run.folder)), group.leading(slot) as exclusive:
         inputs = load_inputs(run)
@@ -152,10 +136,14 @@ def train_student(run: StudentRun) -> StudentRecord | None:
         if not group.first:
             return None
         link(run.folder / "model", folder / "snapshots" / outcome.snapshots[-1]["name"])
+        network = make().networks["student"]
+        parameters = parameter_count(network)
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         record = StudentRecord(
             fingerprint=digest([run.fingerprint, run.budget]),
             **describe(run),
-            **_parameters(make().networks["student"]),
+            parameters=parameters,
+            frozen_fraction=max(0.0, 1 - trained / parameters),
             **outcome.record(run_id),
             inputs=inputs.hashes,
             snapshots=outcome.snapshots,

@@ -32,7 +32,10 @@ def check(
         if isinstance(teacher, ImportedTeacher):
             problems += _check_imported(key, teacher, data, files)
         else:
-            problems += _check_trained(key, teacher, data, features, feature_names)
+            problems += _check_trained(key, teacher, data)
+            if data is not None and data.prompts is None:
+                captioned = has_captions(data)
+                problems += _check_captions(key, teacher, captioned, features, feature_names)
     return problems
 
 
@@ -48,16 +51,11 @@ def _check_imported(
     key: str, teacher: ImportedTeacher, data: DataSection | None, files: bool
 ) -> list[Problem]:
     """Pipelines need prompts, and only pipelines read them."""
-    problems = source_problems(
-        f"{key}.source",
-        teacher.source,
-        teacher.sha256,
-        sha256_key=f"{key}.sha256",
-        required=files,
-        folder=True,
-    )
+    source, sha256 = teacher.source, teacher.sha256
+    where = {"sha256_key": f"{key}.sha256", "required": files, "folder": True}
+    problems = source_problems(f"{key}.source", source, sha256, **where)
     pipeline = is_pipeline(teacher)
-    if pipeline and teacher.sha256 is not None:
+    if pipeline and sha256 is not None:
         message = "not allowed for the folder of a pipeline"
         problems.append(Problem(f"{key}.sha256", "not-allowed", message))
     if pipeline and data is not None and data.prompts is None:
@@ -71,28 +69,17 @@ def _check_imported(
     return problems
 
 
-def _check_trained(
-    key: str,
-    teacher: TrainedTeacher,
-    data: DataSection | None,
-    features: Mapping[str, Any],
-    feature_names: Collection[str],
-) -> list[Problem]:
+def _check_trained(key: str, teacher: TrainedTeacher, data: DataSection | None) -> list[Problem]:
     problems = _check_type(key, teacher.network, trainable_backbones())
     if teacher.sampler.guidance != 1 and not teacher.label_dropout:
         message = "needs an unconditional score; train the teacher with label_dropout"
         problems.append(Problem(f"{key}.sampler.guidance", "label-dropout", message))
-    if data is None:
-        return problems
-    if not data.has_images:
-        problems.append(
-            Problem(key, "needs-images", "needs images for training; this data set has none")
-        )
-    elif data.prompts is not None:
+    if data is not None and not data.has_images:
+        message = "needs images for training; this data set has none"
+        problems.append(Problem(key, "needs-images", message))
+    elif data is not None and data.prompts is not None:
         message = "teachers of prompts cannot be trained here; import a pipeline"
         problems.append(Problem(key, "prompts", message))
-    if data.prompts is None:
-        problems += _check_captions(key, teacher, has_captions(data), features, feature_names)
     return problems
 
 
@@ -103,32 +90,32 @@ def _check_captions(
     features: Mapping[str, Any],
     feature_names: Collection[str],
 ) -> list[Problem]:
-    """A teacher of captioned images needs a network that reads text and a text encoder; others may
-    have neither."""
+    """A teacher of captioned images, and no other, needs a network that reads text and a text
+    encoder."""
     kind, encoder = str(teacher.network.get("type")), teacher.text_encoder
     reads_text = kind in BACKBONES and BACKBONES[kind].reads_text
     problems = []
     if reads_text != captioned and kind in trainable_backbones():
+        message = f"{kind} reads captions, but this data set has none"
         if captioned:
-            readers = [name for name in trainable_backbones() if BACKBONES[name].reads_text]
-            message = f"this data set has captions; use a network that reads text: {readers[0]}"
-        else:
-            message = f"{kind} reads captions, but this data set has none"
+            reader = next(name for name in trainable_backbones() if BACKBONES[name].reads_text)
+            message = f"this data set has captions; use a network that reads text: {reader}"
         problems.append(Problem(f"{key}.network.type", "text", message))
-    place = f"{key}.text_encoder"
+    code = None
     if not captioned:
         if encoder is not None and not reads_text:
-            message = "has no effect: this data set has no captions"
-            problems.append(Problem(place, "not-allowed", message))
+            code, message = "not-allowed", "has no effect: this data set has no captions"
     elif encoder is None:
+        code = "missing"
         message = "required: the feature network that reads the captions, such as one of type clip"
-        problems.append(Problem(place, "missing", message))
     elif encoder not in feature_names:
-        hint = did_you_mean(encoder, feature_names)
-        problems.append(Problem(place, "unknown-name", f"{encoder!r} is not in features{hint}"))
+        code = "unknown-name"
+        message = f"{encoder!r} is not in features{did_you_mean(encoder, feature_names)}"
     elif encoder in features:
         settings = features[encoder]
         if new_extractor(encoder, settings).text_shape is None:
+            code = "no-text-encoder"
             message = f"{encoder} (type {settings.type}) is not a text encoder"
-            problems.append(Problem(place, "no-text-encoder", message))
+    if code:
+        problems.append(Problem(f"{key}.text_encoder", code, message))
     return problems

@@ -1,11 +1,8 @@
 """Convert official EDM pickles (Karras et al. 2022, SiD, GDD) to denoiser folders, safely.
 
-A pickle is a program that may call any Python function by name and may then set the state of any
-object it has built. Nothing in the file is executed here: the unpickler knows only the names in
-`_ALLOWED`, each bound to a function of this module that builds inert data, and rejects everything
-else by name. State set on a tensor would bypass the checks of its bounds, and state set on a
-function or class would affect the next file, so inert objects reject it. Tensor data lies in
-*inner* pickles, which `load_pickled` reads.
+Nothing in the file is executed: the unpickler rejects all names but those in `_ALLOWED`, each bound
+to a function of this module that builds inert data. These objects also reject state: set on a
+tensor it would bypass the checks of its bounds, and on a function or class affect the next file.
 """
 
 from __future__ import annotations
@@ -42,8 +39,7 @@ class Rejected(pickle.UnpicklingError):
 
 
 class Inert:
-    """An object whose state cannot be set, neither an instance's nor (the method is static) the
-    class's."""
+    """An object whose state cannot be set, nor (the method is static) its class's."""
 
     @staticmethod
     def __setstate__(state) -> None:
@@ -125,10 +121,8 @@ def _storage(data: bytes) -> InertValue:
             storage = load_pickled(io.BytesIO(data))
         except pickle.UnpicklingError as error:
             raise Rejected(f"unreadable tensor data: {error}") from None
-        if (
-            not isinstance(storage, torch.storage.TypedStorage)
-            or not storage.dtype.is_floating_point
-        ):
+        is_storage = isinstance(storage, torch.storage.TypedStorage)
+        if not is_storage or not storage.dtype.is_floating_point:
             raise Rejected("tensor data that is not a storage of floating-point numbers")
         return InertValue(torch.tensor([], dtype=storage.dtype).set_(storage))
 
@@ -144,15 +138,11 @@ def _tensor(storage: InertValue, offset: int, size: tuple, stride: tuple, *_) ->
     return InertValue(storage.value.as_strided(size, stride, offset))
 
 
-def _parameter(tensor: InertValue, *_) -> InertValue:
-    return tensor
-
-
 _ALLOWED = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Record,
     ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
     ("collections", "OrderedDict"): _Dict,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("numpy.core.multiarray", "scalar"): _scalar,
@@ -167,21 +157,13 @@ _ALLOWED = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        try:
-            target = _ALLOWED[module, name]
-        except KeyError:
-            raise Rejected(f"{module}.{name}, which official EDM pickles do not use") from None
+        if (module, name) not in _ALLOWED:
+            raise Rejected(f"{module}.{name}, which official EDM pickles do not use")
+        target = _ALLOWED[module, name]
         return target if isinstance(target, type) else InertFunction(target)
 
     def persistent_load(self, pid):
         raise Rejected("a persistent id")
-
-
-# -- from records to a denoiser -----------------------------------------------------------------
-
-
-def _children(record: _Record | _ModuleDict) -> dict:
-    return dict(record.state.get("_modules", {}))
 
 
 def _tensors(record, prefix: str) -> dict[str, Tensor]:
@@ -189,14 +171,13 @@ def _tensors(record, prefix: str) -> dict[str, Tensor]:
     if not isinstance(record, _Record | _ModuleDict):
         raise Rejected(f"{prefix.rstrip('.')} of type {type(record).__name__}")
     tensors = {}
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in record.state.get(kind, {}).items():
-            if tensor is None:
-                continue
-            if type(tensor) is not InertValue:
-                raise Rejected(f"{prefix}{name} of type {type(tensor).__name__}")
+    named = record.state.get("_parameters", {}) | record.state.get("_buffers", {})
+    for name, tensor in named.items():
+        if type(tensor) is InertValue:
             tensors[prefix + name] = tensor.value
-    for name, child in _children(record).items():
+        elif tensor is not None:
+            raise Rejected(f"{prefix}{name} of type {type(tensor).__name__}")
+    for name, child in record.state.get("_modules", {}).items():
         if child is not None:
             tensors |= _tensors(child, f"{prefix}{name}.")
     return tensors
@@ -204,14 +185,12 @@ def _tensors(record, prefix: str) -> dict[str, Tensor]:
 
 def _compare(expected: dict, tensors: dict) -> None:
     """Reject missing tensors, additional tensors and different shapes."""
-    for name in expected:
+    for name, tensor in expected.items():
         if name not in tensors:
             raise Rejected(f"no tensor {name}, which its settings require")
-        if expected[name].shape != tensors[name].shape:
-            raise Rejected(
-                f"{name} of shape {tuple(tensors[name].shape)}, but its settings require "
-                f"{tuple(expected[name].shape)}"
-            )
+        shape, required = tuple(tensors[name].shape), tuple(tensor.shape)
+        if shape != required:
+            raise Rejected(f"{name} of shape {shape}, but its settings require {required}")
     for name in tensors:
         if name not in expected:
             raise Rejected(f"a tensor {name}, which does not belong to its settings")
@@ -251,11 +230,10 @@ def _denoiser(network: _Record) -> EDMDenoiser:
     if not isinstance(network, _Record):
         raise Rejected(f"'ema' of type {type(network).__name__}, not a network")
     if network.class_name not in _PRECONDITIONS:
-        raise Rejected(
-            f"a {network.class_name}, but only {' and '.join(_PRECONDITIONS)} can be imported"
-        )
+        known = " and ".join(_PRECONDITIONS)
+        raise Rejected(f"a {network.class_name}, but only {known} can be imported")
     kind, settings = _settings(network)
-    tensors = _tensors(_children(network)["model"], "")
+    tensors = _tensors(network.state["_modules"]["model"], "")
     # A network on the meta device takes no memory, but the time of its loops over blocks.
     if len(settings["channel_mult"]) * (settings["num_blocks"] + 1) > len(tensors):
         raise Rejected("fewer tensors than its settings require blocks")
@@ -279,9 +257,7 @@ def _denoiser(network: _Record) -> EDMDenoiser:
 
 
 def read_edm_pickle(path: Path) -> EDMDenoiser:
-    """Read the network `ema` of an official pickle. Raises `UserError`, with a message of one line,
-    for any other file."""
-    path = Path(path)
+    """Read the network `ema` of an official pickle. Other files raise a one-line `UserError`."""
     try:
         with open(path, "rb") as file:
             content = _Unpickler(file).load()
@@ -294,8 +270,7 @@ def read_edm_pickle(path: Path) -> EDMDenoiser:
         raise UserError(f"{path} rejected: it contains {_printable(error)}", "rejected") from None
     except Exception as error:  # a foreign file may fail in any way
         reason = f"{type(error).__name__}: {_printable(error)}"
-        message = f"{path} is damaged or not an EDM pickle ({reason})"
-        raise UserError(message, "damaged") from None
+        raise UserError(f"{path} is damaged or not an EDM pickle ({reason})", "damaged") from None
 
 
 def _is_import(path: Path) -> bool:
@@ -306,10 +281,9 @@ def _is_import(path: Path) -> bool:
 
 
 def import_edm(path: Path, folder: Path) -> dict:
-    """Convert an official pickle to a denoiser folder. An earlier import in `folder` is replaced.
+    """Convert an official pickle to a denoiser folder, replacing an earlier import in `folder`.
 
-    Returns the file, its sha256, and the hash and number of its weights. The checkpoint's licence
-    (NVIDIA's: CC BY-NC-SA 4.0) applies to the result.
+    Returns the file, its sha256, and the hash and number of its weights.
     """
     if os.path.lexists(folder) and not _is_import(Path(folder)):
         message = f"{folder} exists and was not created by import-edm; choose another folder"

@@ -39,8 +39,7 @@ def import_teacher(job: TeacherJob) -> TeacherRecord:
 
 
 def _import_pipeline(job: TeacherJob) -> TeacherRecord:
-    """Import a pipeline's denoiser and decoder, and embed the experiment's prompts; later stages do
-    not need its text encoder."""
+    """Import a pipeline's denoiser and decoder, and embed the experiment's prompts."""
     section = job.section
     dataset = datasets.load(job.data, images=False)
     pipeline = PipelineFolder(Path(section.source).expanduser())
@@ -52,16 +51,14 @@ def _import_pipeline(job: TeacherJob) -> TeacherRecord:
         if sets["text"] is sets["evaluation_text"]:
             del sets["evaluation_text"]
         encoder = pipeline.text_encoder().to(job.device)
-        embeddings = {
-            key: embed_prompts(encoder, prompts, job.folder / "text")
-            for key, prompts in sets.items()
-        }
+        folder = job.folder / "text"
+        embeddings = {key: embed_prompts(encoder, prompts, folder) for key, prompts in sets.items()}
         null = embed(encoder, ("",))
         del encoder  # a T5 would fill the host's memory together with the other networks
         denoiser = pipeline.denoiser(null)
         _check_network(job, denoiser)
         source = {"source": section.source, "pipeline": pipeline.kind, "sha256": pipeline.sha256()}
-        return write_imported_teacher(job, denoiser, source, pipeline.codec(), embeddings)
+        return write_imported_teacher(job, denoiser, source, pipeline.codec(), **embeddings)
 
 
 def write_imported_teacher(
@@ -69,11 +66,10 @@ def write_imported_teacher(
     denoiser: Denoiser,
     source: dict[str, str],
     codec: Codec | None = None,
-    embeddings: dict[str, TextEmbeddings] | None = None,
+    **texts: TextEmbeddings,
 ) -> TeacherRecord:
-    """Write weights, decoder and `teacher.json` of an imported teacher. embeddings: of its prompts,
-    under the record's fields `text` and `evaluation_text`."""
-    embeddings = embeddings or {}
+    """Write weights, decoder and `teacher.json` of an imported teacher. texts: embeddings of its
+    prompts, under the record's fields `text` and `evaluation_text`."""
     run_id = digest([job.fingerprint, source])
     run, files = job.folder / "runs" / run_id, list(FILES)
     with atomic_folder(run) as temporary:
@@ -84,9 +80,9 @@ def write_imported_teacher(
             sha256=save_denoiser(denoiser, temporary, {"imported": source}),
             parameters=sum(p.numel() for p in denoiser.backbone.parameters()),
             imported=source,
-            **{key: stored.record(job.folder) for key, stored in embeddings.items()},
+            **{key: stored.record(job.folder) for key, stored in texts.items()},
         )
-        if embeddings:
+        if texts:
             files.append(NULL)
         if codec is not None:
             codec.vae.save_pretrained(temporary / CODEC, safe_serialization=True)

@@ -1,8 +1,5 @@
-"""Teacher pairs (DMD's regression set): images of the teacher, and their conditions.
-
-The noise of each image is a function of its number (`harness.streams.PAIR_NOISE`), so it is not
-stored.
-"""
+"""Teacher pairs (DMD's regression set): images of the teacher, and their conditions. Their noise is
+a function of their number (`harness.streams.PAIR_NOISE`), so it is not stored."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ from harness.data import datasets
 from harness.denoiser import Denoiser, map_condition
 from harness.errors import UserError
 from harness.io.artifacts import digest
-from harness.io.locks import run_lock
+from harness.io.locks import machine_slot, run_lock
 from harness.io.records import PairRecord, TeacherRecord
 from harness.io.shards import TensorShards
 from harness.networks import load_denoiser, pipeline_sha256
 from harness.sampling import balanced_labels, check_finite, heun
 from harness.streams import PAIR_NOISE
-from harness.teachers.text_embeddings import TextEmbeddings, load_embeddings
+from harness.teachers.text_embeddings import load_embeddings
 from harness.training.distributed import processes
 from harness.training.ledger import measure
 
@@ -32,21 +29,17 @@ logger = logging.getLogger(__name__)
 SHARD = 16  # blocks per file
 
 
-def make_pairs(job: PairJob, exclusive: bool = True) -> PairRecord | None:
-    """Generate a pair set, continuing after the complete shards of an interrupted call.
-
-    `exclusive`: whether the machine runs no other work, so that the seconds can be compared.
-    Returns the record in the first process.
-    """
-    pairs, group = job.pairs, processes()
-    sha256 = TeacherRecord.read(job.teacher / "teacher.json").sha256
-    teacher = load_denoiser(job.teacher, sha256, job.device)
-    num_conditions = datasets.load(job.data, images=False).num_conditions
-    embeddings = load_embeddings(job.teacher)
-    inputs = [sha256, pipeline_sha256(job.teacher), embeddings and embeddings.sha256]
-    run_id = digest([job.fingerprint, *inputs])
-
-    with group.leading(run_lock(job.folder)):
+def make_pairs(job: PairJob) -> PairRecord | None:
+    """Generate a pair set, continuing after its complete shards; the first process returns the
+    record."""
+    pairs, group, slot = job.pairs, processes(), machine_slot(exclusive=job.exclusive)
+    with group.leading(run_lock(job.folder)), group.leading(slot) as exclusive:
+        sha256 = TeacherRecord.read(job.teacher / "teacher.json").sha256
+        teacher = load_denoiser(job.teacher, sha256, job.device)
+        num_conditions = datasets.load(job.data, images=False).num_conditions
+        embeddings = load_embeddings(job.teacher)
+        inputs = [sha256, pipeline_sha256(job.teacher), embeddings and embeddings.sha256]
+        run_id = digest([job.fingerprint, *inputs])
         shards, size = TensorShards(job.folder / run_id, owner=job.folder), SHARD * job.block
         # Processes take turns at the shards.
         for number in range(group.rank, -(-pairs.count // size), group.size):
@@ -78,20 +71,12 @@ def make_pairs(job: PairJob, exclusive: bool = True) -> PairRecord | None:
 
 @torch.no_grad()
 def _make_shard(
-    job: PairJob,
-    teacher: Denoiser,
-    conditions: tuple[int, TextEmbeddings | None],
-    start: int,
-    count: int,
+    job: PairJob, teacher: Denoiser, conditions: tuple, start: int, count: int
 ) -> tuple[dict[str, Tensor], dict]:
-    """Pairs `start` to `start + count - 1`, and their cost in seconds and FLOPs.
-
-    `conditions`: the number of classes, or of prompts and their embeddings; 0: unconditional.
-    """
+    """Pairs `start` to `start + count - 1`, and their cost. `conditions`: the number of classes or
+    prompts (0: unconditional), and the prompts' embeddings or None."""
     (num_conditions, embeddings), sampler, device = conditions, job.pairs.sampler, job.device
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    seconds, flops_per_image = 0.0, 0.0
+    images, labels, seconds, flops_per_image = [], [], 0.0, 0.0
     for first in range(start, start + count, job.block):
         index = torch.arange(first, first + job.block)
         valid = min(job.block, start + count - first)

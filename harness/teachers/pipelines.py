@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +15,6 @@ from harness.io.artifacts import digest, read_json, sha256_file
 from harness.networks import BACKBONES
 from harness.networks.text import EmptyPrompt
 from harness.networks.vp import PREDICTIONS, SCHEDULE_KEYS, Codec, VPDenoiser, schedule_sigmas
-from harness.teachers.text_encoders import PipelineTextEncoder
 
 # The autoencoder of the supported pipelines: 8 x 8 pixels per latent.
 STABLE_DIFFUSION_VAE = {
@@ -27,8 +28,7 @@ PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # folders beside the 
 
 
 def is_pipeline(section: ImportedTeacher) -> bool:
-    """Whether a teacher is a pipeline, judged by its folder or, before that exists, by its
-    network."""
+    """Whether a teacher is a pipeline, by its folder or, before that exists, by its network."""
     if Path(section.source).expanduser().exists():
         return section.pipeline
     kind = (section.network or {}).get("type")
@@ -57,9 +57,8 @@ class PipelineFolder:
             message = f"{folder} is not a pipeline's folder: it has no model_index.json"
             raise UserError(message, "missing-file")
         self.kind = read_json(self.folder / "model_index.json").get("_class_name", "")
-        known = {
-            BACKBONES[name].pipeline.name: name for name in BACKBONES if BACKBONES[name].pipeline
-        }
+        pipelines = {name: BACKBONES[name].pipeline for name in BACKBONES}
+        known = {pipeline.name: name for name, pipeline in pipelines.items() if pipeline}
         if self.kind not in known:
             hint = did_you_mean(self.kind, known)
             raise UserError(f"{folder}: unknown pipeline {self.kind!r}{hint}", "unknown-name")
@@ -70,6 +69,9 @@ class PipelineFolder:
             if not (self.folder / part).is_dir():
                 message = f"{folder}: {part}/ is missing; download the whole {self.kind}"
                 raise UserError(message, "missing-file")
+        self.scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        # The keys that decide the noise levels.
+        self.schedule = {key: self.scheduler[key] for key in SCHEDULE_KEYS if key in self.scheduler}
 
     def _load(self, model_class, part: str, **options) -> nn.Module:
         try:
@@ -80,10 +82,9 @@ class PipelineFolder:
             raise UserError(message, "damaged") from None
 
     def check(self, teacher: str, image_shape: tuple[int, ...] | None, sigma_max: float) -> None:
-        """Check the size of its images (if `image_shape` is given) and the sampler's largest noise
-        level, before reading any weights."""
-        vae = read_json(self.folder / "vae" / "config.json")
-        network = read_json(self.folder / self.network / "config.json")
+        """Check the size of its images (unless `image_shape` is None) and the sampler's largest
+        noise level, before reading any weights."""
+        vae, network = self.config("vae"), self.config(self.network)
         size = network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
         shape = (vae.get("out_channels", 3), size, size)
         if image_shape and shape != tuple(image_shape):
@@ -92,21 +93,8 @@ class PipelineFolder:
             raise UserError(message, "shape")
         largest = schedule_sigmas(self.schedule)[-1].item()
         if sigma_max > 1.01 * largest:
-            raise UserError(
-                f"teachers.{teacher}.sampler.sigma_max: {sigma_max:g} exceeds the pipeline's "
-                f"largest noise level, {largest:.4g}",
-                "noise-level",
-            )
-
-    @property
-    def _scheduler(self) -> dict:
-        return read_json(self.folder / "scheduler" / "scheduler_config.json")
-
-    @property
-    def schedule(self) -> dict:
-        """The keys of the scheduler's config that decide its noise levels."""
-        scheduler = self._scheduler
-        return {key: scheduler[key] for key in SCHEDULE_KEYS if key in scheduler}
+            message = f"{sigma_max:g} exceeds the pipeline's largest noise level, {largest:.4g}"
+            raise UserError(f"teachers.{teacher}.sampler.sigma_max: {message}", "noise-level")
 
     def sha256(self) -> str:
         """Hash of all files that the teacher is made from."""
@@ -115,18 +103,16 @@ class PipelineFolder:
     def denoiser(self, null: dict[str, Tensor] | None = None) -> VPDenoiser:
         """Load the denoiser. `null`: the embedding of the empty prompt."""
         model = self._load(self.backbone.model_class(), self.network)
-        prediction = self._scheduler.get("prediction_type", "epsilon")
+        prediction = self.scheduler.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             message = f"prediction_type {prediction!r}; supported: {', '.join(PREDICTIONS)}"
             raise UserError(f"{self.folder / 'scheduler'}: {message}", "unknown-name")
         denoiser = self.backbone.denoiser("vp")(model, self.schedule, prediction, null)
-        config = read_json(self.folder / "text_encoder" / "config.json")
+        config = self.config("text_encoder")
         width = config.get("hidden_size", config.get("d_model"))
         if width != denoiser.text_width:
-            message = (
-                f"its text encoder has width {width}, but its {self.network} expects "
-                f"{denoiser.text_width}"
-            )
+            own = f"its text encoder has width {width}, but its {self.network} expects"
+            message = f"{own} {denoiser.text_width}"
             raise UserError(f"{self.folder}: {message}", "shape")
         return denoiser
 
@@ -136,11 +122,11 @@ class PipelineFolder:
 
         clip = self.backbone.pipeline.text_encoder == "clip"
         # transformers would keep float16 weights, in which T5 overflows.
-        network_class = CLIPTextModel if clip else T5EncoderModel
+        network_class, tokenizer_class = T5EncoderModel, T5Tokenizer
+        if clip:
+            network_class, tokenizer_class = CLIPTextModel, CLIPTokenizer
         network = self._load(network_class, "text_encoder", dtype=torch.float32)
-        tokenizer = (CLIPTokenizer if clip else T5Tokenizer).from_pretrained(
-            self.folder / "tokenizer"
-        )
+        tokenizer = tokenizer_class.from_pretrained(self.folder / "tokenizer")
         return PipelineTextEncoder(
             tokenizer,
             network,
@@ -165,3 +151,42 @@ class PipelineFolder:
     def _sha256(self, *parts: str) -> str:
         files = sorted(path for part in parts for path in (self.folder / part).glob("*.*"))
         return digest([(str(path.relative_to(self.folder)), sha256_file(path)) for path in files])
+
+
+@dataclass
+class PipelineTextEncoder:
+    """The tokenizer and text encoder of a pipeline (a `harness.features.base.TextEncoder`).
+
+    limit: tokens per text. masked: whether the denoiser masks padding. prepare: applied to texts.
+    """
+
+    tokenizer: Callable
+    network: nn.Module
+    limit: int
+    masked: bool
+    sha256: str
+    prepare: Callable[[str], str] = str
+
+    def to(self, device: str) -> PipelineTextEncoder:
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`embeddings` float `(B, L, D)` and, if masked, `mask` int `(B, L)`, on the host."""
+        tokens = self.tokenizer(
+            [self.prepare(text) for text in texts],
+            padding="max_length",
+            max_length=self.limit,
+            truncation=True,
+            return_tensors="pt",
+        )
+        device = next(self.network.parameters()).device
+        mask = tokens.attention_mask.to(device) if self.masked else None
+        embeddings = self.network(tokens.input_ids.to(device), attention_mask=mask)[0].cpu()
+        return {"embeddings": embeddings} | ({"mask": tokens.attention_mask} if self.masked else {})
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than `limit`."""
+        ids = self.tokenizer([self.prepare(text) for text in texts]).input_ids
+        return sum(len(tokens) > self.limit for tokens in ids)

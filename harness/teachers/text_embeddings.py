@@ -1,7 +1,4 @@
-"""Embeddings of prompt sets, computed once for each text encoder and stored in float16.
-
-A prompt is known by its number, the line of its text in the prompt file.
-"""
+"""Embeddings of prompt sets, computed once for each text encoder and stored in float16."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ SHARD = 256  # prompts per file
 
 
 class TextEmbeddings:
-    """Stored embeddings of a prompt set, by the numbers of the prompts.
+    """Stored embeddings of a prompt set, by the numbers of the prompts: lines of the prompt file.
 
     `owner`: the file or folder to delete if the store is damaged (default: the folder).
     """
@@ -48,26 +45,20 @@ class TextEmbeddings:
 
 
 def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> TextEmbeddings:
-    """Embed a prompt set in a subfolder of `root` named by the encoder and the prompts.
-
-    Complete shards of an earlier call are kept.
-    """
+    """Embed a prompt set in a subfolder of `root`, continuing after its complete shards."""
     shards = TensorShards(root / digest([encoder.sha256, encoder.limit, prompts.sha256]))
     with run_lock(shards.folder):  # all processes of a job come here
         for start in tqdm(range(0, len(prompts), SHARD), "prompts", unit="shard", disable=None):
             if not shards.has(start // SHARD):
                 texts = prompts.texts[start : start + SHARD]
-                tensors = embed(encoder, texts)
-                shards.write(start // SHARD, tensors, truncated=encoder.truncated(texts))
+                truncated = encoder.truncated(texts)
+                shards.write(start // SHARD, embed(encoder, texts), truncated=truncated)
         truncated = sum(shard["truncated"] for shard in shards.records)
         shards.finish(prompts=len(prompts), tokens=encoder.limit, truncated=truncated)
     if truncated:
+        counts = truncated, len(prompts), encoder.limit
         logger.warning(
-            "%d of %d prompts are longer than the %d tokens that the text encoder reads; they are "
-            "truncated",
-            truncated,
-            len(prompts),
-            encoder.limit,
+            "truncated %d of %d prompts to the %d tokens that the encoder reads", *counts
         )
     return TextEmbeddings(shards.folder)
 
@@ -86,8 +77,7 @@ def embed(encoder: TextEncoder, texts: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def load_embeddings(teacher: Path, evaluation: bool = False) -> TextEmbeddings | None:
-    """The embeddings of the training prompts in a teacher's folder, or of the evaluation prompts;
-    None for a teacher that reads no text."""
+    """Embeddings of a teacher's training or evaluation prompts; None if it reads no text."""
     path = teacher / "teacher.json"
     record = TeacherRecord.read(path)
     text = (evaluation and record.evaluation_text) or record.text

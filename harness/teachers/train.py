@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from harness.augment import LABELS, edm_augment
@@ -60,7 +62,7 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
     return Phase("denoise", "teacher", loss, optimizer)
 
 
-# Embeddings of the captions, and of the empty prompt; None without captions.
+# The captions' embeddings, and the empty prompt's; None without captions.
 Captions = tuple[TextEmbeddings | None, dict[str, Tensor] | None]
 
 
@@ -68,13 +70,8 @@ def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str)
     """Build a teacher's training."""
     section, (embeddings, null) = job.section, captions
     with seeded(section.seed):
-        network = build_denoiser(
-            section.network,
-            dataset.image_shape,
-            dataset.num_classes,
-            section.sigma_data,
-            null=null,
-        )
+        shape, classes = dataset.image_shape, dataset.num_classes
+        network = build_denoiser(section.network, shape, classes, section.sigma_data, null=null)
     if section.augment and network.augment_labels != LABELS:
         raise UserError(
             f"teachers.{job.name}.augment: the network takes {network.augment_labels} augmentation "
@@ -91,7 +88,7 @@ def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str)
         main="teacher",
         phases=[teacher_phase(section)],
         data=TrainingData(
-            dataset.image_shape,
+            shape,
             dataset.num_conditions,
             sigma_init=0.0,
             embeddings=embeddings,
@@ -108,34 +105,28 @@ def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str)
     )
 
 
-def embed_captions(job: TeacherJob, dataset: Dataset) -> Captions:
-    """Embed the data set's captions with the experiment's CLIP."""
-    if job.text_encoder is None:
-        return None, None
-    from harness.features.base import load_extractor
-
-    encoder = load_extractor(job.text_encoder, dataset).text_encoder()
-    embeddings = embed_prompts(encoder, dataset.prompts, job.folder / "text")
-    return embeddings, embed(encoder, ("",))
-
-
 def train_teacher(job: TeacherJob) -> TeacherRecord | None:
     """Train a teacher and write its folder; the first process returns the record."""
     dataset = datasets.load(job.data)
-    captions = embed_captions(job, dataset)
-    embeddings, _ = captions
+    embeddings = null = None
+    if job.text_encoder is not None:
+        from harness.features.base import load_extractor
+
+        encoder = load_extractor(job.text_encoder, dataset).text_encoder()
+        embeddings = embed_prompts(encoder, dataset.prompts, job.folder / "text")
+        null = embed(encoder, ("",))
     run_id = digest([job.fingerprint, dataset.sha256, embeddings and embeddings.sha256])
-    run = job.folder / "runs" / run_id
-    group = processes()
+    run, group = job.folder / "runs" / run_id, processes()
+    make = partial(assemble, job, dataset, (embeddings, null), run_id)
     with group.leading(run_lock(job.folder)):
-        outcome = train(lambda: assemble(job, dataset, captions, run_id))
+        outcome = train(make)
         if not group.first:
             return None
         final = run / "snapshots" / outcome.snapshots[-1]["name"]
         for file in (*FILES, *[NULL] * (embeddings is not None)):
             link(job.folder / file, final / file)
         link(job.folder / "train.csv", run / "train.csv")
-        network = assemble(job, dataset, captions, run_id).networks["teacher"]
+        network = make().networks["teacher"]
         record = TeacherRecord(
             teacher=job.name,
             fingerprint=digest(job.fingerprint),

@@ -6,7 +6,7 @@ are random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from harness.config.schema import ImportedTeacher
 from harness.data.datasets import Dataset
 from harness.data.prompts import prompts_of
 from harness.data.registry import Images, data_source
-from harness.denoiser import Condition, Denoiser
+from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.features.base import new_extractor
 from harness.networks import build_denoiser
@@ -35,10 +35,15 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
 
     name, needs = experiment.students[student].teacher, experiment.students[student].requirements
     dataset = _dataset(experiment, images)
-    text = _text_encoder(experiment, name)
-    teacher = _teacher(experiment, name, dataset, text)
-    inputs = Inputs(dataset, teacher.to(experiment.device), embeddings=text)
-    if dataset.prompts and text is None:
+    encoder, null = experiment.text_encoder_of(name), None
+    if encoder:
+        shape = new_extractor(encoder, experiment.features[encoder]).text_shape
+        null = {"embeddings": torch.zeros(1, *shape)}
+    teacher = _teacher(experiment, name, dataset, null).to(experiment.device)
+    inputs = Inputs(dataset, teacher)
+    if encoder:
+        inputs.embeddings = lambda numbers: {"embeddings": torch.zeros(len(numbers), *shape)}
+    elif dataset.prompts:
         inputs.embeddings = lambda numbers: teacher.null_condition(len(numbers))
     if not needs.pixels:
         teacher.codec = nn.Identity()
@@ -46,11 +51,10 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
         extractor = new_extractor(needs.features, experiment.features[needs.features])
         inputs.features = extractor.build(dataset)
     if needs.backbones:
-        import timm
+        from timm import create_model
 
-        inputs.backbones = nn.ModuleList(
-            Backbone(name, timm.create_model(name, pretrained=False)) for name in needs.backbones
-        )
+        networks = [Backbone(name, create_model(name)) for name in needs.backbones]
+        inputs.backbones = nn.ModuleList(networks)
     if needs.lpips:
         inputs.lpips = PerceptualDistance(build_lpips()).eval().requires_grad_(False)
     if needs.pairs:
@@ -79,31 +83,17 @@ def _dataset(experiment: Experiment, images: int) -> Dataset:
     return Dataset(data.name, part, part, names, "", attributes, prompts, prompts)
 
 
-def _text_encoder(experiment: Experiment, teacher: str) -> Callable[[Tensor], Condition] | None:
-    """Map prompt numbers to embeddings of zeros, for a teacher trained here on captions."""
-    encoder = experiment.text_encoder_of(teacher)
-    if encoder is None:
-        return None
-    shape = new_extractor(encoder, experiment.features[encoder]).text_shape
-    return lambda numbers: {"embeddings": torch.zeros(len(numbers), *shape)}
-
-
-def _teacher(
-    experiment: Experiment, name: str, dataset: Dataset, text: Callable | None
-) -> Denoiser:
-    """The teacher's network with random weights."""
+def _teacher(experiment: Experiment, name: str, dataset: Dataset, null: dict | None) -> Denoiser:
+    """The teacher's network with random weights. null: the embedding of the empty prompt."""
     section = experiment.teachers[name]
     if isinstance(section, ImportedTeacher) and pipelines.is_pipeline(section):
         return dry_run_pipeline(section)
     if section.network is None:
-        raise UserError(
-            f"teachers.{name}.network: required to plan without the file", "missing-key"
-        )
-    null = text(torch.zeros(1)) if text else None
+        message = "required to plan without the file"
+        raise UserError(f"teachers.{name}.network: {message}", "missing-key")
+    shape, classes = dataset.image_shape, dataset.num_classes
     sigma_data = getattr(section, "sigma_data", 0.5)
-    return build_denoiser(
-        section.network, dataset.image_shape, dataset.num_classes, sigma_data, null=null
-    )
+    return build_denoiser(section.network, shape, classes, sigma_data, null=null)
 
 
 def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
@@ -121,10 +111,8 @@ def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
 
 
 class SavedTensorMemory:
-    """Bytes that autograd graphs hold for backward passes: `current` and `peak`.
-
-    A storage counts once, however many graphs and tensors share it. Weights do not count.
-    """
+    """Bytes that autograd graphs hold for backward passes: `current` and `peak`. A storage counts
+    once, weights not at all."""
 
     def __init__(self):
         self.references: dict[int, int] = {}

@@ -31,19 +31,17 @@ def run_status(experiment: Experiment, student: str, seed: int) -> str:
     """Status of a run without scores: its first failed dependency, or "missing (…)"."""
     section, paths = experiment.students[student], experiment.paths
     features, pairs = section.requirements.features, section.pairs
-    folders = [paths.features(features)] if features else []
-    folders += [paths.pairs(pairs.name)] if pairs else []
-    return teacher_status(experiment, section.teacher, [*folders, paths.run(student, seed)])
+    more = [paths.features(features)] if features else []
+    more += [paths.pairs(pairs.name)] if pairs else []
+    return teacher_status(experiment, section.teacher, *more, paths.run(student, seed))
 
 
-def teacher_status(experiment: Experiment, teacher: str, more: list[Path] | None = None) -> str:
-    """Status of a teacher without scores, likewise; `more`: further folders that may hold the
-    failure."""
+def teacher_status(experiment: Experiment, teacher: str, *more: Path) -> str:
+    """Status of a teacher without scores, likewise; `more`: further folders of dependencies."""
     paths = experiment.paths
-    folders = [paths.data, *map(paths.features, experiment.evaluation.extractors)]
-    folders += [paths.teacher(teacher), *(more or [])]
-    for path in (folder / FILE for folder in folders):
-        if path.exists():
-            record = read_json(path)
+    extractors = map(paths.features, experiment.evaluation.extractors)
+    for folder in (paths.data, *extractors, paths.teacher(teacher), *more):
+        if (folder / FILE).exists():
+            record = read_json(folder / FILE)
             return f"failed ({record['stage']}: {record['reason']})"
     return f"missing (not finished; see {paths.logs})"

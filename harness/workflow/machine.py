@@ -10,8 +10,7 @@ import sys
 def job_threads(cores: int | None) -> int:
     """Snakemake threads that a single-threaded job declares, so that jobs do not outnumber cores.
 
-    `--cores 8` on two cores would start eight jobs, each of them several times slower. If each job
-    declares four of the eight threads, two run at a time.
+    With `--cores 8` on two cores, each job declares four of the eight threads, and two jobs run.
     """
     import joblib
 
@@ -29,8 +28,8 @@ def launched() -> bool:
 
 
 def relaunch(count: int, arguments: list[str]) -> None:
-    """Replace this process with torchrun, which runs `python -m harness <arguments>` in `count`
-    processes. Return if one process is enough, or if torchrun started this process."""
+    """Run `python -m harness <arguments>` in `count` processes instead of this one. Return if one
+    process is enough, or if torchrun started this process."""
     if count == 1 or launched():
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

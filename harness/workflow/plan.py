@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from harness.config.experiment import Experiment
-from harness.config.schema import ImportedTeacher, Limit
+from harness.config.schema import ImportedTeacher, micro_batch
 from harness.data.datasets import ON_DEVICE
-from harness.io.artifacts import read_json
+from harness.io.records import DataRecord
 from harness.students.run import assemble
 from harness.teachers.pipelines import is_pipeline
 from harness.training.ledger import measure
@@ -30,13 +29,12 @@ ASSUMED_PROMPTS = 1_000_000  # in a file that does not exist yet
 class Estimate:
     """Cost of one run of a student.
 
-    micro_batch, batch: images. parameters, trainable: of the student; auxiliary: of the networks
-    trained with it. flops_per_image: per image that receives a generator update. pair_flops: of the
-    teacher pairs. images: of the budget, infinite for a budget in seconds. memory: bytes on one
-    GPU, including `saved` bytes for backward passes.
+    parameters, trainable: of the student; auxiliary: of the networks trained with it.
+    flops_per_image: per image that receives a generator update. pair_flops: of the teacher pairs.
+    images: of the budget, infinite for a budget in seconds. memory: bytes on one GPU, including
+    `saved` bytes for backward passes.
     """
 
-    student: str
     micro_batch: int
     batch: int
     parameters: int
@@ -52,22 +50,11 @@ class Estimate:
         """The largest micro-batch that fits into a GPU's memory; 0 if none does."""
         room = gibibytes * 2**30 - (self.memory - self.saved)
         limit = int(room * self.micro_batch / self.saved) if self.saved else self.batch
-        divisors = (n for n in range(min(limit, self.batch), 0, -1) if self.batch % n == 0)
-        return next(divisors, 0)
+        return micro_batch(self.batch, limit) if limit > 0 else 0
 
     @property
     def flops(self) -> float:
         return self.flops_per_image * self.images + self.pair_flops
-
-
-def _images(limits: Iterable[Limit], flops_per_image: float, pair_flops: float) -> float:
-    """Images that a budget allows; unlimited for a budget in seconds."""
-    counts = {
-        "images": lambda amount: amount,
-        "flops": lambda amount: max(0.0, (amount - pair_flops) / flops_per_image),
-        "seconds": lambda amount: math.inf,
-    }
-    return min(counts[limit.unit](limit.amount) for limit in limits)
 
 
 def estimate(experiment: Experiment, name: str) -> Estimate:
@@ -102,8 +89,12 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
     if not inputs.embeddings and pairs <= ON_DEVICE:  # otherwise pairs stay on the host
         memory += pairs
+    counts = {
+        "images": lambda amount: amount,
+        "flops": lambda amount: max(0.0, (amount - pair_flops) / flops),
+        "seconds": lambda amount: math.inf,
+    }
     return Estimate(
-        student=name,
         micro_batch=loop.micro_batch,
         batch=student.settings.batch,
         parameters=parameter_count(trainer.networks["student"]),
@@ -111,7 +102,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         auxiliary=sum(p.numel() for net in auxiliary for p in net.parameters()),
         flops_per_image=flops,
         pair_flops=pair_flops,
-        images=_images(student.budget, flops, pair_flops),
+        images=min(counts[limit.unit](limit.amount) for limit in student.budget),
         memory=memory,
         saved=saved,
     )
@@ -163,12 +154,11 @@ def _embedding_sizes(experiment: Experiment) -> str:
 
 def _prompts(experiment: Experiment) -> int:
     """The number of prompts to embed, from the prepared data or from local files."""
-    path, count = experiment.paths.data / "data.json", 0
-    record = read_json(path) if path.exists() else {}
+    record, count = DataRecord.read_optional(experiment.paths.data / "data.json"), 0
     for key, (source, _) in experiment.data.prompt_files.items():
         file = Path(source).expanduser()
-        if key in record:
-            count += record[key]["prompts"]
+        if record is not None and (prompts := getattr(record, key)):
+            count += prompts.prompts
         elif file.is_file():
             with open(file, "rb") as lines:
                 count += sum(1 for _ in lines)

@@ -1,37 +1,26 @@
 # Tables, figures, the page and the manifest: one job.
-FIGURES = [
-    "quality_vs_images",
-    "quality_vs_compute",
-    "samples",
-    "nearest_neighbours",
-    "training_health",
-]
+FIGURES = "quality_vs_images quality_vs_compute samples nearest_neighbours training_health".split()
+TABLES = ["metrics.csv", "summary.csv", "headline.md", "pairwise.csv", "pairwise.md"]
+TABLES += expand("comparison.{kind}", kind=("csv", "md", "tex"))
+if E.claims:
+    TABLES += ["claims.csv", "claims.md"]
+if E.paper:
+    TABLES += expand("paper.{kind}", kind=("csv", "md", "tex"))
 REPORT = [
-    *(
-        f"{E.paths.root}/tables/{table}"
-        for table in (
-            *("metrics.csv", "summary.csv", "headline.md"),
-            *("comparison.csv", "comparison.md", "comparison.tex"),
-        )
-    ),
+    *expand(f"{E.paths.root}/tables/{{table}}", table=TABLES),
     *expand(f"{E.paths.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
     f"{E.paths.root}/report.html",
     f"{E.paths.root}/manifest.json",
 ]
-REPORT += expand(f"{E.paths.root}/tables/pairwise.{{kind}}", kind=("csv", "md"))
-if E.claims:
-    REPORT += expand(f"{E.paths.root}/tables/claims.{{kind}}", kind=("csv", "md"))
-if E.paper:
-    REPORT += expand(f"{E.paths.root}/tables/paper.{{kind}}", kind=("csv", "md", "tex"))
 
 
 def in_report(path):
     """Mark the page, tables and figures for `snakemake --report`."""
-    category = {"tables": "Tables", "figures": "Figures"}.get(Path(path).parent.name, "Report")
-    if category == "Report" and path.endswith(".json"):
+    file = Path(path)
+    if file.suffix == ".json":
         return path
-    name = Path(path).stem.replace("_", " ")
-    labels = {"content": name, "format": Path(path).suffix[1:]}
+    category = {"tables": "Tables", "figures": "Figures"}.get(file.parent.name, "Report")
+    labels = {"content": file.stem.replace("_", " "), "format": file.suffix[1:]}
     caption = f"../../reporting/captions/{category.lower()}.rst"
     return report(path, category=category, labels=labels, caption=caption)
 
@@ -65,11 +54,8 @@ onerror:
     shell(
         "{HARNESS} report --partial --configfile {CONFIG} >> {E.paths.root}/logs/report.log 2>&1"
     )
-    print(
-        f"\nSome jobs failed; the table with the reasons: {E.paths.root}/tables/comparison.md, and "
-        f"{E.paths.root}/report.html",
-        file=sys.stderr,
-    )
+    tables = f"{E.paths.root}/tables/comparison.md, and {E.paths.root}/report.html"
+    print(f"\nSome jobs failed; the table with the reasons: {tables}", file=sys.stderr)
 
 
 onsuccess:
