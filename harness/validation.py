@@ -203,11 +203,11 @@ def _check(s: Sections, files: bool) -> list[Problem]:
     problems += reporting_checks.check_claims(s.claims, names["students"])
     if s.paper is not None:
         problems += reporting_checks.check_paper(s.paper, names["teachers"], names["students"])
-    if s.training is not None:
-        problems += student_checks.check(
-            s.students, s.training, s.data, s.teachers, s.features, names, translate
-        )
-    return problems
+    # Students are checked without their budgets if `training` is invalid.
+    training = s.training or TrainingSection.model_construct(seeds=[], budget=[])
+    return problems + student_checks.check(
+        s.students, training, s.data, s.teachers, s.features, names, translate
+    )
 
 
 # -- resolving ----------------------------------------------------------------------------------

@@ -150,11 +150,14 @@ def test_all_errors_are_reported_together(tiny):
     put(tiny, "training.budget", [{"unit": "images", "amount": -5}])
     put(tiny, "evaluation.extractors", ["tiny-cn", "tiny-clip"])
     put(tiny, "students.sim.method", "simm")
+    put(tiny, "students.sid.settings", {"alhpa": 1})
     put(tiny, "teachers.edm.lr", "x")
     del tiny["data"]
     expected = {
         "training.budget.0.amount",
         "evaluation.extractors",
+        "students.sid.settings.alhpa",
+        "students.sim.method",
         "teachers.edm.lr",
         "data",
     }
@@ -175,8 +178,8 @@ def test_user_error_has_no_traceback(tmp_path, tiny, capsys):
     [
         (["train", "sidd", "0"], "unknown student 'sidd'; did you mean 'sid'?"),
         (["teacher", "end"], "unknown teacher 'end'; did you mean 'edm'?"),
-        (["features", "tiny-cn"], "unknown feature network 'tiny-cn'; did you mean 'tiny-cnn'?"),
-        (["pairs", "x"], "unknown pair set 'x'; known: edm_n64_steps3"),
+        (["features", "tiny-cn"], "'tiny-cn'; did you mean 'tiny-cnn'?"),
+        (["pairs", "x"], "'x'; known: edm_n64_steps3"),
         (["train", "sid", "0"], "data.json does not exist; run the workflow"),
         (["score", "sid", "0"], "student.json does not exist; run the workflow"),
         (["report"], "edm.json is missing or belongs to other weights or settings; run the"),

@@ -329,7 +329,7 @@ def test_record_names_the_backbones_and_their_pretraining(tiny):
     [
         (
             {"features": "tiny-critic", "backbones": [LITE0]},
-            "features: .* takes the place of backbones",
+            "features: .*replaces backbones",
         ),
         ({"resolution": 100}, "resolution: .*multiple of 32"),
         ({"backbones": []}, "backbones: "),
