@@ -9,15 +9,12 @@ import pandas as pd
 from harness.config.experiment import Experiment
 from harness.evaluation.registry import METRICS, column_name
 from harness.features.base import provides
-from harness.io.artifacts import write_text
 from harness.reporting.collect import main_metric_in
-from harness.reporting.formatting import markdown
-from harness.reporting.intervals import LEVEL, TRAINING_SEEDS, decide, rounded, seed_scores
+from harness.reporting.formatting import rounded, write_table
+from harness.reporting.intervals import LEVEL, TRAINING_SEEDS, decide, seed_scores
 
-COLUMNS = (
-    *("claim", "source", "reported", "better", "worse", "column"),
-    *("difference", "low", "high", "verdict"),
-)
+ESTIMATE = ("difference", "low", "high")
+COLUMNS = ("claim", "source", "reported", "better", "worse", "column", *ESTIMATE, "verdict")
 VERDICTS = {"a better": "supported", "b better": "contradicted"}
 
 
@@ -64,8 +61,5 @@ def write_claims(experiment: Experiment, table: pd.DataFrame, folder: Path) -> l
         f"training seeds. A verdict holds for {experiment.name} at its scale and budget, not for "
         f"the paper's experiment.\n\n{multiplicity_note(rows)}"
     )
-    body = markdown(rounded(rows, "difference", "low", "high"))
-    content = f"# Published claims, tested on {experiment.name}\n\n{body}\n\n{caption}\n"
-    write_text(folder / "claims.csv", rows.to_csv(index=False))
-    write_text(folder / "claims.md", content)
-    return [folder / "claims.csv", folder / "claims.md"]
+    title, texts = f"Published claims, tested on {experiment.name}", rounded(rows, *ESTIMATE)
+    return write_table(rows, folder, "claims", title, caption, texts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,19 +59,17 @@ def flatten(record: dict, prefix: str = "") -> dict:
 def read_metrics(path: Path) -> pd.DataFrame:
     """Read a metrics.csv of any experiment.
 
-    Raises a `UserError` (code "missing-file", "damaged" or "schema") unless the file has this
-    version's schema, all columns, at least one row, and finite numbers.
+    Raises a `UserError` (code "damaged" or "schema") unless the file has this version's schema, all
+    columns, at least one row, and finite numbers.
     """
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the workflow", "missing-file") from None
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a table ({reason}); {RERUN}", "damaged") from None
-    if table.empty and "schema" in table:
+    if table.empty:
         raise UserError(f"{path} has no rows; {RERUN}", "damaged")
-    schemas = sorted(table["schema"].unique().tolist()) if "schema" in table else []
+    schemas = list(table["schema"].unique()) if "schema" in table else []
     if schemas != [SCHEMA]:
         found = ", ".join(map(str, schemas)) or "none"
         raise UserError(
@@ -83,15 +80,14 @@ def read_metrics(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; {RERUN}", "damaged")
     for column in NUMBERS:
         numbers = pd.to_numeric(table[column], errors="coerce")
-        invalid = table[column].notna() & ~np.isfinite(numbers.astype(float))
+        kind, valid = "a number", np.isfinite(numbers.astype(float))
         if column in INTEGERS:
-            invalid |= numbers.notna() & (numbers % 1 != 0)
-        if invalid.any():
-            row = int(invalid.to_numpy().argmax())
-            kind = "an integer" if column in INTEGERS else "a number"
-            value = str(table[column].iloc[row])
+            kind, valid = "an integer", valid & (numbers % 1 == 0)
+        invalid = table[column][table[column].notna() & ~valid]
+        if len(invalid):
+            row, value = invalid.index[0] + 1, str(invalid.iloc[0])
             raise UserError(
-                f"{path}: {column} in row {row + 1} is {value!r}, not {kind}; {RERUN}", "damaged"
+                f"{path}: {column} in row {row} is {value!r}, not {kind}; {RERUN}", "damaged"
             )
         table[column] = numbers
     return table
@@ -155,7 +151,7 @@ def reference_scores(experiment: Experiment, teacher: str) -> ScoreRecord | None
     )
 
 
-def _score_rows(scores: ScoreRecord, common: dict, names: dict[str, str] | None) -> list[dict]:
+def _score_rows(scores: ScoreRecord, names: dict[str, str] | None) -> list[dict]:
     """The tidy rows of a score file. names: entries to read and their names in the table; None:
     all entries, which are snapshots of a student."""
     rows = []
@@ -163,25 +159,15 @@ def _score_rows(scores: ScoreRecord, common: dict, names: dict[str, str] | None)
         if names is not None and entry.student not in names:
             continue
         facts = entry.model_dump(include={"snapshot", "nfe", "ema", "images", "flops", "seconds"})
-        facts |= {
-            "student": scores.student if names is None else names[entry.student],
-            "method": scores.method,
-            "seed": scores.seed,
-            "final": entry.final,
-            "grid": " ".join(entry.grid),
-        }
+        facts |= {"student": scores.student if names is None else names[entry.student]}
+        facts |= {"method": scores.method, "seed": scores.seed}
+        facts |= {"final": entry.final, "grid": " ".join(entry.grid)}
         for row in entry.rows:
             flags = [row.flag, "contended" if scores.contended else ""]
-            rows.append(
-                common
-                | facts
-                | row.model_dump(exclude_none=True)
-                | {
-                    "reference": scores.protocols[row.protocol]["reference"],
-                    "flag": " ".join(filter(None, flags)),
-                    "features": scores.dimensions.get(row.extractor),
-                }
-            )
+            score = row.model_dump(exclude_none=True) | {"flag": " ".join(filter(None, flags))}
+            score["reference"] = scores.protocols[row.protocol]["reference"]
+            score["features"] = scores.dimensions.get(row.extractor)
+            rows.append(facts | score)
     return rows
 
 
@@ -195,17 +181,20 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
     A run without valid scores raises a `UserError` (code "missing-scores"), or with `partial`
     becomes a row `failed (reason)`.
     """
-    rows, protocols = [], {}
-    common = {"schema": SCHEMA, "experiment": experiment.name, "status": "ok"}
-
-    def add(
-        read: Callable[..., ScoreRecord | None],
-        job: tuple,
-        status: Callable[..., str],
-        path: Path,
-        identity: dict,
-        names: dict[str, str] | None = None,
-    ) -> None:
+    protocols: dict[str, dict] = {}
+    rows: list[dict] = []
+    paths, jobs = experiment.paths, []
+    for teacher in experiment.teachers:
+        names = {row: experiment.teacher_row(teacher, row) for row in ("teacher", "teacher-1step")}
+        # Every teacher's file holds the floor: one job scores both.
+        names |= {} if jobs else {"floor": "floor"}
+        identity, path = {"student": names["teacher"]}, paths.reference_scores(teacher)
+        jobs.append((reference_scores, failures.teacher_status, (teacher,), path, identity, names))
+    for student, seed in experiment.runs:
+        identity = {"student": student, "method": experiment.students[student].method, "seed": seed}
+        path = paths.scores(student, seed)
+        jobs.append((run_scores, failures.run_status, (student, seed), path, identity, None))
+    for read, status, job, path, identity, names in jobs:
         try:
             scores = read(experiment, *job)
         except UserError:
@@ -213,34 +202,25 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
                 raise
             scores = None
         if scores is not None:
-            protocols.update(scores.protocols)
-            rows.extend(_score_rows(scores, common, names))
+            protocols |= scores.protocols
+            rows += _score_rows(scores, names)
         elif partial:
             failed = {"status": status(experiment, *job), "final": True, "grid": ""}
-            rows.append(common | identity | failed)
+            rows.append(identity | failed)
         else:
             raise UserError(
                 f"{path} is missing or belongs to other weights or settings; run the workflow "
                 "again",
                 "missing-scores",
             )
-
-    paths, first = experiment.paths, next(iter(experiment.teachers))
-    for teacher in experiment.teachers:
-        names = {row: experiment.teacher_row(teacher, row) for row in ("teacher", "teacher-1step")}
-        # Every teacher's file holds the floor: one job scores both.
-        names |= {"floor": "floor"} if teacher == first else {}
-        identity, path = {"student": names["teacher"]}, paths.reference_scores(teacher)
-        add(reference_scores, (teacher,), failures.teacher_status, path, identity, names)
-    for student, seed in experiment.runs:
-        identity = {"student": student, "method": experiment.students[student].method, "seed": seed}
-        path = paths.scores(student, seed)
-        add(run_scores, (student, seed), failures.run_status, path, identity)
     table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out", "features"])
+    table = table.assign(
+        schema=SCHEMA, experiment=experiment.name, status=table.status.fillna("ok")
+    )
     integers = (*INTEGERS, "ema", "images", "flops", "features")
     table = table.astype(dict.fromkeys(integers, "Int64"))
     table["column"] = columns_of(table)
-    require_one_protocol_per_column(table, experiment.paths.root / "scores")
+    require_one_protocol_per_column(table, paths.root / "scores")
     return table, protocols
 
 

@@ -24,29 +24,21 @@ from harness.reporting.collect import (
 from harness.reporting.formatting import MISSING, markdown, number_text, spread_text
 from harness.reporting.manifest import read_manifest
 
-COSTS = {"images": 1, "flops": 1e12, "seconds": 1}
-COST_NAMES = {
-    "images": "images that received a generator update",
-    "flops": "training compute, TFLOPs",
-    "seconds": "training, seconds",
+COSTS = {  # unit -> title, format, scale
+    "images": ("images that received a generator update", ",.0f", 1),
+    "flops": ("training compute, TFLOPs", ".3g", 1e12),
+    "seconds": ("training, seconds", ",.0f", 1),
 }
-KEYS = ["column", "student"]
 
 
 @dataclass
 class Results:
-    """One results folder. final: the rows of metrics.csv of the last weights; scores: one row per
-    column and student; protocols: hash -> record, empty without a manifest."""
+    """One results folder. final: the rows of metrics.csv of the last weights; manifest: empty if
+    the folder has none."""
 
     folder: Path
-    name: str
     final: pd.DataFrame
-    scores: pd.DataFrame
     manifest: dict
-
-    @property
-    def protocols(self) -> dict:
-        return self.manifest.get("protocols", {})
 
 
 def read_results(folder: Path) -> Results:
@@ -68,45 +60,60 @@ def read_results(folder: Path) -> Results:
     )
     require_one_protocol_per_column(final, path)
     manifest = folder / "manifest.json"
-    return Results(
-        folder,
-        str(table.experiment.iloc[0]),
-        final,
-        _scores(final),
-        read_manifest(manifest) if manifest.exists() else {},
-    )
-
-
-def _scores(final: pd.DataFrame) -> pd.DataFrame:
-    """Mean and std over training seeds (each the mean over its sampling seeds), and protocols."""
-    rows = []
-    for (column, student), group in final[final.column != ""].groupby(KEYS, sort=False):
-        values = group.groupby("seed", dropna=False).value.mean().dropna()
-        not_ok = group.status[group.status != "ok"]
-        rows.append(
-            {
-                "column": column,
-                "student": student,
-                "metric": group.metric.iloc[0],
-                "num_samples": group.num_samples.iloc[0],
-                "value": values.mean() if len(values) else None,
-                "std": values.std(ddof=1) if len(values) > 1 else None,
-                "seeds": group.seed.nunique() or None,
-                "protocol": group.protocol.iloc[0],  # the only one of the column
-                "status": not_ok.iloc[0] if len(not_ok) else "ok",
-            }
-        )
-    names = [*KEYS, "metric", "num_samples", "value", "std", "seeds", "protocol", "status"]
-    return pd.DataFrame(rows, columns=names)
+    return Results(folder, final, read_manifest(manifest) if manifest.exists() else {})
 
 
 def labels(results: list[Results]) -> list[str]:
     """The experiments' names, or their folders if two have the same name."""
-    names = [r.name for r in results]
+    names = [str(r.final.experiment.iloc[0]) for r in results]
     folders = [str(r.folder) for r in results]
     if len(set(folders)) < len(folders):
         raise UserError(f"{max(folders, key=folders.count)} is given twice", "duplicate")
     return names if len(set(names)) == len(names) else folders
+
+
+def _scores(final: pd.DataFrame) -> pd.DataFrame:
+    """One row per column, student and experiment: mean and std over training seeds, each of which
+    is the mean over its sampling seeds."""
+    keys = ["column", "student", "experiment"]
+    final = final[final.column != ""]
+    by_seed = final.groupby([*keys, "seed"], dropna=False, sort=False).value.mean()
+    grouped = final.groupby(keys, sort=False)
+    facts = grouped[["metric", "num_samples", "protocol"]].first()
+    facts["seeds"] = grouped.seed.nunique().replace(0, None)
+    facts["status"] = grouped.status.agg(lambda s: next((x for x in s if x != "ok"), "ok"))
+    means = by_seed.groupby(keys, sort=False)
+    spread = means.agg(mean=lambda values: values.mean(), std=lambda values: values.std())
+    return facts.join(spread).reset_index()
+
+
+def _pivot(rows: pd.DataFrame, students: list[str], headings: list[str]) -> pd.DataFrame:
+    """The `text` of each student and experiment, without students that have none."""
+    table = rows.pivot(index="student", columns="experiment", values="text")
+    return table.reindex(index=students, columns=headings).dropna(how="all").fillna(MISSING)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    return markdown(table.rename_axis("").reset_index())
+
+
+def _facts(results: list[Results], headings: list[str]) -> pd.DataFrame:
+    def seeds(values: pd.Series) -> str:
+        return ", ".join(map(str, sorted(values.dropna().astype(int).unique()))) or MISSING
+
+    facts = {}
+    for r, heading in zip(results, headings, strict=True):
+        device = r.manifest.get("device", {})
+        facts[heading] = {
+            "folder": str(r.folder),
+            "commit": str(r.manifest.get("commit", MISSING))[:10],
+            "device": str(device.get("used", MISSING)),
+            "processor": str(device.get("processor", MISSING)),
+            "torch": str(r.manifest.get("packages", {}).get("torch", MISSING)),
+            "training seeds": seeds(r.final.seed),
+            "sampling seeds": seeds(r.final.sample_seed),
+        }
+    return pd.DataFrame(facts)
 
 
 def _short(value: object) -> str:
@@ -114,149 +121,78 @@ def _short(value: object) -> str:
     return f"{text[:8]}…" if len(text) >= 32 and " " not in text else text
 
 
-def protocol_difference(a: tuple[str, Results, str], b: tuple[str, Results, str]) -> str:
-    """The keys in which two protocols differ, in one line. Each: label, results, hash."""
-    records = []
-    for label, results, protocol in (a, b):
-        if protocol not in results.protocols:
-            return (
-                f"protocol {protocol} of {label} is unknown: {label} has no complete manifest.json"
-            )
-        records.append(flatten(results.protocols[protocol]))
-    first, second = records
+def protocol_difference(protocols: dict[str, str], records: dict[str, dict]) -> str:
+    """The keys in which two protocols differ, in one line.
+
+    protocols: two experiments -> their hashes; records: experiment -> hash -> protocol.
+    """
+    flat = {}
+    for name, protocol in protocols.items():
+        if protocol not in records[name]:
+            return f"protocol {protocol} of {name} is unknown: {name} has no complete manifest.json"
+        flat[name] = flatten(records[name][protocol])
+    (a, first), (b, second) = flat.items()
     return "; ".join(
-        f"{key} is {_short(first.get(key))} in {a[0]} and {_short(second.get(key))} in {b[0]}"
+        f"{key} is {_short(first.get(key))} in {a} and {_short(second.get(key))} in {b}"
         for key in dict.fromkeys([*first, *second])
         if first.get(key) != second.get(key)
     )
 
 
-def _protocols(results: list[Results], column: str) -> list[str | None]:
-    """Each experiment's protocol in a column; None if it does not have the column."""
-    hashes = [r.scores[r.scores.column == column].protocol for r in results]
-    return [group.iloc[0] if len(group) else None for group in hashes]
-
-
-def _table(rows: dict[str, list[str]], headings: list[str]) -> str:
-    lines = [[name, *cells] for name, cells in rows.items()]
-    return markdown(pd.DataFrame(lines, columns=["", *headings]))
-
-
-def _facts(results: list[Results], headings: list[str]) -> str:
-    def fact(r: Results, *keys: str) -> str:
-        value: object = r.manifest
-        for key in keys:
-            value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
-        return str(value)
-
-    def seeds(r: Results, column: str) -> str:
-        numbers = sorted({int(seed) for seed in r.final[column].dropna()})
-        return ", ".join(map(str, numbers)) or MISSING
-
-    return _table(
-        {
-            "folder": [str(r.folder) for r in results],
-            "commit": [fact(r, "commit")[:10] for r in results],
-            "device": [fact(r, "device", "used") for r in results],
-            "processor": [fact(r, "device", "processor") for r in results],
-            "torch": [fact(r, "packages", "torch") for r in results],
-            "training seeds": [seeds(r, "seed") for r in results],
-            "sampling seeds": [seeds(r, "sample_seed") for r in results],
-        },
-        headings,
-    )
-
-
-def _students(results: list[Results]) -> list[str]:
-    return list(dict.fromkeys(name for r in results for name in r.final.student))
-
-
-def _costs(results: list[Results], headings: list[str]) -> list[str]:
-    """What training a student cost, mean over training seeds."""
-    sections = []
-    for unit, scale in COSTS.items():
-        rows = {}
-        for name in _students(results):
-            costs = [
-                r.final[r.final.student == name].drop_duplicates("seed")[unit].astype(float).mean()
-                for r in results
-            ]
-            if any(pd.notna(value) for value in costs):
-                form = ".3g" if unit == "flops" else ",.0f"
-                rows[name] = [number_text(value, form, scale) for value in costs]
-        if rows:
-            sections.append(f"## {COST_NAMES[unit]}\n\n{_table(rows, headings)}")
-    return sections
-
-
-def _column_section(
-    results: list[Results], headings: list[str], column: str, hashes: list[str | None]
-) -> tuple[dict[str, list[str]], list[dict]]:
-    """One column: the cells of each student, and rows of the wide table, one per protocol."""
-    cells: dict[str, list[str]] = {}
-    rows = []
-    for name in _students(results):
-        line, by_protocol = [], {}
-        for heading, r, protocol in zip(headings, results, hashes, strict=True):
-            score = r.scores[(r.scores.column == column) & (r.scores.student == name)]
-            if score.empty:
-                line.append(MISSING)
-                continue
-            unavailable = is_unavailable(score.status).item()
-            score = score.iloc[0]
-            line.append(score.status if unavailable else spread_text(score.value, score["std"]))
-            numbers = {"": score.value, "_std": score["std"], "_seeds": score.seeds}
-            row = by_protocol.setdefault(protocol, {})
-            row |= {f"{heading}{suffix}": value for suffix, value in numbers.items()}
-        if by_protocol:
-            cells[name] = line
-        for protocol, row in by_protocol.items():
-            rows.append({"column": column, "protocol": protocol, "student": name} | row)
-    return cells, rows
-
-
 def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
     """A markdown text of the columns at each metric's largest sample count, and all columns as a
     table: one row per column, protocol and student, three columns per experiment."""
-    headings, rows, sections = labels(results), [], []
-    known = pd.concat([r.scores for r in results]).drop_duplicates("column").set_index("column")
-    largest = known.groupby("metric").num_samples.max()
-    differences: dict[str, list[str]] = {}
-    for column, (metric, count) in known[["metric", "num_samples"]].T.items():
-        hashes = _protocols(results, column)
-        present = [i for i, protocol in enumerate(hashes) if protocol is not None]
-        others = [i for i in present if hashes[i] != hashes[present[0]]]
-        for i in others:
-            sides = [(headings[j], results[j], hashes[j]) for j in (present[0], i)]
-            differences.setdefault(protocol_difference(*sides), []).append(column)
-        titles = [
-            f"{heading} (protocol {protocol[:8]})" if others and protocol else heading
-            for heading, protocol in zip(headings, hashes, strict=True)
-        ]
-        cells, new = _column_section(results, headings, column, hashes)
-        rows += new
-        if count == largest[metric]:
-            arrow = METRICS[metric].arrow if metric in METRICS else ""
-            sections.append(f"## {column}{arrow}\n\n{_table(cells, titles)}")
-    failed = [
-        f"{heading}: {row.student}: {row.status}"
-        for heading, r in zip(headings, results, strict=True)
-        for row in r.final[r.final.status.str.startswith("failed")].itertuples()
-    ]
+    headings = labels(results)
+    pairs = list(zip(results, headings, strict=True))
+    records = {heading: r.manifest.get("protocols", {}) for r, heading in pairs}
+    final = pd.concat([r.final.assign(experiment=h) for r, h in pairs], ignore_index=True)
+    students, scores = list(final.student.unique()), _scores(final)
+    unavailable, values = is_unavailable(scores.status), scores[["mean", "std"]].to_numpy()
+    texts = pd.Series([spread_text(*row) for row in values], scores.index, dtype=object)
+    scores["text"] = texts.mask(unavailable, scores.status)
+    largest = scores.groupby("metric").num_samples.transform("max")
+    sections, differences = [], {}
+    for column, rows in scores.groupby("column", sort=False):
+        protocols = rows.drop_duplicates("experiment").set_index("experiment").protocol
+        first = protocols.index[0]
+        others = protocols[protocols != protocols[first]]
+        for name, protocol in others.items():
+            sides = {first: protocols[first], name: protocol}
+            differences.setdefault(protocol_difference(sides, records), []).append(column)
+        if rows.num_samples.iloc[0] != largest[rows.index[0]]:
+            continue
+        metric, table = rows.metric.iloc[0], _pivot(rows, students, headings)
+        arrow = METRICS[metric].arrow if metric in METRICS else ""
+        if len(others):
+            titles = {name: f"{name} (protocol {hash_[:8]})" for name, hash_ in protocols.items()}
+            table = table.rename(columns=titles)
+        sections.append(f"## {column}{arrow}\n\n{_markdown(table)}")
+    runs = final.drop_duplicates(["experiment", "student", "seed"])
+    costs = runs.groupby(["experiment", "student"], sort=False)[list(COSTS)].mean().reset_index()
+    for unit, (title, form, scale) in COSTS.items():
+        known = costs.dropna(subset=unit)
+        known = known.assign(text=known[unit].map(lambda v, f=form, s=scale: number_text(v, f, s)))
+        if len(known):
+            table = _pivot(known, students, headings)
+            sections.append(f"## {title}\n\n{_markdown(table)}")
+    failed = final[final.status.str.startswith("failed")]
     text = [
         f"# Comparison of {', '.join(headings)}",
-        _facts(results, headings),
+        _markdown(_facts(results, headings)),
         *(
             f"**Different protocols, not comparable:** {', '.join(columns)}: {reason}."
             for reason, columns in differences.items()
         ),
-        *dict.fromkeys(failed),
+        *dict.fromkeys(f"{r.experiment}: {r.student}: {r.status}" for r in failed.itertuples()),
         *sections,
-        *_costs(results, headings),
         "Mean ± std over training seeds, last weights.",
     ]
-    order = [f"{heading}{suffix}" for heading in headings for suffix in ("", "_std", "_seeds")]
-    return "\n\n".join(text), pd.DataFrame(rows, columns=["column", "protocol", "student", *order])
+    wide = scores.set_index(["column", "protocol", "student", "experiment"])
+    wide = wide.unstack("experiment", sort=False).swaplevel(axis="columns")
+    order = pd.MultiIndex.from_product([headings, ["mean", "std", "seeds"]])
+    wide = wide.reindex(columns=order)
+    wide.columns = [name + {"mean": ""}.get(part, f"_{part}") for name, part in wide.columns]
+    return "\n\n".join(text), wide.reset_index()
 
 
 def print_comparison(folders: list[Path], out: Path | None) -> None:

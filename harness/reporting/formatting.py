@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pandas as pd
+
+from harness.io.artifacts import write_text
 
 MISSING = "–"
 # Flags of scores: the mark after the number, and its meaning.
@@ -66,6 +69,11 @@ def as_text(table: pd.DataFrame, missing: str = MISSING) -> pd.DataFrame:
     return texts.where(table.notna(), missing)
 
 
+def rounded(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """A copy with some columns as text of three significant digits."""
+    return table.assign(**{column: table[column].map(number_text) for column in columns})
+
+
 def flagged(text: str, flags: object) -> str:
     """A number's text with the marks of its space-separated flags."""
     if text == MISSING or not isinstance(flags, str):
@@ -76,6 +84,16 @@ def flagged(text: str, flags: object) -> str:
 def markdown(table: pd.DataFrame, **options) -> str:
     """A table of texts, unchanged (tabulate would reformat texts that look like numbers)."""
     return table.to_markdown(index=False, disable_numparse=True, **options)
+
+
+def write_table(
+    table: pd.DataFrame, folder: Path, name: str, title: str, caption: str, texts: pd.DataFrame
+) -> list[Path]:
+    """Write a table as CSV and its `texts` as markdown with a title; returns the paths."""
+    paths = [folder / f"{name}.csv", folder / f"{name}.md"]
+    write_text(paths[0], table.to_csv(index=False))
+    write_text(paths[1], f"# {title}\n\n{markdown(texts)}\n\n{caption}\n")
+    return paths
 
 
 def latex(table: pd.DataFrame, comment: str, column_format: str) -> str:

@@ -24,8 +24,7 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.evaluation.registry import METRICS
-from harness.io.artifacts import write_text
-from harness.reporting.formatting import markdown, number_text
+from harness.reporting.formatting import rounded, write_table
 
 LEVEL = 0.95
 TRAINING_SEEDS = 3  # with fewer, the spread over training seeds is too uncertain for a rank
@@ -220,13 +219,7 @@ def write_pairwise(pairs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
         f"{TRAINING_SEEDS} training seeds or a missing score. –: a diagnostic metric without a "
         "preferred direction."
     )
-    text = rounded(pairs, "difference", "low", "high", "sampling_se", "training_se")
-    content = f"# All pairs of students of {name}\n\n{markdown(text)}\n\n{caption}\n"
-    write_text(folder / "pairwise.csv", pairs.to_csv(index=False))
-    write_text(folder / "pairwise.md", content)
-    return [folder / "pairwise.csv", folder / "pairwise.md"]
-
-
-def rounded(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """A copy with some columns as text of three significant digits."""
-    return table.assign(**{column: table[column].map(number_text) for column in columns})
+    texts = rounded(pairs, "difference", "low", "high", "sampling_se", "training_se")
+    return write_table(
+        pairs, folder, "pairwise", f"All pairs of students of {name}", caption, texts
+    )

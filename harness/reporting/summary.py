@@ -84,24 +84,27 @@ def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
         columns,
         pairs,
         len(experiment.evaluation.sampling_seeds),
-        _notes(experiment, table),
+        [
+            *_protocol_notes(experiment, table),
+            *_student_notes(experiment),
+            *_extractor_notes(experiment, table),
+            *_flag_notes(table),
+        ],
     )
 
 
 def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
     """`Summary.columns`: those at the main sample count first."""
-    most = experiment.evaluation.num_samples
+    most, extractors = experiment.evaluation.num_samples, experiment.evaluation.extractors
     columns = final[final.column != ""].drop_duplicates("column").set_index("column")
     columns = columns[["metric", "extractor", "num_samples"]]
-    order = (columns.num_samples != most).sort_values(kind="stable").index
-    columns = columns.loc[order]
-    rank_columns = {main_column(experiment, name) for name in experiment.evaluation.extractors}
+    columns = columns.loc[(columns.num_samples != most).sort_values(kind="stable").index]
     main = [
         row.num_samples == METRICS[row.metric].count(most)
         or METRICS[row.metric] == main_metric_in(experiment, row.extractor)
         for row in columns.itertuples()
     ]
-    ranked = columns.index.isin(rank_columns)
+    ranked = columns.index.isin([main_column(experiment, name) for name in extractors])
     return columns.assign(main=pd.Series(main, columns.index, dtype=bool), ranked=ranked)
 
 
@@ -111,26 +114,27 @@ def student_scores(final: pd.DataFrame, columns: pd.DataFrame, names: list[str])
     rows = []
     for (student, column), group in final[final.column != ""].groupby(["student", "column"]):
         by_seed = group.value.astype(float).groupby(group.seed, dropna=False)
-        seed_means, identity = by_seed.mean(), columns.loc[column]
-        row = {"student": student, "column": column}
-        row |= identity[["metric", "extractor", "num_samples"]].to_dict()
-        row |= {"mean": seed_means.mean(), "std": seed_means.std(ddof=1)}
-        row |= {"sampling_std": by_seed.var(ddof=1).mean() ** 0.5}
-        row |= {"stderr": group.stderr.astype(float).mean()}
+        means, identity = by_seed.mean(), columns.loc[column]
+        unavailable = group.status[is_unavailable(group.status)]
+        row = identity[["metric", "extractor", "num_samples"]].to_dict() | {
+            "student": student,
+            "column": column,
+            "mean": means.mean(),
+            "std": means.std(ddof=1),
+            "sampling_std": by_seed.var(ddof=1).mean() ** 0.5,
+            "stderr": group.stderr.astype(float).mean(),
+            "flag": _flags(group, "trained-on-extractor", "shares-pretraining"),
+            "status": unavailable.iloc[0] if len(unavailable) else "ok",
+        }
         if identity.ranked and group.sample_seed.nunique() > 1:
             higher = METRICS[identity.metric].higher_is_better
             row["best"] = (by_seed.max() if higher else by_seed.min()).mean()
-        unavailable = group.status[is_unavailable(group.status)]
-        row["flag"] = _flags(group, "trained-on-extractor", "shares-pretraining")
-        row["status"] = unavailable.iloc[0] if len(unavailable) else "ok"
         rows.append(row)
+    order = {"student": names, "column": list(columns.index)}
     scores = pd.DataFrame(rows, columns=["column", *COLUMNS])
-    positions = {
-        key: scores[key].map({name: i for i, name in enumerate(order)})
-        for key, order in (("student", names), ("column", columns.index))
-    }
-    order = pd.DataFrame(positions).sort_values(["student", "column"]).index
-    return scores.loc[order].reset_index(drop=True)
+    return scores.sort_values(
+        list(order), key=lambda values: values.map(order[values.name].index), ignore_index=True
+    )
 
 
 def _flags(rows: pd.DataFrame, *names: str) -> str:
@@ -176,47 +180,36 @@ def wide(summary: Summary) -> pd.DataFrame:
 # -- notes --------------------------------------------------------------------------------------
 
 
-def _notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
-    return [
-        *_protocol_notes(experiment, table),
-        *_student_notes(experiment),
-        *_extractor_notes(experiment, table),
-        *_flag_notes(table),
-    ]
-
-
-def _budget_text(limits: list[Limit]) -> str:
-    return ", ".join(f"{limit.amount:g} {limit.unit}" for limit in limits)
-
-
 def _protocol_notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
     training, sampling = experiment.training, experiment.evaluation.sampling_seeds
     budget = _budget_text(training.budget)
-    own_budgets = {
-        name: _budget_text(student.budget) for name, student in experiment.students.items()
-    }
-    budgets = "".join(f"; {name}: {own}" for name, own in own_budgets.items() if own != budget)
+    own = {name: _budget_text(student.budget) for name, student in experiment.students.items()}
+    budgets = "".join(f"; {name}: {text}" for name, text in own.items() if text != budget)
     references = ", ".join(table.reference.dropna().unique()) or "missing"
-    floor_note = (
-        " `_n…` is the sample count. At the size of the held-out part, scores are means over "
-        "disjoint subsets; `floor` is the score of the real held-out images."
-    )
     notes = [
         f"Mean ± std over {len(training.seeds)} training seeds; the score of a training seed is "
         f"its mean over sampling seeds {', '.join(map(str, sampling))} (their std is "
         "`sampling_std` in summary.csv). EMA weights at the end of the budget "
-        f"({budget}{budgets}); reference {references}."
-        + (floor_note if (table.student == "floor").any() else ""),
+        f"({budget}{budgets}); reference {references}.",
         "`rank`: from the intervals in pairwise.csv, not corrected for multiple comparisons; "
         "`tie 1–3` if some intervals contain 0, `not ranked` with fewer than "
         f"{TRAINING_SEEDS} training seeds.",
     ]
+    if (table.student == "floor").any():
+        notes[0] += (
+            " `_n…` is the sample count. At the size of the held-out part, scores are means over "
+            "disjoint subsets; `floor` is the score of the real held-out images."
+        )
     if len(sampling) > 1:
         notes.append(
             f"`best of {len(sampling)}`: the best sampling seed, as papers often publish it. It "
             "improves with the number of seeds; compare it only with such numbers."
         )
     return notes
+
+
+def _budget_text(limits: list[Limit]) -> str:
+    return ", ".join(f"{limit.amount:g} {limit.unit}" for limit in limits)
 
 
 def _student_notes(experiment: Experiment) -> list[str]:

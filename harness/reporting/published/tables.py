@@ -19,7 +19,7 @@ from harness.evaluation.registry import column_name
 from harness.io.artifacts import write_text
 from harness.method import METHODS
 from harness.reporting.collect import collect
-from harness.reporting.formatting import latex, markdown, spread_text
+from harness.reporting.formatting import as_text, latex, spread_text, write_table
 from harness.reporting.manifest import read_manifest
 from harness.reporting.published.catalogue import PAPERS, STATISTIC, base, is_own, published
 from harness.reporting.published.match import (
@@ -58,7 +58,7 @@ CAPTION = (
     "mean ± std over training seeds; one mean for a teacher. Difference: reproduced - reported. "
     "Setting match: exact (settings, budget, teacher and sample count are the published ones), "
     "changed (some differ), unknown (the published settings are unknown), scaled or toy (as the "
-    "experiment declares)."
+    "experiment declares). Written by `python -m harness {}`."
 )
 
 
@@ -142,21 +142,8 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
     }
 
 
-def paper_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    """The published numbers on an experiment's data with its own, from `collect`'s table.
-
-    Columns: COLUMNS; the index is the position of the number in `published()`. A number has one row
-    for each student that reproduces it, or one row without a reproduction.
-    """
-    rows, index = [], []
-    for i in concerning(experiment.paper):
-        new = _rows(experiment, table, published()[i])
-        rows += new
-        index += [i] * len(new)
-    return _frame(rows, COLUMNS, index)
-
-
 def _rows(experiment: Experiment, table: pd.DataFrame, entry: dict) -> list[dict]:
+    """A published number with each of its reproductions, or without one."""
     bare = _row(entry)
     names = runs_of(experiment, entry) if entry["metric"] == "FID" else []
     rows = [bare | _reproduction(experiment, table, name, entry) for name in names]
@@ -165,90 +152,57 @@ def _rows(experiment: Experiment, table: pd.DataFrame, entry: dict) -> list[dict
     return rows or [bare]
 
 
-def _frame(rows: list[dict], columns: tuple, index: list[int] | None = None) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=columns, index=index).astype({"nfe": "Int64"})
+def paper_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    """The published numbers on an experiment's data with its own, from `collect`'s table. Columns:
+    COLUMNS; one row for each run that reproduces a number, or one without a reproduction."""
+    entries = [published()[i] for i in concerning(experiment.paper)]
+    return _frame([row for entry in entries for row in _rows(experiment, table, entry)], COLUMNS)
 
 
-def _text(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as text, empty where unknown."""
-    text = table.astype(object).where(table.notna(), "")
-    return text.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
-
-
-def _markdown(table: pd.DataFrame, title: str, stage: str) -> str:
-    caption = f"{CAPTION} Written by `python -m harness {stage}`."
-    return f"# {title}\n\n{markdown(_text(table))}\n\n{caption}\n"
+def _frame(rows: list[dict], columns: tuple) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=columns).astype({"nfe": "Int64"})
 
 
 def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write paper.{csv,md,tex} to a folder; returns their paths."""
-    paper = experiment.paper
     rows = paper_table(experiment, table)
-    title = f"Published numbers on {paper.dataset}, and those of {experiment.name}"
+    title = f"Published numbers on {experiment.paper.dataset}, and those of {experiment.name}"
     wide = "".join("p{4cm}" if name in ("source", "note") else "l" for name in COLUMNS)
-    files = {
-        folder / "paper.csv": rows.to_csv(index=False),
-        folder / "paper.md": _markdown(rows, title, "report"),
-        folder / "paper.tex": latex(_text(rows), title, wide),
-    }
-    for path, text in files.items():
-        write_text(path, text)
-    return list(files)
+    texts, caption = as_text(rows, ""), CAPTION.format("report")
+    write_text(folder / "paper.tex", latex(texts, title, wide))
+    paths = write_table(rows, folder, "paper", title, caption, texts)
+    return [*paths, folder / "paper.tex"]
 
 
 # -- all experiments --------------------------------------------------------------------------
 
 
-def find_experiments(
+def collect_all(
     results: Path,
     configs: Path,
     parse: Callable[..., Experiment],
     load: Callable[..., Experiment],
-) -> list[Experiment]:
-    """The experiments with a section `paper`: those of the manifests in `results`, and those of the
-    files in `configs` without a manifest.
+) -> list[tuple[Experiment, pd.DataFrame]]:
+    """The experiments with a section `paper` and their tidy tables, complete or not: those of the
+    manifests in `results`, and those of the files in `configs` without a manifest.
 
     parse, load: `parse_experiment` and `load_experiment` of `harness.validation`. Experiments that
     cannot be read are skipped with a warning; their data and checkpoints need not exist.
     """
-
-    def of_manifest(path: Path) -> Experiment | None:
-        config = read_manifest(path).get("config")
-        if not isinstance(config, dict) or not config.get("paper"):
-            return None
-        return parse(config, str(path), results, files=False)
-
-    def of_file(path: Path) -> Experiment | None:
-        return load(path, results=results, files=False)
-
-    experiments: dict[str, Experiment] = {}
-    sources = [(of_manifest, path) for path in sorted(results.glob("*/manifest.json"))]
-    sources += [(of_file, path) for path in sorted(configs.glob("*.yaml"))]
-    for read, path in sources:
+    tables: dict[str, tuple[Experiment, pd.DataFrame]] = {}
+    for path in [*sorted(results.glob("*/manifest.json")), *sorted(configs.glob("*.yaml"))]:
         try:
-            experiment = read(path)
+            if path.suffix == ".yaml":
+                experiment = load(path, results=results, files=False)
+            elif (config := read_manifest(path).get("config") or {}).get("paper"):
+                experiment = parse(config, str(path), results, files=False)
+            else:
+                continue
+            if experiment.paper and experiment.name not in tables:
+                tables[experiment.name] = experiment, collect(experiment, partial=True)[0]
         except UserError as error:
-            logger.warning("skipped: %s", error)
-            continue
-        if experiment and experiment.paper:
-            experiments.setdefault(experiment.name, experiment)
-    return list(experiments.values())
-
-
-def _collect_all(experiments: list[Experiment]) -> list[tuple[Experiment, pd.DataFrame]]:
-    """The tidy table of each experiment, complete or not."""
-    tables = []
-    for experiment in experiments:
-        try:
-            tables.append((experiment, collect(experiment, partial=True)[0]))
-        except UserError as error:
-            logger.warning("skipped: %s: %s", experiment.name, error)
-    return tables
-
-
-def _file_name(paper: str, table: str) -> str:
-    """`dmd-table-2` of DMD's "Table 2 (left)": both halves of a table are one file."""
-    return re.sub("[^a-z0-9]+", "-", f"{paper} {table.split(' (')[0]}".lower()).strip("-")
+            logger.warning("skipped %s: %s", path, error)
+    return list(tables.values())
 
 
 def write_paper_tables(
@@ -258,9 +212,8 @@ def write_paper_tables(
     configs: Path = Path("configs/paper"),
 ) -> None:
     """Write one file per published table of PAPERS, with the runs in `results`; print the cells
-    (FIDs of the methods here and their teachers) without a run. parse, load: of
-    `find_experiments`."""
-    tables = _collect_all(find_experiments(results, configs, parse, load))
+    (FIDs of the methods here and their teachers) without a run. parse, load: of `collect_all`."""
+    tables = collect_all(results, configs, parse, load)
     files: dict[str, list[dict]] = {}
     empty, cells, others = [], 0, 0
     for entry in published():
@@ -273,18 +226,18 @@ def write_paper_tables(
             for row in _rows(experiment, table, entry)
             if row["reproduced"]
         ]
-        name = _file_name(entry["paper"], entry["table"])
-        files.setdefault(name, []).extend(rows or [_row(entry)])
+        # Both halves of "Table 2 (left)" and "Table 2 (right)" are one file.
+        title = f"{entry['paper']}, {entry['table'].split(' (')[0]}"
+        files.setdefault(title, []).extend(rows or [_row(entry)])
         if is_own(entry):
             cells += entry["metric"] == "FID"
             others += entry["metric"] != "FID"
             empty += [entry] if entry["metric"] == "FID" and not rows else []
     folder = results / "paper-tables"
-    for name, rows in files.items():
+    for title, rows in files.items():
         table = _frame(rows, TABLE_COLUMNS)
-        title = f"{rows[0]['paper']}, {rows[0]['table'].split(' (')[0]}"
-        write_text(folder / f"{name}.csv", table.to_csv(index=False))
-        write_text(folder / f"{name}.md", _markdown(table, title, "paper-tables"))
+        name = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
+        write_table(table, folder, name, title, CAPTION.format("paper-tables"), as_text(table, ""))
     count = "1 experiment" if len(tables) == 1 else f"{len(tables)} experiments"
     print(f"{len(files)} tables in {folder}/ (.csv, .md), from {count}")
     print(
