@@ -176,7 +176,7 @@ def agreement(experiment, args):
 
 @stage("score a folder or zip of images from elsewhere", "folder")
 def score_folder(experiment, args):
-    call("evaluation.folder.print_folder", experiment.scoring(), args.folder)
+    call("evaluation.stage.print_folder", experiment.scoring(), args.folder)
 
 
 @tool("compare a teacher with its published FIDs", "teacher?")

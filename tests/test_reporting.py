@@ -10,9 +10,9 @@ from PIL import Image
 from harness.data import datasets
 from harness.errors import UserError
 from harness.evaluation.agreement import write_images
-from harness.evaluation.folder import print_folder, score_folder
 from harness.evaluation.registry import column_name
 from harness.evaluation.scorer import Scorer
+from harness.evaluation.stage import print_folder, score_folder
 from harness.reporting.collect import COLUMNS, SCHEMA, collect, read_metrics
 from harness.reporting.figures import samples
 from harness.reporting.formatting import spread_text

@@ -20,7 +20,6 @@ from harness.data.registry import Images
 from harness.errors import UserError
 from harness.evaluation import references, sample_stream, scorer
 from harness.evaluation.agreement import write_images
-from harness.evaluation.folder import print_folder, score_folder
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
@@ -32,6 +31,7 @@ from harness.evaluation.sample_stream import (
     SampleStream,
 )
 from harness.evaluation.scorer import Scorer, Scores
+from harness.evaluation.stage import print_folder, score_folder
 from harness.features.base import parse_settings, provides
 from harness.io.records import ScoreRow
 from harness.registry import load_plugin
@@ -91,7 +91,7 @@ def accumulate(blocks: SampleStream, stop_after: int | None = None) -> tuple[Ext
         if stop_after is not None and extractor.images >= stop_after:
             raise Stop
         accumulator.add(pixels, labels)
-    accumulator.finish()
+    accumulator.save(ended=True)
     features = accumulator.feature_set("stub", reference, 3)
     tensors = {"labels": features.labels, "classes": features.classes}
     return extractor, accumulator.images() | tensors | features.outputs

@@ -121,8 +121,7 @@ class ImagePair:
 
     def values(self) -> dict[str, float]:
         """Every metric that one of the libraries has, too."""
-        # As one of several subsets, to skip the standard errors.
-        features = replace(self.features, is_subset=True)
+        features = replace(self.features, is_subset=True)  # without standard errors
         names = [n for n in COMPARED if METRICS[n].applies_to(self.extractor.provided)]
         return {name: METRICS[name].estimate(features).value for name in names}
 
@@ -166,13 +165,11 @@ def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict[str, Any]]:
 
         def forward(self, images):
             outputs = pair.outputs(images)
-            features = {
-                "exact": lambda: outputs["features"].double(),
-                "features": lambda: outputs["features"],
-                "standardised": lambda: pair.features.reference.standardise(outputs["features"]),
-                "logits": lambda: outputs["probabilities"].log(),
-            }
-            return tuple(features[name]() for name in self.features_list)
+            outputs["exact"] = outputs["features"].double()
+            outputs["standardised"] = pair.features.reference.standardise(outputs["features"])
+            if "probabilities" in outputs:
+                outputs["logits"] = outputs["probabilities"].log()
+            return tuple(outputs[name] for name in self.features_list)
 
     name = f"onestep-{pair.extractor.name}-{uuid.uuid4().hex}"
     torch_fidelity.register_feature_extractor(name, Hook)
@@ -196,10 +193,8 @@ def torch_fidelity_values(folders: list[Path], name: str, **options: Any) -> dic
     # Its cache is keyed by the network's name, not by the images; without save_cpu_ram it starts
     # four processes.
     common = {"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False}
-    options = {"feature_extractor": name} | common | options
-    return torch_fidelity.calculate_metrics(
-        input1=str(folders[0]), input2=str(folders[1]), **options
-    )
+    inputs = {"input1": str(folders[0]), "input2": str(folders[1]), "feature_extractor": name}
+    return torch_fidelity.calculate_metrics(**inputs | common | options)
 
 
 def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float]:

@@ -63,13 +63,12 @@ class Reference:
         return self._computed[name]
 
     @cached_property
-    def _own_statistics(self) -> tuple[Tensor, Tensor]:
-        return gaussian_statistics(self.features)
+    def _own_statistics(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.features is None else gaussian_statistics(self.features)
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        given = self._given_statistics
-        return self._own_statistics if given is None and self.features is not None else given
+        return self._own_statistics if self._given_statistics is None else self._given_statistics
 
     def frechet(self, features: Tensor) -> float:
         """Fréchet distance of samples `(N, D)`."""
@@ -88,9 +87,8 @@ class Reference:
 
     @cached_property
     def typical_nearest(self) -> float | None:
-        """The unit for distances to the training images: the median distance of a held-out image to
-        the nearest one. None if nothing is held out, or if half of it duplicates training images.
-        """
+        """The unit for distances to training images: the median distance of held-out images to the
+        nearest one. None if nothing is held out, or if half of it duplicates training images."""
         if self.held_out is None:
             return None
         return nearest(self.held_out, self.features)[0].double().quantile(0.5).item() or None
@@ -134,16 +132,8 @@ def load_reference(
     """
     if not len(dataset.train):
         return Reference(None, published)
-    key = {
-        "extractor": extractor.hashes,
-        "type": extractor.settings.type,
-        "resize": extractor.resize,
-        "data": dataset.sha256,
-        "draw": PAIRWISE_LIMIT,
-        "moments": published is None,
-        "torch": torch.__version__,
-        "device": device,
-    }
+    key = [extractor.hashes, extractor.settings.type, extractor.resize, dataset.sha256]
+    key += [PAIRWISE_LIMIT, published is None, torch.__version__, device]
     path = folder / f"reference-{artifacts.digest(key)}.safetensors"
     record = path.with_suffix(".json")
     with run_lock(folder):

@@ -181,14 +181,11 @@ class FeatureAccumulator:
             if self.attributes:
                 self._parts["attributes"].append(self.attributes.check(pixels, labels))
         self.count += len(pixels)
-        self._save(ended=False)
+        self.save()
 
-    def finish(self) -> None:
-        """Call it when the stream has ended."""
-        self._save(ended=True)
-
-    def _save(self, ended: bool) -> None:
-        """Append everything that is not on disk yet to the stream's shards, if it is time."""
+    def save(self, ended: bool = False) -> None:
+        """Append everything that is not on disk yet to the stream's shards, if it is time.
+        `ended`: the stream has ended."""
         images = self.count - self._saved_count
         if self.stream is None or not images or not self.stream.checkpoints.due(ended):
             return

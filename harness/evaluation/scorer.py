@@ -52,8 +52,8 @@ class Scorer:
     """Computes all metrics in the features of all extractors.
 
     protocols: digest -> protocol, and dimensions: extractor -> number of features, of everything
-    that was scored. With several processes, all of them must make the same calls: they share the
-    generation of samples, and the first one computes the scores.
+    that was scored. With several processes, all must make the same calls: they share the generation
+    of samples, and the first one computes the scores.
     """
 
     def __init__(self, scoring: Scoring):
@@ -160,14 +160,14 @@ class Scorer:
             if labels is None and self.labels_known:  # as `Images` has them without classes
                 labels = torch.zeros(len(pixels), dtype=torch.int64)
             accumulator.add(pixels, labels)
-        accumulator.finish()
+        accumulator.save(ended=True)
         result, counts = Scores(images=accumulator.images()), counts or self.counts
         for extractor in self.extractors:
             name, features = extractor.name, None
             if not extractor.unavailable:
                 neighbours = self.scoring.evaluation.neighbours
                 features = accumulator.feature_set(name, self.references[name], neighbours)
-                self._record_dimension(name, features, counts)
+                self._check_dimension(name, features.features.shape[1], counts)
                 if per_image:
                     values = features.per_image()
                     result.per_image |= {f"{name}/{key}": t for key, t in values.items()}
@@ -182,14 +182,13 @@ class Scorer:
                 result.rows.append(row)
         return result
 
-    def _record_dimension(self, name: str, features: FeatureSet, counts: list[int]) -> None:
-        if name in self.dimensions:
-            return
-        dim = self.dimensions[name] = features.features.shape[1]
+    def _check_dimension(self, name: str, dim: int, counts: list[int]) -> None:
+        """Record an extractor's number of features, and warn once of too few samples."""
         floor = self.floor_count if len(self.dataset.held_out) else None
         for count in counts:
-            if count <= dim:
+            if count <= dim and name not in self.dimensions:
                 logger.warning(small_sample_warning(name, dim, count, floor))
+        self.dimensions[name] = dim
 
     def _measurements(
         self,
@@ -230,11 +229,11 @@ class Scorer:
         **facts: Any,
     ) -> ScoreRow:
         """The number of a metric, or a row with a `status` if a network is unavailable."""
-        missing = [extractor.missing[name] for name in metric.requires if name in extractor.missing]
-        unavailable = extractor.unavailable or next(iter(missing), None)
+        reasons = [extractor.unavailable, *map(extractor.missing.get, metric.requires)]
+        unavailable = next(filter(None, reasons), None)
         value = Estimate(None, None)
         if unavailable is None:
-            value = mean_over_subsets([metric.estimate(s) for s in features.subsets(count)])
+            value = mean_over_subsets(list(map(metric.estimate, features.subsets(count))))
         record = protocol(metric, extractor, count, self.dataset, self.scoring, self.published)
         key = digest(record)
         self.protocols[key] = record
@@ -242,9 +241,7 @@ class Scorer:
             metric=metric.name,
             extractor=extractor.name,
             num_samples=count,
-            value=value.value,
-            stderr=value.stderr,
-            leave_out=list(value.leave_out),
+            **value._asdict(),
             protocol=key,
             status=f"unavailable ({unavailable})" if unavailable else None,
             **facts,

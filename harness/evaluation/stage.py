@@ -1,4 +1,4 @@
-"""The scoring stages: all snapshots of a run, or a teacher and the floor."""
+"""What can be scored: the snapshots of a run, a teacher and the floor, or a folder of images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.config.jobs import ReferenceScoring, RunScoring
+from harness.config.jobs import ReferenceScoring, RunScoring, Scoring
+from harness.data.datasets import Images
+from harness.data.image_archive import has_labels, read_images
+from harness.errors import UserError
+from harness.evaluation.checks import minimum_samples
 from harness.evaluation.protocol import fingerprint, reference_fingerprint
+from harness.evaluation.registry import column_name
 from harness.evaluation.sample_stream import SampleSource, load_decoding
 from harness.evaluation.scorer import Scorer
 from harness.io import artifacts
@@ -21,6 +26,7 @@ from harness.io.records import (
     Samples,
     ScoreEntry,
     ScoreRecord,
+    ScoreRow,
     StudentRecord,
     TeacherRecord,
 )
@@ -32,8 +38,9 @@ logger = logging.getLogger(__name__)
 # A teacher's samples for the check against other libraries: enough for full-rank covariances of
 # Inception's features, within a bound on the file's size.
 KEPT_IMAGES, KEPT_BYTES = 5000, 2 << 30
+PARTS = ".parts"  # suffix of the folder for unfinished work
 
-Images = dict[str, Tensor]  # for the figures
+Figures = dict[str, Tensor]  # images, with what figures show of them
 PerImage = dict[int, dict[str, Tensor]]  # sampling seed -> column -> values `(N,)`
 
 
@@ -43,7 +50,7 @@ def score_run(job: RunScoring) -> None:
     evaluation, device = job.scoring.evaluation, job.scoring.device
     decoding = load_decoding(job.teacher, device)
     entries: list[ScoreEntry] = []
-    images: Images = {}
+    images: Figures = {}
     per_image: PerImage = {}
     for snapshot in run.snapshots:
         folder, final = job.run / "snapshots" / snapshot.name, snapshot is run.snapshots[-1]
@@ -54,7 +61,7 @@ def score_run(job: RunScoring) -> None:
             scores = scorer.score_samples(
                 source,
                 seed,
-                _unfinished(job.output),
+                job.output.with_suffix(PARTS),
                 snapshot.sha256,
                 keep=evaluation.grid_samples if final and not images else 0,
                 final=final,
@@ -82,8 +89,8 @@ def score_references(job: ReferenceScoring) -> None:
     denoiser = load_denoiser(job.teacher, teacher.sha256, device)
     decoding, settings = load_decoding(job.teacher, device), sampler.model_dump()
     entries: list[ScoreEntry] = []
-    images: Images = {}
-    stored: Images = {}  # samples of the first sampling seed, for other libraries
+    images: Figures = {}
+    stored: Figures = {}  # samples of the first sampling seed, for other libraries
     per_image: PerImage = {}
     common = {"snapshot": "", "final": True, "grid": []}
     for name, nfe, generate, identity in (
@@ -95,7 +102,7 @@ def score_references(job: ReferenceScoring) -> None:
         count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // source.image_bytes)
         for seed in evaluation.sampling_seeds:
             keep = 0 if images else max(count, evaluation.grid_samples)
-            what = _unfinished(job.output), teacher.sha256, identity
+            what = job.output.with_suffix(PARTS), teacher.sha256, identity
             scores = scorer.score_samples(source, seed, *what, keep=keep, per_image=prompted)
             rows += scores.rows
             if prompted:
@@ -122,19 +129,55 @@ def score_references(job: ReferenceScoring) -> None:
     _write(job.output, scorer, entries, images, per_image, reference_fingerprint(job), **facts)
 
 
+def score_folder(scoring: Scoring, path: Path) -> list[ScoreRow]:
+    """Rows for the images in `path`, in the layout of a data set (`harness.data.image_archive`).
+
+    Labels are required if the experiment has classes, and optional for prompts. The sample counts
+    are the experiment's as far as there are enough images, otherwise the number of images.
+    """
+    scorer = Scorer(scoring)
+    data = scorer.dataset
+    # With prompts labels are optional, and pretrained networks resize the images.
+    prompted = data.evaluation_prompts is not None and data.attributes is None
+    labelled = data.num_evaluated > 0 and (not prompted or has_labels(path))
+    pixels, labels, _ = read_images(path, labelled, data.num_evaluated or None)
+    if not prompted and tuple(pixels.shape[1:]) != data.image_shape:
+        size, expected = ("x".join(map(str, s)) for s in (pixels.shape[1:], data.image_shape))
+        raise UserError(f"{path}: images are {size}; those of {data.name} are {expected}", "shape")
+    minimum = minimum_samples(scoring.evaluation.neighbours)[1]
+    if len(pixels) < minimum:
+        message = f"{path}: {len(pixels)} images; the metrics need at least {minimum}"
+        raise UserError(message, "too-few")
+    counts = [n for n in scorer.counts if n <= len(pixels)] or [len(pixels)]
+    blocks = Images(pixels, labels).blocks()
+    if prompted and not labelled:
+        blocks = ((block, None) for block, _ in blocks)
+    return scorer.score(blocks, counts).rows
+
+
+def print_folder(scoring: Scoring, path: Path) -> None:
+    from tabulate import tabulate
+
+    lines = []
+    for row in score_folder(scoring, path):
+        column = column_name(row.metric, row.num_samples, row.extractor)
+        lines.append((column, row.status or row.value, row.stderr))
+    print(tabulate(lines, ("column", "value", "standard error"), "github", floatfmt=".4g"))
+    print(
+        f"\n{path} against the training part of {scoring.data_section.name}, scored like the "
+        f"students of {scoring.experiment}. How these images were selected is unknown."
+    )
+
+
 def _costs(ledger: Costs | None) -> dict[str, Any]:
     return ledger.model_dump(include={"images", "flops", "seconds"}) if ledger else {}
-
-
-def _unfinished(output: Path) -> Path:
-    return output.with_suffix(".parts")
 
 
 def _write(
     path: Path,
     scorer: Scorer,
     entries: list[ScoreEntry],
-    images: Images,
+    images: Figures,
     per_image: PerImage,
     fingerprint: dict,
     **facts: Any,
@@ -161,7 +204,7 @@ def _write(
         dimensions=scorer.dimensions,
         **facts,
     ).write(path)
-    shutil.rmtree(_unfinished(path), ignore_errors=True)
+    shutil.rmtree(path.with_suffix(PARTS), ignore_errors=True)
 
 
 def _write_per_image(path: Path, per_image: PerImage) -> None:

@@ -32,7 +32,7 @@ def _score(probabilities: Tensor) -> float:
     "inception-score",
     "Inception Score",
     True,
-    requires=("probabilities", "inception"),
+    ("probabilities", "inception"),
     final_only=True,
     splits="mean over 10, in the order of the samples",
 )
@@ -44,13 +44,9 @@ def inception_score(features: FeatureSet) -> Estimate:
     return Estimate(values.mean().item(), (values.std() / math.sqrt(SPLITS)).item())
 
 
+# "fd": not for Inception, as its distance is called FID.
 @register(
-    "class-score",
-    "Class score",
-    True,
-    requires=("probabilities", "fd"),  # "fd": not for Inception, as its distance is called FID
-    final_only=True,
-    splits="none",
+    "class-score", "Class score", True, ("probabilities", "fd"), final_only=True, splits="none"
 )
 def class_score(features: FeatureSet) -> Estimate:
     """The Inception Score's formula with another classifier: the effective number of classes."""
