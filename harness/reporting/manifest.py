@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import joblib
@@ -34,37 +35,25 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(
-                line.split(":")[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def read_manifest(path: Path) -> dict:
     """Read a manifest of any experiment; a damaged one raises a `UserError` (code "damaged")."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        reason = "" if isinstance(value, dict) else "not a JSON object"
+        if isinstance(value, dict):
+            return value
+        raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:  # includes JSON's and UTF-8's own errors
-        reason = str(error)
-    if reason:
         raise UserError(
-            f"{path} is damaged ({reason}); delete this file: `python -m harness report "
+            f"{path} is damaged ({error}); delete this file: `python -m harness report "
             "--configfile …` writes it again from the scores",
             "damaged",
-        )
-    return value
+        ) from None
 
 
 def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[Path]) -> dict:
@@ -90,7 +79,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[P
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "device": {
             "setting": experiment.device_setting,
             "used": used or experiment.device_setting,

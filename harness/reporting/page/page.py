@@ -267,12 +267,10 @@ def students_table(content: Content, columns: list[str]) -> pd.DataFrame:
         return html.noted(text, f"± {minus(format(error, '.1g' if error < 1 else '.3g'))}")
 
     table = text_table(content.summary, columns, content.is_ranked, score, heading)
-    names = [
-        html.noted(row.student, "data-free" * (row.data_free == "yes"))
-        if row.status == "ok"
-        else html.noted(row.student, row.status)
-        for row in content.summary.students.itertuples()
-    ]
+    students = content.summary.students
+    notes = students.data_free.map({"yes": "data-free"}).fillna("")
+    notes = notes.where(students.status == "ok", students.status)
+    names = [html.noted(*pair) for pair in zip(students.student, notes, strict=True)]
     table.insert(0, "student", pd.Series(names, table.index, dtype=object))
     return table.drop(columns=["data-free", "status"], errors="ignore")
 
@@ -547,7 +545,7 @@ def provenance(content: Content) -> Iterator[Markup]:
         "Commit": f"{m['commit'] or 'unknown'}{changes}",
         "Python": m["python"],
         "Device": ", ".join(f"{spaced(key)} {value}" for key, value in m["device"].items()),
-        "Packages": ", ".join(f"{name} {value}" for name, value in m["packages"].items() if value),
+        "Packages": ", ".join(f"{name} {value}" for name, value in m["packages"].items()),
     }
     yield html.facts(items)
     config = yaml.safe_dump(m["config"], sort_keys=False, allow_unicode=True)
