@@ -232,8 +232,8 @@ def test_statistics_are_read_in_double_precision(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"mu": None}, "missing-key"),
-        ({"sigma": None}, "missing-key"),
+        ({"mu": None}, "damaged"),
+        ({"sigma": None}, "damaged"),
         ({"mu": np.zeros(4)}, "shape"),
         ({"mu": np.zeros(())}, "shape"),
         ({"mu": np.array([0, 0, np.nan, 0, 0])}, "not-finite"),

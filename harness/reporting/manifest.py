@@ -20,7 +20,7 @@ from harness.reporting.collect import feature_record, student_record
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "safetensors", "open_clip_torch", "torch-fidelity"),
-    *("clean-fid", "scipy", "numpy", "pandas", "altair", "snakemake", "pydantic"),
+    *("clean-fid", "scipy", "numpy", "pandas", "matplotlib", "altair", "snakemake", "pydantic"),
     "scikit-learn",
 )
 FEATURE_FACTS = {"sha256", "held_out_accuracy", "aesthetic", "unavailable"}

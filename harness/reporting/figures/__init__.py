@@ -13,13 +13,14 @@ from harness.reporting.figures import charts, health, quality, samples
 
 def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw all figures from `collect`'s table; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     table = table[~is_unavailable(table.status)]
     saved = samples.read_samples(experiment, table)
-    figures = {
-        "quality_vs_images": quality.figure(experiment, table, "images"),
-        "quality_vs_compute": quality.figure(experiment, table, "flops"),
-        "samples": samples.sample_grid(saved, samples.prompt_texts(experiment)),
-        "nearest_neighbours": samples.neighbour_grid(saved),
-        "training_health": health.figure(experiment, table),
-    }
-    return [path for name, chart in figures.items() for path in charts.save(chart, folder, name)]
+    grid = samples.sample_grid(saved, samples.prompt_texts(experiment))
+    return [
+        *charts.save(quality.figure(experiment, table, "images"), folder, "quality_vs_images"),
+        *charts.save(quality.figure(experiment, table, "flops"), folder, "quality_vs_compute"),
+        *charts.save(health.figure(experiment, table), folder, "training_health"),
+        *samples.save(grid, folder, "samples"),
+        *samples.save(samples.neighbour_grid(saved), folder, "nearest_neighbours"),
+    ]

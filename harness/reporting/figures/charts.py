@@ -5,13 +5,11 @@ Text and axes take the colour of their surroundings, so a chart serves light, da
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
 import altair as alt
 import pandas as pd
-from PIL import Image
 
 # Okabe and Ito's palette for colour-blind readers, with a grey that is visible on black and white;
 # shapes and dashes distinguish the students in grey print.
@@ -38,12 +36,10 @@ def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> list[Path]:
     """Write a chart as PNG and PDF; returns their paths."""
     import vl_convert
 
-    folder.mkdir(parents=True, exist_ok=True)
     text = {"fontSize": 11, "anchor": "start"}
     static = specification(chart, background="white", font="sans-serif", title=text)
     png, pdf = (folder / f"{name}.{kind}" for kind in ("png", "pdf"))
-    image = Image.open(io.BytesIO(vl_convert.vegalite_to_png(static, scale=2)))
-    image.convert("RGB").save(png, optimize=True)
+    png.write_bytes(vl_convert.vegalite_to_png(static, scale=2))
     pdf.write_bytes(vl_convert.vegalite_to_pdf(static))
     return [png, pdf]
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import math
+import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-import altair as alt
+import matplotlib
 import numpy as np
 import pandas as pd
-from PIL import Image
+from matplotlib.figure import Figure
 
 from harness.config.experiment import Experiment
 from harness.data.datasets import load
 from harness.data.registry import has_texts
 from harness.io.artifacts import load_tensors
 from harness.io.records import Samples, ScoreRecord
-from harness.reporting.figures import charts
 
-CELL = 40  # size of an image in a figure
-THUMBNAIL = 96  # pixels: larger images are scaled down
+matplotlib.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 160, "savefig.bbox": "tight"})
 PROMPTS = 12  # columns of a grid of prompts
 CLASS_COLUMNS = 20  # columns of a grid of classes
 
@@ -123,68 +119,84 @@ def nearest_neighbours(samples: dict[str, ScoredSamples]) -> tuple[dict[str, Nei
     )
 
 
-def png(images: np.ndarray) -> str:
-    """Images `(N, C, H, W)` uint8 side by side, with transparent gaps, as a data URL."""
-    count, _, height, width = images.shape
-    gap = max(1, width // 12)
-    canvas = np.zeros((height, count * (width + gap) - gap, 4), np.uint8)
-    for i, image in enumerate(images):
-        cell = canvas[:, i * (width + gap) :][:, :width]
-        cell[..., :3] = image.transpose(1, 2, 0)  # grey fills three channels
-        cell[..., 3] = 255
-    picture = Image.fromarray(canvas)
-    if height > THUMBNAIL:
-        size = (round(picture.width * THUMBNAIL / height), THUMBNAIL)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def tile(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of images `(N, C, H, W)` uint8 as one image `(H', W', 4)` with transparent gaps."""
+    height, width = rows[0].shape[2:]
+    gap, columns = max(1, width // 12), max(map(len, rows))
+    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 4)
+    tiled = np.zeros(shape, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            top, left = r * (height + gap), c * (width + gap)
+            cell = tiled[top : top + height, left : left + width]
+            cell[..., :3] = image.transpose(1, 2, 0)  # grey fills three channels
+            cell[..., 3] = 255
+    return tiled
 
 
-def _grid(rows: dict[str, np.ndarray], columns: list[str], title: str | None = None) -> alt.Chart:
-    """Rows of images `(N, C, H, W)` with their names, and the N columns with theirs."""
-    cells = []
-    for name, images in rows.items():
-        factor = math.ceil(CELL / images.shape[-1])  # enlarged without smoothing
-        for i, image in enumerate(images.repeat(factor, axis=2).repeat(factor, axis=3)):
-            cells.append({"row": name, "column": i, "url": png(image[None])})
-    no_lines = {"domain": False, "ticks": False}
-    axis = alt.Axis(
-        orient="top",
-        labelExpr=f"{json.dumps(columns)}[datum.value] || ''",
-        labelAngle=-60 if any(len(text) > 6 for text in columns) else 0,
-        labelLimit=200,
-        **no_lines,
-    )
-    chart = alt.Chart(alt.Data(values=cells)).mark_image(width=CELL, height=CELL)
-    chart = chart.encode(
-        x=alt.X("column:O", title=None, axis=axis),
-        y=alt.Y("row:N", title=None, sort=list(rows), axis=alt.Axis(**no_lines)),
-        url="url:N",
-    )
-    step = alt.Step(CELL + 2)
-    return chart.properties(width=step, height=step, **({"title": title} if title else {}))
+def _show(axes, rows: list[np.ndarray], names: list[str], columns: list[str]) -> None:
+    """Draw images with the names of their rows and columns."""
+    image = tile(rows)
+    axes.imshow(image, interpolation="nearest")
+    for axis, labels, size in (
+        (axes.yaxis, names, len(image)),
+        (axes.xaxis, columns, len(image[0])),
+    ):
+        axis.set_ticks((np.arange(len(labels)) + 0.5) * size / max(1, len(labels)), labels)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
-def sample_grid(samples: dict[str, ScoredSamples], texts: tuple[str, ...]) -> alt.Chart:
+def _message(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = Figure(figsize=(4, 1))
+    figure.text(0.5, 0.5, text, ha="center")
+    return figure
+
+
+def sample_grid(samples: dict[str, ScoredSamples], texts: tuple[str, ...] = ()) -> Figure:
     """Rows: the teachers and each student (first seed). Columns: one noise and one condition."""
     images, conditions = select_samples(samples, texts)
     if not images:
-        return charts.message("no samples")
-    caption = "The noise is the same down each column"
+        return _message("no samples")
+    cell, head = (0.8, 2.6) if texts else (0.5, 0.7)
+    columns = max(map(len, images.values()))
+    size = (cell * columns + 1.2, (cell + 0.02) * len(images) + head)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    _show(axes, list(images.values()), list(images), [textwrap.fill(c, 26) for c in conditions])
+    axes.xaxis.tick_top()
+    if texts:
+        for label in axes.get_xticklabels():
+            label.set(rotation=60, ha="left", rotation_mode="anchor")
+    caption = "the noise is the same down each column"
     if conditions:
-        caption += f", and so is the {'prompt' if texts else 'class'}"
-    return _grid(images, conditions, f"{caption}.")
+        caption = f"{'prompt' if texts else 'class'} (top); {caption}"
+    axes.set_xlabel(caption, labelpad=8)
+    return figure
 
 
-def neighbour_grid(samples: dict[str, ScoredSamples]) -> alt.TopLevelMixin:
+def neighbour_grid(samples: dict[str, ScoredSamples]) -> Figure:
     """For each row, the samples nearest to training images, and below them these images."""
     neighbours, description = nearest_neighbours(samples)
-    grids = []
-    for name, row in neighbours.items():
+    if not neighbours:
+        return _message("no training images to compare with")
+    columns = max(len(row.images) for row in neighbours.values())
+    size = (0.56 * columns + 1.4, 1.33 * len(neighbours) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(neighbours), squeeze=False)[:, 0]
+    for axes, (name, row) in zip(panels, neighbours.items(), strict=True):
         label = "floor (held out)" if name == "floor" else name
         distances = [f"{distance:.2f}" for distance in row.distance]
-        grids.append(_grid({label: row.images, "training": row.training}, distances))
-    if not grids:
-        return charts.message("no training images to compare with")
-    return alt.vconcat(*grids, spacing=4, title=f"Above: samples. Below: {description}.")
+        _show(axes, [row.images, row.training], [label, "training"], distances)
+        axes.tick_params(axis="x", labelsize=8)
+    panels[-1].set_xlabel(description, fontsize=9, labelpad=6)
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and PDF, with the same bytes every time; returns their paths."""
+    png, pdf = (folder / f"{name}.{kind}" for kind in ("png", "pdf"))
+    figure.savefig(png)
+    figure.savefig(pdf, metadata={"CreationDate": None})
+    return [png, pdf]

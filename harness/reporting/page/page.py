@@ -6,12 +6,15 @@ charts and images. A section without parts is left out.
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pandas as pd
 import yaml
 from markupsafe import Markup, escape
@@ -44,6 +47,7 @@ from harness.reporting.summary import Summary
 from harness.reporting.tables import text_table
 
 NUMBER = re.compile(r"(tie )?[-−+]?\d")
+THUMBNAIL = 96  # pixels: larger sample images are scaled down
 SECTIONS: list[tuple[str, str, Callable]] = []  # id, title, generator
 
 
@@ -109,6 +113,19 @@ def is_numeric(table: pd.DataFrame) -> list[bool]:
     return [bool(column and NUMBER.match(column[0])) for column in texts]
 
 
+def png(images: np.ndarray) -> str:
+    """Images `(N, C, H, W)` uint8 side by side as a data URL."""
+    from PIL import Image
+
+    picture = Image.fromarray(samples.tile([images]))
+    if picture.height > THUMBNAIL:
+        size = (round(picture.width * THUMBNAIL / picture.height), THUMBNAIL)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -116,7 +133,7 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-ENVIRONMENT.filters |= {"numeric": is_numeric, "png": samples.png}
+ENVIRONMENT.filters |= {"numeric": is_numeric, "png": png}
 html = ENVIRONMENT.get_template("parts.html.j2").module
 
 
