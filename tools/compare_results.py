@@ -1,6 +1,6 @@
 """Compare two results folders of one experiment: every number, and the weights tensor by tensor.
 
-    python tools/compare_results.py results/a results/b
+    python -m tools.compare_results results/a results/b
 
 Rows of metrics.csv are matched by student, seed, snapshot, sampling seed, metric, extractor and
 number of samples; value, stderr, images and flops must be equal bit for bit, and so must all
