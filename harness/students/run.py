@@ -123,7 +123,8 @@ def train_student(run: StudentRun) -> StudentRecord | None:
         run_id = digest([run.fingerprint, inputs.hashes])
         folder = run.folder / "runs" / run_id
         contended = folder / "contended"  # remains if an interrupted run continues alone
-        if group.first and (not exclusive or inputs.shared_machine):
+        shared_machine = not exclusive or inputs.shared_machine
+        if group.first and shared_machine:
             folder.mkdir(parents=True, exist_ok=True)
             contended.touch()
         make = partial(assemble, run, inputs, folder, run_id)
@@ -147,7 +148,7 @@ def train_student(run: StudentRun) -> StudentRecord | None:
             **outcome.record(run_id),
             inputs=inputs.hashes,
             snapshots=outcome.snapshots,
-            contended=run.exclusive and contended.exists(),
+            contended=run.exclusive and (shared_machine or contended.exists()),
         )
         record.write(run.folder / "student.json")
     return record
