@@ -51,8 +51,8 @@ def test_one_file_adds_a_class_of_every_kind(tmp_path):
     table = pd.read_csv(workspace.results / "tables" / "metrics.csv")
     student = table[(table.student == "example") & (table.status == "ok")]
     assert set(student.extractor) == {"cnn", "raw-pixels"}
-    assert set(student[student.metric == "brightness"].extractor) == {"raw-pixels"}
-    assert student[student.metric == "brightness"].value.between(0, 1).all()
+    assert set(student[student.metric == "mean-brightness"].extractor) == {"raw-pixels"}
+    assert student[student.metric == "mean-brightness"].value.between(0, 1).all()
 
 
 def test_plugin_file_enters_the_fingerprints_that_depend_on_it(tiny, tmp_path):

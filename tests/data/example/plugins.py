@@ -130,7 +130,7 @@ class Pixels(FeatureExtractor):
         return {"features": features, "brightness": features.mean(dim=1)}
 
 
-@register("brightness", "Brightness", None, requires=("brightness",))
+@register("mean-brightness", "Mean brightness", None, requires=("brightness",))
 def brightness(features):
     """The mean of a per-image output that only the network above provides."""
     return mean_estimate(features.outputs["brightness"])
