@@ -78,7 +78,7 @@ class Context:
         """Generate images from fresh noise and conditions.
 
         Phases that name the same stream share one batch until the student is updated. The graph to
-        the student is kept if the student's update can use it.
+        the student remains if the student's update can use it.
         """
         key = stream, self._phase[1]
         if key not in self._generated:

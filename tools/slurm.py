@@ -305,7 +305,7 @@ def run(folder: Path, digits: bool, limit: float, local: Path | None = None) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--digits", action="store_true", help="run configs/digits.yaml")
-    parser.add_argument("--folder", type=Path, help="a new folder in which all files are kept")
+    parser.add_argument("--folder", type=Path, help="a new folder for all files; it is not deleted")
     parser.add_argument("--local", type=Path, help="results of a local run to compare with")
     args = parser.parse_args()
     if reason := missing():

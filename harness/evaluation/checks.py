@@ -18,7 +18,7 @@ Provided = Mapping[str, Collection[str]]  # extractor -> what it provides
 
 
 def minimum_samples(neighbours: int) -> tuple[int, int]:
-    """The fewest reference images and the fewest samples with which every metric can be computed:
+    """Minimum numbers of reference images and of samples for all metrics to be defined: enough
     nearest neighbours exist, and no group of the jackknife is empty."""
     return max(neighbours, DENSITY_NEIGHBOURS) + 1, max(neighbours + 1, GROUPS)
 

@@ -85,7 +85,7 @@ def register(
     needs: outputs or attributes of the `FeatureSet` that the images must have ("labels",
     "reference.features"); otherwise the metric is skipped.
     limit: the most samples that it uses. final_only: skip snapshots before the last.
-    samples_per_dim: the fewest samples per feature dimension.
+    samples_per_dim: minimum number of samples per feature dimension.
     settings: the part of its definition that belongs to the protocol.
     """
 
