@@ -8,8 +8,6 @@ to Fréchet distance, kernel distance, class score, precision and recall, agains
 the same definitions and the same network. Its weights are random; speed does not depend on them.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

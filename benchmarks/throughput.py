@@ -12,8 +12,6 @@ computes the same: its column is the speed-up of the harness. Weights are random
 depend on them.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import statistics

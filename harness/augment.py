@@ -5,8 +5,6 @@ that they do not leak into samples. Written from the paper; images are resampled
 reflected borders, while the paper's pipeline uses wavelet filters.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Distil one-step diffusion students and compare them: stages of the workflow, and tools."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib

@@ -1,7 +1,5 @@
 """The interface of teachers, students and fake scores: a denoiser D(x; σ, c)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """The denoising loss, and methods that train a fake score with it (DMD, SiD, SIM)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

@@ -1,8 +1,6 @@
 """Parameters that a student does not train. Zheng and Yang 2024 (GDD-I): a diffusion model is
 nearly a one-step generator, and its convolutions need no further training."""
 
-from __future__ import annotations
-
 import re
 from typing import Literal
 

@@ -5,8 +5,6 @@ plug-in file under `@METHODS.register("<name>")`. It contains no loop and reads 
 runs its phases (`harness.training.trainer`).
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import pkgutil

@@ -1,7 +1,5 @@
 """Registries of classes by name, and plug-in files that add to them."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

@@ -4,8 +4,6 @@ All blocks have the same size, so that the same weights give the same bytes for 
 and with any number of processes. Noise and labels are drawn on the host.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Noise levels: grids of samplers, and distributions and weights of losses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Load an experiment: parse the files, run every package's checks, report all errors together."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -10,8 +10,6 @@ loss as a pure function of tensors, one value per sample; test it against the au
 closed form (tests/test_losses.py). tests/test_methods.py covers every method in this folder.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, no_grad
 
 from harness.context import Context

@@ -16,8 +16,6 @@ Deviations:
 * EMA of the generator, which the paper does not mention.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import field_validator

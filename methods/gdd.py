@@ -15,8 +15,6 @@ Deviations:
   Here all terms are means, so the default is their gamma of 1e-4 divided by n.
 """
 
-from __future__ import annotations
-
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn, no_grad

@@ -10,8 +10,6 @@ Deviations:
   is limited, so that the student sees each pair many times.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn.functional import mse_loss
 

@@ -13,8 +13,6 @@ Deviations:
 * Non-finite steps are skipped and counted; the authors replace non-finite gradients by 0.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from harness.fake_score import ScoreConfig, ScoreIdentityMethod

@@ -12,8 +12,6 @@ Deviations:
   sample's loss as SiD does.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor

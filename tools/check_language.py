@@ -4,8 +4,6 @@ Prints every occurrence with its file and line; the exit status is 1 if there is
 arguments, all tracked text files of the project are checked. CONTRIBUTING.md describes the style.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -7,8 +7,6 @@ number of samples; value, stderr, images and flops must be equal bit for bit, an
 tensors of the teachers', feature networks' and students' weights. Exit code 1 on any difference.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Adds summary.csv, which is computed from metrics.csv, and rewrites comparison.cs
 numbers do not change, and the manifest keeps the commit that made them; comparison.md says it, too.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

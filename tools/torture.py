@@ -12,8 +12,6 @@ The seed fixes the order of disturbances; their moments depend on the machine. T
 which needs root; without root it is not filled. The exit status is 0 if there is no defect.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

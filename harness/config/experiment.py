@@ -1,7 +1,5 @@
 """An experiment: validated, resolved and frozen; it makes the records that jobs take."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

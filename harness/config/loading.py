@@ -1,7 +1,5 @@
 """Read experiment files: YAML, `extends`, overrides."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

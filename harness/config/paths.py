@@ -1,7 +1,5 @@
 """Where an experiment's files lie under results/."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,7 +1,5 @@
 """The keys of an experiment file, as pydantic classes."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """Checks of the section `evaluation` and of the metrics in `claims`."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from harness.config.schema import ClaimSection, DataSection, EvaluationSection, FeatureSettings

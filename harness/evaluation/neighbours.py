@@ -4,8 +4,6 @@ A pass computes a few rows at a time and stores vectors only (the matrix of 10,0
 MB). Precision, recall, density and coverage share the passes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

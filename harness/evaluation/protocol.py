@@ -1,7 +1,5 @@
 """The record that identifies a number (its protocol), and the fingerprint of a score file."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from harness import __version__

@@ -1,7 +1,5 @@
 """Real images that samples are compared with, by their features and statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ A metric is a function of a `FeatureSet` that returns an `Estimate`. A new metri
 `harness/evaluation/metrics/` or a plug-in, with a function under the decorator `register`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Streams of generated samples, and the outputs of all extractors for them, which can resume."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

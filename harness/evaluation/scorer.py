@@ -1,7 +1,5 @@
 """Score streams of images against an experiment's reference, the training part."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field

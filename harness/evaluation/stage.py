@@ -1,7 +1,5 @@
 """What can be scored: the snapshots of a run, a teacher and the floor, or a folder of images."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from functools import partial

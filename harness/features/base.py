@@ -5,8 +5,6 @@ A kind of feature network is one file, in this package or a plug-in. It register
 trained in the workflow) under the `type` by which experiments name it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from abc import ABC, abstractmethod

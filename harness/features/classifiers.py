@@ -1,7 +1,5 @@
 """Small classifiers trained on the data set: types `cnn` and `resnet`."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Literal
 

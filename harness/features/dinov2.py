@@ -1,7 +1,5 @@
 """DINOv2 (Oquab et al. 2023) from timm: type `dinov2`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

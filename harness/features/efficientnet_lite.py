@@ -1,7 +1,5 @@
 """EfficientNet-Lite (Tan and Le 2019) from timm: type `efficientnet-lite`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -3,8 +3,6 @@
 The network and its converted TensorFlow weights are torch-fidelity's.
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Literal

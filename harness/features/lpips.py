@@ -4,8 +4,6 @@ The network and its calibrated heads come from the package `lpips`; the ImageNet
 and verified by its hash. Both are read with `weights_only`.
 """
 
-from __future__ import annotations
-
 import warnings
 from importlib.util import find_spec
 from pathlib import Path

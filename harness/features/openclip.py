@@ -1,7 +1,5 @@
 """CLIPs of open_clip: type `open-clip`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """A small CLIP (open_clip's model class) trained on the data set: type `clip`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

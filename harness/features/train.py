@@ -1,7 +1,5 @@
 """Feature networks trained in the workflow."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from pathlib import Path
 

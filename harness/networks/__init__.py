@@ -1,8 +1,6 @@
 """Denoisers in folders: what diffusers' `save_pretrained` writes, `denoiser.json` with the
 preconditioning and, if the denoiser reads text, the embedding of the empty prompt."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor, nn

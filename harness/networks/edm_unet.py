@@ -5,8 +5,6 @@ float32. Under autocast the image path runs in bfloat16, but the noise and label
 float32, because its phases reach hundreds of radians.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

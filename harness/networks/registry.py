@@ -1,7 +1,5 @@
 """The registry of backbones: the network classes that a denoiser can wrap."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The null condition of networks that read text."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -5,8 +5,6 @@ predict the noise n or the velocity `(n - σ x0) / sqrt(1 + σ²)`. The denoiser
 two of the scheduler's noise levels it interpolates the timestep.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of the sections `paper` and `claims`."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 from harness.config.schema import ClaimSection, PaperSection

@@ -1,7 +1,5 @@
 """tables/claims.{csv,md}: published claims, each tested as a comparison of two students."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """metrics.csv: every number of an experiment in one tidy table, one row per sampling seed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ It reads metrics.csv and manifest.json only, so a results folder may come from a
 Numbers are in one column only if they have the same protocol.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Numbers as text, and text tables as markdown and LaTeX."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """manifest.json: the commit, configuration, versions and hashes behind an experiment's results."""
 
-from __future__ import annotations
-
 import json
 import platform
 import re

@@ -1,7 +1,5 @@
 """Two students compared prompt by prompt: the images are pairs with the same noise and text."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """The report stage: metrics.csv, the tables, the figures, report.html and manifest.json."""
 
-from __future__ import annotations
-
 import sys
 
 from harness.config.experiment import Experiment

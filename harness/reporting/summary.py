@@ -4,8 +4,6 @@ Every other table of the report and the page are pivots of it. The score of a tr
 mean over the sampling seeds.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import pandas as pd

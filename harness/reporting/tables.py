@@ -1,7 +1,5 @@
 """comparison.{md,tex}, headline.md and the terminal's table: pivots of the summary as text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pandas as pd

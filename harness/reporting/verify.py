@@ -1,7 +1,5 @@
 """verify-teacher: a teacher's published FIDs and what its own sampler measures here."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from pathlib import Path

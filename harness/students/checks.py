@@ -1,7 +1,5 @@
 """Checks of the section `students`, and the resolution of its entries."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

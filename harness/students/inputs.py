@@ -1,7 +1,5 @@
 """The inputs of a student's training: data, teacher, feature networks, teacher pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

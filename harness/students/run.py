@@ -1,7 +1,5 @@
 """The stage that trains a student."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checks of the section `teachers` of an experiment."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ to a function of this module that builds inert data. These objects also reject s
 tensor it would bypass the checks of its bounds, and on a function or class affect the next file.
 """
 
-from __future__ import annotations
-
 import inspect
 import io
 import math

@@ -1,7 +1,5 @@
 """Import existing teachers: denoiser folders, EDM pickles and diffusers pipelines."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from harness.config.jobs import TeacherJob

@@ -1,8 +1,6 @@
 """Teacher pairs (DMD's regression set): images of the teacher, and their conditions. Their noise is
 a function of their number (`harness.streams.PAIR_NOISE`), so it is not stored."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Embeddings of prompt sets, computed once for each text encoder and stored in float16."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

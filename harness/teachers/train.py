@@ -1,7 +1,5 @@
 """The stage that makes a teacher, and the training of one."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Saved training states: `state.json`, and the safetensors file that it names."""
 
-from __future__ import annotations
-
 from harness.errors import UserError
 from harness.io.artifacts import load_tensors, read_json, save_tensors, write_json
 from harness.training.run import TrainingRun

@@ -10,8 +10,6 @@ backward pass: phases share generated images and pass through networks that anot
 and R1 differentiates twice.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

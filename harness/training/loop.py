@@ -8,8 +8,6 @@ continues a run, and any other change starts a new run. The folder of a run hold
     train.csv                               one row per tick
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

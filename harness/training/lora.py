@@ -5,8 +5,6 @@ and feed-forward layers, with B = 0 at initialisation. The networks of an experi
 teacher's tensors W, so that they fit on one GPU.
 """
 
-from __future__ import annotations
-
 import copy
 
 from torch import nn

@@ -1,7 +1,5 @@
 """The parts of one training, settings of the loop, and what a finished training leaves."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field

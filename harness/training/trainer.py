@@ -8,8 +8,6 @@ finite; the optimiser skips a non-finite step there. The host counts all steps a
 `settle` corrects its counts before anything is decided by them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

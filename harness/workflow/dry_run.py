@@ -4,8 +4,6 @@ Meta tensors have shapes and no values. Costs do not depend on values, so weight
 are random.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Records of failed stages: `failure.json` in the folder of what the stage would have made."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

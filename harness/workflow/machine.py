@@ -1,7 +1,5 @@
 """CPU cores of this machine, and starting a stage in several processes."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

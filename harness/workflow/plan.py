@@ -1,7 +1,5 @@
 """`harness plan`: parameters, operations, memory and hours of every student before training."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from dataclasses import dataclass, replace

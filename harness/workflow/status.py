@@ -1,7 +1,5 @@
 """`harness status`: the progress of every teacher, feature network and run of an experiment."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from contextlib import nullcontext

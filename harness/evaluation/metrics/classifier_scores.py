@@ -1,7 +1,5 @@
 """Inception Score, and accuracies by a classifier of the data set's own classes."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Fréchet distances between Gaussians fitted to features (Heusel et al. 2017)."""
 
-from __future__ import annotations
-
 import torch
 
 from harness.evaluation.feature_set import Estimate, FeatureSet

@@ -1,7 +1,5 @@
 """Memorisation of training images, and diversity within a class."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Kernel distances: squared maximum mean discrepancies on all samples, without bias."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

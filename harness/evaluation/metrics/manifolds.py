@@ -1,7 +1,5 @@
 """Precision, recall, density and coverage: overlap of the manifolds of two sets of samples."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, Estimate, FeatureSet, mean_estimate

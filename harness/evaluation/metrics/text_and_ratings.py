@@ -1,7 +1,5 @@
 """Similarity of images and texts (CLIP score), and ratings of images (aesthetic score)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from harness.evaluation.feature_set import Estimate, FeatureSet, mean_estimate

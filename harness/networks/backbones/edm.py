@@ -1,7 +1,5 @@
 """EDM's U-Nets as class-conditional denoisers."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn.functional import one_hot
 

@@ -1,7 +1,5 @@
 """diffusers' `PixArtTransformer2DModel` as a text-conditional denoiser, imported only."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from harness.denoiser import Condition

@@ -1,7 +1,5 @@
 """diffusers' `UNet2DModel` as a class-conditional denoiser."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from harness.denoiser import Condition, EDMDenoiser

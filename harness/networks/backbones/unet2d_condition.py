@@ -1,7 +1,5 @@
 """diffusers' `UNet2DConditionModel` as a text-conditional denoiser, trained here or imported."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from harness.denoiser import Condition

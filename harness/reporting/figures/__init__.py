@@ -1,7 +1,5 @@
 """Figures as PNG and PDF: quality against budget, samples, nearest neighbours, training health."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -3,8 +3,6 @@
 Text and axes take the colour of their surroundings, so a chart serves light, dark and print.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Training health: losses, gradient norms and non-finite steps of every run."""
 
-from __future__ import annotations
-
 import altair as alt
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """Quality against the images that received a generator update, or against training compute."""
 
-from __future__ import annotations
-
 import math
 
 import altair as alt

@@ -1,7 +1,5 @@
 """Samples of every student from the same noise, and those nearest to training images."""
 
-from __future__ import annotations
-
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path

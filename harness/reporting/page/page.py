@@ -4,8 +4,6 @@ Each section is a generator of HTML parts, which the macros of parts.html.j2 mak
 charts and images. A section without parts is left out.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re

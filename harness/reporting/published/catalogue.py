@@ -3,8 +3,6 @@
 The `source` of every number names its original; none was measured here.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

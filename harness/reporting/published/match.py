@@ -1,7 +1,5 @@
 """Which published numbers an experiment's runs reproduce, and which settings differ."""
 
-from __future__ import annotations
-
 import re
 
 from harness.config.experiment import Experiment

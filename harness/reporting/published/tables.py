@@ -4,8 +4,6 @@
 or `fid-…`. Fréchet distances in other features than Inception's are never compared with FIDs.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable
