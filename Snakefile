@@ -18,7 +18,10 @@ include: "harness/workflow/rules/report.smk"
 
 # If pretrained weights are not available, stop here and not after hours of teacher training.
 onstart:
-    fetch_pretrained()
+    try:
+        fetch_pretrained(E.students.values())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
 
 
 localrules:

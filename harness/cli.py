@@ -155,18 +155,23 @@ def train(experiment, args):
 
 @stage("score every snapshot of a run", "student seed", label="scoring", many=True)
 def score(experiment, args):
-    call("evaluation.stage.score_run", experiment.run_scoring(args.student, args.seed))
+    run = experiment.student_run(args.student, args.seed)
+    output = experiment.paths.scores(args.student, args.seed)
+    call("evaluation.stage.score_run", experiment.scoring(), run, output)
 
 
 @stage("score a teacher and the floor", "teacher", label="scoring", many=True)
 def score_references(experiment, args):
-    call("evaluation.stage.score_references", experiment.reference_scoring(args.teacher))
+    job = experiment.teacher_job(args.teacher)
+    output = experiment.paths.reference_scores(args.teacher)
+    call("evaluation.stage.score_references", experiment.scoring(), job, output)
 
 
 @stage("score the same images here, by torch-fidelity and by clean-fid")
 def agreement(experiment, args):
-    job = experiment.reference_scoring(next(iter(experiment.teachers)))
-    table = call("evaluation.agreement.write_agreement", job, experiment.paths.root / "tables")
+    teacher, paths = next(iter(experiment.teachers)), experiment.paths
+    files = paths.reference_scores(teacher), paths.tables
+    table = call("evaluation.agreement.write_agreement", experiment.scoring(), teacher, *files)
     for row in table[table.agrees == "no"].itertuples():
         values = f"{row.ours:.8g} here, {row.theirs:.8g} by {row.library}"
         logger.warning("%s in %s: %s", row.quantity, row.extractor, values)

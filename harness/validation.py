@@ -211,7 +211,7 @@ def _check(s: Sections, files: bool) -> list[Problem]:
 # -- resolving ----------------------------------------------------------------------------------
 
 
-def _plugin_hashes(s: Sections) -> dict[str, str]:
+def _plugin_hashes(s: Sections) -> dict[str, dict[str, str]]:
     """Hashes of the plug-in files that define the data set, feature networks and teachers."""
     hashes = {"data": DATASETS.plugin_sha256(s.data.name)}
     for name, settings in s.features.items():
@@ -219,7 +219,7 @@ def _plugin_hashes(s: Sections) -> dict[str, str]:
     for name, teacher in s.teachers.items():
         kind = (teacher.network or {}).get("type", "")
         hashes[f"teachers.{name}"] = BACKBONES.plugin_sha256(kind)
-    return {key: sha256 for key, sha256 in hashes.items() if sha256}
+    return {key: {"plugin": sha256} for key, sha256 in hashes.items() if sha256}
 
 
 def _resolve(s: Sections, results: Path) -> Experiment:

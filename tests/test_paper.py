@@ -453,7 +453,9 @@ def write_teacher_scores(experiment, *rows: tuple) -> None:
     ScoreRecord(
         teacher="edm",
         weights="0" * 64,
-        fingerprint=digest(reference_fingerprint(experiment.reference_scoring("edm"))),
+        fingerprint=digest(
+            reference_fingerprint(experiment.scoring(), experiment.teachers["edm"].sampler)
+        ),
         entries=[entry],
         protocols={},
         dimensions={},

@@ -69,7 +69,16 @@ def fetch(tmp_path, monkeypatch):
 
     def run(settings: dict, name: str = "network") -> tuple[FeatureRecord, Path]:
         folder = tmp_path / "features"
-        job = FeatureJob(name, parse_settings(settings), folder, tmp_path, None, "cpu", {})
+        job = FeatureJob(
+            name=name,
+            settings=parse_settings(settings),
+            folder=folder,
+            data=tmp_path,
+            training=None,
+            device="cpu",
+            exclusive=False,
+            fingerprint={},
+        )
         return make_features(job), folder
 
     return run

@@ -13,8 +13,6 @@ from harness.config.jobs import (
     FeatureJob,
     PairJob,
     PairSet,
-    ReferenceScoring,
-    RunScoring,
     Scoring,
     Student,
     StudentRun,
@@ -44,8 +42,8 @@ from harness.method import method_source
 class Experiment:
     """One experiment file, resolved.
 
-    raw: the configuration after `extends` and overrides. plugin_hashes: sha256 of the plug-in file
-    behind "data", "features.<name>" and "teachers.<name>", where there is one.
+    raw: the configuration after `extends` and overrides. plugin_hashes: {"plugin": sha256} of the
+    plug-in file behind "data", "features.<name>" and "teachers.<name>", where there is one.
     """
 
     name: str
@@ -61,7 +59,7 @@ class Experiment:
     process_setting: int | str
     raw: dict
     paths: Paths
-    plugin_hashes: Mapping[str, str]
+    plugin_hashes: Mapping[str, dict[str, str]]
 
     # -- students and teachers ------------------------------------------------------------------
 
@@ -126,16 +124,12 @@ class Experiment:
     # What the results of each stage depend on, as JSON-like values. The workflow passes them to
     # jobs as parameters, so that a change reruns what depends on it and nothing else.
 
-    def _with_plugin(self, key: str, fingerprint: dict) -> dict:
-        plugin = self.plugin_hashes.get(key)
-        return fingerprint | {"plugin": plugin} if plugin else fingerprint
-
     @cached_property
     def data_fingerprint(self) -> dict:
         """Where files lie is not included: their content counts, by the hashes of what is prepared.
         Prompts count by their embeddings, so that other evaluation prompts retrain nothing."""
         values = self.data.model_dump(exclude={"source", *PROMPT_KEYS})
-        return self._with_plugin("data", {"format": RESULTS_FORMAT, **values})
+        return {"format": RESULTS_FORMAT, **values, **self.plugin_hashes.get("data", {})}
 
     @property
     def preparation_fingerprint(self) -> dict:
@@ -143,19 +137,18 @@ class Experiment:
         return self.data_fingerprint | {"prompts": self.data.prompt_files}
 
     def features_fingerprint(self, name: str) -> dict:
-        values = self.features[name].model_dump()
-        fingerprint = {"data": self.data_fingerprint, "features": values}
-        return self._with_plugin(f"features.{name}", fingerprint)
+        fingerprint = {"data": self.data_fingerprint, "features": self.features[name].model_dump()}
+        return fingerprint | self.plugin_hashes.get(f"features.{name}", {})
 
     def teacher_fingerprint(self, name: str) -> dict:
         """The sampler is not included: it decides a teacher's scores, not its weights."""
         encoder = self.text_encoder_of(name)
-        fingerprint = {
+        return {
             "data": self.data_fingerprint,
             "teacher": self.teachers[name].model_dump(exclude={"sampler"}),
             "text_encoder": self.features_fingerprint(encoder) if encoder else None,
+            **self.plugin_hashes.get(f"teachers.{name}", {}),
         }
-        return self._with_plugin(f"teachers.{name}", fingerprint)
 
     def pairs_fingerprint(self, name: str) -> dict:
         pair_set = self.pair_sets[name]
@@ -201,61 +194,61 @@ class Experiment:
 
     # -- jobs -----------------------------------------------------------------------------------
 
-    def student_run(self, name: str, seed: int) -> StudentRun:
-        student = self.students[name]
-        features = student.requirements.features
-        return StudentRun(
-            experiment=self.name,
-            student=student,
-            seed=seed,
-            folder=self.paths.run(name, seed),
+    def _job(self, job_class: type, name: str, folder: Path, fingerprint: dict, **facts):
+        return job_class(
+            name=name,
+            folder=folder,
             data=self.paths.data,
-            teacher=self.paths.teacher(student.teacher),
-            features=self.paths.features(features) if features else None,
-            pairs=self.paths.pairs(student.pairs.name) if student.pairs else None,
             training=self.training,
             device=self.device,
             exclusive=self.exclusive,
-            fingerprint=self.run_fingerprint(name, seed),
+            fingerprint=fingerprint,
+            **facts,
+        )
+
+    def student_run(self, name: str, seed: int) -> StudentRun:
+        student = self.students[name]
+        features = student.requirements.features
+        return self._job(
+            StudentRun,
+            f"{name}/seed{seed}",
+            self.paths.run(name, seed),
+            self.run_fingerprint(name, seed),
+            experiment=self.name,
+            student=student,
+            seed=seed,
+            teacher=self.paths.teacher(student.teacher),
+            features=self.paths.features(features) if features else None,
+            pairs=self.paths.pairs(student.pairs.name) if student.pairs else None,
             method_source=method_source(student.method),
         )
 
     def teacher_job(self, name: str) -> TeacherJob:
         encoder = self.text_encoder_of(name)
-        return TeacherJob(
-            name=name,
+        return self._job(
+            TeacherJob,
+            name,
+            self.paths.teacher(name),
+            self.teacher_fingerprint(name),
             section=self.teachers[name],
-            folder=self.paths.teacher(name),
-            data=self.paths.data,
             data_section=self.data,
             text_encoder=self.paths.features(encoder) if encoder else None,
-            training=self.training,
-            device=self.device,
-            fingerprint=self.teacher_fingerprint(name),
         )
 
     def feature_job(self, name: str) -> FeatureJob:
-        return FeatureJob(
-            name=name,
-            settings=self.features[name],
-            folder=self.paths.features(name),
-            data=self.paths.data,
-            training=self.training,
-            device=self.device,
-            fingerprint=self.features_fingerprint(name),
-        )
+        folder, fingerprint = self.paths.features(name), self.features_fingerprint(name)
+        return self._job(FeatureJob, name, folder, fingerprint, settings=self.features[name])
 
     def pair_job(self, name: str) -> PairJob:
-        pair_set = self.pair_sets[name]
-        return PairJob(
-            pairs=pair_set,
-            folder=self.paths.pairs(name),
-            teacher=self.paths.teacher(pair_set.teacher),
-            data=self.paths.data,
+        pairs = self.pair_sets[name]
+        return self._job(
+            PairJob,
+            name,
+            self.paths.pairs(name),
+            self.pairs_fingerprint(name),
+            pairs=pairs,
+            teacher=self.paths.teacher(pairs.teacher),
             block=self.evaluation.block,
-            device=self.device,
-            exclusive=self.exclusive,
-            fingerprint=self.pairs_fingerprint(name),
         )
 
     def scoring(self) -> Scoring:
@@ -269,25 +262,6 @@ class Experiment:
             checkpoint_seconds=self.training.checkpoint_seconds,
             device=self.device,
             fingerprint=self.scoring_fingerprint(),
-        )
-
-    def run_scoring(self, student: str, seed: int) -> RunScoring:
-        return RunScoring(
-            scoring=self.scoring(),
-            student=student,
-            seed=seed,
-            run=self.paths.run(student, seed),
-            teacher=self.paths.teacher(self.students[student].teacher),
-            output=self.paths.scores(student, seed),
-        )
-
-    def reference_scoring(self, teacher: str) -> ReferenceScoring:
-        return ReferenceScoring(
-            scoring=self.scoring(),
-            name=teacher,
-            section=self.teachers[teacher],
-            teacher=self.paths.teacher(teacher),
-            output=self.paths.reference_scores(teacher),
         )
 
     # -- files ----------------------------------------------------------------------------------

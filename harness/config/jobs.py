@@ -1,8 +1,4 @@
-"""One frozen record per job, resolved from an experiment: what each stage reads.
-
-`fingerprint` is a JSON-like value of everything that decides the job's results; `device` is
-resolved ("cpu", "cuda", "cuda:1" or "meta").
-"""
+"""Frozen records, resolved from an experiment: what each stage reads."""
 
 from __future__ import annotations
 
@@ -50,74 +46,62 @@ class Student:
     pairs: PairSet | None
 
 
-@dataclass(frozen=True)
-class StudentRun:
-    """One student with one training seed, and the folders of its inputs. `exclusive`: a budget of
-    the experiment is in seconds, so that the run needs the machine to itself."""
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a job makes in `folder`. data: the folder of the prepared data set. device: resolved
+    ("cpu", "cuda", "cuda:1" or "meta"). exclusive: a budget of the experiment is in seconds, so
+    that measured jobs need the machine to themselves. fingerprint: a JSON-like value of everything
+    that decides the results."""
 
-    experiment: str
-    student: Student
-    seed: int
+    name: str
     folder: Path
     data: Path
-    teacher: Path
-    features: Path | None
-    pairs: Path | None
     training: TrainingSection
     device: str
     exclusive: bool
     fingerprint: dict
-    method_source: tuple[Path, ...]  # the files that define the method
 
-    @property
-    def name(self) -> str:
-        return f"{self.student.name}/seed{self.seed}"
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRun(Job):
+    """One student with one training seed, and the folders of its inputs."""
+
+    experiment: str
+    student: Student
+    seed: int
+    teacher: Path
+    features: Path | None
+    pairs: Path | None
+    method_source: tuple[Path, ...]  # the files that define the method
 
     @property
     def budget(self) -> list[dict]:
         return [limit.model_dump() for limit in self.student.budget]
 
 
-@dataclass(frozen=True)
-class TeacherJob:
+@dataclass(frozen=True, kw_only=True)
+class TeacherJob(Job):
     """A teacher to train or to import. `text_encoder`: folder of the CLIP that reads captions."""
 
-    name: str
     section: TeacherSection
-    folder: Path
-    data: Path
     data_section: DataSection
     text_encoder: Path | None
-    training: TrainingSection  # of the experiment: checkpoint_seconds, max_nonfinite
-    device: str
-    fingerprint: dict
 
 
-@dataclass(frozen=True)
-class FeatureJob:
+@dataclass(frozen=True, kw_only=True)
+class FeatureJob(Job):
     """A feature network to train or to fetch. `settings`: an instance of its class's settings."""
 
-    name: str
     settings: Any
-    folder: Path
-    data: Path
-    training: TrainingSection
-    device: str
-    fingerprint: dict
 
 
-@dataclass(frozen=True)
-class PairJob:
+@dataclass(frozen=True, kw_only=True)
+class PairJob(Job):
     """A set of teacher pairs to generate, `block` images at a time."""
 
     pairs: PairSet
-    folder: Path
     teacher: Path
-    data: Path
     block: int
-    device: str
-    exclusive: bool
-    fingerprint: dict
 
 
 @dataclass(frozen=True)
@@ -136,26 +120,3 @@ class Scoring:
     checkpoint_seconds: float  # between two writes of an unfinished job
     device: str
     fingerprint: dict
-
-
-@dataclass(frozen=True)
-class RunScoring:
-    """All snapshots of one run to score. `run`: the student's folder; `output`: the score file."""
-
-    scoring: Scoring
-    student: str
-    seed: int
-    run: Path
-    teacher: Path
-    output: Path
-
-
-@dataclass(frozen=True)
-class ReferenceScoring:
-    """A teacher (with its sampler and with one step) and the floor to score."""
-
-    scoring: Scoring
-    name: str
-    section: TeacherSection
-    teacher: Path
-    output: Path

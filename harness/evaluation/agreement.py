@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from harness.config.jobs import ReferenceScoring
+from harness.config.jobs import Scoring
 from harness.data import datasets
 from harness.data.datasets import Images
 from harness.evaluation.feature_set import FeatureSet
@@ -39,15 +39,14 @@ CLASS_SCORES = {"inception-score": SPLITS, "class-score": 1}  # -> torch-fidelit
 COMPARED = (*FRECHET, "kd", "cmmd", "precision", "recall", *CLASS_SCORES)
 
 
-def write_agreement(job: ReferenceScoring, folder: Path):
-    """Score samples of a teacher against as many training images and write both tables in
-    `folder`; returns them as a data frame with COLUMNS."""
+def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
+    """Compare samples of a teacher, which its score file lists, with as many training images and
+    write both tables in `folder`; returns them as a data frame with COLUMNS."""
     import pandas as pd
 
-    scoring, rows = job.scoring, []
-    dataset = datasets.load(scoring.data)
-    samples = ScoreRecord.read(job.output).kept
-    generated = Images(**load_tensors(job.output.with_name(samples.file), samples.sha256))
+    dataset, rows = datasets.load(scoring.data), []
+    samples = ScoreRecord.read(scores).kept
+    generated = Images(**load_tensors(scores.with_name(samples.file), samples.sha256))
     count = min(len(generated), len(dataset.train))
     generated = Images(generated.pixels[:count], generated.labels[:count])
     drawn = Stream(0, "agreement").uniform(torch.arange(len(dataset.train))).argsort()[:count]
@@ -77,7 +76,7 @@ def write_agreement(job: ReferenceScoring, folder: Path):
     )
     text = (
         f"# Agreement with the libraries on {scoring.experiment}\n\n{body}\n\n{count:,} samples of "
-        f"teacher {job.name} against {count:,} training images, read from disk by each library and "
+        f"teacher {teacher} against {count:,} training images, read from disk by each library and "
         f"processed by the same networks. Largest relative difference: {largest}.\n"
     )
     write_text(folder / "agreement.md", text)

@@ -3,7 +3,8 @@
 from typing import Any
 
 from harness import __version__
-from harness.config.jobs import ReferenceScoring, Scoring
+from harness.config.jobs import Scoring
+from harness.config.schema import Sampler
 from harness.data.datasets import Dataset
 from harness.evaluation.references import PublishedStatistics
 from harness.evaluation.registry import METRICS, Metric
@@ -18,9 +19,9 @@ def fingerprint(scoring: Scoring) -> dict[str, Any]:
     return scoring.fingerprint | {"metrics": {name: METRICS.plugin_sha256(name) for name in names}}
 
 
-def reference_fingerprint(job: ReferenceScoring) -> dict[str, Any]:
-    """The same for a teacher and the floor."""
-    return fingerprint(job.scoring) | {"sampler": job.section.sampler.model_dump()}
+def reference_fingerprint(scoring: Scoring, sampler: Sampler) -> dict[str, Any]:
+    """The same for a teacher with this sampler and the floor."""
+    return fingerprint(scoring) | {"sampler": sampler.model_dump()}
 
 
 def agreement_fingerprint(scoring: Scoring) -> dict[str, Any]:

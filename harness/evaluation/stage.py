@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.config.jobs import ReferenceScoring, RunScoring, Scoring
+from harness.config.jobs import Scoring, StudentRun, TeacherJob
 from harness.data.datasets import Images
 from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
@@ -42,24 +42,24 @@ Figures = dict[str, Tensor]  # images, with what figures show of them
 PerImage = dict[int, dict[str, Tensor]]  # sampling seed -> column -> values `(N,)`
 
 
-def score_run(job: RunScoring) -> None:
+def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
     """Score every snapshot of a run and write its score file."""
-    run, scorer = StudentRecord.read(job.run / "student.json"), Scorer(job.scoring)
-    evaluation, device = job.scoring.evaluation, job.scoring.device
+    run, scorer = StudentRecord.read(job.folder / "student.json"), Scorer(scoring)
+    evaluation, device = scoring.evaluation, scoring.device
     decoding = load_decoding(job.teacher, device)
     entries: list[ScoreEntry] = []
     images: Figures = {}
     per_image: PerImage = {}
     for snapshot in run.snapshots:
-        folder, final = job.run / "snapshots" / snapshot.name, snapshot is run.snapshots[-1]
-        denoiser = load_denoiser(folder, snapshot.sha256, device, owner=job.run)
+        folder, final = job.folder / "snapshots" / snapshot.name, snapshot is run.snapshots[-1]
+        denoiser = load_denoiser(folder, snapshot.sha256, device, owner=job.folder)
         generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
         source, rows = SampleSource(generate, denoiser.image_shape, *decoding), []
         for seed in evaluation.seeds_of_snapshot(final):
             scores = scorer.score_samples(
                 source,
                 seed,
-                job.output.with_suffix(PARTS),
+                output.with_suffix(PARTS),
                 snapshot.sha256,
                 keep=evaluation.grid_samples if final and not images else 0,
                 final=final,
@@ -73,19 +73,19 @@ def score_run(job: RunScoring) -> None:
         facts |= {"snapshot": snapshot.name, "final": final, "ema": snapshot.ema_half_life}
         entries.append(ScoreEntry(**facts, nfe=1, rows=rows))
         logger.info("scored %s", snapshot.name)
-    facts = {"student": job.student, "seed": job.seed, "weights": run.sha256}
+    facts = {"student": job.student.name, "seed": job.seed, "weights": run.sha256}
     facts |= {"method": run.method, "contended": run.contended}
-    _write(job.output, scorer, entries, images, per_image, fingerprint(job.scoring), **facts)
+    _write(output, scorer, entries, images, per_image, fingerprint(scoring), **facts)
 
 
-def score_references(job: ReferenceScoring) -> None:
+def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
     """Score a teacher with its sampler and with one step, and the floor (real held-out images, if
     any); write the score file."""
-    teacher = TeacherRecord.read(job.teacher / "teacher.json")
-    scorer, sampler = Scorer(job.scoring), job.section.sampler
-    evaluation, device = job.scoring.evaluation, job.scoring.device
-    denoiser = load_denoiser(job.teacher, teacher.sha256, device)
-    decoding, settings = load_decoding(job.teacher, device), sampler.model_dump()
+    teacher = TeacherRecord.read(job.folder / "teacher.json")
+    scorer, sampler = Scorer(scoring), job.section.sampler
+    evaluation, device = scoring.evaluation, scoring.device
+    denoiser = load_denoiser(job.folder, teacher.sha256, device)
+    decoding, settings = load_decoding(job.folder, device), sampler.model_dump()
     entries: list[ScoreEntry] = []
     images: Figures = {}
     stored: Figures = {}  # samples of the first sampling seed, for other libraries
@@ -100,7 +100,7 @@ def score_references(job: ReferenceScoring) -> None:
         count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // source.image_bytes)
         for seed in evaluation.sampling_seeds:
             keep = 0 if images else max(count, evaluation.grid_samples)
-            what = job.output.with_suffix(PARTS), teacher.sha256, identity
+            what = output.with_suffix(PARTS), teacher.sha256, identity
             scores = scorer.score_samples(source, seed, *what, keep=keep, per_image=prompted)
             rows += scores.rows
             if prompted:
@@ -122,9 +122,10 @@ def score_references(job: ReferenceScoring) -> None:
         logger.info("scored floor")
     facts = {"teacher": job.name, "weights": teacher.sha256}
     if scorer.first:
-        file = job.output.with_suffix(".kept.safetensors")
+        file = output.with_suffix(".kept.safetensors")
         facts["kept"] = File(file=file.name, sha256=artifacts.save_tensors(file, stored))
-    _write(job.output, scorer, entries, images, per_image, reference_fingerprint(job), **facts)
+    key = reference_fingerprint(scoring, sampler)
+    _write(output, scorer, entries, images, per_image, key, **facts)
 
 
 def score_folder(scoring: Scoring, path: Path) -> list[ScoreRow]:

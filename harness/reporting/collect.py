@@ -145,7 +145,7 @@ def reference_scores(experiment: Experiment, teacher: str) -> ScoreRecord | None
         TeacherRecord.read_optional(experiment.paths.teacher(teacher) / "teacher.json"),
         experiment.teacher_fingerprint(teacher),
         experiment.paths.reference_scores(teacher),
-        reference_fingerprint(experiment.reference_scoring(teacher)),
+        reference_fingerprint(experiment.scoring(), experiment.teachers[teacher].sampler),
     )
 
 

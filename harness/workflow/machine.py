@@ -1,18 +1,7 @@
-"""CPU cores of this machine, and starting a stage in several processes."""
+"""Starting a stage in several processes."""
 
-import math
 import os
 import sys
-
-
-def job_threads(cores: int | None) -> int:
-    """Snakemake threads that a single-threaded job declares, so that jobs do not outnumber cores.
-
-    With `--cores 8` on two cores, each job declares four of the eight threads, and two jobs run.
-    """
-    import joblib
-
-    return max(1, math.ceil((cores or 1) / joblib.cpu_count()))
 
 
 def is_first() -> bool:

@@ -1,4 +1,5 @@
-# The validated experiment, and helpers of all rules.
+# The validated experiment, and values that all rules use.
+import math
 import os
 import re
 import shlex
@@ -7,14 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
 
+import joblib
 from snakemake.exceptions import WorkflowError
 
-from harness.method import method_source
 from harness.errors import UserError
-from harness.io.artifacts import canonical
-from harness.students.inputs import fetch_pretrained as fetch
+
+# A parameter of each job: the part of the experiment that its results depend on.
+from harness.io.artifacts import canonical as spec
+from harness.students.inputs import fetch_pretrained
 from harness.validation import load_experiment, load_snapshot
-from harness.workflow.machine import job_threads
 
 # `jobs` without `cores` submits to a cluster, where every job starts a Snakemake of its own.
 CLUSTER = workflow.resource_settings.nodes is not None or not workflow.is_main_process
@@ -38,10 +40,13 @@ envvars:
     SNAPSHOT,
 
 
+ROOT = E.paths.root
 CONFIG = os.environ[SNAPSHOT]
 GPU = 0 if CLUSTER else int(E.device.startswith("cuda"))  # profiles/slurm requests GPUs
 HARNESS = f"{shlex.quote(sys.executable)} -m harness"
-THREADS = 1 if CLUSTER else job_threads(workflow.cores)
+# Each job computes on one thread. With `--cores 8` on two cores, a job declares four of the eight
+# threads, and two jobs run.
+THREADS = 1 if CLUSTER else math.ceil((workflow.cores or 1) / joblib.cpu_count())
 # A budget in seconds is fair only without other jobs on the machine.
 EXCLUSIVE_THREADS = workflow.cores if E.exclusive and not CLUSTER else THREADS
 EXCLUSIVE = {"slurm_extra": "--exclusive"} if E.exclusive else {}
@@ -53,16 +58,3 @@ wildcard_constraints:
     teacher="|".join(map(re.escape, E.teachers)),
     features="|".join(map(re.escape, E.features)),
     pairs="|".join(map(re.escape, E.pair_sets)) or "none",
-
-
-def fetch_pretrained():
-    """Download the pretrained weights that students need."""
-    try:
-        fetch(E.students.values())
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
-
-
-def spec(value):
-    """Part of the experiment as a parameter of a job, which reruns when the part changes."""
-    return canonical(value)

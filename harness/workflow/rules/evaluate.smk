@@ -1,9 +1,7 @@
 # Scores: one job per run for all its snapshots, one per teacher (with the floor).
 from harness.evaluation import protocol
 
-EXTRACTORS = expand(
-    f"{E.paths.root}/features/{{features}}/features.json", features=E.evaluation.extractors
-)
+EXTRACTORS = expand(rules.features.output, features=E.evaluation.extractors)
 # The local file of published reference statistics, if any.
 STATISTICS = E.statistics_files()
 
@@ -14,9 +12,9 @@ rule score:
         extractors=EXTRACTORS,
         statistics=STATISTICS,
     output:
-        f"{E.paths.root}/scores/{{student}}/seed{{seed}}.json",
+        f"{ROOT}/scores/{{student}}/seed{{seed}}.json",
     log:
-        f"{E.paths.root}/logs/scores/{{student}}/seed{{seed}}.log",
+        f"{ROOT}/logs/scores/{{student}}/seed{{seed}}.log",
     priority: 1
     threads: THREADS
     resources:
@@ -33,34 +31,32 @@ rule score_references:
         extractors=EXTRACTORS,
         statistics=STATISTICS,
     output:
-        f"{E.paths.root}/scores/teachers/{{teacher}}.json",
+        f"{ROOT}/scores/teachers/{{teacher}}.json",
     log:
-        f"{E.paths.root}/logs/scores/teachers/{{teacher}}.log",
+        f"{ROOT}/logs/scores/teachers/{{teacher}}.log",
     threads: THREADS
     resources:
         gpu=GPU,
     params:
-        spec=lambda w: spec(protocol.reference_fingerprint(E.reference_scoring(w.teacher))),
+        spec=lambda w: spec(
+            protocol.reference_fingerprint(E.scoring(), E.teachers[w.teacher].sampler)
+        ),
     shell:
         "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
 
 
 # Scores of other libraries for the same images; needs real images.
-AGREEMENT = (
-    expand(f"{E.paths.root}/tables/agreement.{{kind}}", kind=("csv", "md"))
-    if E.data.has_images
-    else []
-)
+AGREEMENT = [f"{ROOT}/tables/agreement.{kind}" for kind in ("csv", "md") if E.data.has_images]
 
 
 rule agreement:
     input:
-        scores=f"{E.paths.root}/scores/teachers/{next(iter(E.teachers))}.json",
+        scores=E.paths.reference_scores(next(iter(E.teachers))),
         extractors=EXTRACTORS,
     output:
         AGREEMENT,
     log:
-        f"{E.paths.root}/logs/agreement.log",
+        f"{ROOT}/logs/agreement.log",
     threads: THREADS
     resources:
         gpu=GPU,

@@ -5,9 +5,9 @@ rule data:
     input:
         lambda w: E.data_files(),
     output:
-        f"{E.paths.root}/data/data.json",
+        f"{ROOT}/data/data.json",
     log:
-        f"{E.paths.root}/logs/data.log",
+        f"{ROOT}/logs/data.log",
     threads: THREADS
     params:
         spec=spec(E.preparation_fingerprint),
@@ -19,11 +19,11 @@ rule features:
     input:
         rules.data.output,
     output:
-        f"{E.paths.root}/features/{{features}}/features.json",
+        f"{ROOT}/features/{{features}}/features.json",
     log:
-        f"{E.paths.root}/logs/features/{{features}}.log",
+        f"{ROOT}/logs/features/{{features}}.log",
     benchmark:
-        f"{E.paths.root}/benchmarks/features/{{features}}.tsv"
+        f"{ROOT}/benchmarks/features/{{features}}.tsv"
     threads: THREADS
     resources:
         gpu=GPU,
@@ -47,8 +47,7 @@ ruleorder: text_encoder > features
 def teacher_inputs(w):
     """Local files of an imported teacher; the text encoder of a teacher trained on captions."""
     encoder = E.text_encoder_of(w.teacher)
-    features = [f"{E.paths.root}/features/{encoder}/features.json"] if encoder else []
-    return E.teacher_files(w.teacher) + features
+    return E.teacher_files(w.teacher) + expand(rules.features.output, features=encoder or [])
 
 
 rule teacher:
@@ -56,11 +55,11 @@ rule teacher:
         rules.data.output,
         source=teacher_inputs,
     output:
-        f"{E.paths.root}/teachers/{{teacher}}/teacher.json",
+        f"{ROOT}/teachers/{{teacher}}/teacher.json",
     log:
-        f"{E.paths.root}/logs/teachers/{{teacher}}.log",
+        f"{ROOT}/logs/teachers/{{teacher}}.log",
     benchmark:
-        f"{E.paths.root}/benchmarks/teachers/{{teacher}}.tsv"
+        f"{ROOT}/benchmarks/teachers/{{teacher}}.tsv"
     priority: 10
     threads: THREADS
     resources:
@@ -73,11 +72,11 @@ rule teacher:
 
 rule pairs:
     input:
-        lambda w: f"{E.paths.root}/teachers/{E.pair_sets[w.pairs].teacher}/teacher.json",
+        lambda w: E.pair_job(w.pairs).teacher / "teacher.json",
     output:
-        f"{E.paths.root}/pairs/{{pairs}}/pairs.json",
+        f"{ROOT}/pairs/{{pairs}}/pairs.json",
     log:
-        f"{E.paths.root}/logs/pairs/{{pairs}}.log",
+        f"{ROOT}/logs/pairs/{{pairs}}.log",
     priority: 5
     # The seconds of a pair set are charged to the runs that use it.
     threads: EXCLUSIVE_THREADS

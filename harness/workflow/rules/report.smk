@@ -7,10 +7,10 @@ if E.claims:
 if E.paper:
     TABLES += expand("paper.{kind}", kind=("csv", "md", "tex"))
 REPORT = [
-    *expand(f"{E.paths.root}/tables/{{table}}", table=TABLES),
-    *expand(f"{E.paths.root}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
-    f"{E.paths.root}/report.html",
-    f"{E.paths.root}/manifest.json",
+    *expand(f"{ROOT}/tables/{{table}}", table=TABLES),
+    *expand(f"{ROOT}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
+    f"{ROOT}/report.html",
+    f"{ROOT}/manifest.json",
 ]
 
 
@@ -29,19 +29,16 @@ def in_report(path):
 # teachers and feature networks are inputs as well as the scores.
 rule report:
     input:
-        runs=[
-            f"{E.paths.root}/students/{student}/seed{seed}/student.json"
-            for student, seed in E.runs
-        ],
-        teachers=expand(f"{E.paths.root}/teachers/{{teacher}}/teacher.json", teacher=E.teachers),
+        runs=expand(rules.train.output, student=E.students, seed=E.training.seeds),
+        teachers=expand(rules.teacher.output, teacher=E.teachers),
         features=EXTRACTORS,
-        scores=[f"{E.paths.root}/scores/{student}/seed{seed}.json" for student, seed in E.runs],
-        references=expand(f"{E.paths.root}/scores/teachers/{{teacher}}.json", teacher=E.teachers),
+        scores=expand(rules.score.output, student=E.students, seed=E.training.seeds),
+        references=expand(rules.score_references.output, teacher=E.teachers),
         agreement=AGREEMENT,
     output:
         [in_report(path) for path in REPORT],
     log:
-        f"{E.paths.root}/logs/report.log",
+        f"{ROOT}/logs/report.log",
     threads: THREADS
     params:
         spec=spec(E.report_fingerprint()),
@@ -51,10 +48,8 @@ rule report:
 
 onerror:
     # Report the finished runs; failed ones appear with their reason.
-    shell(
-        "{HARNESS} report --partial --configfile {CONFIG} >> {E.paths.root}/logs/report.log 2>&1"
-    )
-    tables = f"{E.paths.root}/tables/comparison.md, and {E.paths.root}/report.html"
+    shell("{HARNESS} report --partial --configfile {CONFIG} >> {ROOT}/logs/report.log 2>&1")
+    tables = f"{ROOT}/tables/comparison.md, and {ROOT}/report.html"
     print(f"\nSome jobs failed; the table with the reasons: {tables}", file=sys.stderr)
 
 
