@@ -233,7 +233,7 @@ def test_embeddings_are_stored_once(both, tmp_path, monkeypatch, caplog):
     prompts = read_prompts(file)
     embeddings = embed_prompts(encoder, prompts, tmp_path / "text")
     assert f"truncated 1 of 10 prompts to the {encoder.limit} tokens" in caplog.text
-    assert len(embeddings) == 10
+    assert embeddings.index["prompts"] == 10
     rows = embeddings(torch.tensor([9, 0, 5]))
     expected = encoder.encode([texts[i] for i in (9, 0, 5)])
     assert rows["embeddings"].dtype == torch.float16

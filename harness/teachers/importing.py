@@ -48,7 +48,7 @@ def _import_pipeline(job: TeacherJob) -> TeacherRecord:
         sets = {"text": dataset.prompts, "evaluation_text": dataset.evaluation_prompts}
         if sets["text"] is sets["evaluation_text"]:
             del sets["evaluation_text"]
-        encoder = pipeline.text_encoder().to(job.device)
+        encoder = pipeline.text_encoder(job.device)
         folder = job.folder / "text"
         embeddings = {key: embed_prompts(encoder, prompts, folder) for key, prompts in sets.items()}
         null = embed(encoder, ("",))
@@ -69,7 +69,7 @@ def write_imported_teacher(
     """Write weights, decoder and `teacher.json` of an imported teacher. texts: embeddings of its
     prompts, under the record's fields `text` and `evaluation_text`."""
     run_id = digest([job.fingerprint, source])
-    run, files = job.folder / "runs" / run_id, list(FILES)
+    run, files = job.folder / "runs" / run_id, FILES
     with atomic_folder(run) as temporary:
         record = TeacherRecord(
             teacher=job.name,
@@ -80,12 +80,10 @@ def write_imported_teacher(
             imported=source,
             **{key: stored.record(job.folder) for key, stored in texts.items()},
         )
-        if texts:
-            files.append(NULL)
         if codec is not None:
+            files += (NULL, CODEC)
             codec.vae.save_pretrained(temporary / CODEC, safe_serialization=True)
             record.codec = {"sha256": sha256_file(temporary / CODEC / WEIGHTS)}
-            files.append(CODEC)
     for file in files:
         link(job.folder / file, run / file)
     record.write(job.folder / "teacher.json")

@@ -1,7 +1,5 @@
 """diffusers text-to-image pipelines in local folders, as the parts of a teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +46,41 @@ def build_pipeline_denoiser(network: dict) -> VPDenoiser:
     return denoiser
 
 
+@dataclass
+class PipelineTextEncoder:
+    """The tokenizer and text encoder of a pipeline (a `harness.features.base.TextEncoder`).
+
+    limit: tokens per text. masked: whether the denoiser masks padding. prepare: applied to texts.
+    """
+
+    tokenizer: Callable
+    network: nn.Module
+    limit: int
+    masked: bool
+    sha256: str
+    prepare: Callable[[str], str] = str
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`embeddings` float `(B, L, D)` and, if masked, `mask` int `(B, L)`, on the host."""
+        tokens = self.tokenizer(
+            [self.prepare(text) for text in texts],
+            padding="max_length",
+            max_length=self.limit,
+            truncation=True,
+            return_tensors="pt",
+        )
+        device = next(self.network.parameters()).device
+        mask = tokens.attention_mask.to(device) if self.masked else None
+        embeddings = self.network(tokens.input_ids.to(device), attention_mask=mask)[0].cpu()
+        return {"embeddings": embeddings} | ({"mask": tokens.attention_mask} if self.masked else {})
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than `limit`."""
+        ids = self.tokenizer([self.prepare(text) for text in texts]).input_ids
+        return sum(len(tokens) > self.limit for tokens in ids)
+
+
 class PipelineFolder:
     """A pipeline's folder, read part by part: weights from safetensors only, and no code."""
 
@@ -57,8 +90,8 @@ class PipelineFolder:
             message = f"{folder} is not a pipeline's folder: it has no model_index.json"
             raise UserError(message, "missing-file")
         self.kind = read_json(self.folder / "model_index.json").get("_class_name", "")
-        pipelines = {name: BACKBONES[name].pipeline for name in BACKBONES}
-        known = {pipeline.name: name for name, pipeline in pipelines.items() if pipeline}
+        backbones = [name for name in BACKBONES if BACKBONES[name].pipeline]
+        known = {BACKBONES[name].pipeline.name: name for name in backbones}
         if self.kind not in known:
             hint = did_you_mean(self.kind, known)
             raise UserError(f"{folder}: unknown pipeline {self.kind!r}{hint}", "unknown-name")
@@ -96,9 +129,11 @@ class PipelineFolder:
             message = f"{sigma_max:g} exceeds the pipeline's largest noise level, {largest:.4g}"
             raise UserError(f"teachers.{teacher}.sampler.sigma_max: {message}", "noise-level")
 
-    def sha256(self) -> str:
-        """Hash of all files that the teacher is made from."""
-        return self._sha256(self.network, *PARTS)
+    def sha256(self, *parts: str) -> str:
+        """Hash of all files in these parts; by default, those that the teacher is made from."""
+        parts = parts or (self.network, *PARTS)
+        files = sorted(path for part in parts for path in (self.folder / part).glob("*.*"))
+        return digest([(str(path.relative_to(self.folder)), sha256_file(path)) for path in files])
 
     def denoiser(self, null: dict[str, Tensor] | None = None) -> VPDenoiser:
         """Load the denoiser. `null`: the embedding of the empty prompt."""
@@ -116,7 +151,7 @@ class PipelineFolder:
             raise UserError(f"{self.folder}: {message}", "shape")
         return denoiser
 
-    def text_encoder(self) -> PipelineTextEncoder:
+    def text_encoder(self, device: str = "cpu") -> PipelineTextEncoder:
         """Load the text encoder and its tokenizer."""
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -129,11 +164,11 @@ class PipelineFolder:
         tokenizer = tokenizer_class.from_pretrained(self.folder / "tokenizer")
         return PipelineTextEncoder(
             tokenizer,
-            network,
+            network.to(device),
             # As in diffusers: PixArt's pipeline has its own limit and lower-cases the text.
             limit=tokenizer.model_max_length if clip else self.backbone.pipeline.tokens,
             masked=not clip or getattr(network.config, "use_attention_mask", False),
-            sha256=self._sha256("text_encoder", "tokenizer"),
+            sha256=self.sha256("text_encoder", "tokenizer"),
             prepare=str if clip else lambda text: text.lower().strip(),
         )
 
@@ -147,46 +182,3 @@ class PipelineFolder:
         from diffusers import AutoencoderKL
 
         return Codec(self._load(AutoencoderKL, "vae"))
-
-    def _sha256(self, *parts: str) -> str:
-        files = sorted(path for part in parts for path in (self.folder / part).glob("*.*"))
-        return digest([(str(path.relative_to(self.folder)), sha256_file(path)) for path in files])
-
-
-@dataclass
-class PipelineTextEncoder:
-    """The tokenizer and text encoder of a pipeline (a `harness.features.base.TextEncoder`).
-
-    limit: tokens per text. masked: whether the denoiser masks padding. prepare: applied to texts.
-    """
-
-    tokenizer: Callable
-    network: nn.Module
-    limit: int
-    masked: bool
-    sha256: str
-    prepare: Callable[[str], str] = str
-
-    def to(self, device: str) -> PipelineTextEncoder:
-        self.network.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """`embeddings` float `(B, L, D)` and, if masked, `mask` int `(B, L)`, on the host."""
-        tokens = self.tokenizer(
-            [self.prepare(text) for text in texts],
-            padding="max_length",
-            max_length=self.limit,
-            truncation=True,
-            return_tensors="pt",
-        )
-        device = next(self.network.parameters()).device
-        mask = tokens.attention_mask.to(device) if self.masked else None
-        embeddings = self.network(tokens.input_ids.to(device), attention_mask=mask)[0].cpu()
-        return {"embeddings": embeddings} | ({"mask": tokens.attention_mask} if self.masked else {})
-
-    def truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than `limit`."""
-        ids = self.tokenizer([self.prepare(text) for text in texts]).input_ids
-        return sum(len(tokens) > self.limit for tokens in ids)

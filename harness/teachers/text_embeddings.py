@@ -19,23 +19,17 @@ logger = logging.getLogger(__name__)
 SHARD = 256  # prompts per file
 
 
-class TextEmbeddings:
-    """Stored embeddings of a prompt set, by the numbers of the prompts: lines of the prompt file.
+class TextEmbeddings(TensorShards):
+    """Stored embeddings of a prompt set, by the number of the prompt: its line in the file."""
 
-    `owner`: the file or folder to delete if the store is damaged (default: the folder).
-    """
-
-    def __init__(self, folder: Path, owner: Path | None = None):
-        self.folder, self._shards = folder, TensorShards(folder, owner)
-        self.sha256: str = self._shards.index["sha256"]
-
-    def __len__(self) -> int:
-        return self._shards.index["prompts"]
+    @property
+    def sha256(self) -> str:
+        return self.index["sha256"]
 
     def __call__(self, numbers: Tensor) -> dict[str, Tensor]:
         """`embeddings` float16 `(B, L, D)` and, if padding is masked, `mask` uint8 `(B, L)` of
         prompts `numbers` `(B,)`, on the host."""
-        return self._shards.rows(numbers)
+        return self.rows(numbers)
 
     def record(self, teacher: Path) -> File:
         """The entry of `teacher.json` in a teacher's folder."""
@@ -44,7 +38,7 @@ class TextEmbeddings:
 
 def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> TextEmbeddings:
     """Embed a prompt set in a subfolder of `root`, continuing after its complete shards."""
-    shards = TensorShards(root / digest([encoder.sha256, encoder.limit, prompts.sha256]))
+    shards = TextEmbeddings(root / digest([encoder.sha256, encoder.limit, prompts.sha256]))
     with run_lock(shards.folder):  # all processes of a job come here
         for start in tqdm(range(0, len(prompts), SHARD), "prompts", unit="shard", disable=None):
             if not shards.has(start // SHARD):
@@ -54,11 +48,9 @@ def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> TextEmb
         truncated = sum(shard["truncated"] for shard in shards.records)
         shards.finish(prompts=len(prompts), tokens=encoder.limit, truncated=truncated)
     if truncated:
-        counts = truncated, len(prompts), encoder.limit
-        logger.warning(
-            "truncated %d of %d prompts to the %d tokens that the encoder reads", *counts
-        )
-    return TextEmbeddings(shards.folder)
+        message = "truncated %d of %d prompts to the %d tokens that the encoder reads"
+        logger.warning(message, truncated, len(prompts), encoder.limit)
+    return shards
 
 
 def embed(encoder: TextEncoder, texts: tuple[str, ...]) -> dict[str, Tensor]:
