@@ -1,7 +1,5 @@
 """What a phase's loss works with: networks, named random numbers, data and generated images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +8,24 @@ from torch import Tensor, nn
 
 from harness.denoiser import Condition, map_condition, one_step, to_model_space
 from harness.streams import PAIR_NOISE, Stream
+
+
+@dataclass
+class TrainingData:
+    """Real images, teacher pairs and conditions that a run draws from.
+
+    A condition is stored as a number: a class label, or the number of a prompt, which `embeddings`
+    maps to the condition on the host. Tensors lie on the run's device, or on the host if they are
+    large or there are embeddings; only the drawn rows move to the device, images as uint8.
+    """
+
+    shape: tuple[int, int, int]  # (C, H, W) in the model's space
+    num_classes: int  # or the number of prompts; 0: unconditional
+    sigma_init: float
+    pixels: Tensor | None = None  # uint8 (N, C, H, W)
+    labels: Tensor | None = None  # int64 (N,)
+    pair_tensors: dict[str, Tensor] | None = None  # x and, with classes, condition
+    embeddings: Callable[[Tensor], Condition] | None = None
 
 
 @dataclass
@@ -82,24 +98,47 @@ class Context:
         """
         key = stream, self._phase[1]
         if key not in self._generated:
-            noise = Stream(self._seed, "generated", *key)
-            z = noise.normal(self.index, self._data.shape)
-            index = self._index_on("cpu") if self._data.embeddings else self.index
-            condition = self._data.condition(index, noise, self.index.device)
+            noise, data = Stream(self._seed, "generated", *key), self._data
+            z, numbers = noise.normal(self.index, data.shape), None
+            if data.num_classes:
+                index = self._index_on("cpu") if data.embeddings else self.index
+                # A child, since the stream itself gives the noise of the same samples.
+                numbers = noise.child("label").integers(index, data.num_classes)
+            condition = self._embed(numbers)
             with torch.set_grad_enabled(self._with_graph):
-                x = one_step(self.networks["student"], z, condition, self._data.sigma_init)
+                x = one_step(self.networks["student"], z, condition, data.sigma_init)
             self._generated[key] = GeneratedBatch(x, z, condition)
         return self._generated[key]
 
     def real(self, name: str = "real") -> tuple[Tensor, Condition]:
         """Draw real training images, `(B, C, H, W)` pixels in [-1, 1], with their conditions."""
-        index = self._index_on(self._data.pixels.device)
-        return self._data.real(index, self._stream(name), self.index.device)
+        pixels, labels = self._data.pixels, self._data.labels
+        rows = self._rows(name, pixels)
+        condition = self._embed(labels[rows] if self._data.num_classes else None)
+        return to_model_space(self._to_device(pixels[rows])), condition
 
     def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Condition]:
         """Draw teacher pairs: noise `z`, image `x`, `condition`."""
-        index = self._index_on(self._data.pair_tensors["x"].device)
-        return self._data.pairs(index, self._stream(name), self.index.device)
+        images, labels = self._data.pair_tensors["x"], self._data.pair_tensors.get("condition")
+        rows = self._rows(name, images)
+        z = PAIR_NOISE.normal(self._to_device(rows), self._data.shape)
+        condition = self._embed(labels[rows] if self._data.num_classes else None)
+        return z, self._to_device(images[rows]), condition
+
+    def _rows(self, name: str, stored: Tensor) -> Tensor:
+        """Draw rows of a stored tensor, where it lies."""
+        return self._stream(name).integers(self._index_on(stored.device), len(stored))
+
+    def _embed(self, numbers: Tensor | None) -> Condition:
+        """The condition of these numbers, on the device."""
+        embeddings = self._data.embeddings if numbers is not None else None
+        return map_condition(self._to_device, embeddings(numbers) if embeddings else numbers)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Copy to the device, from pinned memory so that the host does not wait."""
+        if tensor.device.type == "cpu" and self.index.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.index.device, non_blocking=True)
 
     def _index_on(self, device: str | torch.device) -> Tensor:
         """The indices, created on the device: a copy would wait for it."""
@@ -108,59 +147,3 @@ class Context:
     def log(self, name: str, value: Tensor) -> None:
         """Record a scalar for train.csv; the trainer averages it over each tick."""
         self.logs[name] = value.detach()
-
-
-@dataclass
-class TrainingData:
-    """Real images, teacher pairs and conditions that a run draws from.
-
-    A condition is stored as a number: a class label, or the number of a prompt, which `embeddings`
-    maps to the condition on the host. Tensors lie on the run's device, or on the host if they are
-    large or there are embeddings; only the drawn rows move to the device, images as uint8.
-    """
-
-    shape: tuple[int, int, int]  # (C, H, W) in the model's space
-    num_classes: int  # or the number of prompts; 0: unconditional
-    sigma_init: float
-    pixels: Tensor | None = None  # uint8 (N, C, H, W)
-    labels: Tensor | None = None  # int64 (N,)
-    pair_tensors: dict[str, Tensor] | None = None  # x and, with classes, condition
-    embeddings: Callable[[Tensor], Condition] | None = None
-
-    def _embed(self, numbers: Tensor, device: str | torch.device) -> Condition:
-        condition = self.embeddings(numbers) if self.embeddings else numbers
-        return map_condition(lambda part: _to_device(part, device), condition)
-
-    def condition(
-        self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
-    ) -> Condition:
-        """Draw conditions for samples `index` (on the host if there are embeddings)."""
-        if not self.num_classes:
-            return None
-        # A child, since the stream itself gives the noise of the same samples.
-        return self._embed(stream.child("label").integers(index, self.num_classes), device)
-
-    def real(
-        self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
-    ) -> tuple[Tensor, Condition]:
-        """Draw real images in [-1, 1] and conditions; `index` lies where `pixels` lies."""
-        rows = stream.integers(index, len(self.pixels))
-        condition = self._embed(self.labels[rows], device) if self.num_classes else None
-        return to_model_space(_to_device(self.pixels[rows], device)), condition
-
-    def pairs(
-        self, index: Tensor, stream: Stream, device: str | torch.device = "cpu"
-    ) -> tuple[Tensor, Tensor, Condition]:
-        """Draw `z`, `x` and condition of teacher pairs; `index` lies where the pairs lie."""
-        tensors = self.pair_tensors
-        rows = stream.integers(index, len(tensors["x"]))
-        z = PAIR_NOISE.normal(_to_device(rows, device), self.shape)
-        condition = self._embed(tensors["condition"][rows], device) if self.num_classes else None
-        return z, _to_device(tensors["x"][rows], device), condition
-
-
-def _to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """Copy to the device, from pinned memory so that the host does not wait."""
-    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -41,24 +41,10 @@ class FakeScoreMethod(Method):
         if not issubclass(cls.Config, ScoreConfig):
             raise TypeError(f"{cls.__name__}.Config must be a subclass of ScoreConfig")
 
-    def __init__(
-        self,
-        config: ScoreConfig,
-        teacher: Denoiser,
-        features: nn.Module | None = None,
-        dropout: float = 0.0,
-        augment: float = 0.0,
-    ):
-        """`dropout` and `augment`: of the fake score's training, if the method uses them."""
+    def __init__(self, config: ScoreConfig, teacher: Denoiser, features: nn.Module | None = None):
         super().__init__(config, teacher, features)
         self.fake_score = clone_denoiser(teacher)
-        set_dropout(self.fake_score, dropout)
-        if augment and self.fake_score.augment_labels != LABELS:
-            raise UserError(
-                f"this teacher takes {self.fake_score.augment_labels} augmentation labels, not "
-                f"{LABELS}: set augment: 0 under settings",
-                "augment-labels",
-            )
+        set_dropout(self.fake_score, 0.0)
 
     @classmethod
     def check(cls, config: ScoreConfig, teacher: TeacherFacts) -> list[tuple[str, str, str]]:
@@ -86,7 +72,14 @@ class ScoreIdentityMethod(FakeScoreMethod):
     """
 
     def __init__(self, config: ScoreConfig, teacher: Denoiser, features: nn.Module | None = None):
-        super().__init__(config, teacher, features, config.dropout, config.augment)
+        super().__init__(config, teacher, features)
+        set_dropout(self.fake_score, config.dropout)
+        if config.augment and teacher.augment_labels != LABELS:
+            raise UserError(
+                f"this teacher takes {teacher.augment_labels} augmentation labels, not {LABELS}: "
+                "set augment: 0 under settings",
+                "augment-labels",
+            )
 
     def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
         """The generator's loss per sample, `(B,)`, differentiable in all arguments but `sigma`."""
@@ -96,15 +89,9 @@ class ScoreIdentityMethod(FakeScoreMethod):
         c = self.config
         fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas, eps=c.eps)
         generator = OptimizerConfig(lr=c.lr, betas=c.generator_betas or c.betas, eps=c.eps)
+        options = {"augment": c.augment, "summed": True, "dropout": c.fake_dropout}
         return [
-            denoising_phase(
-                fake,
-                self.teacher,
-                self.fake_sigma,
-                augment=c.augment,
-                summed=True,
-                dropout=c.fake_dropout,
-            ),
+            denoising_phase(fake, self.teacher, self.fake_sigma, **options),
             Phase("generator", "student", self.generator_loss, generator),
         ]
 
@@ -121,21 +108,6 @@ class ScoreIdentityMethod(FakeScoreMethod):
         return self.sample_loss(images.x, x0_teacher, x0_fake, sigma).mean()
 
 
-def denoising_loss(
-    denoiser: Denoiser,
-    clean: Tensor,
-    noised: Tensor,
-    sigma: Tensor,
-    condition: Condition,
-    weight: Tensor,
-    **extras: Tensor,
-) -> Tensor:
-    """EDM's loss λ mean_CHW (D(noised; σ, c) - clean)², averaged over samples: a scalar. `weight`:
-    λ(σ) `(B,)`."""
-    squared = (denoiser(noised, sigma, condition, **extras) - clean).square().mean(dim=(1, 2, 3))
-    return (weight * squared).mean()
-
-
 def drop_condition(
     context: Context, denoiser: Denoiser, condition: Condition, probability: float
 ) -> Condition:
@@ -148,6 +120,30 @@ def drop_condition(
     return map_condition(choose, denoiser.null_condition(len(context)), condition)
 
 
+def denoising_loss(
+    context: Context,
+    network: str,
+    clean: Tensor,
+    condition: Condition,
+    sigma: Tensor,
+    weight: Tensor,
+    augment: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """EDM's loss λ mean_CHW (D(clean + σ n; σ, c) - clean)², averaged over samples: a scalar.
+
+    `sigma`, `weight`: σ and λ(σ), `(B,)`. `augment`: probability of EDM's augmentations
+    (`harness.augment`). `dropout`: fraction of conditions to drop.
+    """
+    denoiser, extras = context.networks[network], {}
+    if dropout:
+        condition = drop_condition(context, denoiser, condition, dropout)
+    if augment:
+        clean, extras["augment_labels"] = edm_augment(context, clean, augment)
+    denoised = denoiser(context.noised(clean, sigma), sigma, condition, **extras)
+    return (weight * (denoised - clean).square().mean(dim=(1, 2, 3))).mean()
+
+
 def denoising_phase(
     optimizer: OptimizerConfig,
     teacher: Denoiser,
@@ -158,30 +154,16 @@ def denoising_phase(
     dropout: float = 0.0,
 ) -> Phase:
     """Train network `fake_score` to denoise the student's current images, with the teacher's loss
-    weight; `sigma` draws noise levels `(B,)`.
+    weight; `sigma` draws noise levels `(B,)`. `augment`, `dropout`: of `denoising_loss`.
 
-    `augment`: probability of EDM's augmentations (`harness.augment`). `summed`: sum the loss over
-    pixels, as EDM and SiD do, instead of averaging; to Adam this is a change of eps alone.
-    `dropout`: fraction of conditions to drop.
+    `summed`: sum the loss over pixels, as EDM and SiD do, instead of averaging; to Adam this is a
+    change of eps alone.
     """
 
     def loss(context: Context) -> Tensor:
-        images, extras = context.generated(), {}
-        clean, levels = images.x.detach(), sigma(context)
-        condition = images.condition
-        if dropout:
-            condition = drop_condition(context, context.networks["fake_score"], condition, dropout)
-        if augment:
-            clean, extras["augment_labels"] = edm_augment(context, clean, augment)
-        loss = denoising_loss(
-            context.networks["fake_score"],
-            clean,
-            context.noised(clean, levels),
-            levels,
-            condition,
-            teacher.loss_weight(levels),
-            **extras,
-        )
+        images, levels = context.generated(), sigma(context)
+        clean, c, weight = images.x.detach(), images.condition, teacher.loss_weight(levels)
+        loss = denoising_loss(context, "fake_score", clean, c, levels, weight, augment, dropout)
         return loss * clean[0].numel() if summed else loss
 
     return Phase("fake_score", "fake_score", loss, optimizer, repeat=repeat)

@@ -38,19 +38,17 @@ def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
     return (x0_fake - x0_teacher) / (x - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
-# Powers of σ before the difference of denoised images: w α σ⁻² of eq. 7.
-POWERS = {"sigma/alpha": -1, "sigma^3/alpha": 1}
-
-
 def level_weighted_gradient(
     x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor, weighting: str
 ) -> Tensor:
     """The gradient with a weight of the noise level only, the alternatives to eq. 8 (table 2,
     right): `(x0_fake - x0_teacher) / σ` for w = σ/α, `· σ` for w = σ³/α.
 
-    α = 1, because noise is added as `x + σ n` (algorithm 2).
+    The power of σ is that of w α σ⁻² in eq. 7. α = 1, because noise is added as `x + σ n`
+    (algorithm 2).
     """
-    return (x0_fake - x0_teacher).detach() * sigma.view(-1, 1, 1, 1) ** POWERS[weighting]
+    power = {"sigma/alpha": -1, "sigma^3/alpha": 1}[weighting]
+    return (x0_fake - x0_teacher).detach() * sigma.view(-1, 1, 1, 1) ** power
 
 
 class DMD(FakeScoreMethod):
@@ -118,26 +116,16 @@ class DMD(FakeScoreMethod):
         )
 
     def _optimizer(self, lr: float) -> OptimizerConfig:
-        c = self.config
-        return OptimizerConfig(
-            lr=lr,
-            betas=c.betas,
-            weight_decay=c.weight_decay,
-            warmup_steps=c.warmup_steps,
-            clip=c.clip,
-        )
+        shared = {"betas", "weight_decay", "warmup_steps", "clip"}
+        return OptimizerConfig(lr=lr, **self.config.model_dump(include=shared))
 
     def phases(self) -> list[Phase]:
         c = self.config
         generator = Phase("generator", "student", self.generator_loss, self._optimizer(c.lr))
         if not c.distribution_matching:
             return [generator]
-        fake = denoising_phase(
-            self._optimizer(c.fake_lr),
-            self.teacher,
-            self.fake_sigma,
-            dropout=c.fake_dropout,
-        )
+        optimizer = self._optimizer(c.fake_lr)
+        fake = denoising_phase(optimizer, self.teacher, self.fake_sigma, dropout=c.fake_dropout)
         return [fake, generator]
 
     def _bin(self, u: Tensor, low: float, high: float) -> Tensor:

@@ -132,9 +132,8 @@ def test_converting_a_batch_equals_converting_all_images(tmp_path):
     data.prepare(DIGITS, tmp_path)
     train = data.load(tmp_path).train
     sources = TrainingData((1, 8, 8), 10, 1.0, pixels=train.pixels, labels=train.labels)
-    index, stream = torch.arange(500), Stream(3, "real")
-    images, labels = sources.real(index, stream)
-    chosen = stream.integers(index, len(train))
+    images, labels = Context({}, sources, 3, 0, range(500)).real()
+    chosen = Stream(3, "", 0, "real").integers(torch.arange(500), len(train))
     assert torch.equal(images, (train.pixels.float() / 127.5 - 1)[chosen])
     assert torch.equal(labels, train.labels[chosen])
 
@@ -143,9 +142,9 @@ def test_labels_are_none_without_classes():
     pixels, labels = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
     pairs = {"x": torch.zeros(5, 1, 8, 8)}
     sources = TrainingData((1, 8, 8), 0, 1.0, pixels, labels, pairs)
-    index, stream = torch.arange(3), Stream(3, "real")
-    assert sources.real(index, stream)[1] is None
-    assert sources.pairs(index, stream)[2] is None
+    context = Context({}, sources, 3, 0, range(3))
+    assert context.real()[1] is None
+    assert context.pairs()[2] is None
 
 
 def test_model_space_equals_the_quotient_exactly():

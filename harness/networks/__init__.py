@@ -52,7 +52,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -
     merged(denoiser.backbone).save_pretrained(folder, safe_serialization=True)
     null = getattr(denoiser, "null", None)
     if null is not None:
-        record["null_sha256"] = save_tensors(folder / NULL, null.tensors)
+        record["null_sha256"] = save_tensors(folder / NULL, dict(null.named_buffers()))
     write_json(folder / "denoiser.json", record)
     return sha256_file(folder / WEIGHTS)
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from harness.denoiser import Condition, Denoiser
-from harness.networks.text import EmptyPrompt
 
 # Keys of a scheduler's config that decide σ at each timestep.
 SCHEDULE_KEYS = (
@@ -35,6 +34,22 @@ def schedule_sigmas(schedule: dict) -> Tensor:
     with torch.device("cpu"):  # values are needed even under the meta device
         alphas = EulerDiscreteScheduler(**schedule).alphas_cumprod.double()
     return ((1 - alphas) / alphas).sqrt()
+
+
+class EmptyPrompt(nn.Module):
+    """Embedding of the empty prompt: tensors `(1, ...)` that are not part of the state dict."""
+
+    def __init__(self, tensors: dict[str, Tensor] | None):
+        super().__init__()
+        for name, tensor in (tensors or {}).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, batch: int) -> dict[str, Tensor]:
+        """Expand the embedding to `batch` samples."""
+        tensors = dict(self.named_buffers())
+        if not tensors:
+            raise ValueError("classifier-free guidance needs the empty prompt (null.safetensors)")
+        return {name: part.expand(batch, *part.shape[1:]) for name, part in tensors.items()}
 
 
 class VPDenoiser(Denoiser):
@@ -63,7 +78,7 @@ class VPDenoiser(Denoiser):
         sigmas = schedule_sigmas(schedule)
         self._levels = sigmas.tolist()  # on the host: comparisons do not wait for the device
         self.register_buffer("log_sigmas", sigmas.log(), persistent=False)
-        self.null = EmptyPrompt(null or {})
+        self.null = EmptyPrompt(null)
 
     def null_condition(self, batch: int) -> Condition:
         return self.null(batch)

@@ -11,8 +11,14 @@ from harness.config.schema import ImportedTeacher
 from harness.errors import UserError, did_you_mean
 from harness.io.artifacts import digest, read_json, sha256_file
 from harness.networks import BACKBONES
-from harness.networks.text import EmptyPrompt
-from harness.networks.vp import PREDICTIONS, SCHEDULE_KEYS, Codec, VPDenoiser, schedule_sigmas
+from harness.networks.vp import (
+    PREDICTIONS,
+    SCHEDULE_KEYS,
+    Codec,
+    EmptyPrompt,
+    VPDenoiser,
+    schedule_sigmas,
+)
 
 # The autoencoder of the supported pipelines: 8 x 8 pixels per latent.
 STABLE_DIFFUSION_VAE = {

@@ -4,14 +4,14 @@ from functools import partial
 
 from torch import Tensor
 
-from harness.augment import LABELS, edm_augment
+from harness.augment import LABELS
 from harness.config.jobs import TeacherJob
 from harness.config.schema import ImportedTeacher, TrainedTeacher
 from harness.context import Context, TrainingData
 from harness.data import datasets
 from harness.data.datasets import Dataset, placed
 from harness.errors import UserError
-from harness.fake_score import denoising_loss, drop_condition
+from harness.fake_score import denoising_loss
 from harness.io.artifacts import digest, link
 from harness.io.locks import run_lock
 from harness.io.records import TeacherRecord
@@ -40,16 +40,10 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
 
     def loss(context: Context) -> Tensor:
         clean, condition = context.real()
-        teacher = context.networks["teacher"]
-        if section.label_dropout and condition is not None:
-            condition = drop_condition(context, teacher, condition, section.label_dropout)
-        extras = {}
-        if section.augment:
-            clean, extras["augment_labels"] = edm_augment(context, clean, section.augment)
         sigma = lognormal_sigma(context.normal("sigma"), section.p_mean, section.p_std)
-        noised = context.noised(clean, sigma)
         weight = edm_weight(sigma, section.sigma_data)
-        return denoising_loss(teacher, clean, noised, sigma, condition, weight, **extras)
+        augment, dropout = section.augment, section.label_dropout
+        return denoising_loss(context, "teacher", clean, condition, sigma, weight, augment, dropout)
 
     optimizer = OptimizerConfig(
         lr=section.lr,

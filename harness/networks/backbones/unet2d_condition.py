@@ -5,11 +5,31 @@ from torch import Tensor, nn
 from harness.denoiser import Condition
 from harness.networks.backbones.unet2d import UNet2DDenoiser
 from harness.networks.registry import BACKBONES, Backbone, Pipeline
-from harness.networks.text import EmptyPrompt
-from harness.networks.vp import VPDenoiser
+from harness.networks.vp import EmptyPrompt, VPDenoiser
 
 
-class TextDenoiser(UNet2DDenoiser):
+class _TextUNet:
+    """What both denoisers share."""
+
+    @property
+    def text_width(self) -> int:
+        return self.backbone.config.cross_attention_dim
+
+    def run_backbone(self, x: Tensor, time: Tensor, condition: Condition, **extras) -> Tensor:
+        return self.backbone(
+            x,
+            time,
+            encoder_hidden_states=condition["embeddings"].to(x),
+            encoder_attention_mask=condition.get("mask"),
+            **extras,
+        ).sample
+
+
+class StableDiffusionDenoiser(_TextUNet, VPDenoiser):
+    """The `UNet2DConditionModel` of a `StableDiffusionPipeline`."""
+
+
+class TextDenoiser(_TextUNet, UNet2DDenoiser):
     """A `UNet2DConditionModel` with EDM's preconditioning and without classes.
 
     `condition`: `embeddings` `(B, L, D)` and, if padding is masked, `mask` `(B, L)`. `null`: the
@@ -18,7 +38,7 @@ class TextDenoiser(UNet2DDenoiser):
 
     def __init__(self, backbone: nn.Module, *args, null: dict[str, Tensor] | None = None, **kwargs):
         super().__init__(backbone, *args, **kwargs)
-        self.null = EmptyPrompt(null or {})
+        self.null = EmptyPrompt(null)
 
     @staticmethod
     def backbone_arguments(image_shape: tuple[int, ...], num_classes: int, null: Condition) -> dict:
@@ -27,36 +47,11 @@ class TextDenoiser(UNet2DDenoiser):
         arguments = UNet2DDenoiser.backbone_arguments(image_shape, 0, None)
         return arguments | {"cross_attention_dim": null["embeddings"].shape[-1]}
 
-    @property
-    def text_width(self) -> int:
-        return self.backbone.config.cross_attention_dim
-
     def null_condition(self, batch: int) -> Condition:
         return self.null(batch)
 
-    def run_backbone(self, x: Tensor, c_noise: Tensor, condition, **extras) -> Tensor:
-        return _run(self.backbone, x, c_noise * self.TIME_SCALE, condition, **extras)
-
-
-class StableDiffusionDenoiser(VPDenoiser):
-    """The `UNet2DConditionModel` of a `StableDiffusionPipeline`."""
-
-    @property
-    def text_width(self) -> int:
-        return self.backbone.config.cross_attention_dim
-
-    def run_backbone(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        return _run(self.backbone, x, time, condition)
-
-
-def _run(backbone: nn.Module, x: Tensor, time: Tensor, condition: Condition, **extras) -> Tensor:
-    return backbone(
-        x,
-        time,
-        encoder_hidden_states=condition["embeddings"].to(x),
-        encoder_attention_mask=condition.get("mask"),
-        **extras,
-    ).sample
+    def run_backbone(self, x: Tensor, c_noise: Tensor, condition: Condition, **extras) -> Tensor:
+        return super().run_backbone(x, c_noise * self.TIME_SCALE, condition, **extras)
 
 
 @BACKBONES.register("UNet2DConditionModel")
