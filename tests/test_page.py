@@ -166,8 +166,8 @@ def test_a_table_without_a_needed_column_is_rejected(tmp_path):
 
 
 def test_long_training_logs_are_thinned():
-    log = pd.DataFrame({"images": range(9000), "loss/p": 1.0})
-    chart = health.chart("s1", {0: log}, ["p"], "loss/").to_dict()
+    log = pd.DataFrame({"images": range(9000), "seed": 0, "loss/p": 1.0})
+    chart = health.chart("s1", log, ["p"], "loss/").to_dict()
     assert len(chart["data"]["values"]) == health.MAX_POINTS
 
 

@@ -12,16 +12,16 @@ import pandas as pd
 # Okabe and Ito's palette for colour-blind readers, with a grey that is visible on black and white;
 # shapes and dashes distinguish the students in grey print.
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#7F7F7F", "#8C8C00")
-SHAPES = {  # and their glyphs in the page's legend
-    **{"circle": "●", "cross": "✚", "square": "■", "triangle-up": "▲", "diamond": "◆"},
-    **{"triangle-down": "▼", "triangle-left": "◀"},
-}
+SHAPES = ("circle", "cross", "square", "triangle-up", "diamond", "triangle-down", "triangle-left")
+GLYPHS = "●✚■▲◆▼◀"  # of the shapes, in the page's legend
 SOLID, DASHED, DOTTED, MIXED = [1, 0], [6, 4], [1, 3], [6, 3, 1, 3]
 DASHES = (SOLID, DASHED, SOLID, MIXED, SOLID, DASHED, DOTTED, MIXED)
 AXIS = {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"}
 AXIS |= {"gridColor": "currentColor", "domainColor": "currentColor", "tickColor": "currentColor"}
 AXIS |= {"gridOpacity": 0.1, "domainOpacity": 0.4, "tickOpacity": 0.4, "labelLimit": 160}
 CONFIG = {"background": None, "font": "inherit", "view": {"stroke": None}, "axis": AXIS}
+CONFIG |= {"legend": {"disable": True}}  # the page has its own
+LEGEND = {"orient": "bottom", "title": None, "columns": 8, "labelLimit": 0, "symbolOpacity": 1}
 # The page's legend sets this parameter to a student's name.
 HIGHLIGHT = {"name": "highlight", "value": None}
 
@@ -35,16 +35,12 @@ def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> list[Path]:
     import vl_convert
 
     text = {"fontSize": 11, "anchor": "start"}
-    static = specification(chart, background="white", font="sans-serif", title=text)
+    static = {"background": "white", "font": "sans-serif", "title": text, "legend": LEGEND}
+    static = specification(chart, **static)
     png, pdf = (folder / f"{name}.{kind}" for kind in ("png", "pdf"))
     png.write_bytes(vl_convert.vegalite_to_png(static, scale=2))
     pdf.write_bytes(vl_convert.vegalite_to_pdf(static))
     return [png, pdf]
-
-
-def cycled(values: tuple, names: list[str]) -> list:
-    """A value for each name, from the beginning again if there are too few."""
-    return [values[i % len(values)] for i in range(len(names))]
 
 
 def data(table: pd.DataFrame) -> alt.Data:
@@ -52,11 +48,9 @@ def data(table: pd.DataFrame) -> alt.Data:
     return alt.Data(values=table.astype(object).where(table.notna(), None).to_dict("records"))
 
 
-def categories(channel, field: str, names: list[str], values: tuple, legend: bool):
-    """A channel that gives each name of a field one of the values."""
-    scale = alt.Scale(domain=names, range=cycled(values, names))
-    guide = alt.Legend(orient="bottom", title=None, columns=8, labelLimit=0, symbolOpacity=1)
-    return channel(f"{field}:N", scale=scale, legend=guide if legend else None)
+def categories(channel, field: str, names: list[str], values: tuple):
+    """A channel that gives each name of a field one of the values, cyclically."""
+    return channel(f"{field}:N", scale=alt.Scale(domain=names, range=values))
 
 
 def when_highlighted(opacity: float):
@@ -92,8 +86,7 @@ def tooltips(*names: str, **titles: str) -> list[alt.Tooltip]:
 
 def lines_across(values: dict[str, float], axis: str, **text) -> list[alt.Chart]:
     """Dotted lines across the chart at some values of an axis, and their labels."""
-    rows = [{"label": label, "value": value} for label, value in values.items()]
-    chart = alt.Chart(alt.Data(values=rows))
+    chart = alt.Chart(data(pd.DataFrame(values.items(), columns=["label", "value"])))
     rule = chart.mark_rule(strokeDash=[1, 2], color="currentColor", opacity=0.7)
     label = chart.mark_text(color="currentColor", opacity=0.8, fontSize=10, **text)
     end = {"y": {"x": alt.value("width")}, "x": {"y": alt.value(0)}}[axis]

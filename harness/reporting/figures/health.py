@@ -14,61 +14,43 @@ DASHES = (charts.SOLID, charts.DASHED, charts.DOTTED, charts.MIXED)
 MAX_POINTS = 300  # of one line
 
 
-def training_logs(experiment: Experiment, table: pd.DataFrame) -> dict[str, dict]:
-    """train.csv of every run with scores in the table: `logs[student][seed]`."""
-    logs: dict[str, dict] = {student: {} for student in experiment.students}
+def training_logs(experiment: Experiment, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """train.csv of each student's runs with scores in the table, with a column `seed`."""
+    logs: dict[str, list] = {student: [] for student in experiment.students}
     for student, seed in sorted(scored_runs(table)):
         path = experiment.paths.run(student, seed) / "train.csv"
-        if student in logs and path.exists():
-            logs[student][seed] = pd.read_csv(path)
-    return logs
+        if path.exists():
+            logs[student].append(pd.read_csv(path).assign(seed=seed))
+    return {student: pd.concat(runs) for student, runs in logs.items() if runs}
 
 
-def phases_of(logs: dict[str, dict]) -> list[str]:
+def phases_of(logs: dict[str, pd.DataFrame]) -> list[str]:
     """The phases of all students, in the order of their first appearance."""
-    columns = [c for seeds in logs.values() for log in seeds.values() for c in log.columns]
+    columns = [column for log in logs.values() for column in log]
     phases = [c.removeprefix(p) for c in columns for p in PANELS if c.startswith(p)]
     return list(dict.fromkeys(phases))
 
 
-def tidy_log(seeds: dict[int, pd.DataFrame], prefix: str) -> pd.DataFrame:
-    """The columns of a student's logs with a prefix, one row per value: images, seed, phase,
-    value."""
-    parts = [
-        log.filter(like=prefix)
-        .rename(columns=lambda name: name.removeprefix(prefix))
-        .assign(images=log.images, seed=seed)
-        .melt(id_vars=["images", "seed"], var_name="phase")
-        for seed, log in seeds.items()
-    ]
-    return pd.concat(parts)
-
-
-def chart(
-    student: str,
-    seeds: dict[int, pd.DataFrame],
-    phases: list[str],
-    prefix: str,
-    legend: bool = False,
-) -> alt.Chart:
+def chart(student: str, log: pd.DataFrame, phases: list[str], prefix: str) -> alt.Chart:
     """One quantity of PANELS of a student against images, a line per phase and seed."""
-    log = tidy_log(seeds, prefix)
-    lines = log.groupby(["phase", "seed"], sort=False)
+    tidy = log.melt(["images", "seed"], log.filter(like=prefix).columns, "phase")
+    tidy = tidy.assign(phase=tidy.phase.str.removeprefix(prefix))
+    lines = tidy.sort_values("seed", kind="stable").groupby(["phase", "seed"], sort=False)
     ends = [
         f"{phase} of seed {seed} from {line.value.iloc[0]:.3g} to {line.value.iloc[-1]:.3g}"
         for (phase, seed), line in lines
     ]
     text = f"{PANELS[prefix]} of {student} against images: {'; '.join(ends)}"
-    log = lines.nth(slice(None, None, max(1, len(log) // (MAX_POINTS * lines.ngroups))))
-    values = log.value.dropna()
+    drawn = lines.nth(slice(None, None, max(1, len(tidy) // (MAX_POINTS * lines.ngroups))))
+    values = drawn.value.dropna()
     is_log = prefix == "grad_norm/" and (values > 0).all()
-    chart = alt.Chart(charts.data(log)).mark_line(strokeWidth=1.3)
+    chart = alt.Chart(charts.data(drawn)).mark_line(strokeWidth=1.3)
     chart = chart.encode(
-        x=charts.numbers(alt.X, "images", None, False, log.images, form=".3~s", tickCount=4),
+        x=charts.numbers(alt.X, "images", None, False, drawn.images, form=".3~s", tickCount=4),
         y=charts.numbers(alt.Y, "value", None, is_log, values, tickCount=4),
         detail="seed:N",
-        color=charts.categories(alt.Color, "phase", phases, COLOURS, legend),
-        strokeDash=charts.categories(alt.StrokeDash, "phase", phases, DASHES, legend),
+        color=charts.categories(alt.Color, "phase", phases, COLOURS),
+        strokeDash=charts.categories(alt.StrokeDash, "phase", phases, DASHES),
         tooltip=charts.tooltips("phase:N", "seed:N", images="images", value="value"),
     )
     return chart.properties(width="container", height=120, description=text)
@@ -81,11 +63,8 @@ def figure(experiment: Experiment, table: pd.DataFrame) -> alt.VConcatChart:
     rows = [
         alt.hconcat(
             *(
-                chart(student, seeds, phases, prefix, legend=True).properties(
-                    width=180, title=[student, title]
-                )
-                for student, seeds in logs.items()
-                if seeds
+                chart(student, log, phases, prefix).properties(width=180, title=[student, title])
+                for student, log in logs.items()
             )
         )
         for prefix, title in PANELS.items()

@@ -43,11 +43,11 @@ def curves(experiment: Experiment, table: pd.DataFrame, axis: str, column: str) 
     keys = ["student", "snapshot", "seed"]
     per_seed = rows.groupby(keys)[["images", "flops", "value"]].mean().reset_index()
     points = per_seed.groupby(["student", "images"], sort=True)
-    x = points[axis].first() if axis == "images" else points.flops.mean() / 1e12
+    x = points[axis].mean() / (1 if axis == "images" else 1e12)
     result = points.value.agg(mean="mean", low="min", high="max").assign(x=x).reset_index()
-    position = list(experiment.students).index
-    order = result.student.map(position).sort_values(kind="stable").index
-    return result.loc[order, ["student", "x", "mean", "low", "high"]].reset_index(drop=True)
+    result = result[["student", "x", "mean", "low", "high"]]
+    order = list(experiment.students)
+    return result.sort_values("student", key=lambda s: s.map(order.index), kind="stable")
 
 
 def per_training_seed(final: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -55,9 +55,9 @@ def per_training_seed(final: pd.DataFrame, column: str) -> pd.DataFrame:
     sampling seeds, whose draws are independent."""
     rows = final[(final.column == column) & (final.status == "ok")]
     rows = rows.astype({"value": float, "stderr": float})
-    grouped = rows.groupby(["student", "seed"], dropna=False, sort=False)
-    errors = grouped.stderr.agg(lambda e: math.sqrt((e**2).sum(min_count=1)) / len(e))
-    return grouped.value.mean().to_frame().assign(stderr=errors).reset_index()
+    grouped = rows.groupby(["student", "seed"], dropna=False, sort=False, as_index=False)
+    errors = ("stderr", lambda e: math.sqrt((e**2).sum(min_count=1)) / len(e))
+    return grouped.agg(value=("value", "mean"), stderr=errors)
 
 
 def reference_lines(
@@ -77,12 +77,7 @@ def reference_lines(
 
 
 def chart(
-    experiment: Experiment,
-    table: pd.DataFrame,
-    axis: str,
-    metric: str,
-    extractor: str,
-    legend: bool = False,
+    experiment: Experiment, table: pd.DataFrame, axis: str, metric: str, extractor: str
 ) -> alt.LayerChart:
     """One metric against a budget, at the largest sample count that the metric accepts. Lines:
     means over training seeds; bands: from the lowest to the highest seed."""
@@ -96,24 +91,19 @@ def chart(
     title = f"{METRICS[metric].label} in {extractor} ({direction(metric)})"
     text = f"{title} against {x_title}; at the end: {', '.join(ends)}"
 
-    def student(channel, values: tuple):
-        return charts.categories(channel, "student", names, values, legend)
-
     values = [*lines.low, *lines.high, *reference.values()]
     y = charts.numbers(alt.Y, "mean", None, log, values)
     base = alt.Chart().encode(
         x=charts.numbers(alt.X, "x", x_title, True, lines.x),
-        color=student(alt.Color, charts.COLOURS),
+        color=charts.categories(alt.Color, "student", names, charts.COLOURS),
         tooltip=charts.tooltips(
             "student:N", x=x_title, mean="mean", low="lowest seed", high="highest seed"
         ),
     )
     opaque = charts.when_highlighted(1.0)
     bands = base.mark_area().encode(y="low:Q", y2="high:Q", opacity=charts.when_highlighted(0.15))
-    dashes, shapes = (
-        student(alt.StrokeDash, charts.DASHES),
-        student(alt.Shape, tuple(charts.SHAPES)),
-    )
+    dashes = charts.categories(alt.StrokeDash, "student", names, charts.DASHES)
+    shapes = charts.categories(alt.Shape, "student", names, charts.SHAPES)
     drawn = base.mark_line().encode(y=y, opacity=opaque, strokeDash=dashes)
     points = base.mark_point(filled=True, size=45).encode(y=y, opacity=opaque, shape=shapes)
     labels = {f"{name}: {value:.3g}": value for name, value in reference.items()}
@@ -149,11 +139,11 @@ def final_chart(
     base = alt.Chart().encode(
         y=alt.Y("student:N", sort=names, title=None, axis=alt.Axis(grid=False, ticks=False)),
         yOffset=alt.YOffset("seed:N"),
-        color=charts.categories(alt.Color, "student", names, charts.COLOURS, False),
+        color=charts.categories(alt.Color, "student", names, charts.COLOURS),
         opacity=charts.when_highlighted(1.0),
         tooltip=charts.tooltips("student:N", "seed:N", value="score", stderr="sampling error"),
     )
-    shape = charts.categories(alt.Shape, "student", names, tuple(charts.SHAPES), False)
+    shape = charts.categories(alt.Shape, "student", names, charts.SHAPES)
     points = base.mark_point(filled=True, size=50).encode(x=x, shape=shape)
     bars = base.mark_rule(strokeWidth=1.3).encode(x="low:Q", x2="high:Q")
     layers = [alt.layer(bars, points, data=charts.data(scores))]
@@ -168,6 +158,6 @@ def figure(experiment: Experiment, table: pd.DataFrame, axis: str) -> alt.HConca
     for metric, extractor in drawn_metrics(experiment, table):
         count = METRICS[metric].count(experiment.evaluation.num_samples)
         title = [f"{METRICS[metric].label} ({direction(metric)})", f"in {extractor}, n {count:,}"]
-        panel = chart(experiment, table, axis, metric, extractor, legend=True)
+        panel = chart(experiment, table, axis, metric, extractor)
         panels.append(panel.properties(width=380, height=260, title=title))
     return alt.hconcat(*panels or [charts.message("no scores")], spacing=30)

@@ -1,7 +1,6 @@
 """Samples of every student from the same noise, and those nearest to training images."""
 
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +20,7 @@ PROMPTS = 12  # columns of a grid of prompts
 CLASS_COLUMNS = 20  # columns of a grid of classes
 
 
-@dataclass
-class ScoredSamples:
+class ScoredSamples(NamedTuple):
     """The images that scoring saved of a row: tensors `pixels`, `labels` and those of the nearest
     neighbours (`closest…`), and the record that describes them."""
 
@@ -63,30 +61,26 @@ def read_samples(experiment: Experiment, table: pd.DataFrame) -> dict[str, Score
     return samples
 
 
-def _grid_columns(labels: np.ndarray, texts: tuple[str, ...]) -> np.ndarray:
-    """The indices of the samples in a grid: equally many of each class, of the first classes if
-    there are many; one of each of PROMPTS prompts, evenly spaced."""
-    classes = np.unique(labels)
-    if texts:
-        spread = np.linspace(0, len(classes) - 1, min(len(classes), PROMPTS)).round().astype(int)
-        return np.array([np.flatnonzero(labels == c)[0] for c in classes[spread]])
-    classes = classes[:CLASS_COLUMNS]
-    each = CLASS_COLUMNS // len(classes)
-    return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])
-
-
 def select_samples(
     samples: dict[str, ScoredSamples], texts: tuple[str, ...] = ()
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The images `(N, C, H, W)` uint8 of a grid by row, and their N conditions: classes or, from
-    `texts`, prompts (empty for unconditional data). Image i has the same noise in all rows."""
+    `texts`, prompts (empty for unconditional data). Image i has the same noise in all rows.
+
+    Equally many images of each class, of the first classes if there are many; one of each of
+    PROMPTS prompts, evenly spaced.
+    """
     images, conditions = {}, []
     for row, kept in samples.items():
-        chosen = _grid_columns(kept.tensors["labels"], texts)
-        images[row], labels = kept.tensors["pixels"][chosen], kept.tensors["labels"][chosen]
-        conditions = [texts[i] if texts else str(i) for i in labels]
-        if len(np.unique(kept.tensors["labels"])) < 2:
-            conditions = []
+        labels = kept.tensors["labels"]
+        classes = np.unique(labels)
+        spread = np.linspace(0, len(classes) - 1, min(len(classes), PROMPTS)).round().astype(int)
+        drawn = classes[spread] if texts else classes[:CLASS_COLUMNS]
+        each = 1 if texts else CLASS_COLUMNS // len(drawn)
+        chosen = np.concatenate([np.flatnonzero(labels == c)[:each] for c in drawn])
+        images[row] = kept.tensors["pixels"][chosen]
+        names = [texts[i] if texts else str(i) for i in labels[chosen]]
+        conditions = names if len(classes) > 1 else []
     return images, conditions
 
 
@@ -121,25 +115,20 @@ def tile(rows: list[np.ndarray]) -> np.ndarray:
     """Rows of images `(N, C, H, W)` uint8 as one image `(H', W', 4)` with transparent gaps."""
     height, width = rows[0].shape[2:]
     gap, columns = max(1, width // 12), max(map(len, rows))
-    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 4)
-    tiled = np.zeros(shape, np.uint8)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            top, left = r * (height + gap), c * (width + gap)
-            cell = tiled[top : top + height, left : left + width]
-            cell[..., :3] = image.transpose(1, 2, 0)  # grey fills three channels
-            cell[..., 3] = 255
-    return tiled
+    cells = np.zeros((len(rows), height + gap, columns, width + gap, 4), np.uint8)
+    for cell, row in zip(cells, rows, strict=True):
+        image = cell[:height, : len(row), :width]
+        image[..., :3] = row.transpose(2, 0, 3, 1)  # grey fills three channels
+        image[..., 3] = 255
+    return cells.reshape(len(rows) * (height + gap), -1, 4)[:-gap, :-gap]
 
 
 def _show(axes, rows: list[np.ndarray], names: list[str], columns: list[str]) -> None:
     """Draw images with the names of their rows and columns."""
     image = tile(rows)
+    height, width = image.shape[:2]
     axes.imshow(image, interpolation="nearest")
-    for axis, labels, size in (
-        (axes.yaxis, names, len(image)),
-        (axes.xaxis, columns, len(image[0])),
-    ):
+    for axis, labels, size in ((axes.yaxis, names, height), (axes.xaxis, columns, width)):
         axis.set_ticks((np.arange(len(labels)) + 0.5) * size / max(1, len(labels)), labels)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

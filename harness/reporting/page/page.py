@@ -7,8 +7,9 @@ charts and images. A section without parts is left out.
 import base64
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import jinja2
@@ -46,7 +47,6 @@ from harness.reporting.tables import text_table
 
 NUMBER = re.compile(r"(tie )?[-−+]?\d")
 THUMBNAIL = 96  # pixels: larger sample images are scaled down
-SECTIONS: list[tuple[str, str, Callable]] = []  # id, title, generator
 
 
 @dataclass
@@ -63,10 +63,8 @@ class Content:
         e = self.experiment
         self.final = self.table[self.table.final]
         self.main = {name: main_column(e, name) for name in e.evaluation.extractors}
-        self.reference_count = int(self.summary.students.student.isin(e.reference_rows).sum())
         self.samples = samples.read_samples(e, self.table)
-        ranks = self.summary.scores["rank"].astype(str)
-        self.is_ranked = ranks.str.match(NUMBER.pattern).any()
+        self.is_ranked = self.summary.scores["rank"].astype(str).str.match(NUMBER).any()
 
 
 def write_page(
@@ -76,7 +74,9 @@ def write_page(
     import vl_convert
 
     content = Content(experiment, table[~is_unavailable(table.status)], summary, manifest)
-    sections = [(name, title, Markup("\n").join(make(content))) for name, title, make in SECTIONS]
+    sections = [
+        (make.__name__, title, Markup("\n").join(make(content))) for title, make in SECTIONS
+    ]
     text = ENVIRONMENT.get_template("page.html.j2").render(
         name=experiment.name,
         introduction=introduction(experiment),
@@ -90,16 +90,6 @@ def write_page(
     path = experiment.paths.root / "report.html"
     write_text(path, text)
     return path
-
-
-def section(title: str) -> Callable:
-    """Add a generator `Content` -> HTML parts to the page; its name is the section's id."""
-
-    def register(function: Callable) -> Callable:
-        SECTIONS.append((function.__name__, title, function))
-        return function
-
-    return register
 
 
 # -- parts --------------------------------------------------------------------------------------
@@ -116,9 +106,7 @@ def png(images: np.ndarray) -> str:
     from PIL import Image
 
     picture = Image.fromarray(samples.tile([images]))
-    if picture.height > THUMBNAIL:
-        size = (round(picture.width * THUMBNAIL / picture.height), THUMBNAIL)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture.thumbnail((picture.width, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=None)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -133,11 +121,6 @@ ENVIRONMENT = jinja2.Environment(
 )
 ENVIRONMENT.filters |= {"numeric": is_numeric, "png": png}
 html = ENVIRONMENT.get_template("parts.html.j2").module
-
-
-def code_spans(text: str) -> Markup:
-    """A note with its `code` marked up and all else escaped."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def hash_code(value: str | None) -> Markup:
@@ -173,19 +156,16 @@ def introduction(experiment: Experiment) -> str:
 def finding(content: Content) -> Markup | None:
     """The leader in each feature space, and how reliable the lead is."""
     leaders: dict[str, list[Markup]] = {}
+    scores = content.summary.scores.dropna(subset="mean")
+    scores = scores[scores.student.isin(content.experiment.students)]
     for extractor, column in content.main.items():
-        scores = content.summary.scores.dropna(subset="mean")
-        scores = scores[scores.student.isin(content.experiment.students)]
-        scores = scores[scores.column == column].set_index("student")
-        if scores.empty:
-            continue
         metric = main_metric_in(content.experiment, extractor)
-        higher = metric.higher_is_better
-        best = scores["mean"].idxmax() if higher else scores["mean"].idxmin()
-        value = minus(spread_text(scores["mean"][best], scores["std"][best]))
-        text = Markup("<strong>{}</strong> in {} ({})").format(best, extractor, value)
+        higher, rows = metric.higher_is_better, scores[scores.column == column]
         title = f"{'Highest' if higher else 'Lowest'} {metric.label}"
-        leaders.setdefault(title, []).append(text)
+        for row in rows.sort_values("mean", ascending=not higher, kind="stable")[:1].itertuples():
+            value = minus(spread_text(row.mean, row.std))
+            text = Markup("<strong>{}</strong> in {} ({})").format(row.student, extractor, value)
+            leaders.setdefault(title, []).append(text)
     if not leaders:
         return None
     reliability = (
@@ -194,10 +174,7 @@ def finding(content: Content) -> Markup | None:
         else "No ranks are given: they need at least three training seeds and intervals of the "
         "differences that exclude zero."
     )
-    texts = [
-        Markup("{}: {}.").format(title, Markup(" and ").join(rows))
-        for title, rows in leaders.items()
-    ]
+    texts = [Markup("{}: {}.").format(k, Markup(" and ").join(v)) for k, v in leaders.items()]
     return Markup(" ").join([*texts, reliability])
 
 
@@ -218,8 +195,8 @@ def facts(content: Content) -> dict[str, str]:
 # -- sections -----------------------------------------------------------------------------------
 
 
-@section("Summary")
 def scores(content: Content) -> Iterator[Markup]:
+    fixed = int(content.summary.students.student.isin(content.experiment.reference_rows).sum())
     every = students_table(content, list(content.summary.columns.index))
     table = students_table(content, summary_columns(content))
     hidden = [h for h in table if "best of" in h or h in ("seeds", "parameters", "frozen")]
@@ -229,13 +206,13 @@ def scores(content: Content) -> Iterator[Markup]:
         "(real held-out images, at their own number) give the scale. Click a heading to sort the "
         "students."
     )
-    yield html.datatable(table.drop(columns=hidden), caption, content.reference_count)
+    yield html.datatable(table.drop(columns=hidden), caption, fixed)
     present = " ".join(content.final.flag.dropna().unique())
     for flag, (mark, meaning) in FLAGS.items():
         if flag in present:
             yield html.text(f"{mark} {meaning}.")
     caption = "All columns of tables/summary.csv."
-    yield html.details("All metrics", html.datatable(every, caption, content.reference_count))
+    yield html.details("All metrics", html.datatable(every, caption, fixed))
     finals = [
         (extractor, "", charts.specification(chart))
         for extractor in content.main
@@ -285,12 +262,11 @@ def students_table(content: Content, columns: list[str]) -> pd.DataFrame:
     students = content.summary.students
     notes = students.data_free.map({"yes": "data-free"}).fillna("")
     notes = notes.where(students.status == "ok", students.status)
-    names = [html.noted(*pair) for pair in zip(students.student, notes, strict=True)]
+    names = list(map(html.noted, students.student, notes))
     table.insert(0, "student", pd.Series(names, table.index, dtype=object))
     return table.drop(columns=["data-free", "status"], errors="ignore")
 
 
-@section("Quality against budget")
 def curves(content: Content) -> Iterator[Markup]:
     names, scored = list(content.experiment.students), set(content.table.student)
     metrics = quality.drawn_metrics(content.experiment, content.table)
@@ -301,8 +277,7 @@ def curves(content: Content) -> Iterator[Markup]:
         "Dotted lines: the teacher with all its steps and with one. Click a student to highlight "
         "it in all charts."
     )
-    glyphs = charts.cycled(tuple(charts.SHAPES.values()), names)
-    marks = zip(names, charts.cycled(charts.COLOURS, names), glyphs, strict=True)
+    marks = zip(names, cycle(charts.COLOURS), cycle(charts.GLYPHS))
     yield html.legend([mark for mark in marks if mark[0] in scored], buttons=True)
     for axis, title in (("images", "At equal images"), ("flops", "At equal compute")):
         yield html.heading(title)
@@ -314,7 +289,6 @@ def curves(content: Content) -> Iterator[Markup]:
         yield html.charts(drawn)
 
 
-@section("Samples")
 def sample_rows(content: Content) -> Iterator[Markup]:
     texts = samples.prompt_texts(content.experiment)
     images, conditions = samples.select_samples(content.samples, texts)
@@ -331,7 +305,6 @@ def sample_rows(content: Content) -> Iterator[Markup]:
     yield html.strips(rows, max(map(len, images.values())))
 
 
-@section("Nearest training images")
 def neighbours(content: Content) -> Iterator[Markup]:
     found, description = samples.nearest_neighbours(content.samples)
     if not found:
@@ -355,13 +328,12 @@ def neighbours(content: Content) -> Iterator[Markup]:
     yield html.strips(rows, count)
 
 
-@section("Training health")
 def training(content: Content) -> Iterator[Markup]:
     logs = health.training_logs(content.experiment, content.table)
-    if not any(logs.values()):
+    if not logs:
         return
     rows = []
-    for student, seed, log in [(s, k, log) for s in logs for k, log in logs[s].items()]:
+    for student, seed, log in [(s, *run) for s in logs for run in logs[s].groupby("seed")]:
         record = student_record(content.experiment, student, seed)
         ledger, skipped = record.ledger, sum(record.skipped_steps.values())
         row = {
@@ -386,12 +358,12 @@ def training(content: Content) -> Iterator[Markup]:
         "their shapes, not their heights."
     )
     phases = health.phases_of(logs)
-    colours = charts.cycled(health.COLOURS, phases)
-    yield html.legend([(spaced(p), c, "━") for p, c in zip(phases, colours, strict=True)], False)
+    marks = [(spaced(p), c, "━") for p, c in zip(phases, cycle(health.COLOURS))]
+    yield html.legend(marks, buttons=False)
     drawn = []
-    for student, seeds in logs.items():
-        for prefix in ("loss/", "grad_norm/") if seeds else ():
-            chart = health.chart(student, seeds, phases, prefix)
+    for student, log in logs.items():
+        for prefix in ("loss/", "grad_norm/"):
+            chart = health.chart(student, log, phases, prefix)
             drawn.append((student, health.PANELS[prefix], charts.specification(chart)))
     yield html.charts(drawn, "small")
 
@@ -412,7 +384,6 @@ def read_table(content: Content, name: str, columns: str) -> pd.DataFrame:
     return table
 
 
-@section("Claims of the papers")
 def claims(content: Content) -> Iterator[Markup]:
     table = read_table(
         content, "claims", "claim source reported better worse column difference low high verdict"
@@ -435,10 +406,9 @@ def claims(content: Content) -> Iterator[Markup]:
             "reported": f"{row.reported} ({row.source})",
         }
         rows.append(row)
-    yield html.datatable(pd.DataFrame(rows), **{"class": "sortable wrap"})
+    yield html.datatable(pd.DataFrame(rows), kind="sortable wrap")
 
 
-@section("Pairwise differences")
 def pairwise(content: Content) -> Iterator[Markup]:
     table = read_table(content, "pairwise", "column a b difference low high verdict")
     if table.empty:
@@ -451,9 +421,7 @@ def pairwise(content: Content) -> Iterator[Markup]:
     columns = [column for column in content.main.values() if (table.column == column).any()]
     for column in columns or table.column.unique()[:1]:
         yield html.heading(column)
-        yield html.datatable(
-            difference_matrix(table[table.column == column]), **{"class": "matrix"}
-        )
+        yield html.datatable(difference_matrix(table[table.column == column]), kind="matrix")
     yield html.details("All pairs and columns", html.datatable(csv_text(table)))
 
 
@@ -476,7 +444,6 @@ def difference_matrix(pairs: pd.DataFrame) -> pd.DataFrame:
     return matrix.rename_axis("row − column").reset_index()
 
 
-@section("Agreement with libraries")
 def agreement(content: Content) -> Iterator[Markup]:
     table = read_table(
         content, "agreement", "quantity extractor library relative_difference agrees"
@@ -498,7 +465,6 @@ def agreement(content: Content) -> Iterator[Markup]:
     yield html.datatable(csv_text(table.assign(agrees=marks)), caption)
 
 
-@section("Published numbers")
 def paper(content: Content) -> Iterator[Markup]:
     table = read_table(content, "paper", "paper method metric reported reproduced")
     if not table.empty:
@@ -506,16 +472,16 @@ def paper(content: Content) -> Iterator[Markup]:
         yield html.datatable(csv_text(table), caption)
 
 
-@section("Protocol")
 def protocol(content: Content) -> Iterator[Markup]:
     """The notes, what all columns' protocols share, and a table of their differences."""
     students = {}
-    for note in content.summary.notes:
-        name, _, text = note.partition(": ")
+    for text in content.summary.notes:
+        note = Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+        name, _, rest = note.partition(": ")
         if name in content.experiment.students:
-            students[name] = code_spans(text)
+            students[name] = rest
         else:
-            yield html.text(code_spans(note), "")
+            yield html.text(note, "")
     protocols = content.manifest["protocols"]
     used = content.final[content.final.protocol.isin(protocols)].drop_duplicates("column")
     hashes = used.set_index("column").protocol
@@ -525,12 +491,12 @@ def protocol(content: Content) -> Iterator[Markup]:
     shared = [key for key in table if table[key].nunique() == 1]
     yield html.facts({spaced(key): table[key].iloc[0] for key in shared})
     table = table.drop(columns=[*shared, "metric", "extractor", "num_samples"], errors="ignore")
-    settings = table.filter(like="settings.").rename(columns=lambda c: spaced(c[9:]))
-    table = table.drop(columns=table.filter(like="settings.").columns).rename(columns=spaced)
+    settings = table.filter(like="settings.")
+    table = table.drop(columns=settings).rename(columns=spaced)
     table = table.replace(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1", regex=True)
     table["settings"] = [
-        "; ".join(f"{name} {value}" for name, value in row.items() if value != MISSING) or MISSING
-        for _, row in settings.iterrows()
+        "; ".join(f"{spaced(k[9:])} {v}" for k, v in row.items() if v != MISSING) or MISSING
+        for row in settings.to_dict("records")
     ]
     table["protocol"] = hashes.map(hash_code)
     caption = "Each column has one protocol; its hash is in every row of metrics.csv."
@@ -551,7 +517,6 @@ def protocol(content: Content) -> Iterator[Markup]:
         yield html.facts(students, "wide")
 
 
-@section("Provenance")
 def provenance(content: Content) -> Iterator[Markup]:
     m = content.manifest
     changes = " (with local changes)" * bool(m["dirty"])
@@ -564,5 +529,21 @@ def provenance(content: Content) -> Iterator[Markup]:
     }
     yield html.facts(items)
     config = yaml.safe_dump(m["config"], sort_keys=False, allow_unicode=True)
-    yield html.details("The resolved configuration", html.configuration(config))
+    text = Markup('<pre tabindex="0">{}</pre>').format(config)
+    yield html.details("The resolved configuration", text)
     yield html.details("Files of the results, with their sha256", html.facts(m["outputs"]))
+
+
+SECTIONS = (  # a generator `Content` -> HTML parts, whose name is the section's id
+    ("Summary", scores),
+    ("Quality against budget", curves),
+    ("Samples", sample_rows),
+    ("Nearest training images", neighbours),
+    ("Training health", training),
+    ("Claims of the papers", claims),
+    ("Pairwise differences", pairwise),
+    ("Agreement with libraries", agreement),
+    ("Published numbers", paper),
+    ("Protocol", protocol),
+    ("Provenance", provenance),
+)
