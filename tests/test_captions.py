@@ -9,7 +9,7 @@ from harness.data import captioned_digits
 from harness.data import datasets as data
 from harness.data.captioned_digits import ATTRIBUTES, COPIES, Attributes, captions, draw, measure
 from harness.data.digits import read_digits
-from harness.data.prompts import prompts_of
+from harness.data.prompts import Prompts
 from harness.data.registry import data_source
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet
@@ -174,7 +174,7 @@ def test_a_guided_sampler_counts_and_uses_both_scores(denoiser):
 
 def captioned_dataset() -> data.Dataset:
     texts, attributes = captions()
-    return data.Dataset("captioned-digits", None, None, (), "", attributes, prompts_of(texts))
+    return data.Dataset("captioned-digits", None, None, (), "", attributes, Prompts(texts, ""))
 
 
 def test_a_clip_reads_captions(tmp_path):

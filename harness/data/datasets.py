@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import PROMPT_SETS, DataSection
-from harness.data.prompts import Prompts, prompts_of, read_prompts
+from harness.data.prompts import Prompts, read_prompts
 from harness.data.registry import DATASETS, AttributeChecker, DataSource, Images, data_source
 from harness.errors import UserError
 from harness.io.artifacts import digest, sha256_file, verify, write_text
@@ -150,9 +150,9 @@ def load(folder: Path, images: bool = True) -> Dataset:
     else:
         empty = torch.empty(0, *record.image_shape, dtype=torch.uint8)
         train = held = Images(empty, torch.empty(0, dtype=torch.int64))
-    prompts, attributes = {}, None
-    if captions := source.captions():
-        prompts["prompts"], attributes = prompts_of(captions[0]), captions[1]
+    prompts, (texts, attributes) = {}, source.captions() or (None, None)
+    if texts:
+        prompts["prompts"] = Prompts(texts, digest(texts))
     for key in PROMPT_SETS:
         if file := getattr(record, key):
             verify(folder / f"{key}.txt", file.sha256, owner=folder)

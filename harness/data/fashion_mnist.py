@@ -7,7 +7,8 @@ The source is a folder with the four official files, compressed or not, such as
 import gzip
 from pathlib import Path
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from harness.data.official import OfficialSet
 from harness.data.registry import DATASETS
@@ -40,13 +41,13 @@ class FashionMnist(OfficialSet):
         return path.is_dir() and any(path.glob("t10k-images-idx3-ubyte*"))
 
     def read_parts(self, path):
-        def content(name: str, header: int) -> np.ndarray:
+        def content(name: str, header: int) -> Tensor:
             if path and (path / name).exists():
                 data = (path / name).read_bytes()
             else:
                 file = path / f"{name}.gz" if path else fetch(f"{URL}{name}.gz", SHA256[name])
                 data = gzip.decompress(file.read_bytes())
-            return np.frombuffer(bytearray(data), np.uint8, offset=header)
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header)
 
         train, train_labels, test, test_labels = map(content, SHA256, HEADERS)
         train, test = (pixels.reshape(-1, *self.image_shape) for pixels in (train, test))

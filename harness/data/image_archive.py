@@ -39,15 +39,15 @@ class Files:
         self.path, self._zip = path, None
         if path.is_dir():
             files = [p for p in path.rglob("*") if p.is_file()]
-            found = [(p.relative_to(path).as_posix(), p.stat().st_size) for p in files]
+            sizes = {p.relative_to(path).as_posix(): p.stat().st_size for p in files}
         else:
             try:
                 self._zip = zipfile.ZipFile(path)
             except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
                 message = f"{path} is not a zip file, or is incomplete ({error})"
                 raise UserError(message, "damaged") from None
-            found = [(i.filename, i.file_size) for i in self._zip.infolist() if not i.is_dir()]
-        self.sizes = {n: size for n, size in found if not any(p[:1] == "." for p in n.split("/"))}
+            sizes = {i.filename: i.file_size for i in self._zip.infolist() if not i.is_dir()}
+        self.sizes = {name: size for name, size in sizes.items() if "/." not in f"/{name}"}
 
     def read(self, name: str, limit: int) -> bytes:
         """The content of a file of at most `limit` bytes."""

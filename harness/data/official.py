@@ -7,14 +7,13 @@ import hashlib
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-import torch
+from torch import Tensor
 
 from harness.data.registry import FILE_KEYS, DataSource, Images
 from harness.errors import UserError
 
 # Images and labels of one part: uint8 (N, C, H, W) and (N,).
-Part = tuple[np.ndarray, np.ndarray]
+Part = tuple[Tensor, Tensor]
 
 
 class OfficialSet(DataSource):
@@ -42,19 +41,17 @@ class OfficialSet(DataSource):
             message = f"{path}: {self.section.name} could not be read ({reason})"
             raise UserError(message, "damaged") from None
         self.verify(path, parts)
-        train, test = (
-            Images(torch.from_numpy(pixels), torch.from_numpy(labels).long() * self.section.labels)
-            for pixels, labels in parts
-        )
-        return train, test, self.class_names if self.section.labels else ()
+        labelled = self.section.labels
+        train, test = (Images(pixels, labels.long() * labelled) for pixels, labels in parts)
+        return train, test, self.class_names if labelled else ()
 
     @classmethod
     def verify(cls, path: Path | None, parts: tuple[Part, Part]) -> None:
         """Raise an error if images or labels differ from the official ones."""
-        for part, arrays, sha256 in zip(("training", "test"), parts, cls.hashes, strict=True):
-            pixels, labels = map(np.ascontiguousarray, arrays)
-            found = hashlib.sha256(labels)
-            found.update(pixels)
+        names = ("training", "test")
+        for part, (pixels, labels), sha256 in zip(names, parts, cls.hashes, strict=True):
+            found = hashlib.sha256(labels.numpy())
+            found.update(pixels.contiguous().numpy())
             if found.hexdigest() != sha256:
                 message = f"{path}: these are not the {part} images of {cls.__name__}"
                 raise UserError(message, "checksum")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.io.artifacts import digest, sha256_file
+from harness.io.artifacts import sha256_file
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,6 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.texts)
-
-
-def prompts_of(texts: tuple[str, ...]) -> Prompts:
-    """Prompts that are not in a file."""
-    return Prompts(texts, digest(texts))
 
 
 def read_prompts(path: Path) -> Prompts:

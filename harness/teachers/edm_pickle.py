@@ -50,8 +50,6 @@ class _Record:
     """A pickled network: its class name and its `__dict__`. The source code is dropped."""
 
     def __init__(self, meta: dict):
-        if meta["type"] != "class":
-            raise Rejected("a persistent object that is not a class instance")
         self.class_name, self.state = meta["class_name"], meta["state"]
 
 
@@ -66,16 +64,9 @@ class _Ignored:
         pass
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise Rejected(f"text encoding {encoding!r}")
-    return text.encode("latin1")
-
-
 def _storage(data: bytes) -> _Value:
     """Read an inner file, one storage in torch's legacy format, as a flat tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # typed storages are deprecated
+    with warnings.catch_warnings(action="ignore"):  # typed storages are deprecated
         try:
             storage = load_pickled(io.BytesIO(data))
         except pickle.UnpicklingError as error:
@@ -104,7 +95,7 @@ _ALLOWED = {
     ("numpy", "dtype"): _Ignored,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # the bytes of protocol 2
     ("dnnlib.util", "EasyDict"): dict,
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.config.experiment import Experiment
 from harness.config.schema import ImportedTeacher
 from harness.data.datasets import Dataset
-from harness.data.prompts import prompts_of
+from harness.data.prompts import Prompts
 from harness.data.registry import Images, data_source
 from harness.denoiser import Denoiser
 from harness.errors import UserError
@@ -71,7 +71,7 @@ def _dataset(experiment: Experiment, images: int) -> Dataset:
     texts, attributes = source.captions() or (None, None)
     if data.prompts is not None:
         texts, classes = ("a prompt",) * 256, 0
-    prompts = prompts_of(texts) if texts else None
+    prompts = Prompts(texts, "") if texts else None
     conditions = len(prompts) if prompts else classes
     part = Images(
         torch.randint(256, (images, *shape), dtype=torch.uint8),
