@@ -5,16 +5,16 @@ import copy
 import pytest
 import torch
 
+from harness.config.schema import LoopSettings
 from harness.context import Context, TrainingData
 from harness.denoiser import Denoiser, clone_denoiser
 from harness.errors import UserError
 from harness.method import OptimizerConfig, Phase
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
 from harness.teachers.pipelines import PipelineFolder
-from harness.training.ledger import Ledger
 from harness.training.loop import train
 from harness.training.lora import add_adapters, is_adapted, merged
-from harness.training.run import LoopSettings, TrainingRun
+from harness.training.run import TrainingRun
 from tests import pipelines
 
 
@@ -67,16 +67,15 @@ def run(teacher: Denoiser, folder, images: int) -> TrainingRun:
         data=TrainingData(teacher.image_shape, 0, 2.5),
         batch=2,
         budget=[{"unit": "images", "amount": images}],
-        export=lambda ema, to: {"sha256": save_denoiser(ema, to)},
-        ledger=Ledger(),
-        loop=LoopSettings(checkpoint_seconds=0, progress=False),
+        export=save_denoiser,
+        loop=LoopSettings(checkpoint_seconds=0),
     )
 
 
 def test_training_exports_merged_weights_and_keeps_the_teacher(teacher, tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     training = run(teacher, tmp_path / "run", 8)
-    outcome = train(lambda: training)
+    outcome = train(training)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     student = training.networks["student"]
     with torch.no_grad():
@@ -94,9 +93,9 @@ def test_training_exports_merged_weights_and_keeps_the_teacher(teacher, tmp_path
 
 
 def test_resume_equals_uninterrupted(teacher, tmp_path):
-    whole = train(lambda: run(teacher, tmp_path / "whole", 8))
-    train(lambda: run(teacher, tmp_path / "parts", 4))
-    parts = train(lambda: run(teacher, tmp_path / "parts", 8))
+    whole = train(run(teacher, tmp_path / "whole", 8))
+    train(run(teacher, tmp_path / "parts", 4))
+    parts = train(run(teacher, tmp_path / "parts", 8))
     assert parts.snapshots[-1]["sha256"] == whole.snapshots[-1]["sha256"]
 
 

@@ -19,7 +19,7 @@ from harness.registry import load_plugin
 from harness.schedules import edm_weight, karras_sigma
 from harness.streams import PAIR_NOISE
 from harness.training.loop import train
-from harness.training.run import LoopSettings, TrainingRun
+from harness.training.run import TrainingRun
 from methods._template import Template
 from tests.test_denoiser import tiny_denoiser
 
@@ -81,10 +81,9 @@ def run_method(
         data=TrainingData((channels, 8, 8), 10, config.sigma_init, to_pixels(z), condition, pairs),
         batch=config.batch,
         budget=[{"unit": "images", "amount": config.batch * iterations}],
-        export=lambda ema, to: {"sha256": ""},
-        loop=LoopSettings(progress=False),
+        export=lambda ema, to: "",
     )
-    return train(lambda: run), run, teacher
+    return train(run), run, teacher
 
 
 @pytest.mark.parametrize("name", METHODS.names())

@@ -7,7 +7,7 @@ import torch
 
 from harness.errors import UserError
 from harness.io import shards as shards_module
-from harness.io.records import Costs, FeatureRecord, ScoreEntry, ScoreRecord, ScoreRow
+from harness.io.records import FeatureRecord, ScoreEntry, ScoreRecord, ScoreRow
 from harness.io.shards import TensorShards
 
 
@@ -147,9 +147,3 @@ def test_missing_and_truncated_records_are_rejected(tmp_path):
     with pytest.raises(UserError) as error:
         FeatureRecord.read(tmp_path / "features.json")
     assert error.value.code == "damaged"
-
-
-def test_costs_accept_a_ledger():
-    from harness.training.ledger import Ledger
-
-    assert Costs(**Ledger(images=3).to_json()).images == 3

@@ -1,7 +1,6 @@
 """The training loop and the ledger, on a network small enough to count by hand."""
 
 import csv
-import dataclasses
 import gc
 import json
 import sys
@@ -12,18 +11,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness.config.schema import Grid, LoopSettings
 from harness.context import Context, TrainingData
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.io.artifacts import save_tensors
+from harness.io.records import Cost
 from harness.method import OptimizerConfig, Phase
 from harness.training.checkpoint import load_checkpoint
 from harness.training.ledger import Ledger, measure
 from harness.training.loop import grid_index, train
-from harness.training.run import LoopSettings, TrainingRun
+from harness.training.run import TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
 
-LOOP = LoopSettings(tick_images=16, checkpoint_seconds=0, progress=False)
+LOOP = LoopSettings(tick_images=16, checkpoint_seconds=0)
 ADAM = OptimizerConfig(lr=1e-2)
 # One image: 8 x 8 weights, forward and the gradient of the weights, multiply and add.
 FLOPS_PER_IMAGE = 2 * 2 * 64
@@ -54,21 +55,20 @@ def run_of(folder, **settings) -> TrainingRun:
         "run_id": "k",
         "seed": 0,
         "networks": {"student": Linear()},
-        "frozen": {},
         "main": "student",
         "phases": [Phase("generator", "student", loss, ADAM)],
         "data": TrainingData((1, 1, 8), 0, 1.0),
         "batch": 8,
         "budget": [{"unit": "images", "amount": 64}],
-        "export": lambda ema, to: {"sha256": save_tensors(to / "w.safetensors", ema.state_dict())},
+        "export": lambda ema, to: save_tensors(to / "w.safetensors", ema.state_dict()),
     }
-    loop = {field.name for field in dataclasses.fields(LoopSettings)} & settings.keys()
-    options["loop"] = dataclasses.replace(LOOP, **{name: settings.pop(name) for name in loop})
+    loop = LoopSettings.model_fields.keys() & settings.keys()
+    options["loop"] = LOOP.model_copy(update={name: settings.pop(name) for name in loop})
     return TrainingRun(**(options | settings))
 
 
 def fit(folder, **settings):
-    return train(lambda: run_of(folder, **settings))
+    return train(run_of(folder, **settings))
 
 
 def test_ledger_counts_images_passes_and_operations(tmp_path):
@@ -112,10 +112,8 @@ def test_budget_in_seconds(tmp_path):
 
 
 def test_charges_count_against_the_budget(tmp_path):
-    from harness.training.ledger import Cost
-
-    ledger = Ledger()
-    ledger.charge("pairs", Cost(32 * FLOPS_PER_IMAGE, {"teacher": [100, 0]}), seconds=5.0)
+    ledger, cost = Ledger(), Cost(flops=32 * FLOPS_PER_IMAGE, passes={"teacher": [100, 0]})
+    ledger.charge("pairs", cost, seconds=5.0)
     budget = [{"unit": "flops", "amount": 40 * FLOPS_PER_IMAGE}]
     outcome = fit(tmp_path / "a", ledger=ledger, budget=budget)
     assert outcome.ledger.images == 8
@@ -127,8 +125,7 @@ def test_charges_count_against_the_budget(tmp_path):
 
 
 def test_snapshot_grid_does_not_depend_on_budget(tmp_path):
-    grid = {"images": {"first": 16, "per_octave": 1}, "flops": {"first": 24 * FLOPS_PER_IMAGE}}
-    grid["flops"]["per_octave"] = 1
+    grid = {"images": Grid(first=16), "flops": Grid(first=24 * FLOPS_PER_IMAGE)}
     short = fit(tmp_path / "a", snapshot_grid=grid, budget=[{"unit": "images", "amount": 56}])
     assert [s["ledger"]["images"] for s in short.snapshots] == [16, 24, 32, 48, 56]
     assert [s["grid"] for s in short.snapshots] == [
@@ -147,7 +144,7 @@ def test_snapshot_grid_does_not_depend_on_budget(tmp_path):
 
 
 def test_shortened_budget_gives_its_own_weights(tmp_path):
-    grid = {"images": {"first": 16, "per_octave": 1}}
+    grid = {"images": Grid(first=16)}
     fit(tmp_path / "a", snapshot_grid=grid, budget=[{"unit": "images", "amount": 72}])
     for amount in (32, 40):  # a snapshot exists at 32; at 40 the run starts over
         budget = [{"unit": "images", "amount": amount}]
@@ -215,7 +212,7 @@ def test_non_finite_steps_are_skipped_counted_and_logged(tmp_path):
 
 
 def test_skipped_step_changes_no_weight_optimizer_state_or_snapshot(tmp_path):
-    grid = {"images": {"first": 32, "per_octave": 1}}
+    grid = {"images": Grid(first=32)}
     whole = fit(tmp_path / "a", snapshot_grid=grid)
     broken = fit(tmp_path / "b", snapshot_grid=grid, phases=nan_at({4, 5}))
     assert whole.snapshots[0]["sha256"] == broken.snapshots[0]["sha256"]
@@ -240,7 +237,7 @@ def test_skipped_step_changes_no_weight_optimizer_state_or_snapshot(tmp_path):
 
 
 def test_too_many_non_finite_steps_stop_the_run(tmp_path):
-    grid = {"images": {"first": 16, "per_octave": 1}}
+    grid = {"images": Grid(first=16)}
     with pytest.raises(NonFiniteError) as error:
         fit(tmp_path, phases=nan_at(set(range(3, 99))), max_nonfinite=2, snapshot_grid=grid)
     message = str(error.value)
@@ -283,7 +280,7 @@ class Killed(BaseException):
 
 
 def test_resume_equals_uninterrupted(tmp_path):
-    grid = {"images": {"first": 16, "per_octave": 2}}
+    grid = {"images": Grid(first=16, per_octave=2)}
     whole = fit(tmp_path / "a", snapshot_grid=grid, checkpoint_seconds=0)
     for stop_at in (1, 3, 6):
 

@@ -162,7 +162,21 @@ class StudentSection(Section):
     budget: list[Limit] | None = Field(None, min_length=1, description="default: training.budget")
 
 
-class TrainingSection(Switches):
+class LoopSettings(Switches):
+    """How a training loop computes, saves its state and logs. Weights differ by rounding at most.
+
+    max_nonfinite: a longer row of non-finite steps in one phase ends the run. tick_images: images
+    between two rows of the log. checkpoint_seconds: least time between two saved states. loggers:
+    where rows are logged; train.csv is always written.
+    """
+
+    max_nonfinite: int = Field(20, ge=0)
+    tick_images: Positive = 1024
+    checkpoint_seconds: float = Field(15.0, ge=0)
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]
+
+
+class TrainingSection(LoopSettings):
     """What all students share. `settings` overrides method defaults; a student's own settings
     override both."""
 
@@ -170,11 +184,6 @@ class TrainingSection(Switches):
     budget: list[Limit] = Field(min_length=1)
     settings: dict[str, Any] = {}
     snapshots: dict[Literal["images", "flops"], Grid] = {}
-    max_nonfinite: int = Field(20, ge=0)
-    tick_images: Positive = 1024
-    checkpoint_seconds: float = Field(15.0, ge=0)
-    # Where ticks are logged; train.csv is always written.
-    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]
 
 
 class EvaluationSection(Section):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from harness.config.jobs import FeatureJob
-from harness.config.schema import DataSection, FeatureSettings, Positive
+from harness.config.schema import DataSection, FeatureSettings, Positive, Switches
 from harness.context import Context, TrainingData
 from harness.data import datasets
 from harness.data.datasets import Dataset, Images, placed
@@ -92,41 +92,35 @@ class TrainedExtractor(FeatureExtractor):
         settings, folder = job.settings, job.folder
         dataset = datasets.load(job.data)
         run_id = digest([job.fingerprint, dataset.sha256])
-        tick_images = max(settings.images // 20, 1)
+        with seeded(settings.seed):
+            network = self.build(dataset)
+        self.prepare_training(network, dataset)
         optimizer = OptimizerConfig(lr=settings.lr, weight_decay=settings.weight_decay)
-
-        def start() -> TrainingRun:
-            with seeded(settings.seed):
-                network = self.build(dataset)
-            self.prepare_training(network, dataset)
-            return TrainingRun(
-                name=f"features {job.name}",
-                folder=folder / "runs" / run_id,
-                run_id=run_id,
-                seed=settings.seed,
-                networks={"features": network},
-                frozen={},
-                main="features",
-                # The phase's name belongs to the random streams.
-                phases=[Phase("classify", "features", self.loss, optimizer)],
-                data=TrainingData(
-                    dataset.image_shape,
-                    dataset.num_conditions,
-                    sigma_init=0.0,
-                    **placed(self.training_images(dataset), job.device),
-                ),
-                batch=settings.batch,
-                budget=[{"unit": "images", "amount": settings.images}],
-                export=lambda ema, to: {"sha256": save_tensors(to / WEIGHTS, ema.state_dict())},
-                ema_half_life=settings.images // 20,
-                loop=loop_settings(
-                    job.training, job.device, settings.batch, tick_images=tick_images
-                ),
-            )
-
+        run = TrainingRun(
+            name=f"features {job.name}",
+            folder=folder / "runs" / run_id,
+            run_id=run_id,
+            seed=settings.seed,
+            networks={"features": network},
+            main="features",
+            # The phase's name belongs to the random streams.
+            phases=[Phase("classify", "features", self.loss, optimizer)],
+            data=TrainingData(
+                dataset.image_shape,
+                dataset.num_conditions,
+                sigma_init=0.0,
+                **placed(self.training_images(dataset), job.device),
+            ),
+            batch=settings.batch,
+            budget=[{"unit": "images", "amount": settings.images}],
+            export=lambda ema, to: save_tensors(to / WEIGHTS, ema.state_dict()),
+            ema_half_life=settings.images // 20,
+            loop=loop_settings(job.training, Switches(), max(settings.images // 20, 1)),
+            device=job.device,
+        )
         with run_lock(folder):
-            outcome = train(start)
-            final = folder / "runs" / run_id / "snapshots" / outcome.snapshots[-1]["name"]
+            outcome = train(run)
+            final = run.snapshot(outcome.snapshots[-1]["name"])
             link(folder / WEIGHTS, final / WEIGHTS)
             facts = outcome.record(run_id)
             self.load_network(folder, facts["sha256"], dataset)

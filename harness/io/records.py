@@ -46,17 +46,24 @@ class Record(_Part):
         write_json(path, {"format": self.FORMAT, **self.model_dump(exclude_none=True)})
 
 
-class Costs(_Part):
-    """The totals of a `Ledger`."""
+class Cost(_Part):
+    """The cost of one update."""
 
-    images: int
-    flops: int
-    seconds: float
-    peak_memory: int  # bytes
-    generated: int = 0  # images that the student generated
+    flops: int = 0
+    passes: dict[str, list[int]] = {}  # network -> images [forward, backward]
+
+
+class Costs(_Part):
+    """The totals of one run (`harness.training.ledger`)."""
+
+    images: int = 0  # that received a generator update
+    flops: int = 0
+    seconds: float = 0.0  # of training, without evaluation, checkpoints and start-up
+    peak_memory: int = 0  # bytes
+    generated: int = 0  # images that the student generated, with and without an update
     passes: dict[str, list[int]] = {}  # network -> images [forward, backward]
     charges: dict[str, dict[str, Any]] = {}  # costs before training, included in the totals
-    costs: dict[str, dict[str, Any]] = {}  # of each phase variant
+    costs: dict[str, Cost] = {}  # the measured cost of each update variant
 
 
 class Snapshot(_Part):

@@ -1,7 +1,7 @@
 """The inputs of a student's training: data, teacher, feature networks, teacher pairs."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -10,9 +10,9 @@ from harness.data import datasets
 from harness.data.datasets import Dataset
 from harness.denoiser import Condition, Denoiser
 from harness.io.artifacts import sha256_file
-from harness.io.records import TeacherRecord
+from harness.io.records import Cost, TeacherRecord
 from harness.teachers.text_embeddings import load_embeddings
-from harness.training.ledger import Cost
+from harness.training.ledger import Ledger
 
 
 @dataclass
@@ -20,8 +20,8 @@ class Inputs:
     """Inputs of a student's training.
 
     features, backbones, lpips: what the method requires. embeddings: map prompt numbers to
-    conditions. charge: name, cost and seconds of the teacher pairs. hashes: of what came from
-    files. shared_machine: other work ran while the pairs' seconds were measured.
+    conditions. ledger: the cost of the teacher pairs. hashes: of what came from files.
+    shared_machine: other work ran while the pairs' seconds were measured.
     """
 
     dataset: Dataset
@@ -31,7 +31,7 @@ class Inputs:
     lpips: nn.Module | None = None
     pairs: dict[str, Tensor] | None = None
     embeddings: Callable[[Tensor], Condition] | None = None
-    charge: tuple[str, Cost, float] | None = None
+    ledger: Ledger = field(default_factory=Ledger)
     hashes: dict[str, str | dict | None] | None = None
     shared_machine: bool = False
 
@@ -71,8 +71,8 @@ def load_inputs(run: StudentRun) -> Inputs:
         inputs.lpips, hashes["lpips"] = load_lpips(), TRUNK_SHA256
     if needs.pairs:
         record, inputs.pairs = load_pairs(run.pairs)
-        cost = Cost(record.flops, {"teacher": [record.evaluations, 0]})
-        inputs.charge = ("pairs", cost, record.seconds)
+        cost = Cost(flops=record.flops, passes={"teacher": [record.evaluations, 0]})
+        inputs.ledger.charge("pairs", cost, record.seconds)
         inputs.shared_machine = record.contended
         hashes["pairs"] = record.sha256
     return inputs

@@ -1,6 +1,5 @@
 """The stage that trains a student."""
 
-from functools import partial
 from pathlib import Path
 
 from harness.config.jobs import StudentRun
@@ -15,10 +14,9 @@ from harness.method import METHODS
 from harness.streams import seeded
 from harness.students.inputs import Inputs, load_inputs
 from harness.training.distributed import processes
-from harness.training.ledger import Ledger
 from harness.training.loop import train
 from harness.training.lora import add_adapters, parameter_count
-from harness.training.run import TrainingRun, loop_settings
+from harness.training.run import TrainingRun
 
 
 def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> TrainingRun:
@@ -55,9 +53,6 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
     frozen = method.frozen_networks()
     if needs.pixels and any(True for _ in inputs.teacher.codec.parameters()):
         frozen["codec"] = inputs.teacher.codec
-    ledger = Ledger()
-    if inputs.charge:
-        ledger.charge(*inputs.charge)
     return TrainingRun(
         name=run.name,
         folder=folder,
@@ -70,14 +65,13 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
         data=data,
         batch=config.batch,
         budget=run.budget,
-        export=lambda ema, to: {
-            "sha256": save_denoiser(ema, to, {"sigma_init": config.sigma_init})
-        },
-        ledger=ledger,
+        export=lambda ema, to: save_denoiser(ema, to, {"sigma_init": config.sigma_init}),
+        ledger=inputs.ledger,
         ema_half_life=config.ema_half_life,
         ema_ramp_up=config.ema_ramp_up,
-        snapshot_grid={unit: grid.model_dump() for unit, grid in run.training.snapshots.items()},
-        loop=loop_settings(run.training, run.device, config.batch, run.training),
+        snapshot_grid=run.training.snapshots,
+        loop=run.training,
+        device=run.device,
     )
 
 
@@ -125,17 +119,17 @@ def train_student(run: StudentRun) -> StudentRecord | None:
         if group.first and shared_machine:
             folder.mkdir(parents=True, exist_ok=True)
             contended.touch()
-        make = partial(assemble, run, inputs, folder, run_id)
+        training = assemble(run, inputs, folder, run_id)
         try:
-            outcome = train(make)
+            outcome = train(training)
         finally:
             if group.first and folder.exists():
                 for name in ("snapshots", "train.csv"):
                     link(run.folder / name, folder / name)
         if not group.first:
             return None
-        link(run.folder / "model", folder / "snapshots" / outcome.snapshots[-1]["name"])
-        network = make().networks["student"]
+        link(run.folder / "model", training.snapshot(outcome.snapshots[-1]["name"]))
+        network = training.networks["student"]
         parameters = parameter_count(network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         record = StudentRecord(

@@ -1,7 +1,5 @@
 """The stage that makes a teacher, and the training of one."""
 
-from functools import partial
-
 from torch import Tensor
 
 from harness.augment import LABELS
@@ -76,7 +74,6 @@ def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str)
         run_id=run_id,
         seed=section.seed,
         networks={"teacher": network},
-        frozen={},
         main="teacher",
         phases=[teacher_phase(section)],
         data=TrainingData(
@@ -88,12 +85,11 @@ def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str)
         ),
         batch=section.batch,
         budget=[{"unit": "images", "amount": section.images}],
-        export=lambda ema, to: {"sha256": save_denoiser(ema, to)},
+        export=save_denoiser,
         ema_half_life=section.ema_half_life,
         ema_ramp_up=section.ema_ramp_up,
-        loop=loop_settings(
-            job.training, job.device, section.batch, section, max(section.images // 50, 1)
-        ),
+        loop=loop_settings(job.training, section, max(section.images // 50, 1)),
+        device=job.device,
     )
 
 
@@ -108,21 +104,20 @@ def train_teacher(job: TeacherJob) -> TeacherRecord | None:
         embeddings = embed_prompts(encoder, dataset.prompts, job.folder / "text")
         null = embed(encoder, ("",))
     run_id = digest([job.fingerprint, dataset.sha256, embeddings and embeddings.sha256])
-    run, group = job.folder / "runs" / run_id, processes()
-    make = partial(assemble, job, dataset, (embeddings, null), run_id)
+    group = processes()
     with group.leading(run_lock(job.folder)):
-        outcome = train(make)
+        run = assemble(job, dataset, (embeddings, null), run_id)
+        outcome = train(run)
         if not group.first:
             return None
-        final = run / "snapshots" / outcome.snapshots[-1]["name"]
+        final = run.snapshot(outcome.snapshots[-1]["name"])
         for file in (*FILES, *[NULL] * (embeddings is not None)):
             link(job.folder / file, final / file)
-        link(job.folder / "train.csv", run / "train.csv")
-        network = make().networks["teacher"]
+        link(job.folder / "train.csv", run.folder / "train.csv")
         record = TeacherRecord(
             teacher=job.name,
             fingerprint=digest(job.fingerprint),
-            parameters=sum(p.numel() for p in network.parameters()),
+            parameters=sum(p.numel() for p in run.networks["teacher"].parameters()),
             device=job.device,
             text=embeddings and embeddings.record(job.folder),
             **outcome.record(run_id),

@@ -38,4 +38,4 @@ def load_checkpoint(run: TrainingRun) -> dict | None:
             "other-run",
         )
     file = folder / state["file"]
-    return state | {"tensors": load_tensors(file, state["sha256"], run.loop.device, owner=folder)}
+    return state | {"tensors": load_tensors(file, state["sha256"], run.device, owner=folder)}

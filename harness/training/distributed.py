@@ -46,15 +46,8 @@ class Processes:
         own = batch // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 
-    def average_(self, tensors: list[Tensor]) -> None:
-        """Replace float tensors by their means over processes; shapes must agree."""
-        self._sum_(tensors, 1 / self.size)
-
-    def sum_(self, tensors: list[Tensor]) -> None:
-        """Replace float tensors by their sums over processes; shapes must agree."""
-        self._sum_(tensors, 1.0)
-
-    def _sum_(self, tensors: list[Tensor], factor: float) -> None:
+    def sum_(self, tensors: list[Tensor], factor: float = 1.0) -> None:
+        """Replace float tensors by `factor` times their sums over processes; shapes must agree."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.flatten() for t in tensors])

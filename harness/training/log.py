@@ -1,13 +1,13 @@
 """Training metrics: running means on the device, and where the rows of each tick go."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -65,35 +65,30 @@ class CsvLogger:
 
     def __init__(self, path: Path, step: int):
         """Rows after `step` are dropped: they were written after the state that is resumed."""
-        self._path, self._header = path, []
+        self.path, self.columns = path, []
         if path.exists():
-            rows = self._read()
-            done = [row for row in rows if (row.get("step") or "").isdigit()]
-            done = [row for row in done if int(row["step"]) <= step and None not in row.values()]
-            self._rewrite(done)
+            rows = [row for row in self._read() if None not in row.values()]  # None: cut off
+            self._rewrite([row for row in rows if int(row["step"]) <= step])
 
     def _read(self) -> list[dict]:
-        with open(self._path, newline="") as file:
-            reader = csv.DictReader(file)
-            self._header = list(reader.fieldnames or [])
-            return list(reader)
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
 
     def _rewrite(self, rows: list[dict]) -> None:
+        self.columns = list(dict.fromkeys(chain.from_iterable(rows)))
         text = io.StringIO()
-        writer = csv.DictWriter(text, self._header)
+        writer = csv.DictWriter(text, self.columns)
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self._path, text.getvalue())
+        write_text(self.path, text.getvalue())
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row; a column that appears late (of a phase that runs seldom) is added."""
-        if row.keys() <= set(self._header):
-            with open(self._path, "a", newline="") as file:
-                csv.DictWriter(file, self._header).writerow(row)
+        if row.keys() <= set(self.columns):
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
         else:
-            rows = self._read() if self._header else []
-            self._header += [name for name in row if name not in self._header]
-            self._rewrite([*rows, row])
+            self._rewrite([*(self._read() if self.columns else ()), row])
 
 
 def tensorboard(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
@@ -121,54 +116,47 @@ def wandb(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
     return lambda row: target.log(row, step=row["images"]), target.finish
 
 
-LOGGERS = {"tensorboard": tensorboard, "wandb": wandb}
-
-
-class TrainingLog:
-    """All loggers of a run, and its progress; a context manager.
+@contextlib.contextmanager
+def training_log(
+    run: TrainingRun, step: int, images: int
+) -> Iterator[Callable[[dict[str, float], float], None]]:
+    """Yield a function that logs a tick, given its row and the spent fraction of the budget.
 
     `step` and `images`: where the run starts or resumes.
     """
-
-    def __init__(self, run: TrainingRun, step: int, images: int):
-        self._exits, self._bar = contextlib.ExitStack(), None
-        self._writers = [CsvLogger(run.folder / "train.csv", step).write]
-        for name in run.loop.loggers:
-            if name == "csv":
+    run.folder.mkdir(parents=True, exist_ok=True)
+    writers, bar = [CsvLogger(run.folder / "train.csv", step).write], None
+    with contextlib.ExitStack() as stack:
+        for name, start in (("tensorboard", tensorboard), ("wandb", wandb)):
+            if name not in run.loop.loggers:
                 continue
             try:
-                write, close = LOGGERS[name](run, images)
+                write, close = start(run, images)
             except ImportError as error:
                 raise UserError(
                     f"training.loggers: {name} is not installed ({error}): "
                     "pip install -e '.[loggers]'",
                     "missing-package",
                 ) from None
-            self._writers.append(write)
-            self._exits.callback(close)
-        if run.loop.progress:
+            writers.append(write)
+            stack.callback(close)
+        if sys.stderr.isatty():
             from tqdm import tqdm
 
             layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-            self._bar = tqdm(total=1.0, desc=run.name, bar_format=layout)
-            self._exits.callback(self._bar.close)
+            bar = stack.enter_context(tqdm(total=1.0, desc=run.name, bar_format=layout))
 
-    def __enter__(self) -> TrainingLog:
-        return self
+        def log(row: dict[str, float], spent: float) -> None:
+            for write in writers:
+                write(row)
+            losses = " ".join(f"{k[5:]} {v:.4g}" for k, v in row.items() if k.startswith("loss/"))
+            text = f"{row['images_per_second']:.0f} img/s, {losses}"
+            if skipped := sum(v for k, v in row.items() if k.startswith("nonfinite/")):
+                text += f", {skipped} non-finite"
+            if bar is None:
+                logger.info("%5.1f %%  %d images  %s", 100 * spent, row["images"], text)
+            else:
+                bar.n = min(1.0, spent)
+                bar.set_postfix_str(text)
 
-    def __exit__(self, *error) -> None:
-        self._exits.close()
-
-    def write(self, row: dict[str, float], spent: float) -> None:
-        """Log a tick; `spent`: the fraction of the budget."""
-        for write in self._writers:
-            write(row)
-        losses = " ".join(f"{k[5:]} {v:.4g}" for k, v in row.items() if k.startswith("loss/"))
-        text = f"{row['images_per_second']:.0f} img/s, {losses}"
-        if skipped := sum(v for k, v in row.items() if k.startswith("nonfinite/")):
-            text += f", {skipped} non-finite"
-        if self._bar is None:
-            logger.info("%5.1f %%  %d images  %s", 100 * spent, row["images"], text)
-        else:
-            self._bar.n = min(1.0, spent)
-            self._bar.set_postfix_str(text)
+        yield log

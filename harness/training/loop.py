@@ -14,14 +14,13 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, write_json
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
 from harness.training.distributed import processes
 from harness.training.ledger import UNITS, Ledger, peak_memory
-from harness.training.log import TrainingLog
+from harness.training.log import training_log
 from harness.training.run import Outcome, TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
 
@@ -38,85 +37,49 @@ def grid_index(amount: float, first: float, per_octave: float) -> int:
 class TrainingLoop:
     """A trainer with the snapshots of its run."""
 
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.run, self.processes = trainer, trainer.run, trainer.processes
-        self.snapshots: list[dict] = []
+    def __init__(self, trainer: Trainer, snapshots: list[dict]):
+        self.trainer, self.run, self.ledger = trainer, trainer.run, trainer.ledger
+        self.processes, self.snapshots = trainer.processes, snapshots
 
-    @property
-    def ledger(self) -> Ledger:
-        return self.trainer.ledger
-
-    def fit(self) -> Outcome:
-        """Train until the budget is spent, continuing from the saved state if there is one."""
-        run, first = self.run, self.processes.first
-        run.folder.mkdir(parents=True, exist_ok=True)
-        state = load_checkpoint(run)
-        if state is not None:
-            self.trainer.load_state_dict(state)
-            self.snapshots = state["snapshots"]
-        self.processes.wait()  # all processes have read the state before the first writes another
-        limit = self.ledger.reached(run.budget)
-        if limit and state is not None:
-            outcome = self._outcome_at_snapshot()
-            if outcome is None:
-                raise _Restart
-            return outcome
-        if limit:
-            raise UserError(
-                f"{run.name}: the charge for teacher pairs already spends the budget of "
-                f"{limit['amount']:g} {limit['unit']}; raise it or use fewer pairs",
-                "budget",
-            )
-        if state is not None and first:
-            logger.info("resumed at %d images from %s", self.ledger.images, run.folder)
-        start = self.trainer.iteration, self.ledger.images
-        with TrainingLog(run, *start) if first else contextlib.nullcontext() as log:
-            self._train(log)
-        return self._outcome(self.ledger.reached(run.budget), self.ledger, len(self.snapshots) - 1)
-
-    def _train(self, log: TrainingLog | None) -> None:
-        trainer, run, loop = self.trainer, self.run, self.run.loop
-        tick_steps = max(1, loop.tick_images // run.batch)
-        saved = time.monotonic()
-        tick_seconds, tick_images = 0.0, self.ledger.images
-        position = self._grid_position()
-        while True:
-            started, seconds = time.perf_counter(), self.ledger.seconds
-            before = {unit: self.ledger.amount(unit) for unit in UNITS}
+    def finish(self, log: Callable[[dict, float], None] | None) -> None:
+        """Train until the budget is spent. `log`: of the first process, see `training_log`."""
+        trainer, run, ledger = self.trainer, self.run, self.ledger
+        tick_steps = max(1, run.loop.tick_images // run.batch)
+        tick_seconds, tick_images = ledger.seconds, ledger.images
+        saved, position, done = time.monotonic(), self._grid_position(), False
+        while not done:
+            started, seconds = time.perf_counter(), ledger.seconds
+            before = {unit: ledger.amount(unit) for unit in UNITS}
             trainer.step()
             self._count_seconds(seconds, started)
             ticked = trainer.iteration % tick_steps == 0
-            if ticked or self._grid_position() != position or self.ledger.reached(run.budget):
-                added = self.ledger.images - before["images"]
+            if ticked or self._grid_position() != position or ledger.reached(run.budget):
+                added = ledger.images - before["images"]
                 self._settle()
-                before["images"] = min(before["images"], self.ledger.images - added)
+                before["images"] = min(before["images"], ledger.images - added)
                 self._count_seconds(seconds, started)
-            tick_seconds += self.ledger.seconds - seconds
-            now, done = self._grid_position(), self.ledger.reached(run.budget) is not None
+            now, done = self._grid_position(), ledger.reached(run.budget) is not None
             crossed = [unit for unit in now if now[unit] > position[unit]]
             position = now
             if ticked or done:
-                self.ledger.peak_memory = max(self.ledger.peak_memory, peak_memory(loop.device))
-                row = self._row(tick_seconds, self.ledger.images - tick_images)
+                ledger.peak_memory = max(ledger.peak_memory, peak_memory(run.device))
+                row = self._row(ledger.seconds - tick_seconds, ledger.images - tick_images)
                 if log is not None:
-                    log.write(row, self.ledger.spent(run.budget))
-                tick_seconds, tick_images = 0.0, self.ledger.images
+                    log(row, ledger.spent(run.budget))
+                tick_seconds, tick_images = ledger.seconds, ledger.images
             if crossed or done:
                 self._snapshot(crossed, before)
-            if done or (ticked and time.monotonic() - saved >= loop.checkpoint_seconds):
+            if done or (ticked and time.monotonic() - saved >= run.loop.checkpoint_seconds):
                 if self.processes.first:
                     save_checkpoint(run, trainer.state_dict() | {"snapshots": self.snapshots})
                 saved = time.monotonic()
-            if done:
-                return
 
     def _settle(self) -> None:
         """Correct the counts by the skipped steps; this waits for the device."""
         try:
             self.trainer.settle()
         except NonFiniteError as error:
-            last = self.snapshots[-1]["name"] if self.snapshots else None
-            path = self._path(last) if last else "none yet"
+            path = self.run.snapshot(self.snapshots[-1]["name"]) if self.snapshots else "none yet"
             raise NonFiniteError(f"{error}; last good snapshot: {path}", error.code) from None
 
     def _count_seconds(self, before: float, started: float) -> None:
@@ -140,12 +103,9 @@ class TrainingLoop:
 
     def _grid_position(self) -> dict[str, int]:
         return {
-            unit: grid_index(self.ledger.amount(unit), grid["first"], grid["per_octave"])
+            unit: grid_index(self.ledger.amount(unit), grid.first, grid.per_octave)
             for unit, grid in self.run.snapshot_grid.items()
         }
-
-    def _path(self, snapshot: str) -> Path:
-        return self.run.folder / "snapshots" / snapshot
 
     def _snapshot(self, grid: list[str], before: dict[str, float]) -> None:
         """Export the averaged weights. `grid`: units on whose grid this point lies; `before`: the
@@ -153,55 +113,72 @@ class TrainingLoop:
         name, step = f"images-{self.ledger.images:09d}", self.trainer.iteration
         if any(other["name"] == name for other in self.snapshots):
             name += f"-step-{step}"  # iterations without an update of the student
-        record = {"name": name, "grid": grid, "step": step, "before": before}
+        record = {
+            "name": name,
+            "grid": grid,
+            "step": step,
+            "before": before,
+            "ledger": self.ledger.model_dump(),
+            "ema_half_life": self.run.ema_half_life,
+        }
         if self.processes.first:
-            with atomic_folder(self._path(name)) as folder:
-                record = self.run.export(self.trainer.ema, folder) | record
-                record |= {
-                    "ledger": self.ledger.to_json(),
-                    "ema_half_life": self.run.ema_half_life,
-                }
+            with atomic_folder(self.run.snapshot(name)) as folder:
+                record = {"sha256": self.run.export(self.trainer.ema, folder)} | record
                 write_json(folder / "snapshot.json", record)
         self.snapshots.append(record)
 
-    def _outcome_at_snapshot(self) -> Outcome | None:
-        """The outcome of a budget that ends exactly at an earlier snapshot of the saved state."""
-        budget = self.run.budget
-        for i, record in enumerate(self.snapshots):
-            if not (self._path(record["name"]) / "snapshot.json").exists():
-                return None
-            ledger = Ledger.from_json(record["ledger"])
-            if stop := ledger.reached(budget):
-                late = any(record["before"][x["unit"]] >= x["amount"] for x in budget)
-                return None if late else self._outcome(stop, ledger, i)
-        return None
 
-    def _outcome(self, stop: dict, ledger: Ledger, last: int) -> Outcome:
-        """`last`: the number of the final snapshot; earlier ones count if they are on the grid."""
-        on_grid = [record for record in self.snapshots[:last] if record["grid"]]
-        snapshots = [*on_grid, self.snapshots[last]]
-        return Outcome(stop, ledger, snapshots, self.trainer.nonfinite)
+def _outcome(run: TrainingRun, snapshots: list[dict], nonfinite: dict[str, int]) -> Outcome:
+    """The outcome of a run that ends at the last of these snapshots; others count if they are on
+    the grid."""
+    *earlier, last = snapshots
+    ledger = Ledger(**last["ledger"])
+    on_grid = [record for record in earlier if record["grid"]]
+    return Outcome(ledger.reached(run.budget), ledger, [*on_grid, last], nonfinite)
 
 
-class _Restart(Exception):
-    """The budget ends before the saved state, and no snapshot lies at its end."""
+def _outcome_at_snapshot(run: TrainingRun, state: dict) -> Outcome | None:
+    """The outcome of a budget that ends exactly at an earlier snapshot of the saved state."""
+    for count, record in enumerate(state["snapshots"], 1):
+        if not (run.snapshot(record["name"]) / "snapshot.json").exists():
+            return None
+        if Ledger(**record["ledger"]).reached(run.budget):
+            late = any(record["before"][x["unit"]] >= x["amount"] for x in run.budget)
+            return None if late else _outcome(run, state["snapshots"][:count], state["nonfinite"])
+    return None
 
 
-def train(make: Callable[[], TrainingRun]) -> Outcome:
-    """Build a run with `make` and train it to the end of its budget.
+def train(run: TrainingRun) -> Outcome:
+    """Train to the end of the budget, continuing from the saved state if there is one.
 
-    If the budget was shortened to a point without a snapshot, the run is built again and trained
-    from the start, which gives the weights of that budget.
+    If the budget was shortened to a point without a snapshot, the run is trained again from the
+    start, which gives the weights of that budget.
     """
-    run = make()
-    try:
-        return TrainingLoop(Trainer(run)).fit()
-    except _Restart:
-        if processes().first:
+    if limit := run.ledger.reached(run.budget):
+        raise UserError(
+            f"{run.name}: the charge for teacher pairs already spends the budget of "
+            f"{limit['amount']:g} {limit['unit']}; raise it or use fewer pairs",
+            "budget",
+        )
+    first, state = processes().first, load_checkpoint(run)
+    processes().wait()  # all processes have read the state before the first writes another
+    if state is not None and Ledger(**state["ledger"]).reached(run.budget):
+        if outcome := _outcome_at_snapshot(run, state):
+            return outcome
+        state = None
+        if first:
             logger.warning(
                 "the saved state is beyond the shortened budget, and no snapshot lies at its end; "
                 "training again from the start"
             )
             shutil.rmtree(run.folder)
-        processes().wait()
-        return TrainingLoop(Trainer(make())).fit()
+    trainer, snapshots = Trainer(run), []
+    if state is not None:
+        trainer.load_state_dict(state)
+        snapshots = state["snapshots"]
+        if first:
+            logger.info("resumed at %d images from %s", trainer.ledger.images, run.folder)
+    start = trainer.iteration, trainer.ledger.images
+    with training_log(run, *start) if first else contextlib.nullcontext() as log:
+        TrainingLoop(trainer, snapshots).finish(log)
+    return _outcome(run, snapshots, trainer.nonfinite)

@@ -1,7 +1,6 @@
-"""The parts of one training, settings of the loop, and what a finished training leaves."""
+"""The parts of one training, and what a finished training leaves."""
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,57 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.config.schema import Switches, TrainingSection, micro_batch
+from harness import __version__
+from harness.config.schema import Grid, LoopSettings, Switches
 from harness.context import TrainingData
 from harness.method import Phase
 from harness.training.ledger import Ledger
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """How the training loop computes and reports. They change weights by rounding at most.
-
-    micro_batch: images per forward pass; None: the whole batch. tick_images: images between two
-    rows of the log. checkpoint_seconds: least time between two saved states. max_nonfinite: a
-    longer row of non-finite steps in one phase ends the run. loggers: besides train.csv.
-    """
-
-    device: str = "cpu"
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    micro_batch: int | None = None
-    tick_images: int = 1024
-    checkpoint_seconds: float = 15.0
-    max_nonfinite: int = 20
-    loggers: tuple[str, ...] = ()
-    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
-
-
-def loop_settings(
-    training: TrainingSection,
-    device: str,
-    batch: int,
-    switches: Switches | None = None,
-    tick_images: int | None = None,
-) -> LoopSettings:
-    """Loop settings of a student, teacher or feature network.
-
-    `training` (the experiment's section) sets checkpoints, non-finite steps and loggers for all of
-    them. `switches`: precision, memory format and micro-batch of this network, or their defaults.
-    """
-    switches = switches or Switches()
-    values = switches.model_dump(include=set(Switches.model_fields) - {"micro_batch"})
-    return LoopSettings(
-        device=device,
-        micro_batch=micro_batch(batch, switches.micro_batch),
-        tick_images=tick_images or training.tick_images,
-        checkpoint_seconds=training.checkpoint_seconds,
-        max_nonfinite=training.max_nonfinite,
-        loggers=tuple(training.loggers),
-        **values,
-    )
+def loop_settings(training: LoopSettings, switches: Switches, tick_images: int) -> LoopSettings:
+    """The experiment's settings with the switches of one teacher or feature network."""
+    own = switches.model_dump(include=set(Switches.model_fields))
+    return training.model_copy(update={**own, "tick_images": tick_images})
 
 
 @dataclass(frozen=True)
@@ -67,8 +26,8 @@ class TrainingRun:
     """A training: networks, phases, data and budget.
 
     networks: trained; `main` is the one that is averaged and exported. frozen: networks that
-    losses only pass through. ledger: charges before training. snapshot_grid: unit -> {first,
-    per_octave}. export: (averaged network, folder) -> record with the `sha256` of the weights.
+    losses only pass through. ledger: charges before training. export: write the averaged network
+    to a folder and return the sha256 of the weights.
     """
 
     name: str  # for messages: "sid/seed0"
@@ -76,18 +35,23 @@ class TrainingRun:
     run_id: str
     seed: int
     networks: dict[str, nn.Module]
-    frozen: dict[str, nn.Module]
     main: str
     phases: list[Phase]
     data: TrainingData
     batch: int
     budget: list[dict]
-    export: Callable[[nn.Module, Path], dict]
+    export: Callable[[nn.Module, Path], str]
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     ema_half_life: int = 0
     ema_ramp_up: float = 0.05
-    snapshot_grid: dict[str, dict] = field(default_factory=dict)
+    snapshot_grid: Mapping[str, Grid] = field(default_factory=dict)
     loop: LoopSettings = field(default_factory=LoopSettings)
+    device: str = "cpu"
+
+    def snapshot(self, name: str) -> Path:
+        """The folder of a snapshot."""
+        return self.folder / "snapshots" / name
 
 
 @dataclass(frozen=True)
@@ -101,8 +65,6 @@ class Outcome:
 
     def record(self, run_id: str) -> dict[str, Any]:
         """The fields that the records of all trained networks share (`io.records`)."""
-        from harness import __version__
-
         return {
             "harness": __version__,
             "torch": torch.__version__,
@@ -110,5 +72,5 @@ class Outcome:
             "sha256": self.snapshots[-1]["sha256"],
             "stop": self.stop,
             "skipped_steps": self.nonfinite,
-            "ledger": self.ledger.to_json(),
+            "ledger": self.ledger.model_dump(),
         }

@@ -11,45 +11,24 @@ finite; the optimiser skips a non-finite step there. The host counts all steps a
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from harness.config.schema import micro_batch
 from harness.context import Context
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.method import OptimizerConfig, Phase
 from harness.streams import Stream
 from harness.training.distributed import processes
-from harness.training.ledger import Cost, Ledger, measure
+from harness.training.ledger import Ledger, measure
 from harness.training.log import RunningMeans
 from harness.training.run import TrainingRun
 
 
 class NonFiniteError(UserError):
     """Too many consecutive steps with a non-finite loss or gradient."""
-
-
-class NonFiniteCounter:
-    """Counts the non-finite steps of one phase on the device since the host last read them.
-
-    skipped: all of them; consecutive: the present row of them; longest: the longest row.
-    """
-
-    def __init__(self, device: str):
-        self.skipped, self.consecutive, self.longest = (
-            torch.zeros((), device=device) for _ in range(3)
-        )
-
-    def add(self, skipped: Tensor) -> None:
-        self.skipped += skipped
-        self.consecutive.add_(1).mul_(skipped)
-        torch.maximum(self.longest, self.consecutive, out=self.longest)
-
-    def reset(self) -> None:
-        self.skipped.zero_()
-        self.longest.zero_()
 
 
 class Trainer:
@@ -64,7 +43,7 @@ class Trainer:
     """
 
     def __init__(self, run: TrainingRun):
-        self.run, self.loop, self.device = run, run.loop, run.loop.device
+        self.run, self.loop, self.device = run, run.loop, run.device
         self.processes = processes()
         self.share = self.processes.share(run.batch)
         self.networks = {name: self._place(net) for name, net in run.networks.items()}
@@ -88,11 +67,15 @@ class Trainer:
             for name, net in self.networks.items()
         }
         self._constant["ema"] = self._constant[run.main]
+        self._stateful = {**self.networks, "ema": self.ema}
         self.trainable = {
             name: [p for p in net.parameters() if p.requires_grad]
             for name, net in self.networks.items()
         }
-        self.configs = self._optimizer_configs()
+        self.configs = {phase.network: phase.optimizer for phase in run.phases}
+        for phase in run.phases:
+            if self.configs[phase.network] != phase.optimizer:
+                raise ValueError(f"phases give network {phase.network!r} two optimisers")
         self.optimizers = {
             name: self.build_optimizer(self.trainable[name], config)
             for name, config in self.configs.items()
@@ -100,9 +83,14 @@ class Trainer:
         self.iteration, self.ledger = 0, copy.deepcopy(run.ledger)
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.nonfinite = {phase.name: 0 for phase in run.phases}
-        self.consecutive = {phase.name: 0 for phase in run.phases}
+        self.consecutive = dict(self.nonfinite)
+        # On the device, since the last `settle`: skipped steps, the longest row of them, and the
+        # present row.
+        self._counters = {name: torch.zeros(3, device=self.device) for name in self.nonfinite}
         self.metrics = RunningMeans()
-        self._counters = {phase.name: NonFiniteCounter(self.device) for phase in run.phases}
+        kind = "cuda" if self.device.startswith("cuda") else "cpu"  # not "meta"
+        bf16 = self.loop.precision == "bf16"
+        self._precision = torch.autocast(kind, torch.bfloat16, enabled=bf16)
 
     @property
     def all_networks(self) -> dict[str, nn.Module]:
@@ -120,15 +108,6 @@ class Trainer:
         if self.loop.channels_last:
             return net.to(self.device, memory_format=torch.channels_last)
         return net.to(self.device)
-
-    def _optimizer_configs(self) -> dict[str, OptimizerConfig]:
-        configs: dict[str, OptimizerConfig] = {}
-        for phase in self.run.phases:
-            if phase.network not in self.networks:
-                raise ValueError(f"phase {phase.name!r} updates unknown network {phase.network!r}")
-            if configs.setdefault(phase.network, phase.optimizer) != phase.optimizer:
-                raise ValueError(f"phases give network {phase.network!r} two optimisers")
-        return configs
 
     def build_optimizer(
         self, parameters: list[Tensor], config: OptimizerConfig
@@ -151,7 +130,7 @@ class Trainer:
         waits for the device."""
         self.settle()
         tensors = {}
-        for name, net in [*self.networks.items(), ("ema", self.ema)]:
+        for name, net in self._stateful.items():
             state, constant = net.state_dict(), self._constant[name]
             tensors |= {f"{name}/{k}": v for k, v in state.items() if k not in constant}
         for name, optimizer in self.optimizers.items():
@@ -160,7 +139,7 @@ class Trainer:
         return {
             "step": self.iteration,
             "updates": self.updates,
-            "ledger": self.ledger.to_json(),
+            "ledger": self.ledger.model_dump(),
             "nonfinite": self.nonfinite,
             "consecutive": self.consecutive,
             "tensors": tensors,
@@ -173,7 +152,7 @@ class Trainer:
         def below(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        for name, net in [*self.networks.items(), ("ema", self.ema)]:
+        for name, net in self._stateful.items():
             own = net.state_dict()
             net.load_state_dict({k: own[k] for k in self._constant[name]} | below(f"{name}/"))
         for name, optimizer in self.optimizers.items():
@@ -183,17 +162,17 @@ class Trainer:
                 record["state"].setdefault(int(i), {})[entry] = tensor
             optimizer.load_state_dict(record)
         self.iteration, self.updates = state["step"], dict(state["updates"])
-        self.ledger = Ledger.from_json(state["ledger"])
+        self.ledger = Ledger(**state["ledger"])
         self.nonfinite, self.consecutive = dict(state["nonfinite"]), dict(state["consecutive"])
         for name, count in self.consecutive.items():
-            self._counters[name].consecutive.fill_(count)
+            self._counters[name][2] = count
 
     # -- one iteration --------------------------------------------------------------------------
 
     def step(self) -> None:
         """Run one iteration: all phases that are due, and the update of the average."""
         run, share = self.run, self.share
-        micro = math.gcd(self.loop.micro_batch or len(share), len(share))
+        micro = math.gcd(micro_batch(run.batch, self.loop.micro_batch), len(share))
         first, images = self.iteration * run.batch, self.ledger.images
         networks = self.all_networks
         contexts = [
@@ -264,14 +243,18 @@ class Trainer:
             stream = stream.child(f"process{self.processes.rank}")
         torch.manual_seed(stream.key[0])
         total = torch.zeros((), device=self.device)
-        with self._measured() if measuring else contextlib.nullcontext() as cost:
+        with contextlib.ExitStack() as stack:
+            if measuring:
+                if self.loop.compile:
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                cost = stack.enter_context(measure(self.all_networks, self.processes.size))
             for context in contexts:
-                with self._precision():
+                with self._precision:
                     loss = phase.loss(context) / len(contexts)
                 loss.backward()
                 total += loss.detach()
         if variant not in self.ledger.costs:
-            self.ledger.costs[variant] = cost * self.processes.size
+            self.ledger.costs[variant] = cost
         self.ledger.add(self.ledger.costs[variant])
         self.apply_gradients(phase, total)
         for context in contexts:
@@ -279,24 +262,12 @@ class Trainer:
                 self.metrics.add(name, value)
             context.logs.clear()
 
-    @contextlib.contextmanager
-    def _measured(self) -> Iterator[Cost]:
-        """Measure costs; compiled networks run eagerly meanwhile."""
-        eager = torch.compiler.set_stance("force_eager") if self.loop.compile else None
-        with eager or contextlib.nullcontext(), measure(self.all_networks) as cost:
-            yield cost
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        if self.loop.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16)
-
     def apply_gradients(self, phase: Phase, loss: Tensor) -> None:
         """Average gradients over processes, clip them, and step unless something is non-finite."""
         name, config = phase.network, self.configs[phase.network]
         optimizer, parameters = self.optimizers[name], self.trainable[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        self.processes.average_([*gradients, loss])
+        self.processes.sum_([*gradients, loss], 1 / self.processes.size)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         skipped = (~torch.isfinite(norm + loss)).float()
         if config.clip is not None:
@@ -306,7 +277,10 @@ class Trainer:
             group["lr"] = config.rate(self.updates[name])
         self.optimizer_step(optimizer, skipped)
         optimizer.zero_grad(set_to_none=True)
-        self._counters[phase.name].add(skipped)
+        total, longest, present = self._counters[phase.name]
+        total += skipped
+        present.add_(1).mul_(skipped)
+        torch.maximum(longest, present, out=longest)
         self.metrics.add(f"loss/{phase.name}", loss)
         self.metrics.add(f"grad_norm/{phase.name}", norm)
 
@@ -320,13 +294,11 @@ class Trainer:
 
         Raises `NonFiniteError` after too many consecutive skipped steps of a phase.
         """
-        counters = [(c.skipped, c.consecutive, c.longest) for c in self._counters.values()]
-        counts = torch.stack([torch.stack(counter) for counter in counters]).tolist()
+        counts = torch.stack(list(self._counters.values())).tolist()
         for phase, row in zip(self.run.phases, counts, strict=True):
-            skipped, consecutive, longest = map(int, row)
-            self._counters[phase.name].reset()
+            skipped, longest, self.consecutive[phase.name] = map(int, row)
+            self._counters[phase.name][:2].zero_()
             self.nonfinite[phase.name] += skipped
-            self.consecutive[phase.name] = consecutive
             self.updates[phase.network] -= skipped
             if phase.network == self.run.main:
                 self.ledger.images -= skipped * self.run.batch

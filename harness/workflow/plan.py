@@ -64,9 +64,11 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         inputs = dry_run_inputs(experiment, name, images=2)
         run = assemble(experiment.student_run(name, 0), inputs, Path(folder), "plan")
         # Autocast and the compiler do not support meta tensors; the operations are the same.
-        loop = replace(run.loop, precision="fp32", compile=False)
+        micro = micro_batch(run.batch, run.loop.micro_batch)
+        switches = {"precision": "fp32", "compile": False, "micro_batch": micro}
         # Two micro-batches cost per image as much as more of them.
-        run = replace(run, loop=loop, batch=min(run.batch, 2 * loop.micro_batch))
+        loop, batch = run.loop.model_copy(update=switches), min(run.batch, 2 * micro)
+        run = replace(run, loop=loop, batch=batch)
         trainer, pair_flops = DryRunTrainer(run), 0.0
         if needs.pairs:
             shape, classes = inputs.teacher.image_shape, inputs.teacher.num_classes
@@ -93,7 +95,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         "seconds": lambda amount: math.inf,
     }
     return Estimate(
-        micro_batch=loop.micro_batch,
+        micro_batch=micro,
         batch=student.settings.batch,
         parameters=parameter_count(trainer.networks["student"]),
         trainable=averaged,
