@@ -45,16 +45,13 @@ def scored_runs(table: pd.DataFrame) -> set[tuple[str, int]]:
 
 def read_samples(experiment: Experiment, table: pd.DataFrame) -> dict[str, ScoredSamples]:
     """The kept samples of the teachers and of each student's first training seed, by row."""
-    paths, seed = {}, experiment.training.seeds[0]
-    for teacher in experiment.teachers:
-        row = experiment.teacher_row(teacher)
-        if ((table.student == row) & (table.status == "ok")).any():
-            paths[row] = experiment.paths.reference_scores(teacher)
-    for student in experiment.students:
-        if (student, seed) in scored_runs(table):
-            paths[student] = experiment.paths.scores(student, seed)
+    paths, seed = experiment.paths, experiment.training.seeds[0]
+    scored, runs = set(table.student[table.status == "ok"]), scored_runs(table)
+    files = {experiment.teacher_row(t): paths.reference_scores(t) for t in experiment.teachers}
+    files = {row: path for row, path in files.items() if row in scored}
+    files |= {s: paths.scores(s, seed) for s in experiment.students if (s, seed) in runs}
     samples = {}
-    for row, path in paths.items():
+    for row, path in files.items():
         record = ScoreRecord.read(path).samples
         tensors = load_tensors(path.parent / record.file, record.sha256)
         samples[row] = ScoredSamples({k: t.numpy() for k, t in tensors.items()}, record)

@@ -4,16 +4,12 @@ Each section is a generator of HTML parts, which the macros of parts.html.j2 mak
 charts and images. A section without parts is left out.
 """
 
-import base64
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-import jinja2
-import numpy as np
 import pandas as pd
 import yaml
 from markupsafe import Markup, escape
@@ -42,11 +38,9 @@ from harness.reporting.formatting import (
     number_text,
     spread_text,
 )
+from harness.reporting.page.parts import ENVIRONMENT, NUMBER, csv_text, hash_code, html, spaced
 from harness.reporting.summary import Summary
 from harness.reporting.tables import text_table
-
-NUMBER = re.compile(r"(tie )?[-−+]?\d")
-THUMBNAIL = 96  # pixels: larger sample images are scaled down
 
 
 @dataclass
@@ -90,50 +84,6 @@ def write_page(
     path = experiment.paths.root / "report.html"
     write_text(path, text)
     return path
-
-
-# -- parts --------------------------------------------------------------------------------------
-
-
-def is_numeric(table: pd.DataFrame) -> list[bool]:
-    """For each column whether its first known text is a number."""
-    texts = [[str(v) for v in table.iloc[:, i] if v != MISSING] for i in range(table.shape[1])]
-    return [bool(column and NUMBER.match(column[0])) for column in texts]
-
-
-def png(images: np.ndarray) -> str:
-    """Images `(N, C, H, W)` uint8 side by side as a data URL."""
-    from PIL import Image
-
-    picture = Image.fromarray(samples.tile([images]))
-    picture.thumbnail((picture.width, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=None)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
-ENVIRONMENT.filters |= {"numeric": is_numeric, "png": png}
-html = ENVIRONMENT.get_template("parts.html.j2").module
-
-
-def hash_code(value: str | None) -> Markup:
-    return Markup("<code>{}</code>").format(value[:12]) if value else Markup(MISSING)
-
-
-def spaced(key: str) -> str:
-    return key.replace("_", " ").replace(".", " ")
-
-
-def csv_text(table: pd.DataFrame) -> pd.DataFrame:
-    """A CSV table as texts; empty columns are dropped."""
-    return as_text(table.dropna(axis="columns", how="all").rename(columns=spaced))
 
 
 # -- header -------------------------------------------------------------------------------------
@@ -214,7 +164,7 @@ def scores(content: Content) -> Iterator[Markup]:
     caption = "All columns of tables/summary.csv."
     yield html.details("All metrics", html.datatable(every, caption, fixed))
     finals = [
-        (extractor, "", charts.specification(chart))
+        (extractor, "", chart)
         for extractor in content.main
         if (chart := quality.final_chart(content.experiment, content.final, extractor))
     ]
@@ -285,7 +235,7 @@ def curves(content: Content) -> Iterator[Markup]:
         for metric, extractor in metrics:
             chart = quality.chart(content.experiment, content.table, axis, metric, extractor)
             note = f"{extractor}, {quality.direction(metric)}"
-            drawn.append((METRICS[metric].label, note, charts.specification(chart)))
+            drawn.append((METRICS[metric].label, note, chart))
         yield html.charts(drawn)
 
 
@@ -360,11 +310,11 @@ def training(content: Content) -> Iterator[Markup]:
     phases = health.phases_of(logs)
     marks = [(spaced(p), c, "━") for p, c in zip(phases, cycle(health.COLOURS))]
     yield html.legend(marks, buttons=False)
-    drawn = []
-    for student, log in logs.items():
-        for prefix in ("loss/", "grad_norm/"):
-            chart = health.chart(student, log, phases, prefix)
-            drawn.append((student, health.PANELS[prefix], charts.specification(chart)))
+    drawn = [
+        (student, health.PANELS[prefix], health.chart(student, log, phases, prefix))
+        for student, log in logs.items()
+        for prefix in ("loss/", "grad_norm/")
+    ]
     yield html.charts(drawn, "small")
 
 
@@ -397,16 +347,12 @@ def claims(content: Content) -> Iterator[Markup]:
     )
     marks, rows = {"supported": "✓", "contradicted": "✗"}, []
     for row in table.itertuples():
+        verdict = html.marked(f"{marks.get(row.verdict, '?')} {row.verdict}", row.verdict)
         note = f"{row.better} − {row.worse}, {row.column}"
-        verdict = f"{marks.get(row.verdict, '?')} {row.verdict}"
-        row = {
-            "claim": row.claim,
-            "verdict": html.marked(verdict, row.verdict),
-            "difference here": html.noted(" ".join(interval_text(row)), note),
-            "reported": f"{row.reported} ({row.source})",
-        }
-        rows.append(row)
-    yield html.datatable(pd.DataFrame(rows), kind="sortable wrap")
+        difference = html.noted(" ".join(interval_text(row)), note)
+        rows.append((row.claim, verdict, difference, f"{row.reported} ({row.source})"))
+    columns = ["claim", "verdict", "difference here", "reported"]
+    yield html.datatable(pd.DataFrame(rows, columns=columns), kind="sortable wrap")
 
 
 def pairwise(content: Content) -> Iterator[Markup]:
@@ -427,12 +373,9 @@ def pairwise(content: Content) -> Iterator[Markup]:
 
 def difference_matrix(pairs: pd.DataFrame) -> pd.DataFrame:
     """Row minus column of every two students, with the verdict."""
-    swapped = pairs.rename(columns={"a": "b", "b": "a"}).assign(
-        difference=-pairs.difference,
-        low=-pairs.high,
-        high=-pairs.low,
-        verdict=pairs.verdict.replace({"a better": "b better", "b better": "a better"}),
-    )
+    verdict = pairs.verdict.replace({"a better": "b better", "b better": "a better"})
+    swapped = pairs.rename(columns={"a": "b", "b": "a"}).assign(verdict=verdict)
+    swapped = swapped.assign(difference=-pairs.difference, low=-pairs.high, high=-pairs.low)
     marks = {"a better": ("▲ ", "better"), "b better": ("▼ ", "worse")}
     both, cells = pd.concat([pairs, swapped]), []
     for row in both.itertuples():
@@ -484,8 +427,7 @@ def protocol(content: Content) -> Iterator[Markup]:
             yield html.text(note, "")
     protocols = content.manifest["protocols"]
     used = content.final[content.final.protocol.isin(protocols)].drop_duplicates("column")
-    hashes = used.set_index("column").protocol
-    hashes = hashes.reindex(content.summary.columns.index).dropna()
+    hashes = used.set_index("column").protocol.reindex(content.summary.columns.index).dropna()
     records = {column: flatten(protocols[value]) for column, value in hashes.items()}
     table = as_text(pd.DataFrame.from_dict(records, orient="index", dtype=object))
     shared = [key for key in table if table[key].nunique() == 1]
@@ -519,10 +461,9 @@ def protocol(content: Content) -> Iterator[Markup]:
 
 def provenance(content: Content) -> Iterator[Markup]:
     m = content.manifest
-    changes = " (with local changes)" * bool(m["dirty"])
     items = {
         "Command": m["command"],
-        "Commit": f"{m['commit'] or 'unknown'}{changes}",
+        "Commit": f"{m['commit'] or 'unknown'}{' (with local changes)' * bool(m['dirty'])}",
         "Python": m["python"],
         "Device": ", ".join(f"{spaced(key)} {value}" for key, value in m["device"].items()),
         "Packages": ", ".join(f"{name} {value}" for name, value in m["packages"].items()),
