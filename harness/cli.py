@@ -96,7 +96,8 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
             name, folder = _product(experiment, args)
             none = contextlib.nullcontext()
             record = record_failure(folder, label or name) if folder else none
-            with logs.run_name(name), record, machine_slot() if slot else none:
+            logs.set_run_name(name)
+            with record, machine_slot() if slot else none:
                 function(experiment, args)
 
         run.__name__ = function.__name__

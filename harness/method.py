@@ -7,7 +7,6 @@ runs its phases (`harness.training.trainer`).
 
 import importlib
 import math
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +18,13 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+import methods
 from harness.context import Context
 from harness.denoiser import Denoiser
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError
 from harness.registry import Registry
+
+FOLDER = Path(methods.__file__).parent
 
 
 def paper(default, source: str, **limits) -> Any:
@@ -164,27 +166,11 @@ class MethodRegistry(Registry[type[Method]]):
     def __init__(self):
         super().__init__("method")
 
-    @staticmethod
-    def _files() -> set[str]:
-        import methods
-
-        names = {module.name for module in pkgutil.iter_modules(methods.__path__)}
-        return {name for name in names if not name.startswith("_")}
-
-    def names(self) -> list[str]:
-        return sorted({*super().names(), *self._files()})
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names()
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
+        return iter(sorted({*super().__iter__(), *_method_files()}))
 
     def __getitem__(self, name: str) -> type[Method]:
-        if name not in self:
-            hint = did_you_mean(name, self.names())
-            raise UserError(f"unknown method {name!r}{hint}", "unknown-name")
-        if name in self._files():
+        if name in _method_files():
             self.add(name, _only_method(importlib.import_module(f"methods.{name}")))
         return super().__getitem__(name)
 
@@ -192,31 +178,27 @@ class MethodRegistry(Registry[type[Method]]):
 METHODS = MethodRegistry()
 
 
+def _method_files() -> set[str]:
+    return {path.stem for path in FOLDER.glob("[!_]*.py")}
+
+
 def _only_method(module: ModuleType) -> type[Method]:
     """The one `Method` class that a module defines."""
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Method)
-        and value.__module__ == module.__name__
-    ]
+    types = [value for value in vars(module).values() if isinstance(value, type)]
+    own = [value for value in types if value.__module__ == module.__name__]
+    classes = [value for value in own if issubclass(value, Method)]
     if len(classes) != 1:
-        raise UserError(
-            f"{module.__file__} must define exactly one Method class, not {len(classes)}", "method"
-        )
+        message = f"{module.__file__} must define exactly one Method class, not {len(classes)}"
+        raise UserError(message, "method")
     return classes[0]
 
 
 def method_source(name: str) -> tuple[Path, ...]:
     """The files that define a method: its own, and the files in methods/ that it refers to."""
-    import methods
-
-    (folder,) = methods.__path__
     files = [Path(sys.modules[METHODS[name].__module__].__file__)]
     for file in files:
         for other in re.findall(r"\bmethods(?:\.| import )(\w+)", file.read_text(encoding="utf-8")):
-            path = Path(folder) / f"{other}.py"
+            path = FOLDER / f"{other}.py"
             if path.is_file() and path not in files:
                 files.append(path)
     return tuple(files)

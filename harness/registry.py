@@ -43,31 +43,24 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} {name!r} is already registered ({self._sources[name]})")
         self._entries[name], self._sources[name] = entry, source
 
-    def _import_package(self) -> None:
-        if self._package is None:
-            return
-        package, self._package = importlib.import_module(self._package), None
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of registration."""
+        if self._package is not None:
+            package, self._package = importlib.import_module(self._package), None
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{package.__name__}.{module.name}")
+        return iter(list(self._entries))
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        self._import_package()
-        return sorted(self._entries)
+        return sorted(self)
 
     def __contains__(self, name: object) -> bool:
-        self._import_package()
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        """Names in the order of registration."""
-        self._import_package()
-        return iter(list(self._entries))
+        return name in list(self)
 
     def __getitem__(self, name: str) -> T:
-        self._import_package()
-        if name not in self._entries:
-            hint = did_you_mean(name, self._entries)
+        if name not in self:
+            hint = did_you_mean(name, self)
             raise UserError(f"unknown {self.kind} {name!r}{hint}", "unknown-name")
         return self._entries[name]
 

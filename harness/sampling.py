@@ -74,9 +74,11 @@ def heun(
     return x
 
 
-def balanced_labels(index: Tensor, num_classes: int, stream: Stream) -> Tensor:
-    """Labels `(B,)` of images `index`: `num_classes` consecutive images are a random permutation of
-    all classes, so that sets of samples have equal class frequencies."""
+def balanced_labels(index: Tensor, num_classes: int, stream: Stream) -> Tensor | None:
+    """Labels `(B,)` of images `index` (None without classes): `num_classes` consecutive images are
+    a random permutation of all classes, so that sets of samples have equal class frequencies."""
+    if not num_classes:
+        return None
     rounds, row = (index // num_classes).unique(return_inverse=True)
     orders = torch.stack([_order(stream.name, int(number), num_classes) for number in rounds])
     return orders.to(index.device)[row, index % num_classes]
@@ -89,18 +91,12 @@ def _order(stream: str, number: int, num_classes: int) -> Tensor:
     return uniform[0].argsort(stable=True)
 
 
-def labels_of(index: Tensor, num_classes: int, seed: int) -> Tensor | None:
-    """Labels `(B,)` of images `index`; None without classes."""
-    if not num_classes:
-        return None
-    return balanced_labels(index, num_classes, Stream(seed, "evaluation").child("label"))
-
-
 def noise_and_labels(
     index: Tensor, shape: tuple[int, ...], num_classes: int, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     """Latents `(B, *shape)` and labels `(B,)` (None without classes) of images `index`."""
-    return Stream(seed, "evaluation").normal(index, shape), labels_of(index, num_classes, seed)
+    stream = Stream(seed, "evaluation")
+    return stream.normal(index, shape), balanced_labels(index, num_classes, stream.child("label"))
 
 
 def step_noise(index: Tensor, shape: tuple[int, ...], seed: int, device: str = "cpu") -> Noise:
@@ -124,7 +120,7 @@ def prefetch(make: Callable, items: list, device: str) -> Iterator:
 
 
 def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
-    """Images of a student from noise and condition."""
+    """A student's images from noise and condition."""
     return lambda z, condition, noise: one_step(student, z, condition, sigma_init)
 
 
@@ -181,6 +177,7 @@ def sample(
     """
     rank, size = (group.rank, group.size) if group else (0, 1)
     remaining = [torch.arange(i, i + block) for i in range(0, count, block) if i >= start]
+    label_stream = Stream(seed, "evaluation").child("label")
 
     def draw(index: Tensor) -> tuple[Tensor, Tensor, Condition]:
         z, labels = noise_and_labels(index, shape, num_classes, seed)
@@ -196,4 +193,4 @@ def sample(
         received = group.gather(own, len(turn)) if group else [own]
         for index, images in zip(turn, received, strict=False):
             index = index[index < count]  # the last block is padded
-            yield images[: len(index)], labels_of(index, num_classes, seed)
+            yield images[: len(index)], balanced_labels(index, num_classes, label_stream)

@@ -54,29 +54,23 @@ def source_problems(
 
 def fetch(source: str, sha256: str | None) -> Path:
     """The local path of a file or a URL. The hash is required for a URL and optional for a path."""
-    if is_address(source):
-        path, remedy = _cached(source, sha256), "; delete it and run again"
-    else:
-        path, remedy = Path(source).expanduser(), ""
-        if not path.is_file():
-            raise UserError(f"{path} does not exist", "missing-file")
-    if sha256 and (found := sha256_file(path)) != sha256:
-        raise UserError(f"{path} has sha256 {found}, expected {sha256}{remedy}", "checksum")
-    return path
-
-
-def _cached(source: str, sha256: str | None) -> Path:
-    """The place of a URL in the cache, downloaded if necessary."""
     from filelock import FileLock
 
-    if not sha256:
-        raise UserError(f"{source}: a download needs its sha256", "no-checksum")
-    path = cache_dir() / f"{sha256[:16]}-{source.rsplit('/', 1)[-1]}"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(path.name + ".lock")):
-            if not path.exists():  # another process may have downloaded it meanwhile
-                _download(source, sha256, path)
+    path, remedy = Path(source).expanduser(), ""
+    if is_address(source):
+        if not sha256:
+            raise UserError(f"{source}: a download needs its sha256", "no-checksum")
+        path = cache_dir() / f"{sha256[:16]}-{source.rsplit('/', 1)[-1]}"
+        remedy = "; delete it and run again"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if not path.exists():  # another process may have downloaded it meanwhile
+                    _download(source, sha256, path)
+    elif not path.is_file():
+        raise UserError(f"{path} does not exist", "missing-file")
+    if sha256 and (found := sha256_file(path)) != sha256:
+        raise UserError(f"{path} has sha256 {found}, expected {sha256}{remedy}", "checksum")
     return path
 
 

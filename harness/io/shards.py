@@ -40,9 +40,9 @@ class TensorShards:
             return False
         return True
 
-    def write(self, number: int, tensors: dict[str, Tensor], **facts: Any) -> dict[str, Any]:
-        """Write one shard atomically and return its record: `facts` (JSON values), file, sha256,
-        bytes and the rows (first dimension) of each tensor."""
+    def write(self, number: int, tensors: dict[str, Tensor], **facts: Any) -> None:
+        """Write one shard atomically. Its record: `facts` (JSON values), file, sha256, bytes and
+        the rows (first dimension) of each tensor."""
         path, record_path = self._path(number), self._path(number, ".json")
         for stale in (self.folder / INDEX, record_path):
             stale.unlink(missing_ok=True)
@@ -53,19 +53,18 @@ class TensorShards:
         record = {"file": path.name, "sha256": sha256, "bytes": path.stat().st_size, "rows": rows}
         write_json(record_path, record | facts)
         self._verified.add(number)
-        return record | facts
 
-    def append(self, tensors: dict[str, Tensor], **facts: Any) -> dict[str, Any]:
+    def append(self, tensors: dict[str, Tensor], **facts: Any) -> None:
         """Write the next shard."""
-        return self.write(len(self.records), tensors, **facts)
+        self.write(len(self.records), tensors, **facts)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write `index.json` and return it: `facts`, the `shards` and a `sha256` of them all."""
         shards = self.records
         sha256 = digest([shard["sha256"] for shard in shards])
-        write_json(self.folder / INDEX, facts | {"sha256": sha256, "shards": shards})
-        self._index = None
-        return self.index
+        self._index = facts | {"sha256": sha256, "shards": shards}
+        write_json(self.folder / INDEX, self._index)
+        return self._index
 
     @property
     def index(self) -> dict[str, Any]:

@@ -50,9 +50,8 @@ def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -
     denoiser.json; return the sha256 of the weights."""
     record = {"preconditioning": denoiser.preconditioning, **denoiser.precondition, **(extra or {})}
     merged(denoiser.backbone).save_pretrained(folder, safe_serialization=True)
-    null = getattr(denoiser, "null", None)
-    if null is not None:
-        record["null_sha256"] = save_tensors(folder / NULL, dict(null.named_buffers()))
+    if hasattr(denoiser, "null"):
+        record["null_sha256"] = save_tensors(folder / NULL, dict(denoiser.null.named_buffers()))
     write_json(folder / "denoiser.json", record)
     return sha256_file(folder / WEIGHTS)
 
