@@ -122,10 +122,8 @@ def final_chart(
     scores = per_training_seed(final, column)
     if not scores.student.isin(names).any():
         return None
-    listed = [
-        f"{name} {', '.join(map(number_text, group.value))}"
-        for name, group in scores.groupby("student", sort=False)
-    ]
+    by_student = scores.groupby("student", sort=False).value
+    listed = [f"{name} {', '.join(map(number_text, values))}" for name, values in by_student]
     text = f"Final {metric.label} ({column}): {'; '.join(listed)}"
     error = 2 * scores.stderr.fillna(0)
     scores = scores.assign(low=scores.value - error, high=scores.value + error)
