@@ -18,12 +18,7 @@ import torch
 from tabulate import tabulate
 
 from harness.data.datasets import Dataset, Images
-from harness.evaluation.agreement import (
-    ImagePair,
-    register_in_torch_fidelity,
-    torch_fidelity_values,
-    write_images,
-)
+from harness.evaluation.agreement import ImagePair, torch_fidelity_arguments, write_images
 from harness.evaluation.frechet import frechet_distance, frechet_of_few, gaussian_statistics
 from harness.features.base import FEATURES, FeatureExtractor, parse_settings
 
@@ -94,6 +89,8 @@ def read(folder: Path) -> Images:
 
 def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
     """The row of all metrics, from image files."""
+    import torch_fidelity
+
     extractor = random_extractor(name, size)
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,11 +103,11 @@ def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
             return ImagePair.extract(extractor, *map(read, folders), neighbours=3).values()
 
         pair = ImagePair.extract(extractor, *map(read, folders), neighbours=3)
-        hooked, options = register_in_torch_fidelity(pair)
+        # torch-fidelity reads images in four processes.
+        arguments = torch_fidelity_arguments(pair, folders) | {"save_cpu_ram": False}
 
         def compute_reference() -> dict:
-            # torch-fidelity reads images in four processes.
-            return torch_fidelity_values(folders, hooked, **options | {"save_cpu_ram": False})
+            return torch_fidelity.calculate_metrics(**arguments)
 
         seconds, values = timed(compute, repeats)
         reference_seconds, reference = timed(compute_reference, repeats)

@@ -49,7 +49,7 @@ def stub(folder: Path, channels: int = 1) -> tuple[ImagePair, list[Path]]:
 def test_all_quantities_agree_and_wrong_ones_are_detected(channels, tmp_path, monkeypatch):
     given = stub(tmp_path, channels)
     rows = compare_with_libraries(*given)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=agreement.COLUMNS)
     assert list(table.quantity[table.library == "torch-fidelity"]) == [
         *("fd", "kd", "precision", "recall", "class-score")
     ]
@@ -60,7 +60,7 @@ def test_all_quantities_agree_and_wrong_ones_are_detected(channels, tmp_path, mo
         "values",
         lambda self: dict.fromkeys(("fd", "kd", "precision", "recall", "class-score"), 0.5),
     )
-    wrong = pd.DataFrame(compare_with_libraries(*given))
+    wrong = pd.DataFrame(compare_with_libraries(*given), columns=agreement.COLUMNS)
     assert "no" in set(wrong.agrees)
 
 

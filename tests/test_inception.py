@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from harness.cli import main
 from harness.errors import UserError
 from harness.evaluation import references
+from harness.evaluation.accumulator import FeatureAccumulator
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
-from harness.evaluation.sample_stream import FeatureAccumulator
 from harness.evaluation.scorer import Scorer
 from harness.features import base, inception
 from harness.features.base import parse_settings

@@ -9,6 +9,7 @@ import torch
 
 from harness.data.datasets import Images
 from harness.evaluation import neighbours
+from harness.evaluation.accumulator import NEAREST, FeatureAccumulator, NearestImages
 from harness.evaluation.checks import minimum_samples
 from harness.evaluation.feature_set import FeatureSet, jackknife
 from harness.evaluation.frechet import (
@@ -20,7 +21,6 @@ from harness.evaluation.frechet import (
 )
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS, register
-from harness.evaluation.sample_stream import NEAREST, FeatureAccumulator, NearestImages
 from harness.features.aesthetic import AestheticHead, spearman
 
 

@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,22 +17,22 @@ from harness.config.schema import DataSection, EvaluationSection
 from harness.data.datasets import prepare
 from harness.data.registry import Images
 from harness.errors import UserError
-from harness.evaluation import references, sample_stream, scorer
+from harness.evaluation import accumulator, references, scorer
+from harness.evaluation.accumulator import (
+    Checkpoints,
+    FeatureAccumulator,
+    NearestImages,
+    stored_images,
+)
 from harness.evaluation.agreement import write_images
 from harness.evaluation.frechet import frechet_distance, gaussian_statistics, load_statistics
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
-from harness.evaluation.sample_stream import (
-    Checkpoints,
-    FeatureAccumulator,
-    NearestImages,
-    SampleSource,
-    SampleStream,
-)
 from harness.evaluation.scorer import Scorer, Scores
 from harness.evaluation.stage import print_folder, score_folder
 from harness.features.base import parse_settings, provides
 from harness.io.records import ScoreRow
+from harness.io.shards import TensorShards
 from harness.registry import load_plugin
 from harness.sampling import pixels_of, sample
 
@@ -73,24 +72,23 @@ def generate(z, condition, noise):
     return torch.tanh(z)
 
 
-def stream(folder: Path, seconds: float = 0.0) -> SampleStream:
-    pixels = pixels_of(generate, torch.nn.Identity())
-    blocks = partial(sample, pixels, 22, (1, 4, 4), 4, seed=0, block=4)
-    return SampleStream(blocks, 22, folder, Checkpoints(seconds))
-
-
-def accumulate(blocks: SampleStream, stop_after: int | None = None) -> tuple[Extractor, dict]:
+def accumulate(
+    folder: Path, stop_after: int | None = None, checkpoints: Checkpoints | None = None
+) -> tuple[Extractor, dict]:
     """Everything that is accumulated of a stream, which may break off after some images."""
     extractor = Extractor()
     train = Images(torch.arange(9).repeat(16, 1).T.reshape(9, 1, 4, 4).byte() * 20, torch.zeros(9))
     reference = Reference(extractor.extract(train.pixels, None)["features"], index=torch.arange(9))
     extractor.images = 0
-    search = NearestImages("stub", reference, train)
-    accumulator = FeatureAccumulator([extractor], Attributes(), 10, search, blocks)
-    for pixels, labels in blocks:
+    search, shards = NearestImages("stub", reference, train), TensorShards(folder)
+    accumulator = FeatureAccumulator(
+        [extractor], Attributes(), 10, search, shards, checkpoints or Checkpoints(0)
+    )
+    pixels, start = pixels_of(generate, torch.nn.Identity()), stored_images(shards)
+    for block, labels in sample(pixels, 22, (1, 4, 4), 4, seed=0, block=4, start=start):
         if stop_after is not None and extractor.images >= stop_after:
             raise Stop
-        accumulator.add(pixels, labels)
+        accumulator.add(block, labels)
     accumulator.save(ended=True)
     features = accumulator.feature_set("stub", reference, 3)
     tensors = {"labels": features.labels, "classes": features.classes}
@@ -104,37 +102,35 @@ def assert_same(one: dict, two: dict) -> None:
 
 @pytest.mark.parametrize("stop_after", [4, 12, 20])
 def test_interrupted_scoring_resumes_with_the_same_numbers(tmp_path, stop_after):
-    extractor, whole = accumulate(stream(tmp_path / "whole"))
+    extractor, whole = accumulate(tmp_path / "whole")
     assert extractor.images == 22 and len(whole["pixels"]) == 10
     with pytest.raises(Stop):
-        accumulate(stream(tmp_path / "parts"), stop_after)
-    resumed = stream(tmp_path / "parts")
-    assert resumed.start == stop_after
-    extractor, again = accumulate(resumed)
+        accumulate(tmp_path / "parts", stop_after)
+    assert stored_images(TensorShards(tmp_path / "parts")) == stop_after
+    extractor, again = accumulate(tmp_path / "parts")
     assert extractor.images == 22 - stop_after
     assert_same(whole, again)
-    assert_same(whole, accumulate(stream(tmp_path / "parts"))[1])
+    assert_same(whole, accumulate(tmp_path / "parts")[1])
 
 
 def test_a_damaged_shard_is_computed_again(tmp_path):
-    _, whole = accumulate(stream(tmp_path))
+    _, whole = accumulate(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) == 6
     shards[2].write_bytes(b"damaged")
-    resumed = stream(tmp_path)
-    assert resumed.start == 8
-    assert_same(whole, accumulate(resumed)[1])
+    assert stored_images(TensorShards(tmp_path)) == 8
+    assert_same(whole, accumulate(tmp_path)[1])
 
 
-def test_short_jobs_write_nothing(tmp_path, monkeypatch):
-    blocks = stream(tmp_path / "short", seconds=3600)
-    accumulate(blocks)
+def test_short_jobs_write_nothing(tmp_path):
+    checkpoints = Checkpoints(3600)
+    accumulate(tmp_path, checkpoints=checkpoints)
     assert not list(tmp_path.rglob("*.safetensors"))
     # A job that has become long saves the end of each stream, too.
-    blocks.checkpoints.used = True
-    accumulate(blocks)
+    checkpoints.used = True
+    accumulate(tmp_path, checkpoints=checkpoints)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    assert stream(tmp_path / "short").start == 22
+    assert stored_images(TensorShards(tmp_path)) == 22
 
 
 def test_every_process_starts_at_the_same_image(tmp_path, monkeypatch):
@@ -145,9 +141,9 @@ def test_every_process_starts_at_the_same_image(tmp_path, monkeypatch):
             assert value == 0  # only the first process reads the shards
             return 8.0
 
-    accumulate(stream(tmp_path))
-    monkeypatch.setattr(sample_stream, "processes", Group)
-    assert stream(tmp_path).start == 8
+    accumulate(tmp_path)
+    monkeypatch.setattr(accumulator, "processes", Group)
+    assert stored_images(TensorShards(tmp_path)) == 8
 
 
 # -- rows ---------------------------------------------------------------------------------------
@@ -336,7 +332,7 @@ def test_small_samples_are_warned_about_once(scoring, caplog):
     ]
 
 
-def test_values_that_are_not_finite_are_refused(scoring, tmp_path):
+def test_values_that_are_not_finite_are_refused(scoring):
     def broken(pixels, labels=None):
         return {"features": torch.full((len(pixels), DIM), torch.nan if labels is not None else 1)}
 
@@ -344,9 +340,9 @@ def test_values_that_are_not_finite_are_refused(scoring, tmp_path):
     with pytest.raises(UserError) as error:
         score_held_out(scorer)
     assert error.value.code == "not-finite"
-    source = SampleSource(lambda z, *_: z * torch.nan, (1, 8, 8), torch.nn.Identity(), None)
+    pixels = pixels_of(lambda z, *_: z * torch.nan, torch.nn.Identity())
     with pytest.raises(UserError):
-        scorer.score_samples(source, 0, tmp_path, keep=0)
+        scorer.score(sample(pixels, 4, (1, 8, 8), 10, seed=0))
 
 
 def test_images_nearest_to_training_images_are_returned(scoring):

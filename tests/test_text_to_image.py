@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from harness import cli
 from harness.denoiser import one_step, to_pixels
-from harness.evaluation.sample_stream import FeatureAccumulator
+from harness.evaluation.accumulator import FeatureAccumulator
 from harness.evaluation.scorer import Scorer
 from harness.features.base import load_extractor
 from harness.io.artifacts import load_tensors, read_json

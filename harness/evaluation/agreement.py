@@ -19,12 +19,12 @@ from torch.nn.functional import normalize
 from harness.config.jobs import Scoring
 from harness.data import datasets
 from harness.data.datasets import Images
+from harness.evaluation.accumulator import FeatureAccumulator
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.metrics.classifier_scores import SPLITS
 from harness.evaluation.metrics.kernel_distances import SIGMA
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import FRECHET, METRICS
-from harness.evaluation.sample_stream import FeatureAccumulator
 from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import load_tensors, write_text
 from harness.io.records import ScoreRecord
@@ -43,6 +43,7 @@ def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
     """Compare samples of a teacher, which its score file lists, with as many training images and
     write both tables in `folder`; returns them as a data frame with COLUMNS."""
     import pandas as pd
+    from tabulate import tabulate
 
     dataset, rows = datasets.load(scoring.data), []
     samples = ScoreRecord.read(scores).kept
@@ -59,7 +60,7 @@ def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
             extractor = load_extractor(extractor_folder, dataset, scoring.device)
             if extractor.unavailable:
                 status = f"unavailable ({extractor.unavailable})"
-                rows.append({"extractor": name, "tolerance": TOLERANCE, "agrees": status})
+                rows.append((None, name, *[None] * 4, TOLERANCE, status))
             else:
                 pair = ImagePair.extract(extractor, generated, real, scoring.evaluation.neighbours)
                 rows += compare_with_libraries(pair, folders)
@@ -67,13 +68,8 @@ def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
     write_text(folder / "agreement.csv", table.to_csv(index=False))
     compared = table.relative_difference.dropna()
     largest = f"{compared.max():.1e}" if len(compared) else "none"
-    body = (
-        table.astype(object)
-        .where(table.notna(), None)
-        .to_markdown(
-            index=False, floatfmt=("", "", ".8g", "", ".8g", ".1e", "g", ""), missingval="–"
-        )
-    )
+    formats = ("", "", ".8g", "", ".8g", ".1e", "g", "")
+    body = tabulate(rows, COLUMNS, "pipe", floatfmt=formats, missingval="–")
     text = (
         f"# Agreement with the libraries on {scoring.experiment}\n\n{body}\n\n{count:,} samples of "
         f"teacher {teacher} against {count:,} training images, read from disk by each library and "
@@ -130,28 +126,26 @@ class ImagePair:
         return self.extractor.extract(pixels, torch.zeros(len(pixels), dtype=torch.int64))
 
 
-def compare_with_libraries(pair: ImagePair, folders: list[Path]) -> list[dict]:
+def compare_with_libraries(pair: ImagePair, folders: list[Path]) -> list[tuple]:
     """The table's rows for one extractor. folders: the generated and the real images on disk."""
     values, rows = pair.values(), []
-    for library, compute in (
-        ("torch-fidelity", with_torch_fidelity),
-        ("clean-fid", with_clean_fid),
-    ):
+    libraries = {"torch-fidelity": with_torch_fidelity, "clean-fid": with_clean_fid}
+    for library, compute in libraries.items():
         for quantity, theirs in compute(pair, folders).items():
             ours = values[quantity]
             # Both may be 0.
             relative = 0.0 if ours == theirs else abs(ours - theirs) / max(abs(theirs), 1e-12)
             agrees = "yes" if relative <= TOLERANCE else "no"
             row = quantity, pair.extractor.name, ours, library, theirs, relative, TOLERANCE, agrees
-            rows.append(dict(zip(COLUMNS, row, strict=True)))
+            rows.append(row)
     return rows
 
 
-def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict[str, Any]]:
-    """Register the extractor in torch-fidelity; returns its name there and the options that select
-    this project's definitions. Its features: `exact` (float64), `features`, `standardised` and,
-    with probabilities, `logits`."""
-    import torch_fidelity
+def torch_fidelity_arguments(pair: ImagePair, folders: list[Path]) -> dict[str, Any]:
+    """Register the extractor in torch-fidelity; returns arguments of `calculate_metrics` that
+    select it, on the CPU, with this project's definitions. Its features: `exact` (float64),
+    `features`, `standardised` and, with probabilities, `logits`."""
+    from torch_fidelity import register_feature_extractor
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
     class Hook(FeatureExtractorBase):
@@ -171,10 +165,17 @@ def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict[str, Any]]:
             return tuple(outputs[name] for name in self.features_list)
 
     name = f"onestep-{pair.extractor.name}-{uuid.uuid4().hex}"
-    torch_fidelity.register_feature_extractor(name, Hook)
+    register_feature_extractor(name, Hook)
     score = pair.first_of(CLASS_SCORES)
     layers = {"fid": "exact", "kid": "standardised", "prc": "features", "isc": "logits"}
-    return name, {
+    return {
+        "input1": str(folders[0]),
+        "input2": str(folders[1]),
+        "feature_extractor": name,
+        "cuda": False,
+        "cache": False,  # keyed by the network's name, not by the images
+        "save_cpu_ram": True,  # otherwise it starts four processes
+        "verbose": False,
         **{f"feature_layer_{metric}": layer for metric, layer in layers.items()},
         **{metric: metric != "isc" or score is not None for metric in layers},
         "isc_splits": CLASS_SCORES.get(score, 1),
@@ -185,22 +186,11 @@ def register_in_torch_fidelity(pair: ImagePair) -> tuple[str, dict[str, Any]]:
     }
 
 
-def torch_fidelity_values(folders: list[Path], name: str, **options: Any) -> dict[str, float]:
-    """`torch_fidelity.calculate_metrics` of two folders with a registered network, on the CPU."""
-    import torch_fidelity
-
-    # Its cache is keyed by the network's name, not by the images; without save_cpu_ram it starts
-    # four processes.
-    common = {"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False}
-    inputs = {"input1": str(folders[0]), "input2": str(folders[1]), "feature_extractor": name}
-    return torch_fidelity.calculate_metrics(**inputs | common | options)
-
-
 def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
+    from torch_fidelity import calculate_metrics
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    name, options = register_in_torch_fidelity(pair)
-    found = torch_fidelity_values(folders, name, **options)
+    found = calculate_metrics(**torch_fidelity_arguments(pair, folders))
     values = {
         pair.first_of(FRECHET): found["frechet_inception_distance"],
         "kd": 1000 * found["kernel_inception_distance_mean"],

@@ -1,10 +1,10 @@
 """Real images that samples are compared with, by their features and statistics."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,25 +34,21 @@ from harness.streams import Stream
 PAIRWISE_LIMIT = 10_000
 
 
+@dataclass(eq=False)
 class Reference:
     """Real images to compare with.
 
     features: `(M, D)`, at most PAIRWISE_LIMIT; None if only statistics are known.
-    statistics: mean `(D,)` and covariance `(D, D)`; default: those of `features`.
+    given_statistics: mean `(D,)` and covariance `(D, D)`; default: those of `features`.
     held_out: features of real images outside the reference, if there are any.
     index: positions of `features` in the training part, `(M,)`, if known.
     """
 
-    def __init__(
-        self,
-        features: Tensor | None,
-        statistics: tuple[Tensor, Tensor] | None = None,
-        held_out: Tensor | None = None,
-        index: Tensor | None = None,
-    ):
-        self.features, self.held_out, self.index = features, held_out, index
-        self._given_statistics = statistics
-        self._computed: dict[str, Any] = {}
+    features: Tensor | None
+    given_statistics: tuple[Tensor, Tensor] | None = None
+    held_out: Tensor | None = None
+    index: Tensor | None = None
+    _computed: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def cached(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of `compute`, which all comparisons share under this name."""
@@ -66,7 +62,7 @@ class Reference:
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        return self._own_statistics if self._given_statistics is None else self._given_statistics
+        return self.given_statistics or self._own_statistics
 
     def frechet(self, features: Tensor) -> float:
         """Fréchet distance of samples `(N, D)`."""
@@ -95,26 +91,25 @@ class Reference:
         return self.cached(f"radii of {k}", lambda: neighbour_radii(self.features, k))
 
 
-@dataclass(frozen=True)
-class PublishedStatistics:
-    """Mean and covariance from `evaluation.statistics`, and the extractor that they belong to."""
+class PublishedStatistics(NamedTuple):
+    """Mean and covariance from `evaluation.statistics`."""
 
-    extractor: str
     statistics: tuple[Tensor, Tensor]
     sha256: str
 
 
-def published_statistics(scoring: Scoring) -> PublishedStatistics | None:
-    """The statistics file of an experiment, if it names one. It belongs to Inception: the one with
-    EDM's resize, as for published files, or the first one."""
+def published_statistics(scoring: Scoring) -> dict[str, PublishedStatistics]:
+    """The statistics file that an experiment names, by the extractor that it belongs to: Inception
+    with EDM's resize, as for published files, or the first Inception. Empty without a file."""
     evaluation = scoring.evaluation
     if evaluation.statistics is None:
-        return None
+        return {}
     provided = {name: provides(settings) for name, (settings, _) in scoring.extractors.items()}
     inception = [name for name, names in provided.items() if "inception" in names]
     extractor = next((name for name in inception if "fid-edm" in provided[name]), inception[0])
     path = fetch(evaluation.statistics, evaluation.statistics_sha256)
-    return PublishedStatistics(extractor, load_statistics(path, DIM), artifacts.sha256_file(path))
+    statistics = load_statistics(path, DIM)
+    return {extractor: PublishedStatistics(statistics, artifacts.sha256_file(path))}
 
 
 def load_reference(
@@ -122,7 +117,7 @@ def load_reference(
     dataset: Dataset,
     folder: Path,
     device: str,
-    published: tuple[Tensor, Tensor] | None = None,
+    published: tuple[Tensor, Tensor] | None,
 ) -> Reference:
     """The training part in an extractor's features. `published`: statistics that replace its own.
 

@@ -2,20 +2,22 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harness.config.jobs import Scoring, StudentRun, TeacherJob
 from harness.data.datasets import Images
 from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
+from harness.evaluation.accumulator import stored_images
 from harness.evaluation.checks import minimum_samples
 from harness.evaluation.protocol import fingerprint, reference_fingerprint
 from harness.evaluation.registry import column_name
-from harness.evaluation.sample_stream import SampleSource, load_decoding
 from harness.evaluation.scorer import Scorer
 from harness.io import artifacts
 from harness.io.records import (
@@ -28,104 +30,206 @@ from harness.io.records import (
     StudentRecord,
     TeacherRecord,
 )
-from harness.networks import denoiser_record, load_denoiser
-from harness.sampling import heun, one_step_generator
+from harness.io.shards import TensorShards
+from harness.networks import denoiser_record, load_codec, load_denoiser, pipeline_sha256
+from harness.sampling import Generator, heun, one_step_generator, pixels_of, sample
+from harness.teachers.text_embeddings import load_embeddings
+from harness.training.distributed import processes
 
 logger = logging.getLogger(__name__)
 
 # A teacher's samples for the check against other libraries: enough for full-rank covariances of
 # Inception's features, within a bound on the file's size.
 KEPT_IMAGES, KEPT_BYTES = 5000, 2 << 30
-PARTS = ".parts"  # suffix of the folder for unfinished work
 
-Figures = dict[str, Tensor]  # images, with what figures show of them
-PerImage = dict[int, dict[str, Tensor]]  # sampling seed -> column -> values `(N,)`
+
+class ScoreFile:
+    """The score file of a job: its entries, and images and values of single images for figures.
+
+    codec: decoder of latents, or the identity. embeddings: of the evaluation prompts, if the
+    networks read prompts. A teacher shares both with its students.
+    """
+
+    def __init__(self, scoring: Scoring, teacher: Path, path: Path):
+        self.scoring, self.path = scoring, path
+        self.unfinished = path.with_suffix(".parts")  # folder of an interrupted job
+        self.scorer = Scorer(scoring)
+        self.codec = load_codec(teacher, scoring.device)
+        self.embeddings = load_embeddings(teacher, evaluation=True)
+        self.hashes = pipeline_sha256(teacher), self.embeddings and self.embeddings.sha256
+        self.entries: list[ScoreEntry] = []
+        self.images: dict[str, Tensor] = {}
+        self.per_image: list[dict[str, Any]] = []  # columns of a table for each sampling seed
+
+    def add(
+        self,
+        facts: dict[str, Any],
+        generate: Generator,
+        shape: tuple[int, int, int],
+        seeds: Sequence[int],
+        *identity: object,
+        keep: int,
+        per_image: bool,
+        **options: Any,
+    ) -> None:
+        """Add an entry: rows for samples of `generate`, whose noise has `shape`, with each seed.
+
+        facts: the other fields of the entry. identity: what decides the samples, with the seed.
+        keep: how many images of the first seed to keep, with those nearest to training images,
+        unless there are some already. per_image: keep the values of each image, if there are
+        prompts. options: see `Scorer.score`.
+        """
+        scorer, device, block = self.scorer, self.scoring.device, self.scoring.evaluation.block
+        pixels, count = pixels_of(generate, self.codec), max(scorer.counts)
+        key = [*self.hashes, *identity, block, scorer.dataset.sha256, torch.__version__, device]
+        for e in scorer.extractors:
+            key.append([e.name, e.hashes, e.settings.model_dump(), e.resize, e.details])
+        rows = []
+        for seed in seeds:
+            kept = 0 if self.images else keep
+            shards = TensorShards(self.unfinished / artifacts.digest([*key, seed, kept]))
+            blocks = sample(
+                pixels,
+                count,
+                shape,
+                scorer.dataset.num_evaluated,
+                seed,
+                device,
+                self.embeddings,
+                block,
+                stored_images(shards),
+                processes(),
+            )
+            scores = scorer.score(
+                blocks,
+                seed=seed,
+                keep=kept,
+                nearest=kept > 0,
+                per_image=per_image and scorer.dataset.prompts is not None,
+                shards=shards,
+                **options,
+            )
+            rows += scores.rows
+            self.images = self.images or scores.images
+            if scores.per_image:
+                values = {name: tensor.numpy() for name, tensor in scores.per_image.items()}
+                self.per_image.append({"sample_seed": seed, "image": range(count), **values})
+        self.entries.append(ScoreEntry(**facts, rows=rows))
+        logger.info("scored %s", facts["snapshot"] or facts["student"])
+
+    def write(self, fingerprint: dict, **facts: Any) -> None:
+        """Write the score file after the files that it names, then delete unfinished work.
+
+        The CSV file of single images has one row per image. Its column `prompt` has line numbers of
+        the evaluation prompts, from 0. Image i of a sampling seed has the same noise and prompt for
+        every student.
+        """
+        scorer, path = self.scorer, self.path
+        if not scorer.first:
+            return
+        if self.per_image:  # not without an available extractor
+            import pandas as pd
+
+            file = path.with_suffix(".prompts.csv")
+            table = pd.concat(map(pd.DataFrame, self.per_image))
+            artifacts.write_text(file, table.to_csv(index=False, float_format="%.6g"))
+            facts["per_image"] = File(file=file.name, sha256=artifacts.sha256_file(file))
+        file = path.with_suffix(".samples.safetensors")
+        samples = Samples(file=file.name, sha256=artifacts.save_tensors(file, self.images))
+        if scorer.nearest_in is not None:
+            reference = scorer.references[scorer.nearest_in]
+            samples.neighbour_extractor = scorer.nearest_in
+            samples.neighbour_rows = len(reference.features)
+            samples.neighbour_unit = "held-out median" if reference.typical_nearest else "features"
+        ScoreRecord(
+            fingerprint=artifacts.digest(fingerprint),
+            entries=self.entries,
+            samples=samples,
+            protocols=scorer.protocols,
+            dimensions=scorer.dimensions,
+            **facts,
+        ).write(path)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
 def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
     """Score every snapshot of a run and write its score file."""
-    run, scorer = StudentRecord.read(job.folder / "student.json"), Scorer(scoring)
-    evaluation, device = scoring.evaluation, scoring.device
-    decoding = load_decoding(job.teacher, device)
-    entries: list[ScoreEntry] = []
-    images: Figures = {}
-    per_image: PerImage = {}
+    run = StudentRecord.read(job.folder / "student.json")
+    file, evaluation = ScoreFile(scoring, job.teacher, output), scoring.evaluation
     for snapshot in run.snapshots:
         folder, final = job.folder / "snapshots" / snapshot.name, snapshot is run.snapshots[-1]
-        denoiser = load_denoiser(folder, snapshot.sha256, device, owner=job.folder)
-        generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
-        source, rows = SampleSource(generate, denoiser.image_shape, *decoding), []
-        for seed in evaluation.seeds_of_snapshot(final):
-            scores = scorer.score_samples(
-                source,
-                seed,
-                output.with_suffix(PARTS),
-                snapshot.sha256,
-                keep=evaluation.grid_samples if final and not images else 0,
-                final=final,
-                trained_against=run.trained_against,
-                pretraining=run.pretraining,
-                per_image=final and scorer.dataset.prompts is not None,
-            )
-            rows += scores.rows
-            images, per_image[seed] = images or scores.images, scores.per_image
+        denoiser = load_denoiser(folder, snapshot.sha256, scoring.device, owner=job.folder)
         facts = snapshot.model_dump(include={"grid", "sha256"}) | _costs(snapshot.ledger)
-        facts |= {"snapshot": snapshot.name, "final": final, "ema": snapshot.ema_half_life}
-        entries.append(ScoreEntry(**facts, nfe=1, rows=rows))
-        logger.info("scored %s", snapshot.name)
+        facts |= {
+            "snapshot": snapshot.name,
+            "final": final,
+            "ema": snapshot.ema_half_life,
+            "nfe": 1,
+        }
+        file.add(
+            facts,
+            one_step_generator(denoiser, denoiser_record(folder)["sigma_init"]),
+            denoiser.image_shape,
+            evaluation.seeds_of_snapshot(final),
+            snapshot.sha256,
+            keep=evaluation.grid_samples if final else 0,
+            per_image=final,
+            final=final,
+            trained_against=run.trained_against,
+            pretraining=run.pretraining,
+        )
     facts = {"student": job.student.name, "seed": job.seed, "weights": run.sha256}
     facts |= {"method": run.method, "contended": run.contended}
-    _write(output, scorer, entries, images, per_image, fingerprint(scoring), **facts)
+    file.write(fingerprint(scoring), **facts)
 
 
 def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
     """Score a teacher with its sampler and with one step, and the floor (real held-out images, if
     any); write the score file."""
     teacher = TeacherRecord.read(job.folder / "teacher.json")
-    scorer, sampler = Scorer(scoring), job.section.sampler
-    evaluation, device = scoring.evaluation, scoring.device
-    denoiser = load_denoiser(job.folder, teacher.sha256, device)
-    decoding, settings = load_decoding(job.folder, device), sampler.model_dump()
-    entries: list[ScoreEntry] = []
-    images: Figures = {}
-    stored: Figures = {}  # samples of the first sampling seed, for other libraries
-    per_image: PerImage = {}
+    file, sampler = ScoreFile(scoring, job.folder, output), job.section.sampler
+    evaluation, scorer = scoring.evaluation, file.scorer
+    denoiser = load_denoiser(job.folder, teacher.sha256, scoring.device)
+    settings, shape = sampler.model_dump(), denoiser.image_shape
+    with torch.no_grad():
+        image = file.codec(torch.zeros(1, *shape, device=scoring.device))
+    count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // image.numel())
     common = {"snapshot": "", "final": True, "grid": []}
     for name, nfe, generate, identity in (
         ("teacher", sampler.nfe, partial(heun, denoiser, **settings), settings),
         ("teacher-1step", 1, one_step_generator(denoiser, sampler.sigma_max), sampler.sigma_max),
     ):
-        source, rows = SampleSource(generate, denoiser.image_shape, *decoding), []
-        prompted = name == "teacher" and scorer.dataset.prompts is not None
-        count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // source.image_bytes)
-        for seed in evaluation.sampling_seeds:
-            keep = 0 if images else max(count, evaluation.grid_samples)
-            what = output.with_suffix(PARTS), teacher.sha256, identity
-            scores = scorer.score_samples(source, seed, *what, keep=keep, per_image=prompted)
-            rows += scores.rows
-            if prompted:
-                per_image[seed] = scores.per_image
-            if scores.images:
-                images = scores.images
-                stored = {key: images[key][:count] for key in ("pixels", "labels")}
-                images |= {key: images[key][: evaluation.grid_samples] for key in stored}
         facts = {"student": name, "sha256": teacher.sha256, "nfe": nfe} | _costs(teacher.ledger)
         facts["ema"] = getattr(job.section, "ema_half_life", None)  # unknown of imported teachers
-        entries.append(ScoreEntry(**common, **facts, rows=rows))
-        logger.info("scored %s", name)
+        file.add(
+            common | facts,
+            generate,
+            shape,
+            evaluation.sampling_seeds,
+            teacher.sha256,
+            identity,
+            keep=max(count, evaluation.grid_samples),
+            per_image=name == "teacher",
+        )
+    facts = {"teacher": job.name, "weights": teacher.sha256}
+    if scorer.first:  # samples of the first sampling seed, for other libraries
+        kept = {key: file.images[key] for key in ("pixels", "labels")}
+        path = output.with_suffix(".kept.safetensors")
+        sha256 = artifacts.save_tensors(path, {key: t[:count] for key, t in kept.items()})
+        facts["kept"] = File(file=path.name, sha256=sha256)
+        file.images |= {key: t[: evaluation.grid_samples] for key, t in kept.items()}
     if len(scorer.dataset.held_out):
         blocks = scorer.dataset.held_out.blocks()
         real = ((pixels, labels if scorer.labels_known else None) for pixels, labels in blocks)
         scores = scorer.score(real, [scorer.floor_count], nearest=True)
-        images |= {f"floor_{name}": tensor for name, tensor in scores.images.items()}
-        entries.append(ScoreEntry(**common, student="floor", rows=scores.rows))
+        file.images |= {f"floor_{name}": tensor for name, tensor in scores.images.items()}
+        file.entries.append(ScoreEntry(**common, student="floor", rows=scores.rows))
         logger.info("scored floor")
-    facts = {"teacher": job.name, "weights": teacher.sha256}
-    if scorer.first:
-        file = output.with_suffix(".kept.safetensors")
-        facts["kept"] = File(file=file.name, sha256=artifacts.save_tensors(file, stored))
-    key = reference_fingerprint(scoring, sampler)
-    _write(output, scorer, entries, images, per_image, key, **facts)
+    file.write(reference_fingerprint(scoring, sampler), **facts)
+
+
+def _costs(ledger: Costs | None) -> dict[str, Any]:
+    return ledger.model_dump(include={"images", "flops", "seconds"}) if ledger else {}
 
 
 def score_folder(scoring: Scoring, path: Path) -> list[ScoreRow]:
@@ -166,57 +270,3 @@ def print_folder(scoring: Scoring, path: Path) -> None:
         f"\n{path} against the training part of {scoring.data_section.name}, scored like the "
         f"students of {scoring.experiment}. How these images were selected is unknown."
     )
-
-
-def _costs(ledger: Costs | None) -> dict[str, Any]:
-    return ledger.model_dump(include={"images", "flops", "seconds"}) if ledger else {}
-
-
-def _write(
-    path: Path,
-    scorer: Scorer,
-    entries: list[ScoreEntry],
-    images: Figures,
-    per_image: PerImage,
-    fingerprint: dict,
-    **facts: Any,
-) -> None:
-    """Write a score file after the files that it names, then delete unfinished work."""
-    if not scorer.first:
-        return
-    if any(per_image.values()):  # not without an available extractor
-        file = path.with_suffix(".prompts.csv")
-        _write_per_image(file, per_image)
-        facts["per_image"] = File(file=file.name, sha256=artifacts.sha256_file(file))
-    file = path.with_suffix(".samples.safetensors")
-    samples = Samples(file=file.name, sha256=artifacts.save_tensors(file, images))
-    if scorer.nearest_in is not None:
-        reference = scorer.references[scorer.nearest_in]
-        samples.neighbour_extractor = scorer.nearest_in
-        samples.neighbour_rows = len(reference.features)
-        samples.neighbour_unit = "held-out median" if reference.typical_nearest else "features"
-    ScoreRecord(
-        fingerprint=artifacts.digest(fingerprint),
-        entries=entries,
-        samples=samples,
-        protocols=scorer.protocols,
-        dimensions=scorer.dimensions,
-        **facts,
-    ).write(path)
-    shutil.rmtree(path.with_suffix(PARTS), ignore_errors=True)
-
-
-def _write_per_image(path: Path, per_image: PerImage) -> None:
-    """Write a CSV file with one row per image. The column `prompt` has line numbers of the
-    evaluation prompts, from 0. Image i of a sampling seed has the same noise and prompt for every
-    student."""
-    import pandas as pd
-
-    tables = []
-    for seed, columns in per_image.items():
-        if columns:
-            values = {name: tensor.numpy() for name, tensor in columns.items()}
-            prompts = values.pop("prompt")
-            first = {"sample_seed": seed, "image": range(len(prompts)), "prompt": prompts}
-            tables.append(pd.DataFrame(first | values))
-    artifacts.write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6g"))

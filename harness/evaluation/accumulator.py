@@ -1,15 +1,11 @@
-"""Streams of generated samples, and the outputs of all extractors for them, which can resume."""
+"""The outputs of all extractors for a stream of images, which can resume."""
 
-import logging
-import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.data.registry import AttributeChecker, Images
 from harness.errors import UserError
@@ -19,55 +15,17 @@ from harness.evaluation.neighbours import nearest
 from harness.evaluation.references import Reference
 from harness.features.base import FeatureExtractor
 from harness.io.shards import TensorShards
-from harness.networks import load_codec, pipeline_sha256
-from harness.sampling import Generator
-from harness.teachers.text_embeddings import TextEmbeddings, load_embeddings
 from harness.training.distributed import processes
-
-logger = logging.getLogger(__name__)
 
 NEAREST = 10  # image pairs in the figure of nearest neighbours
 
 
-@dataclass(frozen=True)
-class SampleSource:
-    """A generator with what turns its output into pixels.
-
-    shape: of its noise, `(C, H, W)`. codec: decoder of latents, or the identity. embeddings: of the
-    evaluation prompts, if it reads prompts. hashes: of what decides its images besides the network.
-    """
-
-    generate: Generator
-    shape: tuple[int, int, int]
-    codec: nn.Module
-    embeddings: TextEmbeddings | None
-    hashes: tuple = ()
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of one uint8 image."""
-        if isinstance(self.codec, nn.Identity):
-            return math.prod(self.shape)
-        config = self.codec.vae.config
-        scale = 2 ** (len(config.block_out_channels) - 1)
-        return config.out_channels * self.shape[1] * self.shape[2] * scale**2
-
-
-def load_decoding(teacher: Path, device: str) -> tuple[nn.Module, TextEmbeddings | None, tuple]:
-    """The last three arguments of `SampleSource`, which a teacher shares with its students."""
-    embeddings = load_embeddings(teacher, evaluation=True)
-    hashes = pipeline_sha256(teacher), embeddings and embeddings.sha256
-    return load_codec(teacher, device), embeddings, hashes
-
-
-@dataclass
 class Checkpoints:
     """When a scoring job saves unfinished work: every `seconds`. A job shorter than that saves
     nothing; once it has saved something, it also saves the end of each stream."""
 
-    seconds: float
-    used: bool = False
-    _last: float = field(default_factory=time.monotonic)
+    def __init__(self, seconds: float):
+        self.seconds, self.used, self._last = seconds, False, time.monotonic()
 
     def due(self, stream_ended: bool) -> bool:
         overdue = time.monotonic() - self._last >= self.seconds
@@ -77,33 +35,11 @@ class Checkpoints:
         self._last, self.used = time.monotonic(), True
 
 
-@dataclass
-class SampleStream:
-    """Blocks of images of one sampling seed, from the first that is not in `folder`, where an
-    interrupted job has stored what it computed.
-
-    blocks: yields `count` uint8 images with the requested classes or prompts (see
-    `harness.sampling.sample`), from image `start` on.
-    """
-
-    blocks: Callable[..., Iterator[tuple[Tensor, Tensor | None]]]
-    count: int
-    folder: Path
-    checkpoints: Checkpoints
-
-    def __post_init__(self) -> None:
-        self.shards, group = TensorShards(self.folder), processes()
-        stored = sum(record["images"] for record in self.shards.records) if group.first else 0
-        self.start = int(group.agree(stored))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        done, logged = self.start, time.monotonic()
-        for pixels, labels in self.blocks(start=self.start):
-            yield pixels, labels
-            done += len(pixels)
-            if time.monotonic() - logged >= 60:
-                logged = time.monotonic()
-                logger.info("%d of %d samples", done, self.count)
+def stored_images(shards: TensorShards) -> int:
+    """How many images an interrupted job has processed; only the first process reads its shards."""
+    group = processes()
+    stored = sum(record["images"] for record in shards.records) if group.first else 0
+    return int(group.agree(stored))
 
 
 class NearestImages:
@@ -144,7 +80,7 @@ class FeatureAccumulator:
 
     attributes: checker of a data set whose prompts name attributes that a program can check.
     keep: how many images to store themselves, from the first. nearest: which images to search for.
-    stream: where to resume from, and to save to; None: in memory only.
+    shards: where to resume from, and to save to when `checkpoints` are due; None: in memory only.
     """
 
     def __init__(
@@ -153,16 +89,26 @@ class FeatureAccumulator:
         attributes: AttributeChecker | None = None,
         keep: int = 0,
         nearest: NearestImages | None = None,
-        stream: SampleStream | None = None,
+        shards: TensorShards | None = None,
+        checkpoints: Checkpoints | None = None,
     ):
         self.extractors, self.attributes = extractors, attributes
-        self.keep, self.nearest, self.stream = keep, nearest, stream
-        self.count = self._saved_count = 0
+        self.keep, self.nearest = keep, nearest
+        self.shards, self.checkpoints = shards, checkpoints
         # Names: "pixels", "labels", "attributes" and "<extractor>/<output>".
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
-        self._saved_parts: dict[str, int] = {}  # how many of the parts are on disk
-        if stream is not None:
-            self._resume()
+        for tensors in shards or ():
+            for name, tensor in tensors.items():
+                if name.startswith("nearest/"):
+                    self.nearest.best[name.removeprefix("nearest/")] = tensor
+                else:
+                    self._parts[name].append(tensor)
+        self.count = sum(record["images"] for record in shards.records) if shards else 0
+        self._mark_saved()
+
+    def _mark_saved(self) -> None:
+        self._saved_count = self.count
+        self._saved_parts = {name: len(parts) for name, parts in self._parts.items()}
 
     def add(self, pixels: Tensor, labels: Tensor | None) -> None:
         """Process one block: uint8 pixels `(B, C, H, W)`, labels int64 `(B,)`."""
@@ -182,32 +128,18 @@ class FeatureAccumulator:
         self.save()
 
     def save(self, ended: bool = False) -> None:
-        """Append everything that is not on disk yet to the stream's shards, if it is time.
-        `ended`: the stream has ended."""
+        """Append everything that is not on disk yet to the shards, if it is time. `ended`: the
+        stream has ended."""
         images = self.count - self._saved_count
-        if self.stream is None or not images or not self.stream.checkpoints.due(ended):
+        if self.shards is None or not images or not self.checkpoints.due(ended):
             return
         new = {key: parts[self._saved_parts.get(key, 0) :] for key, parts in self._parts.items()}
         tensors = {name: torch.cat(parts) for name, parts in new.items() if parts}
         if self.nearest:
             tensors |= {f"nearest/{name}": tensor for name, tensor in self.nearest.best.items()}
-        self.stream.shards.append(tensors, images=images)
-        self.stream.checkpoints.saved()
+        self.shards.append(tensors, images=images)
+        self.checkpoints.saved()
         self._mark_saved()
-
-    def _resume(self) -> None:
-        for tensors in self.stream.shards:
-            for name, tensor in tensors.items():
-                if name.startswith("nearest/"):
-                    self.nearest.best[name.removeprefix("nearest/")] = tensor
-                else:
-                    self._parts[name].append(tensor)
-        self.count = self.stream.start
-        self._mark_saved()
-
-    def _mark_saved(self) -> None:
-        self._saved_count = self.count
-        self._saved_parts = {name: len(parts) for name, parts in self._parts.items()}
 
     def images(self) -> dict[str, Tensor]:
         """`pixels` and `labels` of the first images, and the nearest ones."""
