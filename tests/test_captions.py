@@ -7,10 +7,10 @@ from harness.config.schema import DataSection, Sampler
 from harness.context import Context, TrainingData
 from harness.data import captioned_digits
 from harness.data import datasets as data
-from harness.data.captioned_digits import ATTRIBUTES, COPIES, Attributes, captions, draw, measure
+from harness.data.captioned_digits import ATTRIBUTES, COPIES, captions, draw, measure
 from harness.data.digits import read_digits
 from harness.data.prompts import Prompts
-from harness.data.registry import data_source
+from harness.data.registry import AttributeChecker, data_source
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.references import Reference
@@ -96,7 +96,8 @@ def test_captions_are_loaded_with_the_data_set(tmp_path):
 
 
 def test_attribute_accuracy_asks_for_everything():
-    attributes = Attributes(torch.tensor([[3, 0, 0, 0], [4, 1, 1, 1]]))
+    values = torch.tensor([[3, 0, 0, 0], [4, 1, 1, 1]])
+    attributes = AttributeChecker(values, ("ink", "ground", "side"), measure)
     shown = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 1, 1]]).bool()
     classes = attributes.classes(torch.tensor([0, 0, 1, 1]))
     probabilities = torch.nn.functional.one_hot(torch.tensor([3, 3, 3, 4]), 10).float()

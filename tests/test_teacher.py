@@ -59,7 +59,7 @@ def test_augmentation_needs_a_network_with_augmentation_labels(tiny):
     job = parse_experiment(tiny, "tiny").teacher_job("edm")
     dataset = SimpleNamespace(image_shape=(1, 8, 8), num_classes=10)
     with pytest.raises(UserError) as error:
-        assemble(job, dataset, (None, None), "run")
+        assemble(job, dataset, "run")
     assert error.value.code == "augment-labels"
 
 

@@ -5,7 +5,6 @@ ink colours, on a black or white ground, on the left or on the right. A caption 
 attributes in one of three wordings. Each digit is drawn eight times, with fixed random attributes.
 """
 
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from harness.data.digits import DIGIT_WORDS, Digits, read_digits
-from harness.data.registry import DATASETS, Images, stratified_split
+from harness.data.registry import DATASETS, AttributeChecker, Images, stratified_split
 from harness.streams import Stream
 
 SIZE, DIGIT = 16, 10  # pixels
@@ -38,34 +37,14 @@ def _colours(table: dict[str, tuple[int, int, int]]) -> Tensor:
     return torch.tensor(list(table.values())).float()
 
 
-@dataclass(frozen=True)
-class Attributes:
-    """Checker of images against captions (an `AttributeChecker`).
-
-    values: int64 `(captions, 4)`, the attributes in each caption, in the order of `ATTRIBUTES`.
-    """
-
-    values: Tensor
-    names: tuple[str, ...] = ("ink", "ground", "side")
-
-    def check(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        return measure(pixels) == self.values[labels, 1:]
-
-    def classes(self, labels: Tensor) -> Tensor:
-        return self.values[labels, 0]
-
-    def meanings(self) -> Tensor:
-        return self.values.unique(dim=0, return_inverse=True)[1]
-
-
-def captions() -> tuple[tuple[str, ...], Attributes]:
+def captions() -> tuple[tuple[str, ...], AttributeChecker]:
     """All captions: each combination of attributes in each wording; and their checker."""
     texts, rows = [], []
     for row in product(*(range(len(values)) for values in ATTRIBUTES.values())):
         words = {n: values[i] for (n, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
         texts += [wording.format(**words) for wording in WORDINGS]
         rows += [row] * len(WORDINGS)
-    return tuple(texts), Attributes(torch.tensor(rows))
+    return tuple(texts), AttributeChecker(torch.tensor(rows), tuple(ATTRIBUTES)[1:], measure)
 
 
 @DATASETS.register("captioned-digits")

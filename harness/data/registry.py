@@ -3,10 +3,10 @@
 A data set is a subclass of `DataSource` in this package or a plug-in, registered as `data.name`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,20 +37,29 @@ class Images:
         return zip(self.pixels.split(size), self.labels.split(size), strict=True)
 
 
-class AttributeChecker(Protocol):
-    """A program that checks images against captions; a label is the number of a caption."""
+@dataclass(frozen=True)
+class AttributeChecker:
+    """A program that checks images against captions; a label is the number of a caption.
 
-    names: tuple[str, ...]  # the attributes that `check` measures
+    values: int64 `(captions, 1 + len(names))`, the class and the attributes in each caption.
+    measure: the attributes in uint8 images `(B, C, H, W)`, int64 `(B, len(names))`.
+    """
+
+    values: Tensor
+    names: tuple[str, ...]  # of the attributes
+    measure: Callable[[Tensor], Tensor]
 
     def check(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Whether uint8 images `(B, C, H, W)` have each attribute of their captions: bool
-        `(B, len(names))`."""
+        """Whether images have each attribute of their captions: bool `(B, len(names))`."""
+        return self.measure(pixels) == self.values[labels, 1:]
 
     def classes(self, labels: Tensor) -> Tensor:
         """The class in each caption: int64 `(B,)`."""
+        return self.values[labels, 0]
 
     def meanings(self) -> Tensor:
         """int64 `(captions,)`, equal for captions that differ in wording only."""
+        return self.values.unique(dim=0, return_inverse=True)[1]
 
 
 class DataSource:

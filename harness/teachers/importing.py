@@ -45,9 +45,9 @@ def _import_pipeline(job: TeacherJob) -> TeacherRecord:
     shape = None if job.data_section.has_images else dataset.image_shape
     pipeline.check(job.name, shape, section.sampler.sigma_max)
     with run_lock(job.folder):
-        sets = {"text": dataset.prompts, "evaluation_text": dataset.evaluation_prompts}
-        if sets["text"] is sets["evaluation_text"]:
-            del sets["evaluation_text"]
+        sets = {"text": dataset.prompts}
+        if dataset.evaluation_prompts is not dataset.prompts:
+            sets["evaluation_text"] = dataset.evaluation_prompts
         encoder = pipeline.text_encoder(job.device)
         folder = job.folder / "text"
         embeddings = {key: embed_prompts(encoder, prompts, folder) for key, prompts in sets.items()}

@@ -24,12 +24,6 @@ from harness.training.loop import train
 from harness.training.run import TrainingRun, loop_settings
 
 
-def make_teacher(job: TeacherJob) -> TeacherRecord | None:
-    """Train or import a teacher, write its folder with `teacher.json`, and return the record."""
-    imported = isinstance(job.section, ImportedTeacher)
-    return import_teacher(job) if imported else train_teacher(job)
-
-
 def teacher_phase(section: TrainedTeacher) -> Phase:
     """EDM's training (Karras et al. 2022): denoise real images at lognormal noise levels.
 
@@ -52,13 +46,15 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
     return Phase("denoise", "teacher", loss, optimizer)
 
 
-# The captions' embeddings, and the empty prompt's; None without captions.
-Captions = tuple[TextEmbeddings | None, dict[str, Tensor] | None]
-
-
-def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str) -> TrainingRun:
-    """Build a teacher's training."""
-    section, (embeddings, null) = job.section, captions
+def assemble(
+    job: TeacherJob,
+    dataset: Dataset,
+    run_id: str,
+    embeddings: TextEmbeddings | None = None,
+    null: dict[str, Tensor] | None = None,
+) -> TrainingRun:
+    """Build a teacher's training. With captions: their embeddings, and the empty prompt's."""
+    section = job.section
     with seeded(section.seed):
         shape, classes = dataset.image_shape, dataset.num_classes
         network = build_denoiser(section.network, shape, classes, section.sigma_data, null=null)
@@ -93,8 +89,11 @@ def assemble(job: TeacherJob, dataset: Dataset, captions: Captions, run_id: str)
     )
 
 
-def train_teacher(job: TeacherJob) -> TeacherRecord | None:
-    """Train a teacher and write its folder; the first process returns the record."""
+def make_teacher(job: TeacherJob) -> TeacherRecord | None:
+    """Train or import a teacher and write its folder with `teacher.json`; the first process returns
+    the record."""
+    if isinstance(job.section, ImportedTeacher):
+        return import_teacher(job)
     dataset = datasets.load(job.data)
     embeddings = null = None
     if job.text_encoder is not None:
@@ -106,12 +105,12 @@ def train_teacher(job: TeacherJob) -> TeacherRecord | None:
     run_id = digest([job.fingerprint, dataset.sha256, embeddings and embeddings.sha256])
     group = processes()
     with group.leading(run_lock(job.folder)):
-        run = assemble(job, dataset, (embeddings, null), run_id)
+        run = assemble(job, dataset, run_id, embeddings, null)
         outcome = train(run)
         if not group.first:
             return None
         final = run.snapshot(outcome.snapshots[-1]["name"])
-        for file in (*FILES, *[NULL] * (embeddings is not None)):
+        for file in (*FILES, NULL) if embeddings else FILES:
             link(job.folder / file, final / file)
         link(job.folder / "train.csv", run.folder / "train.csv")
         record = TeacherRecord(
