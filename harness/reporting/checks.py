@@ -1,60 +1,60 @@
 """Checks of the sections `paper` and `claims`."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from harness.config.schema import ClaimSection, PaperSection
 from harness.errors import Problem, did_you_mean
 from harness.reporting.published.catalogue import published
 
 
-def check_claims(claims: Sequence[ClaimSection], students: Collection[str]) -> list[Problem]:
+def _unknown(key: str, message: str, name: str | None, known: Iterable[str]) -> Problem:
+    return Problem(key, "unknown-name", message + did_you_mean(name or "", known))
+
+
+def check_claims(claims: Sequence[ClaimSection], students: Collection[str]) -> Iterator[Problem]:
     """Errors in `claims`, for an experiment with these students."""
-    problems = []
     for i, claim in enumerate(claims):
         for role in ("better", "worse"):
             name = getattr(claim, role)
             if name not in students:
-                message = f"unknown student {name!r}{did_you_mean(name, students)}"
-                problems.append(Problem(f"claims.{i}.{role}", "unknown-name", message))
+                yield _unknown(f"claims.{i}.{role}", f"unknown student {name!r}", name, students)
         if claim.better == claim.worse:
             message = f"{claim.better!r} is both better and worse"
-            problems.append(Problem(f"claims.{i}", "same-student", message))
-    return problems
+            yield Problem(f"claims.{i}", "same-student", message)
 
 
 def check_paper(
     paper: PaperSection, teachers: Collection[str], students: Collection[str]
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """Errors in `paper`, for an experiment with these teachers and students."""
-    entries = [entry for entry in published() if entry["dataset"] == paper.dataset]
-    if not entries:
-        hint = did_you_mean(paper.dataset, {entry["dataset"] for entry in published()})
-        message = f"no published numbers on {paper.dataset!r}{hint}"
-        return [Problem("paper.dataset", "unknown-name", message)]
+    dataset, conditioning = paper.dataset, paper.conditioning
+    entries = [entry for entry in published() if entry["dataset"] == dataset]
     kinds = sorted({entry["conditioning"] for entry in entries})
-    if paper.conditioning is None and len(kinds) > 1:
-        message = f"missing; {paper.dataset} has {' and '.join(kinds)} numbers"
-        return [Problem("paper.conditioning", "missing-key", message)]
-    if paper.conditioning not in (None, *kinds):
-        hint = did_you_mean(paper.conditioning, kinds)
-        message = f"{paper.dataset} has no {paper.conditioning!r} numbers{hint}"
-        return [Problem("paper.conditioning", "unknown-name", message)]
-    problems = []
-    rows = ["teacher"] if len(teachers) == 1 else [f"teacher/{name}" for name in teachers]
-    rows += students
-    entries = [e for e in entries if paper.conditioning in (None, e["conditioning"])]
+    if not entries:
+        known = {entry["dataset"] for entry in published()}
+        yield _unknown("paper.dataset", f"no published numbers on {dataset!r}", dataset, known)
+    elif conditioning is None and len(kinds) > 1:
+        message = f"missing; {dataset} has {' and '.join(kinds)} numbers"
+        yield Problem("paper.conditioning", "missing-key", message)
+    elif conditioning not in (None, *kinds):
+        message = f"{dataset} has no {conditioning!r} numbers"
+        yield _unknown("paper.conditioning", message, conditioning, kinds)
+    else:
+        rows = ["teacher"] if len(teachers) == 1 else [f"teacher/{name}" for name in teachers]
+        entries = [e for e in entries if conditioning in (None, e["conditioning"])]
+        yield from _check_names(paper, [*rows, *students], entries)
+
+
+def _check_names(paper: PaperSection, rows: list[str], entries: list[dict]) -> Iterator[Problem]:
     for row, name in paper.methods.items():
         key = f"paper.methods.{row}"
         if row not in rows:
-            message = f"unknown student{did_you_mean(row, rows)}"
-            problems.append(Problem(key, "unknown-name", message))
-        variants = [entry["variant"] for entry in entries if entry["method"] == name.method]
+            yield _unknown(key, "unknown student", row, rows)
+        variants = {entry["variant"] for entry in entries if entry["method"] == name.method}
+        message = "no published numbers of {!r}"
         if not variants:
-            hint = did_you_mean(name.method, {entry["method"] for entry in entries})
-            message = f"no published numbers of {name.method!r}{hint}"
-            problems.append(Problem(f"{key}.method", "unknown-name", message))
+            known = {entry["method"] for entry in entries}
+            yield _unknown(f"{key}.method", message.format(name.method), name.method, known)
         elif name.variant not in variants:
-            hint = did_you_mean(name.variant or "", set(filter(None, variants)))
-            message = f"no published numbers of {name.variant!r}{hint}"
-            problems.append(Problem(f"{key}.variant", "unknown-name", message))
-    return problems
+            known = variants - {None}
+            yield _unknown(f"{key}.variant", message.format(name.variant), name.variant, known)

@@ -91,17 +91,20 @@ def read_metrics(path: Path) -> pd.DataFrame:
     return table
 
 
-def require_one_protocol_per_column(table: pd.DataFrame, source: Path) -> None:
-    """Raise a `UserError` (code "mixed-protocols") if a column of a table (with `column`) holds
-    numbers of several protocols."""
-    for column, group in table[table.column != ""].groupby("column"):
-        count = group.protocol.nunique(dropna=False)
-        if count > 1:
-            raise UserError(
-                f"{source}: column {column} mixes {count} protocols; delete the older files under "
-                "scores/ and run the workflow again",
-                "mixed-protocols",
-            )
+def with_columns(table: pd.DataFrame, source: Path) -> pd.DataFrame:
+    """The table with `column`, the name of each number's column in a comparison ("" without a
+    number). A column with several protocols raises a `UserError` (code "mixed-protocols")."""
+    keys = table[["metric", "num_samples", "extractor"]].itertuples(index=False)
+    names = ["" if pd.isna(m) or pd.isna(n) else column_name(m, int(n), e) for m, n, e in keys]
+    table = table.assign(column=names)
+    counts = table[table.column != ""].groupby("column").protocol.nunique(dropna=False)
+    for column, count in counts[counts > 1].items():
+        raise UserError(
+            f"{source}: column {column} mixes {count} protocols; delete the older files under "
+            "scores/ and run the workflow again",
+            "mixed-protocols",
+        )
+    return table
 
 
 # -- reading score files ------------------------------------------------------------------------
@@ -110,10 +113,8 @@ def require_one_protocol_per_column(table: pd.DataFrame, source: Path) -> None:
 def _current_scores(
     record: StudentRecord | TeacherRecord | None, training: object, path: Path, scoring: object
 ) -> ScoreRecord | None:
-    """A score file, if it and the record of what it scored are up to date and belong together.
-
-    training, scoring: the fingerprints that they should have.
-    """
+    """A score file, if it and the record of what it scored belong together and have the
+    fingerprints `scoring` and `training`."""
     if record is None or record.fingerprint != digest(training) or not path.exists():
         return None
     scores = ScoreRecord.read(path)
@@ -149,17 +150,16 @@ def reference_scores(experiment: Experiment, teacher: str) -> ScoreRecord | None
     )
 
 
-def _score_rows(scores: ScoreRecord, names: dict[str, str] | None) -> list[dict]:
-    """The tidy rows of a score file. names: entries to read and their names in the table; None:
-    all entries, which are snapshots of a student."""
+def _score_rows(scores: ScoreRecord, names: dict[str | None, str]) -> list[dict]:
+    """The tidy rows of a score file. names: entries to read -> their names in the table; entries
+    without a name are a student's snapshots."""
     rows = []
     for entry in scores.entries:
-        if names is not None and entry.student not in names:
+        if entry.student not in names:
             continue
-        facts = entry.model_dump(include={"snapshot", "nfe", "ema", "images", "flops", "seconds"})
-        facts |= {"student": scores.student if names is None else names[entry.student]}
+        facts = entry.model_dump(exclude={"rows"})
+        facts |= {"student": names[entry.student], "grid": " ".join(entry.grid)}
         facts |= {"method": scores.method, "seed": scores.seed}
-        facts |= {"final": entry.final, "grid": " ".join(entry.grid)}
         for row in entry.rows:
             flags = [row.flag, "contended" if scores.contended else ""]
             score = row.model_dump(exclude_none=True) | {"flag": " ".join(filter(None, flags))}
@@ -190,43 +190,23 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
         jobs.append((reference_scores, failures.teacher_status, (teacher,), path, identity, names))
     for student, seed in experiment.runs:
         identity = {"student": student, "method": experiment.students[student].method, "seed": seed}
-        path = paths.scores(student, seed)
-        jobs.append((run_scores, failures.run_status, (student, seed), path, identity, None))
+        path, names = paths.scores(student, seed), {None: student}
+        jobs.append((run_scores, failures.run_status, (student, seed), path, identity, names))
     for read, status, job, path, identity, names in jobs:
         try:
-            scores = read(experiment, *job)
+            if (scores := read(experiment, *job)) is None:
+                problem = "is missing or belongs to other weights or settings"
+                raise UserError(f"{path} {problem}; run the workflow again", "missing-scores")
+            protocols |= scores.protocols
+            rows += _score_rows(scores, names)
         except UserError:
             if not partial:
                 raise
-            scores = None
-        if scores is not None:
-            protocols |= scores.protocols
-            rows += _score_rows(scores, names)
-        elif partial:
             failed = {"status": status(experiment, *job), "final": True, "grid": ""}
             rows.append(identity | failed)
-        else:
-            raise UserError(
-                f"{path} is missing or belongs to other weights or settings; run the workflow "
-                "again",
-                "missing-scores",
-            )
+    facts = {"schema": SCHEMA, "experiment": experiment.name}
     table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out", "features"])
-    table = table.assign(
-        schema=SCHEMA, experiment=experiment.name, status=table.status.fillna("ok")
-    )
+    table = table.assign(status=table.status.fillna("ok"), **facts)
     integers = (*INTEGERS, "ema", "images", "flops", "features")
     table = table.astype(dict.fromkeys(integers, "Int64"))
-    table["column"] = columns_of(table)
-    require_one_protocol_per_column(table, paths.root / "scores")
-    return table, protocols
-
-
-def columns_of(table: pd.DataFrame) -> list[str]:
-    """The column name of each row; empty for rows without a number."""
-    return [
-        "" if pd.isna(metric) or pd.isna(count) else column_name(metric, int(count), extractor)
-        for metric, count, extractor in zip(
-            table.metric, table.num_samples, table.extractor, strict=True
-        )
-    ]
+    return with_columns(table, paths.root / "scores"), protocols

@@ -13,14 +13,14 @@ from harness.errors import UserError
 from harness.evaluation.registry import METRICS
 from harness.io.artifacts import write_text
 from harness.reporting.collect import (
-    columns_of,
     flatten,
     is_unavailable,
     read_metrics,
-    require_one_protocol_per_column,
+    with_columns,
 )
 from harness.reporting.formatting import MISSING, markdown, number_text, spread_text
 from harness.reporting.manifest import read_manifest
+from harness.reporting.summary import seed_means
 
 COSTS = {  # unit -> title, format, scale
     "images": ("images that received a generator update", ",.0f", 1),
@@ -51,12 +51,8 @@ def read_results(folder: Path) -> Results:
     # The rows of each run's last snapshot; teachers and the floor have no training images.
     last = table.groupby(["student", "seed"], dropna=False).images.transform("max")
     final = table[table.images.isna() | (table.images == last)]
-    final = final.assign(
-        column=columns_of(final),
-        protocol=final.protocol.fillna("unknown"),
-        status=final.status.fillna("ok").astype(str),
-    )
-    require_one_protocol_per_column(final, path)
+    protocol, status = final.protocol.fillna("unknown"), final.status.fillna("ok").astype(str)
+    final = with_columns(final.assign(protocol=protocol, status=status), path)
     manifest = folder / "manifest.json"
     return Results(folder, final, read_manifest(manifest) if manifest.exists() else {})
 
@@ -71,18 +67,14 @@ def labels(results: list[Results]) -> list[str]:
 
 
 def _scores(final: pd.DataFrame) -> pd.DataFrame:
-    """One row per column, student and experiment: mean and std over training seeds, each of which
-    is the mean over its sampling seeds."""
+    """One row per column, student and experiment."""
     keys = ["column", "student", "experiment"]
     final = final[final.column != ""]
-    by_seed = final.groupby([*keys, "seed"], dropna=False, sort=False).value.mean()
     grouped = final.groupby(keys, sort=False)
     facts = grouped[["metric", "num_samples", "protocol"]].first()
     facts["seeds"] = grouped.seed.nunique().replace(0, None)
     facts["status"] = grouped.status.agg(lambda s: next((x for x in s if x != "ok"), "ok"))
-    means = by_seed.groupby(keys, sort=False)
-    spread = means.agg(mean=lambda values: values.mean(), std=lambda values: values.std())
-    return facts.join(spread).reset_index()
+    return facts.join(seed_means(final, keys)).reset_index()
 
 
 def _pivot(rows: pd.DataFrame, students: list[str], headings: list[str]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ Every other table of the report and the page are pivots of it. The score of a tr
 mean over the sampling seeds.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -64,31 +65,26 @@ class Summary:
 
 def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
     """Summarise `collect`'s table."""
-    final = table[table.final]
+    final, students = table[table.final], list(experiment.students)
     columns = _columns(experiment, final)
     pairs = pairwise(experiment, table, list(columns.index[columns.main]))
-    names = [*experiment.reference_rows, *experiment.students]
-    names = [name for name in names if (final.student == name).any()]
+    scored = set(final.student)
+    names = [name for name in [*experiment.reference_rows, *students] if name in scored]
     scores = student_scores(final, columns, names)
     scores["rank"] = None
     for column in columns.index[columns.ranked]:
-        rank_of = ranks(pairs, column, list(experiment.students))
         rows = scores.column == column
-        scores.loc[rows, "rank"] = scores.student[rows].map(rank_of)
-    students = [_student(experiment, name, final[final.student == name]) for name in names]
-    return Summary(
-        scores,
-        pd.DataFrame(students, columns=list(STUDENT_COLUMNS)),
-        columns,
-        pairs,
-        len(experiment.evaluation.sampling_seeds),
-        [
-            *_protocol_notes(experiment, table),
-            *_student_notes(experiment),
-            *_extractor_notes(experiment, table),
-            *_flag_notes(table),
-        ],
-    )
+        scores.loc[rows, "rank"] = scores.student[rows].map(ranks(pairs, column, students))
+    rows = [_student(experiment, name, final[final.student == name]) for name in names]
+    notes = [
+        *_protocol_notes(experiment, table),
+        *_student_notes(experiment),
+        *_extractor_notes(experiment, table),
+        *_flag_notes(table),
+    ]
+    costs = pd.DataFrame(rows, columns=list(STUDENT_COLUMNS))
+    seeds = len(experiment.evaluation.sampling_seeds)
+    return Summary(scores, costs, columns, pairs, seeds, notes)
 
 
 def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
@@ -96,7 +92,7 @@ def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
     most, extractors = experiment.evaluation.num_samples, experiment.evaluation.extractors
     columns = final[final.column != ""].drop_duplicates("column").set_index("column")
     columns = columns[["metric", "extractor", "num_samples"]]
-    columns = columns.loc[(columns.num_samples != most).sort_values(kind="stable").index]
+    columns = columns.sort_values("num_samples", key=lambda n: n != most, kind="stable")
     main = [
         row.num_samples == METRICS[row.metric].count(most)
         or METRICS[row.metric] == main_metric_in(experiment, row.extractor)
@@ -106,38 +102,38 @@ def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
     return columns.assign(main=pd.Series(main, columns.index, dtype=bool), ranked=ranked)
 
 
+def seed_means(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """`mean` and `std` of the scores over training seeds, for each group of rows."""
+    by_seed = rows.groupby([*keys, "seed"], dropna=False, sort=False).value.mean()
+    over_seeds = by_seed.groupby(keys, sort=False)
+    return over_seeds.agg(mean=pd.Series.mean, std=pd.Series.std)
+
+
 def student_scores(final: pd.DataFrame, columns: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """COLUMNS (without `rank`) and `column` from final rows, in the order of `names` and `columns`
     (as `Summary.columns`)."""
-    rows = []
-    for (student, column), group in final[final.column != ""].groupby(["student", "column"]):
-        by_seed = group.value.astype(float).groupby(group.seed, dropna=False)
-        means, identity = by_seed.mean(), columns.loc[column]
-        unavailable = group.status[is_unavailable(group.status)]
-        row = identity[["metric", "extractor", "num_samples"]].to_dict() | {
-            "student": student,
-            "column": column,
-            "mean": means.mean(),
-            "std": means.std(ddof=1),
-            "sampling_std": by_seed.var(ddof=1).mean() ** 0.5,
-            "stderr": group.stderr.astype(float).mean(),
-            "flag": _flags(group, "trained-on-extractor", "shares-pretraining"),
-            "status": unavailable.iloc[0] if len(unavailable) else "ok",
-        }
-        if identity.ranked and group.sample_seed.nunique() > 1:
-            higher = METRICS[identity.metric].higher_is_better
-            row["best"] = (by_seed.max() if higher else by_seed.min()).mean()
-        rows.append(row)
-    order = {"student": names, "column": list(columns.index)}
-    scores = pd.DataFrame(rows, columns=["column", *COLUMNS])
-    return scores.sort_values(
-        list(order), key=lambda values: values.map(order[values.name].index), ignore_index=True
+    keys = ["student", "column"]
+    rows = final[final.column != ""].astype({"value": float, "stderr": float})
+    grouped, by_seed = rows.groupby(keys), rows.groupby([*keys, "seed"], dropna=False).value
+    extremes = by_seed.agg(["min", "max", "var"]).groupby(keys).agg(pd.Series.mean)
+    scores = seed_means(rows, keys).assign(
+        sampling_std=extremes["var"] ** 0.5,
+        stderr=grouped.stderr.agg(pd.Series.mean),
+        flag=grouped.flag.agg(_flags, "trained-on-extractor", "shares-pretraining"),
+        status=grouped.status.agg(lambda s: next(iter(s[is_unavailable(s)]), "ok")),
     )
+    scores = scores.join(columns, on="column")
+    higher = scores.metric.map(lambda name: METRICS[name].higher_is_better is True)
+    best = extremes["max"].where(higher, extremes["min"])
+    scores["best"] = best.where(scores.ranked & (grouped.sample_seed.nunique() > 1))
+    order = pd.MultiIndex.from_product([names, columns.index], names=keys)
+    scores = scores.reindex(order[order.isin(scores.index)]).reset_index()
+    return scores.reindex(columns=["column", *COLUMNS])
 
 
-def _flags(rows: pd.DataFrame, *names: str) -> str:
+def _flags(flags: pd.Series, *names: str) -> str:
     """The given flags that any of the rows has, separated by spaces."""
-    present = set(" ".join(rows.flag.dropna()).split())
+    present = set(" ".join(flags.dropna()).split())
     return " ".join(name for name in names if name in present)
 
 
@@ -158,7 +154,7 @@ def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
         record = TeacherRecord.read(path)
         student |= {"parameters": record.parameters, "frozen": 0.0, "data_free": "no"}
         student |= {unit: getattr(record.ledger, unit, None) for unit in UNITS}
-    student["flag"] = _flags(rows, "contended")
+    student["flag"] = _flags(rows.flag, "contended")
     failed = rows[(rows.status != "ok") & ~is_unavailable(rows.status)]
     share = f"{len(failed)} of {len(seeds)} " if len(seeds) > 1 else ""
     student["status"] = "ok" if failed.empty else share + failed.status.iloc[0]
@@ -178,40 +174,41 @@ def wide(summary: Summary) -> pd.DataFrame:
 # -- notes --------------------------------------------------------------------------------------
 
 
-def _protocol_notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
+def _protocol_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     training, sampling = experiment.training, experiment.evaluation.sampling_seeds
     budget = _budget_text(training.budget)
     own = {name: _budget_text(student.budget) for name, student in experiment.students.items()}
     budgets = "".join(f"; {name}: {text}" for name, text in own.items() if text != budget)
     references = ", ".join(table.reference.dropna().unique()) or "missing"
-    notes = [
+    floor = (
+        " `_n…` is the sample count. At the size of the held-out part, scores are means over "
+        "disjoint subsets; `floor` is the score of the real held-out images."
+    )
+    yield (
         f"Mean ± std over {len(training.seeds)} training seeds; the score of a training seed is "
         f"its mean over sampling seeds {', '.join(map(str, sampling))} (their std is "
         "`sampling_std` in summary.csv). EMA weights at the end of the budget "
-        f"({budget}{budgets}); reference {references}.",
+        f"({budget}{budgets}); reference {references}."
+        f"{floor if (table.student == 'floor').any() else ''}"
+    )
+    yield (
         "`rank`: from the intervals in pairwise.csv, not corrected for multiple comparisons; "
         "`tie 1–3` if some intervals contain 0, `not ranked` with fewer than "
-        f"{TRAINING_SEEDS} training seeds.",
-    ]
-    if (table.student == "floor").any():
-        notes[0] += (
-            " `_n…` is the sample count. At the size of the held-out part, scores are means over "
-            "disjoint subsets; `floor` is the score of the real held-out images."
-        )
+        f"{TRAINING_SEEDS} training seeds."
+    )
     if len(sampling) > 1:
-        notes.append(
+        yield (
             f"`best of {len(sampling)}`: the best sampling seed, as papers often publish it. It "
             "improves with the number of seeds; compare it only with such numbers."
         )
-    return notes
 
 
 def _budget_text(limits: list[Limit]) -> str:
     return ", ".join(f"{limit.amount:g} {limit.unit}" for limit in limits)
 
 
-def _student_notes(experiment: Experiment) -> list[str]:
-    seed, trained_against, notes = experiment.training.seeds[0], {}, []
+def _student_notes(experiment: Experiment) -> Iterator[str]:
+    seed, trained_against = experiment.training.seeds[0], {}
     for name, student in experiment.students.items():
         record = student_record(experiment, name, seed)
         if record is None:
@@ -221,7 +218,7 @@ def _student_notes(experiment: Experiment) -> list[str]:
         changed = ", ".join(f"{k} {v}" for k, v in record.changed_settings.items())
         frozen = f"; {record.frozen_fraction:.0%} frozen" if record.frozen_fraction else ""
         skipped = sum(record.skipped_steps.values())
-        notes.append(
+        yield (
             f"{name}: method {student.method} ({record.paper}){frozen}. "
             f"{'; '.join(record.deviations)}. "
             f"Settings that differ from the method's defaults: {changed or 'none'}."
@@ -232,31 +229,27 @@ def _student_notes(experiment: Experiment) -> list[str]:
     for network, students in trained_against.items():
         scoring = [n for n in experiment.evaluation.extractors if n in trained and n != network]
         if network in trained and scoring:
-            notes.append(
+            yield (
                 f"{network}, which {', '.join(students)} were trained against, was trained on the "
                 f"same labelled images as the networks that score ({', '.join(scoring)})."
             )
-    return notes
 
 
-def _extractor_notes(experiment: Experiment, table: pd.DataFrame) -> list[str]:
-    notes = []
+def _extractor_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     for name in experiment.evaluation.extractors:
         record = feature_record(experiment, name)
         if record and record.unavailable:
             folder = experiment.paths.features(name)
-            notes.append(f"{name} is unavailable: {record.reason}; then delete {folder}.")
+            yield f"{name} is unavailable: {record.reason}; then delete {folder}."
     distances = table[table.final & table.metric.isin(FRECHET)].drop_duplicates("column")
     floor = table[table.student == "floor"].num_samples
     floor_count = int(floor.max()) if len(floor) else None
     for row in distances[distances.num_samples <= distances.features].itertuples():
         note = small_sample_warning(row.extractor, row.features, row.num_samples, floor_count)
-        notes.append(f"{row.column}: {note}.")
-    return notes
+        yield f"{row.column}: {note}."
 
 
-def _flag_notes(table: pd.DataFrame) -> list[str]:
-    notes = []
+def _flag_notes(table: pd.DataFrame) -> Iterator[str]:
     for flag, (mark, meaning) in FLAGS.items():
         flagged = table[table.flag.fillna("").str.contains(flag)]
         who = [
@@ -264,5 +257,4 @@ def _flag_notes(table: pd.DataFrame) -> list[str]:
             for extractor, rows in flagged.groupby("extractor", sort=False)
         ]
         if who:
-            notes.append(f"{mark} {flag} ({'; '.join(dict.fromkeys(who))}): {meaning}.")
-    return notes
+            yield f"{mark} {flag} ({'; '.join(dict.fromkeys(who))}): {meaning}."

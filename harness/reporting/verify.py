@@ -11,7 +11,7 @@ from harness.io.artifacts import digest
 from harness.io.records import ScoreRow, TeacherRecord
 from harness.reporting.collect import reference_scores
 from harness.reporting.formatting import MISSING, spread_text
-from harness.reporting.published.catalogue import STATISTIC, base, is_teacher, published
+from harness.reporting.published.catalogue import STATISTIC, base, is_teacher
 from harness.reporting.published.match import concerning, is_number_of, same_network
 from harness.reporting.published.tables import is_fid
 
@@ -22,18 +22,17 @@ def check_inputs(experiment: Experiment, teacher: str, configfile: Path) -> None
     Otherwise a `UserError` (code "missing-inputs") names the workflow target that makes it without
     training a student.
     """
-    path = experiment.paths.teacher(teacher) / "teacher.json"
-    features = [experiment.paths.features(name) for name in experiment.evaluation.extractors]
-    inputs = [experiment.paths.data / "data.json", path]
-    inputs += [folder / "features.json" for folder in features]
-    missing = [path for path in inputs if not path.exists()]
-    if missing:
+    paths = experiment.paths
+    record = paths.teacher(teacher) / "teacher.json"
+    features = map(paths.features, experiment.evaluation.extractors)
+    inputs = [paths.data / "data.json", record, *(path / "features.json" for path in features)]
+    if missing := [path for path in inputs if not path.exists()]:
         reason = f"{missing[0]} is missing"
-    elif TeacherRecord.read(path).fingerprint != digest(experiment.teacher_fingerprint(teacher)):
+    elif TeacherRecord.read(record).fingerprint != digest(experiment.teacher_fingerprint(teacher)):
         reason = f"teacher {teacher} was made with other settings than those of the experiment"
     else:
         return
-    target = str(experiment.paths.reference_scores(teacher))
+    target = str(paths.reference_scores(teacher))
     command = ["snakemake", "--cores", "8", target, "--configfile", str(configfile)]
     raise UserError(f"{reason}; make it with: {shlex.join(command)}", "missing-inputs")
 
@@ -47,32 +46,24 @@ def _mean_text(rows: list[ScoreRow]) -> str:
 
 
 def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
-    """Lines `reported | measured`, one per number. A measured value is the mean over sampling seeds
-    with its standard error over the draw of samples."""
-    scores = reference_scores(experiment, teacher)
-    if scores is None:
-        raise UserError(
-            f"teacher {teacher} was made with other settings than those of the experiment; run the "
-            "workflow again",
-            "missing-scores",
-        )
-    entry = next(entry for entry in scores.entries if entry.student == "teacher")
+    """Lines `reported | measured`, one per number, from up-to-date scores. A measured value is the
+    mean over sampling seeds with its standard error over the draw of samples."""
+    entries = reference_scores(experiment, teacher).entries
+    entry = next(entry for entry in entries if entry.student == "teacher")
     rows: dict[tuple, list[ScoreRow]] = {}
     for row in entry.rows:
         if row.num_samples == experiment.evaluation.num_samples:
             rows.setdefault((row.metric, row.num_samples, row.extractor), []).append(row)
-    fids, others = [], []
-    for key, group in rows.items():
-        text = f"{column_name(*key)} {_mean_text(group)}"
-        (fids if is_fid(key[0]) else others).append(text)
+    texts = {key: f"{column_name(*key)} {_mean_text(group)}" for key, group in rows.items()}
+    fids = [text for (metric, *_), text in texts.items() if is_fid(metric)]
+    others = [text for text in texts.values() if text not in fids]
     sampler = experiment.teachers[teacher].sampler
     lines = [
         f"teacher {teacher}: {sampler.steps} Heun steps, {entry.nfe} network evaluations, "
         f"S_churn {sampler.s_churn:g}",
         "reported | measured",
     ]
-    for index in concerning(experiment.paper) if experiment.paper else []:
-        number = published()[index]
+    for number in concerning(experiment.paper) if experiment.paper else []:
         if not is_teacher(number) or number["metric"] != "FID":
             continue
         if not fids:

@@ -39,8 +39,8 @@ def published() -> tuple[dict, ...]:
 
 
 @functools.cache
-def published_settings() -> tuple[dict, ...]:
-    return tuple({"variant": None} | entry for entry in _read("settings.yaml"))
+def published_settings() -> list[dict]:
+    return _read("settings.yaml")
 
 
 def base(method: str) -> str:

@@ -20,25 +20,22 @@ DMD = {"regression": "lpips", "distribution_matching": True, "weighting": "eq8"}
 # published method and its variants. The first line that fits counts. None: a row without a variant,
 # by which a table means the paper's own configuration.
 NAMES = (
-    ("dmd", DMD | {"teacher_guidance": 3.0}, "DMD", ("SDv1.5, guidance 3",)),
+    ("dmd", DMD | {"teacher_guidance": 3.0}, "dmd", ("SDv1.5, guidance 3",)),
+    ("dmd", DMD | {"teacher_guidance": 8.0}, "dmd", ("guidance 8, LAION-Aesthetic 6+",)),
+    ("dmd", DMD, "dmd", (None, "full", "sample weighting Eq. 8 (ours)")),
+    ("dmd", DMD | {"regression": "none"}, "dmd", ("w/o regression loss",)),
+    ("dmd", DMD | {"regression": "l2"}, "dmd", ("L2 instead of LPIPS in the regression loss",)),
     (
-        *("dmd", DMD | {"teacher_guidance": 8.0}, "DMD"),
-        ("guidance 8, LAION-Aesthetic 6+",),
-    ),
-    ("dmd", DMD, "DMD", (None, "full", "sample weighting Eq. 8 (ours)")),
-    ("dmd", DMD | {"regression": "none"}, "DMD", ("w/o regression loss",)),
-    ("dmd", DMD | {"regression": "l2"}, "DMD", ("L2 instead of LPIPS in the regression loss",)),
-    (
-        *("dmd", DMD | {"distribution_matching": False}, "DMD"),
+        *("dmd", DMD | {"distribution_matching": False}, "dmd"),
         ("w/o distribution matching (regression only)",),
     ),
-    ("dmd", DMD | {"weighting": "sigma/alpha"}, "DMD", ("sample weighting sigma_t/alpha_t",)),
-    ("dmd", DMD | {"weighting": "sigma^3/alpha"}, "DMD", ("sample weighting sigma_t^3/alpha_t",)),
-    ("sid", {"alpha": 1.2}, "SiD", (None, "alpha=1.2")),
-    ("sid", {"alpha": 1.0}, "SiD", ("alpha=1.0",)),
-    ("sim", {}, "SIM", (None,)),
-    ("gdd", {"freeze": "innate"}, "GDD-I", (None,)),
-    ("gdd", {}, "GDD", (None,)),
+    ("dmd", DMD | {"weighting": "sigma/alpha"}, "dmd", ("sample weighting sigma_t/alpha_t",)),
+    ("dmd", DMD | {"weighting": "sigma^3/alpha"}, "dmd", ("sample weighting sigma_t^3/alpha_t",)),
+    ("sid", {"alpha": 1.2}, "sid", (None, "alpha=1.2")),
+    ("sid", {"alpha": 1.0}, "sid", ("alpha=1.0",)),
+    ("sim", {}, "sim", (None,)),
+    ("gdd", {"freeze": "innate"}, "gdd-i", (None,)),
+    ("gdd", {}, "gdd", (None,)),
 )
 # (method, data set) whose own configuration is a variant: SiD's script for AFHQv2 uses alpha 1.0.
 UNNAMED = {("sid", "AFHQv2-64"): "alpha=1.0"}
@@ -47,32 +44,26 @@ STOCHASTIC = {("EDM", "ImageNet-64")}
 
 
 def same_data(paper: PaperSection, entry: dict) -> bool:
-    return entry["dataset"] == paper.dataset and (
-        paper.conditioning in (None, entry["conditioning"])
-    )
+    same_conditioning = paper.conditioning in (None, entry["conditioning"])
+    return entry["dataset"] == paper.dataset and same_conditioning
 
 
-def concerning(paper: PaperSection) -> list[int]:
-    """Positions in `published()` of the numbers on an experiment's data: all one-step and teacher
-    numbers, and every other row of PAPERS' tables."""
-    return [
-        i
-        for i, entry in enumerate(published())
-        if same_data(paper, entry)
-        and (entry["nfe"] == 1 or is_teacher(entry) or entry["paper"] in PAPERS)
-    ]
+def concerning(paper: PaperSection) -> list[dict]:
+    """The published numbers on an experiment's data: all one-step and teacher numbers, and every
+    other row of PAPERS' tables."""
+    entries = [entry for entry in published() if same_data(paper, entry)]
+    return [e for e in entries if e["nfe"] == 1 or is_teacher(e) or e["paper"] in PAPERS]
 
 
-def _name_line(student: Student, entry: dict) -> tuple | None:
-    """The line of NAMES that fits a student, if an entry has its name."""
+def _conditions(student: Student, entry: dict) -> dict | None:
+    """The settings by which NAMES names a student, if an entry has this name."""
     settings = student.settings.model_dump() | {"freeze": student.freeze, "lora": student.lora}
     entry_name = base(entry["method"])
     variant = entry["variant"] or UNNAMED.get((entry_name, entry["dataset"]))
-    for line in NAMES:
-        method, conditions, name, variants = line
-        conditions = {"freeze": "none", "lora": None} | conditions
-        if method == student.method and all(settings.get(k) == v for k, v in conditions.items()):
-            return line if entry_name == name.lower() and variant in variants else None
+    for method, conditions, name, variants in NAMES:
+        required = {"method": method, "freeze": "none", "lora": None} | conditions
+        if required.items() <= (settings | {"method": student.method}).items():
+            return conditions if entry_name == name and variant in variants else None
     return None
 
 
@@ -82,35 +73,27 @@ def _is_student(experiment: Experiment, student: Student, entry: dict) -> bool:
     if student.name in experiment.paper.methods:
         name = experiment.paper.methods[student.name]
         return (entry["method"], entry["variant"]) == (name.method, name.variant)
-    return _name_line(student, entry) is not None
+    return _conditions(student, entry) is not None
 
 
 def changed_settings(experiment: Experiment, name: str, entry: dict) -> list[str] | None:
     """Settings in which a student differs from the published run of an entry: keys of its settings,
     `budget`, `teacher`. None if the published settings are unknown."""
     student = experiment.students[name]
-    line = _name_line(student, entry)
-    candidates = [
-        settings
-        for settings in published_settings()
-        if line
-        and settings["method"] == line[0]
-        and all(settings[key] == entry[key] for key in ("dataset", "conditioning"))
-        and settings["variant"] in (None, entry["variant"])
-    ]
-    if not candidates:
+    conditions, keys = _conditions(student, entry), ("dataset", "conditioning")
+    wanted = {"method": student.method} | {key: entry[key] for key in keys}
+    lines = [line for line in published_settings() if wanted.items() <= line.items()]
+    by_variant = {line.get("variant"): line for line in lines}
+    original = by_variant.get(entry["variant"]) or by_variant.get(None)
+    if conditions is None or original is None:
         return None
-    original = max(candidates, key=lambda settings: settings["variant"] is not None)
     settings = student.settings
     expected = type(settings)(**original["settings"])
-    changed = [k for k, v in settings if k not in line[1] and v != getattr(expected, k)]
+    changed = [k for k, v in settings if k not in conditions and v != getattr(expected, k)]
     limit, *more = student.budget
+    excess = limit.amount - original["images"]
     # Budgets are whole batches, so up to one batch more than published.
-    if (
-        more
-        or limit.unit != "images"
-        or not 0 <= limit.amount - original["images"] < settings.batch
-    ):
+    if more or limit.unit != "images" or not 0 <= excess < settings.batch:
         changed.append("budget")
     if official_network(experiment, student.teacher) != original["teacher"]:
         changed.append("teacher")
@@ -157,8 +140,8 @@ def is_number_of(experiment: Experiment, teacher: str, entry: dict) -> bool:
     nfe = 2 * sampler.steps - 1  # guidance is not counted
     counts = [entry["nfe"]]
     if counts == [None]:  # then one of the counts of other teacher numbers on this data
-        others = (e for e in published() if e["dataset"] == entry["dataset"])
-        counts = [e["nfe"] for e in others if is_teacher(e)]
+        same = [e for e in published() if e["dataset"] == entry["dataset"] and is_teacher(e)]
+        counts = [e["nfe"] for e in same]
     return stochastic == (sampler.s_churn > 0) and bool({nfe, nfe + 1} & set(counts))
 
 

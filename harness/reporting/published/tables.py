@@ -6,7 +6,8 @@ or `fid-…`. Fréchet distances in other features than Inception's are never co
 
 import logging
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +51,7 @@ NOT_COMPARED = {
     "LAION aesthetic score": "not compared: the source names neither LAION's predictor nor the "
     "prompts",
 }
+NOT_REPRODUCED = {"reproduced": "", "difference": None, "setting_match": "", "note": ""}
 CAPTION = (
     "Reported: harness/reporting/published/numbers.yaml, as in each source. Reproduced: one FID "
     "per training seed (the mean over sampling seeds), EMA weights at the end of the budget, "
@@ -73,34 +75,42 @@ def fids_of(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.
     """
     rows = table[table.final & (table.student == name) & table.metric.map(is_fid)]
     rows = rows[(rows.num_samples == experiment.evaluation.num_samples) & (rows.status == "ok")]
-    columns = sorted(
-        {(m != "fid-edm", m, e) for m, e in zip(rows.metric, rows.extractor, strict=True)}
-    )
-    if not columns:
+    if rows.empty:
         return pd.Series(dtype=float), ""
-    _, metric, extractor = columns[0]
+    columns = zip(rows.metric != "fid-edm", rows.metric, rows.extractor, strict=True)
+    _, metric, extractor = min(columns)
     rows = rows[(rows.metric == metric) & (rows.extractor == extractor)]
     label = column_name(metric, experiment.evaluation.num_samples, extractor)
     values = rows.value.astype(float).groupby(rows.seed, dropna=False).mean()
     return values, " ".join([label, *sorted(set(rows.flag) - {""})])
 
 
-def _row(entry: dict) -> dict:
-    """A published number without a reproduction."""
-    row = {key: entry[key] for key in TABLE_COLUMNS if key in entry}
-    row |= {"reported": entry["value"], "reproduced": "", "difference": None, "setting_match": ""}
-    statistic = STATISTIC.get((entry["paper"], base(entry["method"])))
-    notes = [f"reported is {statistic[0]} ({statistic[1]})" if statistic else "", entry["note"]]
-    notes.append(NOT_COMPARED.get(entry["metric"]))
-    return row | {"note": "; ".join(filter(None, notes))}
+def _row(entry: dict, reproduction: Mapping = NOT_REPRODUCED) -> dict:
+    """A row of TABLE_COLUMNS. The notes of a reproduction precede those of the number."""
+    notes = [reproduction["note"]]
+    if statistic := STATISTIC.get((entry["paper"], base(entry["method"]))):
+        notes.append(f"reported is {statistic[0]} ({statistic[1]})")
+    notes += [entry["note"], NOT_COMPARED.get(entry["metric"])]
+    note = "; ".join(filter(None, notes))
+    return entry | {"reported": entry["value"]} | reproduction | {"note": note}
 
 
-def _setting_match(experiment: Experiment, name: str, entry: dict) -> tuple[str, list[str]]:
-    """The setting match of a run with a published number, and notes: as the experiment declares,
-    but `exact` only if all published settings are known and equal."""
-    setting, notes = experiment.paper.setting, []
-    if name in experiment.students:
+def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry: dict) -> dict:
+    """The columns that a run adds to the row of a published FID. The setting match is what the
+    experiment declares, but `exact` only if all published settings are known and equal."""
+    values, label = fids_of(experiment, table, name)
+    who = f"{name} of {experiment.name}"
+    rows = table[table.final & (table.student == name)]
+    # An unavailable network affects only its own metrics.
+    failed = rows[(rows.status != "ok") & (rows.metric.isna() | rows.metric.map(is_fid))]
+    if len(failed):
+        who += f", {len(failed)} excluded: {failed.status.iloc[0]}"
+    if values.empty:
+        return NOT_REPRODUCED | {"note": f"{who}: no run has an FID"}
+    setting, notes, deviations = experiment.paper.setting, [], ()
+    if student := experiment.students.get(name):
         changed = changed_settings(experiment, name, entry)
+        deviations = METHODS[student.method].deviations_under(student.settings)
     else:
         official = official_network(experiment, experiment.reference_rows[name])
         changed = [] if official else ["network"]
@@ -113,47 +123,25 @@ def _setting_match(experiment: Experiment, name: str, entry: dict) -> tuple[str,
         notes.append(f"papers use {papers} samples; fewer raise the FID")
     if setting == "exact" and notes:
         setting = "unknown" if changed is None else "changed"
-    return setting, notes
-
-
-def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry: dict) -> dict:
-    """The columns that a run adds to the row of a published FID."""
-    values, label = fids_of(experiment, table, name)
-    who = f"{name} of {experiment.name}"
-    rows = table[table.final & (table.student == name)]
-    # An unavailable network affects only its own metrics.
-    failed = rows[(rows.status != "ok") & (rows.metric.isna() | rows.metric.map(is_fid))]
-    if len(failed):
-        who += f", {len(failed)} excluded: {failed.status.iloc[0]}"
-    if values.empty:
-        return {"note": f"{who}: no run has an FID"}
-    setting, notes = _setting_match(experiment, name, entry)
-    notes = [f"{who}: {label}", *notes]
-    if name in experiment.students:
-        student = experiment.students[name]
-        notes += METHODS[student.method].deviations_under(student.settings)
     return {
-        "reproduced": spread_text(values.mean(), values.std(ddof=1) if len(values) > 1 else None),
+        "reproduced": spread_text(values.mean(), values.std(ddof=1)),
         "difference": round(values.mean() - entry["value"], 4),
         "setting_match": setting,
-        "note": "; ".join(notes),
+        "note": "; ".join([f"{who}: {label}", *notes, *deviations]),
     }
 
 
 def _rows(experiment: Experiment, table: pd.DataFrame, entry: dict) -> list[dict]:
     """A published number with each of its reproductions, or without one."""
-    bare = _row(entry)
     names = runs_of(experiment, entry) if entry["metric"] == "FID" else []
-    rows = [bare | _reproduction(experiment, table, name, entry) for name in names]
-    for row in rows:
-        row["note"] = "; ".join(filter(None, [row["note"], bare["note"]]))
-    return rows or [bare]
+    rows = [_row(entry, _reproduction(experiment, table, name, entry)) for name in names]
+    return rows or [_row(entry)]
 
 
 def paper_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """The published numbers on an experiment's data with its own, from `collect`'s table. Columns:
     COLUMNS; one row for each run that reproduces a number, or one without a reproduction."""
-    entries = [published()[i] for i in concerning(experiment.paper)]
+    entries = concerning(experiment.paper)
     return _frame([row for entry in entries for row in _rows(experiment, table, entry)], COLUMNS)
 
 
@@ -166,10 +154,9 @@ def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> li
     rows = paper_table(experiment, table)
     title = f"Published numbers on {experiment.paper.dataset}, and those of {experiment.name}"
     wide = "".join("p{4cm}" if name in ("source", "note") else "l" for name in COLUMNS)
-    texts, caption = as_text(rows, ""), CAPTION.format("report")
-    write_text(folder / "paper.tex", latex(texts, title, wide))
-    paths = write_table(rows, folder, "paper", title, caption, texts)
-    return [*paths, folder / "paper.tex"]
+    texts, tex = as_text(rows, ""), folder / "paper.tex"
+    write_text(tex, latex(texts, title, wide))
+    return [*write_table(rows, folder, "paper", title, CAPTION.format("report"), texts), tex]
 
 
 # -- all experiments --------------------------------------------------------------------------
@@ -187,7 +174,7 @@ def collect_all(
     parse, load: `parse_experiment` and `load_experiment` of `harness.validation`. Experiments that
     cannot be read are skipped with a warning; their data and checkpoints need not exist.
     """
-    tables: dict[str, tuple[Experiment, pd.DataFrame]] = {}
+    tables = {}
     for path in [*sorted(results.glob("*/manifest.json")), *sorted(configs.glob("*.yaml"))]:
         try:
             if path.suffix == ".yaml":
@@ -213,7 +200,7 @@ def write_paper_tables(
     (FIDs of the methods here and their teachers) without a run. parse, load: of `collect_all`."""
     tables = collect_all(results, configs, parse, load)
     files: dict[str, list[dict]] = {}
-    empty, cells, others = [], 0, 0
+    empty, counts = [], Counter()
     for entry in published():
         if entry["paper"] not in PAPERS or not entry["table"].startswith(TABLES[entry["paper"]]):
             continue
@@ -228,8 +215,7 @@ def write_paper_tables(
         title = f"{entry['paper']}, {entry['table'].split(' (')[0]}"
         files.setdefault(title, []).extend(rows or [_row(entry)])
         if is_own(entry):
-            cells += entry["metric"] == "FID"
-            others += entry["metric"] != "FID"
+            counts[entry["metric"] == "FID"] += 1
             empty += [entry] if entry["metric"] == "FID" and not rows else []
     folder = results / "paper-tables"
     for title, rows in files.items():
@@ -239,8 +225,8 @@ def write_paper_tables(
     count = "1 experiment" if len(tables) == 1 else f"{len(tables)} experiments"
     print(f"{len(files)} tables in {folder}/ (.csv, .md), from {count}")
     print(
-        f"{len(empty)} of {cells} FIDs of the methods here and their teachers have no run yet "
-        f"({others} numbers in other metrics are listed as reported)"
+        f"{len(empty)} of {counts[True]} FIDs of the methods here and their teachers have no run "
+        f"yet ({counts[False]} numbers in other metrics are listed as reported)"
     )
     for entry in empty:
         name = " ".join(filter(None, [entry["method"], entry["variant"]]))
