@@ -234,9 +234,9 @@ def compare(args):
 
 @tool("print the papers' tables with the results of all experiments", configfile=False)
 def paper_tables(args):
-    from harness.validation import load_experiment, parse_experiment
+    from harness.validation import parse_experiment
 
-    call("reporting.published.tables.write_paper_tables", parse_experiment, load_experiment)
+    call("reporting.published.tables.write_paper_tables", parse_experiment)
 
 
 @tool("convert an official EDM pickle without running it", "file folder", configfile=False)

@@ -26,7 +26,7 @@ from harness.reporting.intervals import (
     verdict,
     write_pairwise,
 )
-from harness.reporting.published.catalogue import published
+from harness.reporting.published.match import published
 from harness.validation import load_experiment, parse_experiment
 
 

@@ -13,8 +13,15 @@ from harness.evaluation.protocol import reference_fingerprint
 from harness.io.artifacts import digest, write_json
 from harness.io.records import ScoreRecord, TeacherRecord
 from harness.reporting.published import tables as paper
-from harness.reporting.published.catalogue import PAPERS, is_own, published
-from harness.reporting.published.match import changed_settings, concerning, network, runs_of
+from harness.reporting.published.match import (
+    PAPERS,
+    changed_settings,
+    concerning,
+    is_own,
+    network,
+    published,
+    runs_of,
+)
 from harness.reporting.verify import check_inputs, teacher_lines
 from harness.validation import load_experiment, parse_experiment
 from tests.conftest import ROOT
@@ -117,7 +124,7 @@ def test_the_section_and_an_only_conditioning_are_optional(tiny):
 def matched(experiment) -> set[tuple]:
     return {
         (name, entry["paper"], entry["method"], entry["variant"])
-        for entry in map(published().__getitem__, concerning(experiment.paper))
+        for entry in concerning(experiment.paper)
         for name in runs_of(experiment, entry)
     }
 
@@ -176,7 +183,7 @@ def test_a_teacher_matches_numbers_of_its_sampler(cifar):
     def values(**sampler) -> set[float]:
         cifar["teachers"]["edm"]["sampler"] = sampler
         experiment = parse_experiment(cifar, "x")
-        entries = map(published().__getitem__, concerning(experiment.paper))
+        entries = concerning(experiment.paper)
         return {
             entry["value"]
             for entry in entries
@@ -321,7 +328,7 @@ def test_exact_requires_all_published_settings(name):
 )
 def test_a_student_with_other_settings_is_not_exact(overrides, changed):
     experiment = paper_experiment("cifar10-uncond", **overrides)
-    entries = map(published().__getitem__, concerning(experiment.paper))
+    entries = concerning(experiment.paper)
     entries = [e for e in entries if e["paper"] == "SiD" and "sid" in runs_of(experiment, e)]
     assert entries and all(changed_settings(experiment, "sid", e) == changed for e in entries)
     table = scores(("sid", 0, "fid-edm", 2.0, {"num_samples": experiment.evaluation.num_samples}))
@@ -423,7 +430,7 @@ def test_paper_tables_skip_unreadable_experiments(cifar, tmp_path, monkeypatch, 
     table = scores(("sim", 0, "fid-edm", 2.0))
     monkeypatch.setattr(paper, "collect", lambda experiment, partial: (table, {}))
     with caplog.at_level("WARNING"):
-        paper.write_paper_tables(parse_experiment, load_experiment, results, configs)
+        paper.write_paper_tables(parse_experiment, results, configs)
     output = capsys.readouterr()
     assert "from 1 experiment\n" in output.out and "SIM: 1.96" not in output.out
     assert "SIM, abstract: CIFAR-10 uncond: SIM: 2.06" in output.out

@@ -60,7 +60,7 @@ def read_experiment(path: Path, _parents: tuple[Path, ...] = ()) -> dict:
     raw = read_yaml(path)
     base = raw.pop("extends", None)
     if base is None:
-        return raw
+        return merge({}, raw)
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected one file name, got {base!r}", "invalid-value")
     return merge(read_experiment(path.parent / base, (*_parents, path.resolve())), raw)

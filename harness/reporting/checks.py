@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from harness.config.schema import ClaimSection, PaperSection
 from harness.errors import Problem, did_you_mean
-from harness.reporting.published.catalogue import published
+from harness.reporting.published.match import published
 
 
 def _unknown(key: str, message: str, name: str | None, known: Iterable[str]) -> Problem:
@@ -40,9 +40,9 @@ def check_paper(
         message = f"{dataset} has no {conditioning!r} numbers"
         yield _unknown("paper.conditioning", message, conditioning, kinds)
     else:
-        rows = ["teacher"] if len(teachers) == 1 else [f"teacher/{name}" for name in teachers]
+        references = ["teacher"] if len(teachers) == 1 else [f"teacher/{n}" for n in teachers]
         entries = [e for e in entries if conditioning in (None, e["conditioning"])]
-        yield from _check_names(paper, [*rows, *students], entries)
+        yield from _check_names(paper, [*references, *students], entries)
 
 
 def _check_names(paper: PaperSection, rows: list[str], entries: list[dict]) -> Iterator[Problem]:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.evaluation.registry import METRICS, column_name
+from harness.evaluation.registry import METRICS
 from harness.features.base import provides
-from harness.reporting.collect import main_metric_in
+from harness.reporting.collect import column_of, main_metric_in
 from harness.reporting.formatting import rounded, write_table
 from harness.reporting.intervals import LEVEL, TRAINING_SEEDS, decide, seed_scores
 
@@ -23,16 +23,14 @@ def claims_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     intervals`). verdict: "supported" or "contradicted" if the interval excludes 0, else
     "undecided".
     """
-    evaluation, final, rows = experiment.evaluation, table[table.final], []
+    final, rows = table[table.final], []
     for claim in experiment.claims:
-        for extractor in evaluation.extractors:
-            metric = main_metric_in(experiment, extractor)
-            if claim.metric is not None:
-                metric = METRICS[claim.metric]
+        for extractor in experiment.evaluation.extractors:
+            main = main_metric_in(experiment, extractor)
+            metric = METRICS[claim.metric] if claim.metric else main
             if not metric.applies_to(provides(experiment.features[extractor])):
                 continue
-            count = metric.count(evaluation.num_samples)
-            column = column_name(metric.name, count, extractor)
+            column = column_of(experiment, metric, extractor)
             scores = seed_scores(final, column)
             result = decide(scores, claim.better, claim.worse, metric.higher_is_better)
             verdict = VERDICTS.get(result["verdict"], "undecided")

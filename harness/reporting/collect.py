@@ -31,10 +31,13 @@ def main_metric_in(experiment: Experiment, extractor: str) -> Metric:
     return main_metric(experiment.evaluation.main_metric, provides(experiment.features[extractor]))
 
 
-def main_column(experiment: Experiment, extractor: str) -> str:
-    """The column of that metric, at the largest sample count that it accepts."""
-    metric = main_metric_in(experiment, extractor)
+def column_of(experiment: Experiment, metric: Metric, extractor: str) -> str:
+    """The column of a metric at the largest sample count that it accepts."""
     return column_name(metric.name, metric.count(experiment.evaluation.num_samples), extractor)
+
+
+def main_column(experiment: Experiment, extractor: str) -> str:
+    return column_of(experiment, main_metric_in(experiment, extractor), extractor)
 
 
 def is_unavailable(status: pd.Series) -> pd.Series:
@@ -60,33 +63,30 @@ def read_metrics(path: Path) -> pd.DataFrame:
     Raises a `UserError` (code "damaged" or "schema") unless the file has this version's schema, all
     columns, at least one row, and finite numbers.
     """
+
+    def error(reason: str, code: str = "damaged") -> UserError:
+        return UserError(f"{path} {reason}; {RERUN}", code)
+
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
-    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a table ({reason}); {RERUN}", "damaged") from None
+    except (ValueError, OSError) as reason:  # pandas' own errors are ValueErrors
+        raise error(f"is not a table ({' '.join(str(reason).split())})") from None
     if table.empty:
-        raise UserError(f"{path} has no rows; {RERUN}", "damaged")
+        raise error("has no rows")
     schemas = list(table["schema"].unique()) if "schema" in table else []
     if schemas != [SCHEMA]:
         found = ", ".join(map(str, schemas)) or "none"
-        raise UserError(
-            f"{path} has schema {found}; this version reads schema {SCHEMA}; {RERUN}", "schema"
-        )
-    missing = [column for column in COLUMNS if column not in table]
-    if missing:
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}; {RERUN}", "damaged")
+        raise error(f"has schema {found}; this version reads schema {SCHEMA}", "schema")
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise error(f"lacks the columns {', '.join(missing)}")
     for column in NUMBERS:
         numbers = pd.to_numeric(table[column], errors="coerce")
         kind, valid = "a number", np.isfinite(numbers.astype(float))
         if column in INTEGERS:
             kind, valid = "an integer", valid & (numbers % 1 == 0)
-        invalid = table[column][table[column].notna() & ~valid]
-        if len(invalid):
-            row, value = invalid.index[0] + 1, str(invalid.iloc[0])
-            raise UserError(
-                f"{path}: {column} in row {row} is {value!r}, not {kind}; {RERUN}", "damaged"
-            )
+        for row, value in table[column][table[column].notna() & ~valid].items():
+            reason = f"{column} in row {row + 1} is {str(value)!r}, not {kind}"
+            raise UserError(f"{path}: {reason}; {RERUN}", "damaged")
         table[column] = numbers
     return table
 

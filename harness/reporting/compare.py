@@ -77,33 +77,35 @@ def _scores(final: pd.DataFrame) -> pd.DataFrame:
     return facts.join(seed_means(final, keys)).reset_index()
 
 
-def _pivot(rows: pd.DataFrame, students: list[str], headings: list[str]) -> pd.DataFrame:
-    """The `text` of each student and experiment, without students that have none."""
-    table = rows.pivot(index="student", columns="experiment", values="text")
-    return table.reindex(index=students, columns=headings).dropna(how="all").fillna(MISSING)
-
-
 def _markdown(table: pd.DataFrame) -> str:
     return markdown(table.rename_axis("").reset_index())
 
 
-def _facts(results: list[Results], headings: list[str]) -> pd.DataFrame:
-    def seeds(values: pd.Series) -> str:
-        return ", ".join(map(str, sorted(values.dropna().astype(int).unique()))) or MISSING
+def _section(
+    title: str, rows: pd.DataFrame, students: list[str], headings: list[str], titles: dict
+) -> str:
+    """The `text` of each student and experiment, without students that have none. titles: longer
+    headings of some experiments."""
+    table = rows.pivot(index="student", columns="experiment", values="text")
+    table = table.reindex(index=students, columns=headings).dropna(how="all").fillna(MISSING)
+    return f"## {title}\n\n{_markdown(table.rename(columns=titles))}"
 
-    facts = {}
-    for r, heading in zip(results, headings, strict=True):
-        device = r.manifest.get("device", {})
-        facts[heading] = {
-            "folder": str(r.folder),
-            "commit": str(r.manifest.get("commit", MISSING))[:10],
-            "device": str(device.get("used", MISSING)),
-            "processor": str(device.get("processor", MISSING)),
-            "torch": str(r.manifest.get("packages", {}).get("torch", MISSING)),
-            "training seeds": seeds(r.final.seed),
-            "sampling seeds": seeds(r.final.sample_seed),
-        }
-    return pd.DataFrame(facts)
+
+def _facts(result: Results) -> dict[str, str]:
+    final, m = result.final, flatten(result.manifest)
+    training, sampling = (
+        ", ".join(map(str, sorted(seeds.dropna().astype(int).unique())))
+        for seeds in (final.seed, final.sample_seed)
+    )
+    return {
+        "folder": str(result.folder),
+        "commit": str(m.get("commit", MISSING))[:10],
+        "device": str(m.get("device.used", MISSING)),
+        "processor": str(m.get("device.processor", MISSING)),
+        "torch": str(m.get("packages.torch", MISSING)),
+        "training seeds": training or MISSING,
+        "sampling seeds": sampling or MISSING,
+    }
 
 
 def _short(value: object) -> str:
@@ -116,12 +118,11 @@ def protocol_difference(protocols: dict[str, str], records: dict[str, dict]) -> 
 
     protocols: two experiments -> their hashes; records: experiment -> hash -> protocol.
     """
-    flat = {}
     for name, protocol in protocols.items():
         if protocol not in records[name]:
             return f"protocol {protocol} of {name} is unknown: {name} has no complete manifest.json"
-        flat[name] = flatten(records[name][protocol])
-    (a, first), (b, second) = flat.items()
+    a, b = protocols
+    first, second = (flatten(records[name][protocols[name]]) for name in (a, b))
     return "; ".join(
         f"{key} is {_short(first.get(key))} in {a} and {_short(second.get(key))} in {b}"
         for key in dict.fromkeys([*first, *second])
@@ -133,13 +134,13 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
     """A markdown text of the columns at each metric's largest sample count, and all columns as a
     table: one row per column, protocol and student, three columns per experiment."""
     headings = labels(results)
-    pairs = list(zip(results, headings, strict=True))
-    records = {heading: r.manifest.get("protocols", {}) for r, heading in pairs}
-    final = pd.concat([r.final.assign(experiment=h) for r, h in pairs], ignore_index=True)
+    pairs = dict(zip(headings, results, strict=True))
+    records = {heading: r.manifest.get("protocols", {}) for heading, r in pairs.items()}
+    tables = [r.final.assign(experiment=heading) for heading, r in pairs.items()]
+    final = pd.concat(tables, ignore_index=True)
     students, scores = list(final.student.unique()), _scores(final)
-    unavailable, values = is_unavailable(scores.status), scores[["mean", "std"]].to_numpy()
-    texts = pd.Series([spread_text(*row) for row in values], scores.index, dtype=object)
-    scores["text"] = texts.mask(unavailable, scores.status)
+    scores["text"] = list(map(spread_text, scores["mean"], scores["std"]))
+    scores["text"] = scores.text.mask(is_unavailable(scores.status), scores.status)
     largest = scores.groupby("metric").num_samples.transform("max")
     sections, differences = [], {}
     for column, rows in scores.groupby("column", sort=False):
@@ -149,26 +150,24 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
         for name, protocol in others.items():
             sides = {first: protocols[first], name: protocol}
             differences.setdefault(protocol_difference(sides, records), []).append(column)
-        if rows.num_samples.iloc[0] != largest[rows.index[0]]:
-            continue
-        metric, table = rows.metric.iloc[0], _pivot(rows, students, headings)
-        arrow = METRICS[metric].arrow if metric in METRICS else ""
-        if len(others):
-            titles = {name: f"{name} (protocol {hash_[:8]})" for name, hash_ in protocols.items()}
-            table = table.rename(columns=titles)
-        sections.append(f"## {column}{arrow}\n\n{_markdown(table)}")
+        titles = {name: f"{name} (protocol {hash_[:8]})" for name, hash_ in protocols.items()}
+        if rows.num_samples.iloc[0] == largest[rows.index[0]]:
+            metric = rows.metric.iloc[0]
+            arrow = METRICS[metric].arrow if metric in METRICS else ""
+            sections.append(
+                _section(column + arrow, rows, students, headings, titles if len(others) else {})
+            )
     runs = final.drop_duplicates(["experiment", "student", "seed"])
     costs = runs.groupby(["experiment", "student"], sort=False)[list(COSTS)].mean().reset_index()
     for unit, (title, form, scale) in COSTS.items():
         known = costs.dropna(subset=unit)
-        known = known.assign(text=known[unit].map(lambda v, f=form, s=scale: number_text(v, f, s)))
+        known = known.assign(text=[number_text(value, form, scale) for value in known[unit]])
         if len(known):
-            table = _pivot(known, students, headings)
-            sections.append(f"## {title}\n\n{_markdown(table)}")
+            sections.append(_section(title, known, students, headings, {}))
     failed = final[final.status.str.startswith("failed")]
     text = [
         f"# Comparison of {', '.join(headings)}",
-        _markdown(_facts(results, headings)),
+        _markdown(pd.DataFrame({heading: _facts(r) for heading, r in pairs.items()})),
         *(
             f"**Different protocols, not comparable:** {', '.join(columns)}: {reason}."
             for reason, columns in differences.items()

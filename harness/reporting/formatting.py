@@ -28,12 +28,11 @@ def is_known(value: object) -> bool:
     return value is not None and not pd.isna(value)
 
 
-def spread_text(value: float | None, std: float | None = None, digits: int = 3) -> str:
-    """A value to `digits` significant digits and its spread to the same decimals."""
+def spread_text(value: float | None, std: float | None = None) -> str:
+    """A value to three significant digits and its spread to the same decimals."""
     if not is_known(value):
         return MISSING
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
-    decimals = max(0, digits - 1 - magnitude)
+    decimals = max(0, 2 - math.floor(math.log10(abs(value or 1))))
     text = f"{value:.{decimals}f}"
     return f"{text} ± {std:.{decimals}f}" if is_known(std) else text
 

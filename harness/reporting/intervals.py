@@ -12,12 +12,11 @@ the first, and a Fréchet distance measures noise as distance. Its bootstrap dis
 standard errors above the estimate.
 """
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -47,11 +46,11 @@ class SeedScores:
     seeds: tuple[int, ...] = ()
     sampling_seeds: tuple[int, ...] = ()
 
-    def select(self, seeds: list[int]) -> SeedScores:
+    def select(self, seeds: list[int]) -> Self:
         """The scores of some of the training seeds."""
         index = [self.seeds.index(seed) for seed in seeds]
         leave_out = None if self.leave_out is None else self.leave_out[index]
-        return SeedScores(self.values[index], leave_out, tuple(seeds), self.sampling_seeds)
+        return replace(self, values=self.values[index], leave_out=leave_out, seeds=tuple(seeds))
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def _variance_of_mean(difference: np.ndarray) -> tuple[float, float]:
     return float(difference.var(ddof=1) / len(difference)), float(len(difference) - 1)
 
 
-def interval(a: SeedScores, b: SeedScores, level: float = LEVEL) -> Interval:
-    """The confidence interval of a - b, for students with the same training and sampling seeds:
+def interval(a: SeedScores, b: SeedScores) -> Interval:
+    """The interval of a - b at LEVEL, for students with the same training and sampling seeds:
 
         difference ± sqrt(t(R (G - 1))² · v_noise + t(T - 1)² · v_training)
 
@@ -118,15 +117,9 @@ def interval(a: SeedScores, b: SeedScores, level: float = LEVEL) -> Interval:
 
     difference = float(a.values.mean() - b.values.mean())
     parts = [sampling_variance(a, b), training_variance(a, b)]
-    half = math.sqrt(sum(float(stdtrit(df, (1 + level) / 2)) ** 2 * v for v, df in parts))
-    return Interval(
-        difference,
-        difference - half,
-        difference + half,
-        math.sqrt(parts[0][0]),
-        math.sqrt(parts[1][0]),
-        len(a.values),
-    )
+    half = math.sqrt(sum(float(stdtrit(df, (1 + LEVEL) / 2)) ** 2 * v for v, df in parts))
+    errors = [math.sqrt(variance) for variance, _ in parts]
+    return Interval(difference, difference - half, difference + half, *errors, len(a.values))
 
 
 def seed_scores(final: pd.DataFrame, column: str) -> dict[str, SeedScores]:
@@ -146,8 +139,8 @@ def seed_scores(final: pd.DataFrame, column: str) -> dict[str, SeedScores]:
         counts, leave_out = set(map(len, estimates)), None
         if len(counts) == 1 and max(counts) > 1:
             leave_out = np.array(estimates, float).reshape(*values.shape, -1)
-        seeds, sampling_seeds = tuple(values.index), tuple(values.columns)
-        scores[student] = SeedScores(values.to_numpy(), leave_out, seeds, sampling_seeds)
+        seeds = tuple(values.index), tuple(values.columns)
+        scores[student] = SeedScores(values.to_numpy(), leave_out, *seeds)
     return scores
 
 
@@ -197,15 +190,13 @@ def ranks(pairs: pd.DataFrame, column: str, students: list[str]) -> dict[str, st
     Students without a rank do not affect the ranks of the others.
     """
     decided = pairs[(pairs.column == column) & (pairs.verdict != "not ranked")]
-    rank_of = {}
+    swapped, rank_of = {"a better": "b better", "b better": "a better"}, {}
     for student in students:
-        as_a, as_b = decided[decided.a == student], decided[decided.b == student]
-        ties = sum(int((rows.verdict == "tie").sum()) for rows in (as_a, as_b))
-        losses = (as_a.verdict == "b better").sum() + (as_b.verdict == "a better").sum()
-        best = 1 + int(losses)
-        rank_of[student] = f"tie {best}–{best + ties}" if ties else str(best)
-        if as_a.empty and as_b.empty:
-            rank_of[student] = "not ranked"
+        as_a, as_b = decided[decided.a == student].verdict, decided[decided.b == student].verdict
+        verdicts = [*as_a, *as_b.replace(swapped)]
+        best, ties = 1 + verdicts.count("b better"), verdicts.count("tie")
+        rank = f"tie {best}–{best + ties}" if ties else str(best)
+        rank_of[student] = rank if verdicts else "not ranked"
     return rank_of
 
 
@@ -219,7 +210,6 @@ def write_pairwise(pairs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
         f"{TRAINING_SEEDS} training seeds or a missing score. –: a diagnostic metric without a "
         "preferred direction."
     )
+    title = f"All pairs of students of {name}"
     texts = rounded(pairs, "difference", "low", "high", "sampling_se", "training_se")
-    return write_table(
-        pairs, folder, "pairwise", f"All pairs of students of {name}", caption, texts
-    )
+    return write_table(pairs, folder, "pairwise", title, caption, texts)

@@ -45,13 +45,11 @@ def read_manifest(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return value
-        raise ValueError("not a JSON object")
+        reason = "not a JSON object"
     except (OSError, ValueError) as error:  # includes JSON's and UTF-8's own errors
-        raise UserError(
-            f"{path} is damaged ({error}); delete this file: `python -m harness report "
-            "--configfile …` writes it again from the scores",
-            "damaged",
-        ) from None
+        reason = str(error)
+    remedy = "delete this file: `python -m harness report --configfile …` writes it again"
+    raise UserError(f"{path} is damaged ({reason}); {remedy} from the scores", "damaged")
 
 
 def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[Path]) -> dict:

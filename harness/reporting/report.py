@@ -42,7 +42,7 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
         write_text(tables / name, text)
     outputs = [tables / name for name in files]
     # The agreement stage writes these, where there are real images.
-    outputs += [path for path in sorted(tables.glob("agreement.*"))]
+    outputs += sorted(tables.glob("agreement.*"))
     outputs += write_pairwise(summary.pairs, tables, experiment.name)
     if experiment.claims:
         outputs += write_claims(experiment, table, tables)

@@ -141,7 +141,7 @@ def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
     """STUDENT_COLUMNS of one student or reference row."""
     seeds = sorted(rows.seed.dropna().unique())
     student = {"student": name, "method": rows.method.iloc[0] or "", "seeds": len(seeds) or None}
-    student["nfe"] = rows.nfe.dropna().iloc[0] if rows.nfe.notna().any() else None
+    student["nfe"] = next(iter(rows.nfe.dropna()), None)
     records = [student_record(experiment, name, int(seed)) for seed in seeds]
     if records := [record for record in records if record]:
         student["parameters"] = records[0].parameters

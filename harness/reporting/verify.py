@@ -11,8 +11,14 @@ from harness.io.artifacts import digest
 from harness.io.records import ScoreRow, TeacherRecord
 from harness.reporting.collect import reference_scores
 from harness.reporting.formatting import MISSING, spread_text
-from harness.reporting.published.catalogue import STATISTIC, base, is_teacher
-from harness.reporting.published.match import concerning, is_number_of, same_network
+from harness.reporting.published.match import (
+    STATISTIC,
+    base,
+    concerning,
+    is_number_of,
+    is_teacher,
+    same_network,
+)
 from harness.reporting.published.tables import is_fid
 
 

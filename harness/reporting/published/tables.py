@@ -6,13 +6,13 @@ or `fid-…`. Fréchet distances in other features than Inception's are never co
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from harness.config.experiment import Experiment
+from harness.config.loading import read_experiment
 from harness.errors import UserError
 from harness.evaluation.registry import column_name
 from harness.io.artifacts import write_text
@@ -20,11 +20,15 @@ from harness.method import METHODS
 from harness.reporting.collect import collect
 from harness.reporting.formatting import as_text, latex, spread_text, write_table
 from harness.reporting.manifest import read_manifest
-from harness.reporting.published.catalogue import PAPERS, STATISTIC, base, is_own, published
 from harness.reporting.published.match import (
+    PAPERS,
+    STATISTIC,
+    base,
     changed_settings,
     concerning,
+    is_own,
     official_network,
+    published,
     runs_of,
     same_data,
 )
@@ -163,27 +167,23 @@ def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> li
 
 
 def collect_all(
-    results: Path,
-    configs: Path,
-    parse: Callable[..., Experiment],
-    load: Callable[..., Experiment],
+    results: Path, configs: Path, parse: Callable[..., Experiment]
 ) -> list[tuple[Experiment, pd.DataFrame]]:
     """The experiments with a section `paper` and their tidy tables, complete or not: those of the
     manifests in `results`, and those of the files in `configs` without a manifest.
 
-    parse, load: `parse_experiment` and `load_experiment` of `harness.validation`. Experiments that
-    cannot be read are skipped with a warning; their data and checkpoints need not exist.
+    parse: `harness.validation.parse_experiment`. Experiments that cannot be read are skipped with a
+    warning; their data and checkpoints need not exist.
     """
     tables = {}
     for path in [*sorted(results.glob("*/manifest.json")), *sorted(configs.glob("*.yaml"))]:
         try:
-            if path.suffix == ".yaml":
-                experiment = load(path, results=results, files=False)
-            elif (config := read_manifest(path).get("config") or {}).get("paper"):
-                experiment = parse(config, str(path), results, files=False)
-            else:
+            is_file = path.suffix == ".yaml"
+            config = read_experiment(path) if is_file else read_manifest(path).get("config")
+            if not config or not config.get("paper"):
                 continue
-            if experiment.paper and experiment.name not in tables:
+            experiment = parse(config, str(path), results, files=False)
+            if experiment.name not in tables:
                 tables[experiment.name] = experiment, collect(experiment, partial=True)[0]
         except UserError as error:
             logger.warning("skipped %s: %s", path, error)
@@ -192,15 +192,14 @@ def collect_all(
 
 def write_paper_tables(
     parse: Callable[..., Experiment],
-    load: Callable[..., Experiment],
     results: Path = Path("results"),
     configs: Path = Path("configs/paper"),
 ) -> None:
     """Write one file per published table of PAPERS, with the runs in `results`; print the cells
-    (FIDs of the methods here and their teachers) without a run. parse, load: of `collect_all`."""
-    tables = collect_all(results, configs, parse, load)
+    (FIDs of the methods here and their teachers) without a run. parse: of `collect_all`."""
+    tables = collect_all(results, configs, parse)
     files: dict[str, list[dict]] = {}
-    empty, counts = [], Counter()
+    empty, cells, others = [], 0, 0
     for entry in published():
         if entry["paper"] not in PAPERS or not entry["table"].startswith(TABLES[entry["paper"]]):
             continue
@@ -214,9 +213,11 @@ def write_paper_tables(
         # Both halves of "Table 2 (left)" and "Table 2 (right)" are one file.
         title = f"{entry['paper']}, {entry['table'].split(' (')[0]}"
         files.setdefault(title, []).extend(rows or [_row(entry)])
-        if is_own(entry):
-            counts[entry["metric"] == "FID"] += 1
-            empty += [entry] if entry["metric"] == "FID" and not rows else []
+        if is_own(entry) and entry["metric"] == "FID":
+            cells += 1
+            empty += [] if rows else [entry]
+        elif is_own(entry):
+            others += 1
     folder = results / "paper-tables"
     for title, rows in files.items():
         table = _frame(rows, TABLE_COLUMNS)
@@ -225,8 +226,8 @@ def write_paper_tables(
     count = "1 experiment" if len(tables) == 1 else f"{len(tables)} experiments"
     print(f"{len(files)} tables in {folder}/ (.csv, .md), from {count}")
     print(
-        f"{len(empty)} of {counts[True]} FIDs of the methods here and their teachers have no run "
-        f"yet ({counts[False]} numbers in other metrics are listed as reported)"
+        f"{len(empty)} of {cells} FIDs of the methods here and their teachers have no run yet "
+        f"({others} numbers in other metrics are listed as reported)"
     )
     for entry in empty:
         name = " ".join(filter(None, [entry["method"], entry["variant"]]))
