@@ -122,7 +122,8 @@ class FourierEmbedding(nn.Module):
 class UNetBlock(nn.Module):
     """A residual block modulated by the embedding, with self-attention if `heads` > 0.
 
-    scale_shift: scale and shift after the second norm (ADM); else a shift before it (SongUNet).
+    adm: ADM's block, with a scale and shift after the second norm. Otherwise SongUNet's, with a
+    shift before it, sums scaled by sqrt(1/2), and a convolution in every resampling skip.
     """
 
     def __init__(
@@ -131,28 +132,25 @@ class UNetBlock(nn.Module):
         out_channels: int,
         emb_channels: int,
         *,
-        eps: float,
+        adm: bool,
         heads: int = 0,
         up: bool = False,
         down: bool = False,
         taps: Sequence[int] = (1, 1),
-        skip_scale: float = 1.0,
-        scale_shift: bool = False,
-        project_skip: bool = False,
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.heads, self.skip_scale, self.scale_shift = heads, skip_scale, scale_shift
-        self.dropout = dropout
-        resampling = {"up": up, "down": down, "taps": taps}
+        self.heads, self.adm, self.dropout = heads, adm, dropout
+        self.skip_scale = 1.0 if adm else math.sqrt(0.5)
+        eps, resampling = 1e-5 if adm else 1e-6, {"up": up, "down": down, "taps": taps}
         self.norm0 = GroupNorm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
-        self.affine = EmbeddingLinear(emb_channels, out_channels * (2 if scale_shift else 1))
+        self.affine = EmbeddingLinear(emb_channels, out_channels * (2 if adm else 1))
         self.norm1 = GroupNorm(out_channels, eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
         self.skip = None
         if in_channels != out_channels or up or down:
-            kernel = 1 if in_channels != out_channels or project_skip else 0
+            kernel = 1 if in_channels != out_channels or not adm else 0
             self.skip = Conv2d(in_channels, out_channels, kernel, **resampling)
         if heads:
             self.norm2 = GroupNorm(out_channels, eps)
@@ -180,7 +178,7 @@ class UNetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
-        if self.scale_shift:
+        if self.adm:
             scale, shift = modulation.chunk(2, dim=1)
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
@@ -217,20 +215,21 @@ class EDMUNet(ModelMixin, ConfigMixin):
     "no label"), `augment_labels` `(B, augment_dim)`.
     """
 
-    def _build(self, channels: int, head_width: int | None, **options) -> int:
+    def _build(self, channels: int, adm: bool, taps: Sequence[int] = (1, 1)) -> int:
         """Build encoder and decoder; returns the channels of the decoder's output.
 
-        channels: output of the first convolution. head_width: channels per attention head; None:
-        one head, and in the decoder only in the last block of a level. options: of `UNetBlock`.
+        channels: output of the first convolution. adm: ADM's blocks, with 64 channels per attention
+        head. Otherwise there is one head, and in the decoder only in the last block of a level.
         """
         config = self.config
-        emb_channels = config.model_channels * config.channel_mult_emb
-        block = partial(UNetBlock, emb_channels=emb_channels, dropout=config.dropout, **options)
+        options = {"adm": adm, "taps": taps, "dropout": config.dropout}
+        options["emb_channels"] = config.model_channels * config.channel_mult_emb
+        block = partial(UNetBlock, **options)
         levels = []  # name, channels, attention heads
         for level, mult in enumerate(config.channel_mult):
             size, width = config.img_resolution >> level, config.model_channels * mult
-            heads = width // (head_width or width) if size in config.attn_resolutions else 0
-            levels.append((f"{size}x{size}", width, heads))
+            heads = width // 64 if adm else 1
+            levels.append((f"{size}x{size}", width, heads * (size in config.attn_resolutions)))
 
         self.enc, skips, aux_channels = nn.ModuleDict(), [], config.in_channels
         for level, (name, width, heads) in enumerate(levels):
@@ -240,7 +239,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
                 self.enc[f"{name}_down"] = block(channels, channels, down=True)
                 if config.get("encoder_type") == "residual":
                     self.enc[f"{name}_aux_residual"] = Conv2d(
-                        aux_channels, channels, 3, down=True, taps=options["taps"], fused_down=True
+                        aux_channels, channels, 3, down=True, taps=taps, fused_down=True
                     )
                     aux_channels = channels
             skips.append(channels)
@@ -252,13 +251,13 @@ class EDMUNet(ModelMixin, ConfigMixin):
         self.dec = nn.ModuleDict()
         for level, (name, width, heads) in reversed(list(enumerate(levels))):
             if level == len(levels) - 1:
-                middle_heads = channels // (head_width or channels)
+                middle_heads = channels // 64 if adm else 1
                 self.dec[f"{name}_in0"] = block(channels, channels, heads=middle_heads)
                 self.dec[f"{name}_in1"] = block(channels, channels)
             else:
                 self.dec[f"{name}_up"] = block(channels, channels, up=True)
             for i in range(config.num_blocks + 1):
-                attention = heads if head_width or i == config.num_blocks else 0
+                attention = heads if adm or i == config.num_blocks else 0
                 self.dec[f"{name}_block{i}"] = block(channels + skips.pop(), width, heads=attention)
                 channels = width
         return channels
@@ -340,8 +339,7 @@ class SongUNet(EDMUNet):
         self.map_augment = EmbeddingLinear(augment_dim, width, bias=False) if augment_dim else None
         self.map_layer0 = EmbeddingLinear(width, emb_channels)
         self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
-        options = {"taps": tuple(resample_filter), "skip_scale": math.sqrt(0.5)}
-        channels = self._build(model_channels, None, eps=1e-6, project_skip=True, **options)
+        channels = self._build(model_channels, adm=False, taps=tuple(resample_filter))
         size = f"{img_resolution}x{img_resolution}"
         self.dec[f"{size}_aux_norm"] = GroupNorm(channels, eps=1e-6)
         self.dec[f"{size}_aux_conv"] = Conv2d(channels, out_channels, 3)
@@ -390,7 +388,7 @@ class DhariwalUNet(EDMUNet):
         self.map_layer0 = EmbeddingLinear(width, emb_channels)
         self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
         self.map_label = EmbeddingLinear(label_dim, emb_channels, bias=False) if label_dim else None
-        channels = self._build(width * channel_mult[0], 64, eps=1e-5, scale_shift=True)
+        channels = self._build(width * channel_mult[0], adm=True)
         self.out_norm = GroupNorm(channels, eps=1e-5)
         self.out_conv = Conv2d(channels, out_channels, 3)
 
