@@ -1,23 +1,20 @@
 """Load an experiment: parse the files, run every package's checks, report all errors together."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from harness.config.experiment import Experiment
+from harness.config.experiment import Experiment, Paths
 from harness.config.loading import merge, read_experiment, read_yaml
-from harness.config.paths import Paths
 from harness.config.schema import (
     NAME,
-    ClaimSection,
     DataSection,
     EvaluationSection,
     ExperimentFile,
-    FeatureSettings,
     ImportedTeacher,
     PaperSection,
     Section,
@@ -41,28 +38,6 @@ RESERVED = {"teacher", "teacher-1step", "floor", "teachers"}  # rows of the tabl
 COMPILERS = ("g++", "clang++")  # torch.compile needs one of them
 
 
-@dataclass
-class Sections:
-    """The sections of an experiment file that are valid by themselves. An invalid section is None;
-    an invalid item is missing from its mapping."""
-
-    raw: dict
-    data: DataSection | None = None
-    training: TrainingSection | None = None
-    evaluation: EvaluationSection | None = None
-    paper: PaperSection | None = None
-    claims: list[ClaimSection] = field(default_factory=list)
-    features: dict[str, FeatureSettings] = field(default_factory=dict)
-    teachers: dict[str, TeacherSection] = field(default_factory=dict)
-    students: dict[str, StudentSection] = field(default_factory=dict)
-
-    @property
-    def names(self) -> dict[str, list[str]]:
-        """Names of all items, so that a reference to an invalid one is not reported as unknown."""
-        raw = {key: self.raw.get(key) for key in ("features", "teachers", "students")}
-        return {key: list(value) if isinstance(value, dict) else [] for key, value in raw.items()}
-
-
 # -- parsing ------------------------------------------------------------------------------------
 
 
@@ -70,54 +45,55 @@ def _teacher_class(raw: Any) -> type[TeacherSection]:
     return ImportedTeacher if isinstance(raw, dict) and "source" in raw else TrainedTeacher
 
 
-# Of sections with named items: the class of an item, given its content.
-ITEMS: dict[str, Callable[[Any], type[Section]]] = {
-    "features": settings_class,
-    "teachers": _teacher_class,
-    "students": lambda raw: StudentSection,
-}
 SECTIONS = {
     "data": DataSection,
     "training": TrainingSection,
     "evaluation": EvaluationSection,
     "paper": PaperSection,
 }
+# Of sections with named items: the class of an item, given its content.
+ITEMS: dict[str, Callable[[Any], type[Section]]] = {
+    "features": settings_class,
+    "teachers": _teacher_class,
+    "students": lambda raw: StudentSection,
+}
 
 
-def _parse(raw: dict) -> tuple[Sections, list[Problem]]:
-    """Parse section by section and item by item, so that one error hides no other."""
-    sections, problems = Sections(raw), []
+def _items(raw: dict, key: str) -> dict[str, Any]:
+    """The named items of a section, valid or not."""
+    return raw[key] if isinstance(raw.get(key), dict) else {}
 
-    def attempt(section_class: type[Section], value: Any, key: str) -> Section | None:
+
+def _parse(raw: dict) -> tuple[ExperimentFile, list[Problem]]:
+    """Parse section by section and item by item, so that one error hides no other. An invalid
+    section of the file is None; an invalid item is missing from its mapping."""
+    parsed: dict[str, Any] = dict.fromkeys(SECTIONS) | {key: {} for key in ITEMS}
+    problems = []
+
+    def parse(section_class: type[Section], value: Any, key: str, target: dict, name: str) -> None:
         try:
-            return section_class.model_validate(value)
+            target[name] = section_class.model_validate(value)
         except ValidationError as error:
             problems.extend(translate(error, section_class, key))
-        return None
 
     for key, section_class in SECTIONS.items():
         if isinstance(raw.get(key), dict):
-            setattr(sections, key, attempt(section_class, raw[key], key))
+            parse(section_class, raw[key], key, parsed, key)
     for key, class_of in ITEMS.items():
-        for name, value in raw[key].items() if isinstance(raw.get(key), dict) else ():
+        for name, value in _items(raw, key).items():
             try:
-                item = attempt(class_of(value), value, f"{key}.{name}")
+                parse(class_of(value), value, f"{key}.{name}", parsed[key], name)
             except UserError as error:
                 problems.append(Problem(f"{key}.{name}.type", error.code, str(error)))
-                continue
-            if item is not None:
-                getattr(sections, key)[name] = item
+    rest: dict[str, Any] = {"claims": []}
     try:
-        sections.claims = ExperimentFile.model_validate(raw).claims
+        rest = dict(ExperimentFile.model_validate(raw))
     except ValidationError as error:
-        locations = [item["loc"] for item in error.errors()]
-        problems += [
-            problem
-            for problem, location in zip(translate(error, ExperimentFile), locations, strict=True)
+        for item, problem in zip(error.errors(), translate(error, ExperimentFile), strict=True):
             # Errors inside the sections above are reported already.
-            if len(location) == 1 or location[0] not in {*SECTIONS, *ITEMS}
-        ]
-    return sections, problems
+            if len(item["loc"]) == 1 or item["loc"][0] not in parsed:
+                problems.append(problem)
+    return ExperimentFile.model_construct(**rest | parsed), problems
 
 
 def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
@@ -155,106 +131,97 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 # -- checking -----------------------------------------------------------------------------------
 
 
-def _check_names(s: Sections) -> list[Problem]:
-    names = [("name", s.raw.get("name")), ("data.name", s.data.name if s.data else None)]
-    names += [(f"{key}.{name}", name) for key, items in s.names.items() for name in items]
+def _check_names(names: list[tuple[str, Any]]) -> Iterator[Problem]:
+    """Check the names of items, by their keys."""
     message = "use lower-case letters, digits, '.', '_' and '-' in names, not"
-    problems = [
-        Problem(key, "invalid-name", f"{message} {name!r}")
-        for key, name in names
-        if isinstance(name, str) and not NAME.fullmatch(name)
-    ]
-    return problems + [
-        Problem(f"students.{name}", "reserved-name", "this name is reserved")
-        for name in sorted(RESERVED & set(s.names["students"]))
-    ]
+    for key, name in names:
+        if isinstance(name, str) and not NAME.fullmatch(name):
+            yield Problem(key, "invalid-name", f"{message} {name!r}")
+        if key == f"students.{name}" and name in RESERVED:
+            yield Problem(key, "reserved-name", "this name is reserved")
 
 
-def _check_training(s: Sections) -> list[Problem]:
+def _check_training(file: ExperimentFile) -> Iterator[Problem]:
     """Errors in what students, teachers and feature networks share."""
-    problems = []
-    if s.training and len(set(s.training.seeds)) < len(s.training.seeds):
-        problems.append(Problem("training.seeds", "duplicate", "duplicate seed"))
-    if s.training and s.training.compile and not any(map(shutil.which, COMPILERS)):
+    if file.training and len(set(file.training.seeds)) < len(file.training.seeds):
+        yield Problem("training.seeds", "duplicate", "duplicate seed")
+    if file.training and file.training.compile and not any(map(shutil.which, COMPILERS)):
         message = f"needs a C++ compiler ({' or '.join(COMPILERS)})"
-        problems.append(Problem("training.compile", "missing-compiler", message))
-    for key, items in (("teachers", s.teachers), ("features", s.features)):
+        yield Problem("training.compile", "missing-compiler", message)
+    for key, items in (("teachers", file.teachers), ("features", file.features)):
         for name, item in items.items():
             images, batch = getattr(item, "images", 0), getattr(item, "batch", 1)
             if images % batch:
                 message = f"not a multiple of its batch {batch}"
-                problems.append(Problem(f"{key}.{name}.images", "batch", message))
-    return problems
+                yield Problem(f"{key}.{name}.images", "batch", message)
 
 
-def _check(s: Sections, files: bool) -> list[Problem]:
+def _check(raw: dict, file: ExperimentFile, files: bool) -> list[Problem]:
     """Errors that no section shows by itself. `files`: whether the files must exist."""
-    names, problems = s.names, _check_names(s) + _check_training(s)
-    if s.data is not None:
-        problems += data_checks.check(s.data, files)
+    # A reference to an invalid item is not reported as unknown.
+    names = {key: list(_items(raw, key)) for key in ITEMS}
+    data, features, teachers = file.data, file.features, file.teachers
+    named = [("name", raw.get("name")), ("data.name", data and data.name)]
+    named += [(f"{key}.{name}", name) for key, items in names.items() for name in items]
+    problems = [*_check_names(named), *_check_training(file)]
+    if data is not None:
+        problems += data_checks.check(data, files)
     problems += evaluation_checks.check(
-        s.evaluation, s.claims, s.data, s.features, names["features"], files
+        file.evaluation, file.claims, data, features, names["features"], files
     )
-    for name, settings in s.features.items():
-        problems += new_extractor(name, settings).check(s.data, files)
-    problems += teacher_checks.check(s.teachers, s.data, s.features, names["features"], files)
-    problems += reporting_checks.check_claims(s.claims, names["students"])
-    if s.paper is not None:
-        problems += reporting_checks.check_paper(s.paper, names["teachers"], names["students"])
+    for name, settings in features.items():
+        problems += new_extractor(name, settings).check(data, files)
+    problems += teacher_checks.check(teachers, data, features, names["features"], files)
+    problems += reporting_checks.check_claims(file.claims, names["students"])
+    if file.paper is not None:
+        problems += reporting_checks.check_paper(file.paper, names["teachers"], names["students"])
     # Students are checked without their budgets if `training` is invalid.
-    training = s.training or TrainingSection.model_construct(seeds=[], budget=[])
+    training = file.training or TrainingSection.model_construct(seeds=[], budget=[])
     return problems + student_checks.check(
-        s.students, training, s.data, s.teachers, s.features, names, translate
+        file.students, training, data, teachers, features, names, translate
     )
 
 
 # -- resolving ----------------------------------------------------------------------------------
 
 
-def _plugin_hashes(s: Sections) -> dict[str, dict[str, str]]:
+def _plugin_hashes(file: ExperimentFile) -> dict[str, dict[str, str]]:
     """Hashes of the plug-in files that define the data set, feature networks and teachers."""
-    hashes = {"data": DATASETS.plugin_sha256(s.data.name)}
-    for name, settings in s.features.items():
+    hashes = {"data": DATASETS.plugin_sha256(file.data.name)}
+    for name, settings in file.features.items():
         hashes[f"features.{name}"] = FEATURES.plugin_sha256(settings.type)
-    for name, teacher in s.teachers.items():
+    for name, teacher in file.teachers.items():
         kind = (teacher.network or {}).get("type", "")
         hashes[f"teachers.{name}"] = BACKBONES.plugin_sha256(kind)
     return {key: {"plugin": sha256} for key, sha256 in hashes.items() if sha256}
 
 
-def _resolve(s: Sections, results: Path) -> Experiment:
-    file = ExperimentFile.model_validate(s.raw)
-    students = {
-        name: student_checks.resolve(name, section, s.training, s.teachers)
-        for name, section in s.students.items()
-    }
-    return Experiment(
-        **vars(s) | {"students": students},
-        name=file.name,
-        device_setting=file.device,
-        process_setting=file.processes,
-        paths=Paths(results / file.name),
-        plugin_hashes=_plugin_hashes(s),
-    )
-
-
-def _load_plugins(raw: dict) -> None:
+def parse_experiment(
+    raw: dict, source: str, results: Path = Path("results"), files: bool = True, check: bool = True
+) -> Experiment:
+    """Validate a resolved configuration; a `ConfigError` reports all its errors. `files`: whether
+    the files that it names must exist. `check`: whether to check more than the schema."""
     plugins = raw.get("plugins")
     for path in plugins if isinstance(plugins, list) else ():
         load_plugin(Path(str(path)))
-
-
-def parse_experiment(
-    raw: dict, source: str, results: Path = Path("results"), files: bool = True
-) -> Experiment:
-    """Validate a resolved configuration; a `ConfigError` reports all its errors. `files`: whether
-    the files that it names must exist."""
-    _load_plugins(raw)
-    sections, problems = _parse(raw)
-    problems += _check(sections, files)
+    file, problems = _parse(raw)
+    if check:
+        problems += _check(raw, file, files)
     if problems:
         raise ConfigError(source, problems)
-    return _resolve(sections, results)
+    students = {
+        name: student_checks.resolve(name, section, file.training, file.teachers)
+        for name, section in file.students.items()
+    }
+    return Experiment(
+        **{key: getattr(file, key) for key in ("name", *SECTIONS, *ITEMS, "claims")}
+        | {"students": students},
+        device_setting=file.device,
+        process_setting=file.processes,
+        raw=raw,
+        paths=Paths(results / file.name),
+        plugin_hashes=_plugin_hashes(file),
+    )
 
 
 def load_experiment(
@@ -266,18 +233,10 @@ def load_experiment(
     """The experiment in a file (or in several, later ones override earlier ones). `overrides`
     override all of them."""
     paths = [Path(p) for p in (paths if isinstance(paths, list) else [paths])]
-    raw: dict = {}
-    for path in paths:
-        raw = merge(raw, read_experiment(path))
-    raw = merge(raw, overrides or {})
+    raw = reduce(merge, [*map(read_experiment, paths), overrides or {}], {})
     return parse_experiment(raw, " + ".join(map(str, paths)), results, files)
 
 
 def load_snapshot(path: Path, results: Path = Path("results")) -> Experiment:
     """The experiment in a snapshot of a validated configuration; only the schema is checked."""
-    raw = read_yaml(path)
-    _load_plugins(raw)
-    sections, problems = _parse(raw)
-    if problems:
-        raise ConfigError(str(path), problems)
-    return _resolve(sections, results)
+    return parse_experiment(read_yaml(path), str(path), results, check=False)

@@ -11,21 +11,18 @@ def read_yaml(path: Path) -> dict:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key_node, _ in node.value:
+                if key_node.tag.endswith(":merge"):  # <<: *anchor
+                    continue
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    line = key_node.start_mark.line + 1
+                    raise UserError(f"{path}: line {line}: duplicate key {key!r}", "duplicate-key")
+                seen.add(key)
+            return super().construct_mapping(node, deep=True)
 
-    def construct_mapping(loader, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag.endswith(":merge"):  # <<: *anchor
-                continue
-            key = loader.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"{path}: line {line}: duplicate key {key!r}", "duplicate-key")
-            seen.add(key)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
     try:
         text = Path(path).read_text(encoding="utf-8")
         # JSON for snapshots: YAML 1.1 reads 1e-06 as text.

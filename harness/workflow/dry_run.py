@@ -4,7 +4,9 @@ Meta tensors have shapes and no values. Costs do not depend on values, so weight
 are random.
 """
 
-from collections.abc import Iterable
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -113,40 +115,31 @@ class SavedTensorMemory:
     once, weights not at all."""
 
     def __init__(self):
-        self.references: dict[int, int] = {}
+        self.references: Counter[int] = Counter()  # by storage
         self.current = self.peak = 0
 
     def track(self, networks: Iterable[nn.Module]) -> torch.autograd.graph.saved_tensors_hooks:
         """A context whose graphs are counted, without the weights of `networks`."""
         weights = {p.untyped_storage()._cdata for net in networks for p in net.parameters()}
 
-        def pack(tensor: Tensor) -> Tensor | _SavedTensor:
-            is_weight = tensor.untyped_storage()._cdata in weights
-            return tensor if is_weight else _SavedTensor(tensor, self)
+        def pack(tensor: Tensor) -> Callable[[], Tensor]:
+            def saved() -> Tensor:
+                return tensor
 
-        def unpack(saved: Tensor | _SavedTensor) -> Tensor:
-            return saved.tensor if isinstance(saved, _SavedTensor) else saved
+            storage = tensor.untyped_storage()
+            facts = storage._cdata, storage.nbytes()
+            if storage._cdata not in weights:
+                self._count(*facts, 1)
+                weakref.finalize(saved, self._count, *facts, -1)  # when the graph is freed
+            return saved
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved())
 
-
-class _SavedTensor:
-    """A tensor that a graph holds; it counts until the graph is freed."""
-
-    def __init__(self, tensor: Tensor, memory: SavedTensorMemory):
-        storage = tensor.untyped_storage()
-        self.tensor, self.memory = tensor, memory
-        self.key, self.bytes = storage._cdata, storage.nbytes()
-        count = memory.references[self.key] = memory.references.get(self.key, 0) + 1
-        if count == 1:
-            memory.current += self.bytes
-            memory.peak = max(memory.peak, memory.current)
-
-    def __del__(self):
-        self.memory.references[self.key] -= 1
-        if not self.memory.references[self.key]:
-            del self.memory.references[self.key]
-            self.memory.current -= self.bytes
+    def _count(self, storage: int, size: int, change: int) -> None:
+        self.references[storage] += change
+        if self.references[storage] == max(change, 0):  # the first reference, or none is left
+            self.current += change * size
+            self.peak = max(self.peak, self.current)
 
 
 class DryRunTrainer(Trainer):

@@ -27,11 +27,9 @@ def record_failure(folder: Path, stage: str) -> Iterator[None]:
 
 def run_status(experiment: Experiment, student: str, seed: int) -> str:
     """Status of a run without scores: its first failed dependency, or "missing (…)"."""
-    section, paths = experiment.students[student], experiment.paths
-    features, pairs = section.requirements.features, section.pairs
-    more = [paths.features(features)] if features else []
-    more += [paths.pairs(pairs.name)] if pairs else []
-    return teacher_status(experiment, section.teacher, *more, paths.run(student, seed))
+    run = experiment.student_run(student, seed)
+    folders = filter(None, (run.features, run.pairs, run.folder))
+    return teacher_status(experiment, run.student.teacher, *folders)
 
 
 def teacher_status(experiment: Experiment, teacher: str, *more: Path) -> str:

@@ -140,28 +140,20 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
 
 
 def _embedding_sizes(experiment: Experiment) -> str:
-    """The disk space of prompt embeddings, as sentences."""
-    text = ""
-    for name, section in experiment.teachers.items():
-        if isinstance(section, ImportedTeacher) and is_pipeline(section):
-            with torch.device("meta"):
-                teacher = dry_run_pipeline(section)
-            prompts = _prompts(experiment)
-            size = 2 * prompts * teacher.null_condition(1)["embeddings"].numel()  # float16
-            text += f" Embeddings of {prompts:,} prompts for teacher {name}: {size / 1e9:,.1f} GB."
-    return text
-
-
-def _prompts(experiment: Experiment) -> int:
-    """The number of prompts to embed, from the prepared data or from local files."""
+    """The disk space of prompt embeddings, as sentences. The prompts are counted in the prepared
+    data or in local files."""
     record, count = DataRecord.read_optional(experiment.paths.data / "data.json"), 0
     for key, (source, _) in experiment.data.prompt_files.items():
         file = Path(source).expanduser()
         if record is not None and (prompts := getattr(record, key)):
             count += prompts.prompts
-        elif file.is_file():
-            with open(file, "rb") as lines:
-                count += sum(1 for _ in lines)
         else:
-            count += ASSUMED_PROMPTS
-    return count
+            count += len(file.read_bytes().splitlines()) if file.is_file() else ASSUMED_PROMPTS
+    text = ""
+    for name, section in experiment.teachers.items():
+        if isinstance(section, ImportedTeacher) and is_pipeline(section):
+            with torch.device("meta"):
+                teacher = dry_run_pipeline(section)
+            size = 2 * count * teacher.null_condition(1)["embeddings"].numel()  # float16
+            text += f" Embeddings of {count:,} prompts for teacher {name}: {size / 1e9:,.1f} GB."
+    return text

@@ -58,9 +58,12 @@ def _line(
     return line
 
 
-def status(experiment: Experiment) -> list[dict[str, str]]:
-    """One row per feature network, teacher and run: state, budget spent, speed, ETA, losses."""
-    rows, paths = [], experiment.paths
+def print_status(experiment: Experiment) -> None:
+    """Print one row per feature network, teacher and run: state, budget spent, speed, ETA, losses;
+    then the reasons of failed runs."""
+    from tabulate import tabulate
+
+    rows, failed, paths = [], [], experiment.paths
     for kind, sections, folder in (
         ("features", experiment.features, paths.features),
         ("teacher", experiment.teachers, paths.teacher),
@@ -73,13 +76,7 @@ def status(experiment: Experiment) -> list[dict[str, str]]:
         folder, scores = paths.run(student, seed), paths.scores(student, seed)
         budget = experiment.students[student].budget
         rows.append(_line(f"{student}/seed{seed}", folder, "student.json", budget, scores))
-    return rows
-
-
-def print_status(experiment: Experiment) -> None:
-    from tabulate import tabulate
-
-    print(tabulate(status(experiment), headers="keys", disable_numparse=True))
-    for student, seed in experiment.runs:
-        if (experiment.paths.run(student, seed) / failures.FILE).exists():
-            print(f"{student}/seed{seed} {failures.run_status(experiment, student, seed)}")
+        if (folder / failures.FILE).exists():
+            reason = failures.run_status(experiment, student, seed)
+            failed.append(f"{student}/seed{seed} {reason}")
+    print(tabulate(rows, headers="keys", disable_numparse=True), *failed, sep="\n")
