@@ -109,14 +109,12 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
 def _product(experiment, args: argparse.Namespace) -> tuple[str, Path | None]:
     """Name and folder of what a stage makes; ("", None) for one that makes no folder."""
     paths = experiment.paths
-    if args.command == "data":
-        return "data", paths.data
     if hasattr(args, "student"):
         return f"{args.student}/seed{args.seed}", paths.run(args.student, args.seed)
     for kind in ("features", "teacher", "pairs"):
         if name := getattr(args, kind, None):
             return f"{kind} {name}", getattr(paths, kind)(name)
-    return "", None
+    return ("data", paths.data) if args.command == "data" else ("", None)
 
 
 def _batch(experiment, args: argparse.Namespace) -> int | None:

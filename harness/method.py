@@ -171,7 +171,7 @@ class MethodRegistry(Registry[type[Method]]):
 
     def __getitem__(self, name: str) -> type[Method]:
         if name in _method_files():
-            self.add(name, _only_method(importlib.import_module(f"methods.{name}")))
+            self.register(name)(_only_method(importlib.import_module(f"methods.{name}")))
         return super().__getitem__(name)
 
 

@@ -26,22 +26,21 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
         self._sources: dict[str, Path] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds an entry; a malformed or duplicate name is a `ValueError`."""
+    def register(self, name: str, source: Callable | None = None) -> Callable[[T], T]:
+        """Decorator that adds an entry; a malformed or duplicate name is a `ValueError`. source:
+        what the entry's file defines, if that is not the entry itself."""
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{self.kind} name {name!r}: use letters, digits, '.', '_' and '-'")
 
         def decorate(entry: T) -> T:
-            self.add(name, entry)
+            file = Path(inspect.getsourcefile(source or entry)).resolve()
+            if name in self._entries and file != self._sources[name]:
+                file = self._sources[name]
+                raise ValueError(f"{self.kind} {name!r} is already registered ({file})")
+            self._entries[name], self._sources[name] = entry, file
             return entry
 
         return decorate
-
-    def add(self, name: str, entry: T, source: Path | None = None) -> None:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{self.kind} name {name!r}: use letters, digits, '.', '_' and '-'")
-        source = source or Path(inspect.getsourcefile(entry)).resolve()
-        if name in self._entries and source != self._sources[name]:
-            raise ValueError(f"{self.kind} {name!r} is already registered ({self._sources[name]})")
-        self._entries[name], self._sources[name] = entry, source
 
     def __iter__(self) -> Iterator[str]:
         """Names in the order of registration."""
@@ -50,10 +49,6 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{package.__name__}.{module.name}")
         return iter(list(self._entries))
-
-    def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self)
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)

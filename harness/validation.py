@@ -1,21 +1,22 @@
 """Load an experiment: parse the files, run every package's checks, report all errors together."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from harness.config.experiment import Experiment, Paths
-from harness.config.loading import merge, read_experiment, read_yaml
+from harness.config.loading import merge, read_experiment, read_yaml, translate
 from harness.config.schema import (
     NAME,
     DataSection,
     EvaluationSection,
     ExperimentFile,
     ImportedTeacher,
+    Names,
     PaperSection,
     Section,
     StudentSection,
@@ -25,7 +26,7 @@ from harness.config.schema import (
 )
 from harness.data import checks as data_checks
 from harness.data.registry import DATASETS
-from harness.errors import ConfigError, Problem, UserError, did_you_mean
+from harness.errors import ConfigError, Problem, UserError
 from harness.evaluation import checks as evaluation_checks
 from harness.features.base import FEATURES, new_extractor, settings_class
 from harness.networks.registry import BACKBONES
@@ -85,7 +86,7 @@ def _parse(raw: dict) -> tuple[ExperimentFile, list[Problem]]:
                 parse(class_of(value), value, f"{key}.{name}", parsed[key], name)
             except UserError as error:
                 problems.append(Problem(f"{key}.{name}.type", error.code, str(error)))
-    rest: dict[str, Any] = {"claims": []}
+    rest: dict[str, Any] = {"name": raw.get("name"), "claims": []}
     try:
         rest = dict(ExperimentFile.model_validate(raw))
     except ValidationError as error:
@@ -96,52 +97,21 @@ def _parse(raw: dict) -> tuple[ExperimentFile, list[Problem]]:
     return ExperimentFile.model_construct(**rest | parsed), problems
 
 
-def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
-    """A pydantic error of `model` as problems; `prefix` is the key of the validated section."""
-    problems = []
-    for item in error.errors():
-        key = ".".join(filter(None, (prefix, *map(str, item["loc"]))))
-        if item["type"] == "extra_forbidden":
-            hint = did_you_mean(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
-            problems.append(Problem(key, "unknown-key", f"unknown key{hint}"))
-        elif item["type"] == "missing":
-            problems.append(Problem(key, "missing-key", "missing"))
-        else:
-            message = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
-            problems.append(Problem(key, "invalid-value", message))
-    return problems
-
-
-def _keys_at(model: type[BaseModel] | None, location: tuple) -> list[str]:
-    """The valid keys of the section at a location inside `model`."""
-    for part in location:
-        field_info = model.model_fields.get(part) if model else None
-        if field_info is not None:
-            model = _section_in(field_info.annotation)
-    return sorted(model.model_fields) if model else []
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as dict[str, StudentSection]."""
-    if get_origin(annotation) is None and isinstance(annotation, type):
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
-
-
 # -- checking -----------------------------------------------------------------------------------
 
 
-def _check_names(names: list[tuple[str, Any]]) -> Iterator[Problem]:
-    """Check the names of items, by their keys."""
+def _check_names(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
+    keys = [("name", file.name), ("data.name", file.data and file.data.name)]
+    keys += [(f"{key}.{name}", name) for key, items in names.items() for name in items]
     message = "use lower-case letters, digits, '.', '_' and '-' in names, not"
-    for key, name in names:
+    for key, name in keys:
         if isinstance(name, str) and not NAME.fullmatch(name):
             yield Problem(key, "invalid-name", f"{message} {name!r}")
         if key == f"students.{name}" and name in RESERVED:
             yield Problem(key, "reserved-name", "this name is reserved")
 
 
-def _check_training(file: ExperimentFile) -> Iterator[Problem]:
+def _check_training(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
     """Errors in what students, teachers and feature networks share."""
     if file.training and len(set(file.training.seeds)) < len(file.training.seeds):
         yield Problem("training.seeds", "duplicate", "duplicate seed")
@@ -156,30 +126,24 @@ def _check_training(file: ExperimentFile) -> Iterator[Problem]:
                 yield Problem(f"{key}.{name}.images", "batch", message)
 
 
-def _check(raw: dict, file: ExperimentFile, files: bool) -> list[Problem]:
-    """Errors that no section shows by itself. `files`: whether the files must exist."""
-    # A reference to an invalid item is not reported as unknown.
-    names = {key: list(_items(raw, key)) for key in ITEMS}
-    data, features, teachers = file.data, file.features, file.teachers
-    named = [("name", raw.get("name")), ("data.name", data and data.name)]
-    named += [(f"{key}.{name}", name) for key, items in names.items() for name in items]
-    problems = [*_check_names(named), *_check_training(file)]
-    if data is not None:
-        problems += data_checks.check(data, files)
-    problems += evaluation_checks.check(
-        file.evaluation, file.claims, data, features, names["features"], files
-    )
-    for name, settings in features.items():
-        problems += new_extractor(name, settings).check(data, files)
-    problems += teacher_checks.check(teachers, data, features, names["features"], files)
-    problems += reporting_checks.check_claims(file.claims, names["students"])
-    if file.paper is not None:
-        problems += reporting_checks.check_paper(file.paper, names["teachers"], names["students"])
-    # Students are checked without their budgets if `training` is invalid.
-    training = file.training or TrainingSection.model_construct(seeds=[], budget=[])
-    return problems + student_checks.check(
-        file.students, training, data, teachers, features, names, translate
-    )
+def _check_features(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
+    for name, settings in file.features.items():
+        yield from new_extractor(name, settings).check(file.data, files)
+
+
+# Errors that no section shows by itself. Each check takes the valid parts of the file, all names
+# (so that a reference to an invalid item is not reported as unknown), and whether local files
+# must exist.
+CHECKS: tuple[Callable[[ExperimentFile, Names, bool], Iterable[Problem]], ...] = (
+    _check_names,
+    _check_training,
+    data_checks.check,
+    evaluation_checks.check,
+    _check_features,
+    teacher_checks.check,
+    reporting_checks.check,
+    student_checks.check,
+)
 
 
 # -- resolving ----------------------------------------------------------------------------------
@@ -205,8 +169,9 @@ def parse_experiment(
     for path in plugins if isinstance(plugins, list) else ():
         load_plugin(Path(str(path)))
     file, problems = _parse(raw)
-    if check:
-        problems += _check(raw, file, files)
+    names = {key: list(_items(raw, key)) for key in ITEMS}
+    for find in CHECKS if check else ():
+        problems += find(file, names, files)
     if problems:
         raise ConfigError(source, problems)
     students = {

@@ -86,7 +86,7 @@ def run_method(
     return train(run), run, teacher
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_method_trains_its_networks_and_not_the_teacher(name, tmp_path):
     teacher = tiny_denoiser()
     outcome, run, used = run_method(name, tmp_path)
@@ -213,7 +213,7 @@ def test_methods_come_from_files_and_plugins(tmp_path):
     assert {"dmd", "sid"} <= set(METHODS) and "_template" not in METHODS
     (path := tmp_path / "plugin.py").write_text(PLUGIN)
     load_plugin(path)
-    assert "sid-plugin" in METHODS.names() and METHODS["sid-plugin"].__name__ == "Plugin"
+    assert "sid-plugin" in METHODS and METHODS["sid-plugin"].__name__ == "Plugin"
     sid = Path(methods.sid.__file__)
     assert method_source("sid-plugin") == (path, sid) and method_source("sid") == (sid,)
     with pytest.raises(ValueError, match="already registered"):

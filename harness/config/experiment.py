@@ -330,11 +330,3 @@ class Experiment:
         if not path.exists():
             write_json(path, self.raw)
         return path
-
-
-def resolve_pairs(teacher: str, section: TeacherSection, count: int, steps: int) -> PairSet:
-    """The pair set of a student that requires `count` pairs. Its sampler is deterministic, so that
-    an image is a function of the noise that the student sees."""
-    settings = {"steps": steps, "s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
-    sampler = section.sampler.model_copy(update=settings)
-    return PairSet(f"{teacher}_n{count}_steps{steps}", teacher, count, sampler)

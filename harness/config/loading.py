@@ -1,9 +1,12 @@
-"""Read experiment files: YAML, `extends`, overrides."""
+"""Read experiment files: YAML, `extends`, overrides; and report errors in their keys."""
 
 import json
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
-from harness.errors import UserError
+from pydantic import BaseModel, ValidationError
+
+from harness.errors import Problem, UserError, did_you_mean
 
 
 def read_yaml(path: Path) -> dict:
@@ -61,3 +64,35 @@ def read_experiment(path: Path, _parents: tuple[Path, ...] = ()) -> dict:
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected one file name, got {base!r}", "invalid-value")
     return merge(read_experiment(path.parent / base, (*_parents, path.resolve())), raw)
+
+
+def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
+    """A pydantic error of `model` as problems; `prefix` is the key of the validated section."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(filter(None, (prefix, *map(str, item["loc"]))))
+        if item["type"] == "extra_forbidden":
+            hint = did_you_mean(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
+            problems.append(Problem(key, "unknown-key", f"unknown key{hint}"))
+        elif item["type"] == "missing":
+            problems.append(Problem(key, "missing-key", "missing"))
+        else:
+            message = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
+            problems.append(Problem(key, "invalid-value", message))
+    return problems
+
+
+def _keys_at(model: type[BaseModel] | None, location: tuple) -> list[str]:
+    """The valid keys of the section at a location inside `model`."""
+    for part in location:
+        field_info = model.model_fields.get(part) if model else None
+        if field_info is not None:
+            model = _section_in(field_info.annotation)
+    return sorted(model.model_fields) if model else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as dict[str, StudentSection]."""
+    if get_origin(annotation) is None and isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

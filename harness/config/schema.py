@@ -198,10 +198,6 @@ class EvaluationSection(Section):
     grid_samples: Positive = 100
     block: Positive = Field(256, description="images per sampling batch, also for teacher pairs")
 
-    def seeds_of_snapshot(self, final: bool) -> list[int]:
-        """Sampling seeds that score a snapshot."""
-        return self.sampling_seeds if final else self.sampling_seeds[: self.snapshot_seeds]
-
 
 class PublishedName(Section):
     """A student's name in the published tables. Without `variant`: the rows that have none."""
@@ -252,6 +248,9 @@ class ExperimentFile(Section):
     evaluation: EvaluationSection
     paper: PaperSection | None = None
     claims: list[ClaimSection] = []
+
+
+Names = dict[str, list[str]]  # section -> names of all its items, valid or not
 
 
 def micro_batch(batch: int, limit: int | None) -> int:

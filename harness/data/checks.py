@@ -2,20 +2,23 @@
 
 from pathlib import Path
 
-from harness.config.schema import DataSection
+from harness.config.schema import ExperimentFile, Names
 from harness.data.registry import data_source
 from harness.errors import Problem, UserError
 from harness.io.downloads import source_problems
 
 
-def check(section: DataSection, files: bool = True) -> list[Problem]:
-    """All errors in a `data` section. `files`: whether the files that it names must exist."""
+def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
+    """All errors in the section `data` (see `harness.validation.CHECKS`)."""
+    section = file.data
+    if section is None:
+        return []
     try:
         problems = data_source(section).check()
     except UserError as error:
         return [Problem("data.name", error.code, str(error))]
-    for key, (file, sha256) in section.prompt_files.items():
-        problems += source_problems(f"data.{key}", file, sha256, required=files)
+    for key, (path, sha256) in section.prompt_files.items():
+        problems += source_problems(f"data.{key}", path, sha256, required=files)
     if not section.labels and section.num_classes is not None:
         message = "not allowed together with labels: false"
         problems.append(Problem("data.num_classes", "not-allowed", message))

@@ -172,7 +172,7 @@ def data_source(section: DataSection) -> DataSource:
         return ImageArchive(section)
     if section.image_shape is not None or section.prompts is not None:
         return NoImages(section)
-    hint = did_you_mean(section.name, DATASETS.names())
+    hint = did_you_mean(section.name, DATASETS)
     raise UserError(f"unknown data set {section.name!r} without a source{hint}", "unknown-name")
 
 

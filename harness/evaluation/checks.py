@@ -1,8 +1,8 @@
 """Checks of the section `evaluation` and of the metrics in `claims`."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
-from harness.config.schema import ClaimSection, DataSection, EvaluationSection, FeatureSettings
+from harness.config.schema import DataSection, EvaluationSection, ExperimentFile, Names
 from harness.data.registry import has_captions
 from harness.errors import Problem, did_you_mean
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, GROUPS
@@ -31,30 +31,20 @@ def small_sample_warning(extractor: str, dim: int, count: int, floor: int | None
     )
 
 
-def check(
-    evaluation: EvaluationSection | None,
-    claims: Sequence[ClaimSection],
-    data: DataSection | None,
-    features: Mapping[str, FeatureSettings],
-    feature_names: Iterable[str],
-    files: bool = True,
-) -> list[Problem]:
-    """Errors in `evaluation` and in the metrics of `claims`.
-
-    Sections with errors of their own are None, or missing in `features`; `feature_names` has all
-    names. `files`: whether local files must exist.
-    """
-    names = evaluation.extractors if evaluation else []
-    provided = {name: provides(features[name]) for name in names if name in features}
+def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
+    """Errors in `evaluation` and in the metrics of `claims` (see `harness.validation.CHECKS`)."""
+    evaluation, data, features = file.evaluation, file.data, file.features
+    extractors = evaluation.extractors if evaluation else []
+    provided = {name: provides(features[name]) for name in extractors if name in features}
     problems = []
     if evaluation is not None:
         given = evaluation.statistics is not None
         problems += _check_samples(evaluation)
-        problems += _check_extractors(evaluation.extractors, data, provided, set(feature_names))
+        problems += _check_extractors(extractors, data, provided, set(names["features"]))
         problems += _check_statistics(evaluation, data, provided, files)
         key = "evaluation.main_metric"
         problems += _check_metric(key, evaluation.main_metric, data, provided, given)
-    for i, claim in enumerate(claims):
+    for i, claim in enumerate(file.claims):
         if claim.metric is not None:
             problems += _check_metric(f"claims.{i}.metric", claim.metric, data, provided)
     return problems
@@ -127,7 +117,7 @@ def _check_metric(
         message = f"{name!r} needs captions; this data set has none"
         yield Problem(key, "needs-captions", message)
     elif provided and not usable(metric):
-        others = [METRICS[n] for n in METRICS.names() if METRICS[n].higher_is_better is not None]
+        others = [METRICS[n] for n in sorted(METRICS) if METRICS[n].higher_is_better is not None]
         known = ", ".join(other.name for other in others if usable(other))
         message = f"no extractor provides {name!r}; available: {known}"
         yield Problem(key, "unsupported", message)

@@ -15,7 +15,7 @@ def fingerprint(scoring: Scoring) -> dict[str, Any]:
     """What decides the scores of a run, as a JSON-like value. It lists the metrics that are defined
     for at least one extractor, so that a new metric makes scores outdated."""
     provided = [provides(settings) for settings, _ in scoring.extractors.values()]
-    names = [name for name in METRICS.names() if any(map(METRICS[name].applies_to, provided))]
+    names = [name for name in sorted(METRICS) if any(map(METRICS[name].applies_to, provided))]
     return scoring.fingerprint | {"metrics": {name: METRICS.plugin_sha256(name) for name in names}}
 
 

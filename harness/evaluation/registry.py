@@ -4,10 +4,8 @@ A metric is a function of a `FeatureSet` that returns an `Estimate`. A new metri
 `harness/evaluation/metrics/` or a plug-in, with a function under the decorator `register`.
 """
 
-import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from harness.evaluation.feature_set import Estimate, FeatureSet
@@ -90,7 +88,7 @@ def register(
     def decorate(function: Callable) -> Callable:
         facts = requires, needs, limit, final_only, samples_per_dim, settings
         metric = Metric(name, label, higher_is_better, function, *facts)
-        METRICS.add(name, metric, Path(inspect.getsourcefile(function)).resolve())
+        METRICS.register(name, source=function)(metric)
         return function
 
     return decorate

@@ -170,7 +170,7 @@ def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
             facts,
             one_step_generator(denoiser, denoiser_record(folder)["sigma_init"]),
             denoiser.image_shape,
-            evaluation.seeds_of_snapshot(final),
+            evaluation.sampling_seeds[: None if final else evaluation.snapshot_seeds],
             snapshot.sha256,
             keep=evaluation.grid_samples if final else 0,
             per_image=final,

@@ -56,7 +56,7 @@ BACKBONES: Registry[type[Backbone]] = Registry("network", "harness.networks.back
 
 def trainable_backbones() -> list[str]:
     """Names of the backbones that can be trained here, with EDM's preconditioning."""
-    return [name for name in BACKBONES.names() if BACKBONES[name].denoiser("edm")]
+    return [name for name in sorted(BACKBONES) if BACKBONES[name].denoiser("edm")]
 
 
 def _import_diffusers_module(name: str) -> ModuleType:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from harness.config.schema import ClaimSection, PaperSection
+from harness.config.schema import ClaimSection, ExperimentFile, Names, PaperSection
 from harness.errors import Problem, did_you_mean
 from harness.reporting.published.match import published
 
@@ -11,7 +11,14 @@ def _unknown(key: str, message: str, name: str | None, known: Iterable[str]) -> 
     return Problem(key, "unknown-name", message + did_you_mean(name or "", known))
 
 
-def check_claims(claims: Sequence[ClaimSection], students: Collection[str]) -> Iterator[Problem]:
+def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
+    """Errors in `claims` and `paper` (see `harness.validation.CHECKS`)."""
+    yield from _check_claims(file.claims, names["students"])
+    if file.paper is not None:
+        yield from _check_paper(file.paper, names["teachers"], names["students"])
+
+
+def _check_claims(claims: Sequence[ClaimSection], students: Collection[str]) -> Iterator[Problem]:
     """Errors in `claims`, for an experiment with these students."""
     for i, claim in enumerate(claims):
         for role in ("better", "worse"):
@@ -23,7 +30,7 @@ def check_claims(claims: Sequence[ClaimSection], students: Collection[str]) -> I
             yield Problem(f"claims.{i}", "same-student", message)
 
 
-def check_paper(
+def _check_paper(
     paper: PaperSection, teachers: Collection[str], students: Collection[str]
 ) -> Iterator[Problem]:
     """Errors in `paper`, for an experiment with these teachers and students."""

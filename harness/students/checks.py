@@ -1,14 +1,15 @@
 """Checks of the section `students`, and the resolution of its entries."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from harness.config.experiment import resolve_pairs
-from harness.config.jobs import Student
+from harness.config.jobs import PairSet, Student
+from harness.config.loading import translate
 from harness.config.schema import (
-    DataSection,
+    ExperimentFile,
+    Names,
     StudentSection,
     TrainedTeacher,
     TrainingSection,
@@ -17,9 +18,6 @@ from harness.config.schema import (
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
 from harness.method import METHODS, MethodConfig, TeacherFacts
-
-# Turns a pydantic error of a class into problems.
-Translate = Callable[[ValidationError, type], list[Problem]]
 
 
 def method_settings(section: StudentSection, shared: dict[str, Any]) -> MethodConfig:
@@ -36,8 +34,13 @@ def resolve(
     settings = method_settings(section, training.settings)
     requirements = METHODS[section.method].requirements(settings)
     teacher = section.teacher or next(iter(teachers))
-    count, steps = requirements.pairs, requirements.pair_steps
-    pairs = resolve_pairs(teacher, teachers[teacher], count, steps) if count else None
+    pairs = None
+    if count := requirements.pairs:
+        # The sampler is deterministic: an image is a function of the noise that the student sees.
+        steps = requirements.pair_steps
+        update = {"steps": steps, "s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
+        sampler = teachers[teacher].sampler.model_copy(update=update)
+        pairs = PairSet(f"{teacher}_n{count}_steps{steps}", teacher, count, sampler)
     return Student(
         name=name,
         method=section.method,
@@ -51,16 +54,11 @@ def resolve(
     )
 
 
-def check(
-    students: Mapping[str, StudentSection],
-    training: TrainingSection,
-    data: DataSection | None,
-    teachers: Mapping[str, Any],
-    features: Mapping[str, Any],
-    names: Mapping[str, Iterable[str]],
-    translate: Translate,
-) -> list[Problem]:
-    """`teachers`, `features`: the valid ones; `names`: section -> all names, valid or not."""
+def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
+    """All errors in the section `students` (see `harness.validation.CHECKS`)."""
+    students, data, teachers, features = file.students, file.data, file.teachers, file.features
+    # Students are checked without their budgets if `training` is invalid.
+    training = file.training or TrainingSection.model_construct(seeds=[], budget=[])
     problems = _check_shared_settings(students, training)
 
     def report(key: str, code: str, message: str) -> None:

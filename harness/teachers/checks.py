@@ -3,7 +3,13 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from harness.config.schema import DataSection, ImportedTeacher, TrainedTeacher
+from harness.config.schema import (
+    DataSection,
+    ExperimentFile,
+    ImportedTeacher,
+    Names,
+    TrainedTeacher,
+)
 from harness.data.registry import has_captions, has_texts
 from harness.errors import Problem, did_you_mean
 from harness.features.base import new_extractor
@@ -12,19 +18,10 @@ from harness.networks.registry import BACKBONES, trainable_backbones
 from harness.teachers.pipelines import is_pipeline
 
 
-def check(
-    teachers: Mapping[str, TrainedTeacher | ImportedTeacher],
-    data: DataSection | None,
-    features: Mapping[str, Any],
-    feature_names: Collection[str],
-    files: bool = True,
-) -> Iterator[Problem]:
-    """All errors in the section `teachers` that its schema cannot express.
-
-    data: None if its section has errors. features: settings of the valid feature networks;
-    feature_names: of all. files: whether the files that it names must exist.
-    """
-    for name, teacher in teachers.items():
+def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
+    """All errors in the section `teachers` (see `harness.validation.CHECKS`)."""
+    data = file.data
+    for name, teacher in file.teachers.items():
         key = f"teachers.{name}"
         if isinstance(teacher, ImportedTeacher):
             yield from _check_imported(key, teacher, data, files)
@@ -32,7 +29,9 @@ def check(
             yield from _check_trained(key, teacher, data)
             if data is not None and data.prompts is None:
                 captioned = has_captions(data)
-                yield from _check_captions(key, teacher, captioned, features, feature_names)
+                yield from _check_captions(
+                    key, teacher, captioned, file.features, names["features"]
+                )
 
 
 def _check_type(key: str, network: dict[str, Any], known: Collection[str]) -> Iterator[Problem]:
@@ -59,7 +58,7 @@ def _check_imported(
         message = "this data set has texts; only a text-to-image pipeline of diffusers reads them"
         yield Problem(key, "reads-no-text", message)
     if teacher.network is not None:
-        known = BACKBONES.names() if pipeline else trainable_backbones()
+        known = sorted(BACKBONES) if pipeline else trainable_backbones()
         yield from _check_type(key, teacher.network, known)
 
 
