@@ -41,7 +41,8 @@ def stub(folder: Path, channels: int = 1) -> tuple[ImagePair, list[Path]]:
     for part, place in zip(sets, folders, strict=True):
         write_images(part.pixels, place)
     settings = ClassifierExtractor.Settings(type="cnn", images=1)
-    extractor = ClassifierExtractor("stub", settings, Projection(), "")
+    extractor = ClassifierExtractor("stub", settings)
+    extractor.network = Projection()
     return ImagePair.extract(extractor, *sets, neighbours=3), folders
 
 

@@ -16,7 +16,8 @@ from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.fake_score import drop_condition
-from harness.features.small_clip import CaptionEncoder, SmallCLIP, contrastive_loss
+from harness.features.base import parse_settings
+from harness.features.small_clip import CaptionEncoder, SmallCLIP, SmallCLIPExtractor
 from harness.features.train import augmented
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
 from harness.networks.backbones.unet2d_condition import TextDenoiser
@@ -175,13 +176,13 @@ def test_a_guided_sampler_counts_and_uses_both_scores(denoiser):
 
 def captioned_dataset() -> data.Dataset:
     texts, attributes = captions()
-    return data.Dataset("captioned-digits", None, None, (), "", attributes, Prompts(texts, ""))
+    none = data.Images(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), torch.zeros(0))
+    return data.Dataset("captioned-digits", none, none, (), "", attributes, Prompts(texts, ""))
 
 
 def test_a_clip_reads_captions(tmp_path):
     torch.manual_seed(0)
-    clip = SmallCLIP((3, 16, 16), 480, 8).eval()
-    clip.set_captions(captioned_dataset())
+    clip = SmallCLIP(captioned_dataset(), 8).eval()
     assert clip.captions.shape == (480, 1, 16) and len(clip.captions.unique(dim=0)) == 480
     encoder, texts = CaptionEncoder(clip, ""), list(captions()[0])
     assert encoder.truncated(texts) == 0 and encoder.truncated(["one two three " * 9]) == 1
@@ -205,12 +206,12 @@ def test_a_clip_reads_captions(tmp_path):
 def test_captions_that_say_the_same_in_other_words_match(parts):
     """CLIP's targets: all images of which a caption is true; computed here pair by pair."""
     torch.manual_seed(0)
-    clip = SmallCLIP((3, 16, 16), 480, 8).eval()
-    clip.set_captions(captioned_dataset())
+    clip = SmallCLIP(captioned_dataset(), 8).eval()
     labels = torch.tensor([0, 1, 2, 3, 0, 479])  # three wordings of one meaning, and others
     pixels = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
     sources = TrainingData((3, 16, 16), 480, 1.0, pixels, labels)
     context = Context({"features": clip}, sources, seed=0, step=0, samples=range(12))
+    extractor = SmallCLIPExtractor("clip", parse_settings({"type": "clip", "images": 1}))
     images, drawn = context.real()
     x, named = augmented(context, images), captions()[1].values[drawn]
     logits = clip(x, clip.captions[drawn, 0])
@@ -219,7 +220,7 @@ def test_captions_that_say_the_same_in_other_words_match(parts):
         true = [j for j in range(12) if (named[i] == named[j]).all()]
         for scores in (logits[i], logits[:, i]):
             expected -= scores.log_softmax(0)[true].mean() / 24
-    assert torch.allclose(contrastive_loss(context), expected, atol=1e-5)
+    assert torch.allclose(extractor.loss(context), expected, atol=1e-5)
     assert len(named.unique(dim=0)) < len(drawn.unique())
 
 

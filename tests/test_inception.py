@@ -36,23 +36,33 @@ def images(n: int, channels: int = 3, size: int = 64) -> Tensor:
 
 def extractor(network: nn.Module | None = None, resize: str = "edm") -> InceptionExtractor:
     settings = parse_settings({"type": "inception", "resize": resize})
-    return InceptionExtractor("inception", settings, network)
+    extractor = InceptionExtractor("inception", settings)
+    extractor.network = network
+    return extractor
 
 
 # -- the network --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def network() -> nn.Module:
+def weights(tmp_path_factory):
+    """A file of random weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class RandomInception(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            """Keep the random weights."""
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
     torch.manual_seed(0)
-    return extractor().build()
+    torch.save(RandomInception("random", ["2048"], str(path)).state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="module")
-def weights(network, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(network.state_dict(), path)
-    return path
+def network(weights) -> nn.Module:
+    return extractor().load_network(weights)
 
 
 def test_features_and_probabilities(network):
@@ -95,7 +105,7 @@ def test_other_files_are_refused(tmp_path):
     settings = parse_settings({"type": "inception", "weights": str(path)})
     with pytest.raises(UserError, match=inception.SHA256):
         InceptionExtractor("inception", settings).fetch()
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, base.reading_weights(path, "inception"):
         extractor().load_network(path)
     assert error.value.code == "weights" and "\n" not in str(error.value)
 
@@ -128,7 +138,8 @@ def test_coco_protocol_is_lanczos_then_clean_fid(network):
         assert torch.equal(output, expected)
     # COCO's photographs have this size already.
     small = pixels[:, :, :256, :256]
-    assert torch.equal(inception.lanczos(small, 256), small)
+    coco, clean = (extractor(network, resize).inputs(small) for resize in ("coco", "clean"))
+    assert torch.equal(coco, clean)
 
 
 def test_patches_are_the_unchanged_centre(network):

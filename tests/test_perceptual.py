@@ -4,35 +4,38 @@ import pytest
 import torch
 
 from harness.errors import UserError
-from harness.features.lpips import PerceptualDistance, build_lpips, load_lpips, load_trunk
+from harness.features.lpips import PerceptualDistance, load_lpips
 from tests.test_methods import run_method
 
 pytest.importorskip("lpips", reason="needs the extra 'pretrained'")
 
 
 @pytest.fixture(scope="module")
-def network():
-    """The package's network with a random trunk."""
+def distance():
+    """LPIPS with a random trunk."""
     torch.manual_seed(0)
-    return build_lpips().requires_grad_(False)
+    return PerceptualDistance(resolution=64)
 
 
-def test_trunk_equals_torchvisions_vgg16(network):
+def test_trunk_equals_torchvisions_vgg16():
     from torchvision.models import vgg16
 
     torch.manual_seed(1)
     reference = vgg16(weights=None).eval()
-    load_trunk(network, reference.state_dict())
+    distance = PerceptualDistance()
+    distance.load_trunk(reference.state_dict())
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        for slice_end, output in zip((4, 9, 16, 23, 30), network.net(x), strict=True):
+        outputs = distance.network.net(x)
+        for slice_end, output in zip((4, 9, 16, 23, 30), outputs, strict=True):
             assert torch.equal(output, reference.features[:slice_end](x))
 
 
-def test_distance_resizes_accepts_grey_images_and_has_a_gradient(network):
-    distance = PerceptualDistance(network, resolution=64)
+def test_distance_resizes_accepts_grey_images_and_has_a_gradient(distance):
     sizes = []
-    hook = network.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
+    hook = distance.network.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(inputs[0].shape)
+    )
     x, y = torch.rand(2, 1, 8, 8, requires_grad=True), torch.rand(2, 1, 8, 8)
     value = distance(x, y)
     hook.remove()
@@ -50,8 +53,7 @@ def test_missing_weights_are_reported_in_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_dmd_regression_with_lpips_is_counted(network, tmp_path):
-    distance = PerceptualDistance(network, resolution=32)
+def test_dmd_regression_with_lpips_is_counted(distance, tmp_path):
     outcome = run_method("dmd", tmp_path, 1, critic=distance, regression="lpips")[0]
     assert outcome.ledger.passes["lpips"] == [8, 8]
     assert all(count == 0 for count in outcome.nonfinite.values())

@@ -16,8 +16,14 @@ from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.features import aesthetic, openclip
 from harness.features import timm_backbones as backbones
-from harness.features.aesthetic import LaionHead
-from harness.features.base import load_extractor, make_features, parse_settings, provides
+from harness.features.aesthetic import AestheticHead, laion_head
+from harness.features.base import (
+    load_extractor,
+    make_features,
+    parse_settings,
+    provides,
+    reading_weights,
+)
 from harness.features.dinov2 import DINOv2Extractor
 from harness.features.openclip import OpenCLIPExtractor
 from harness.io.artifacts import sha256_file
@@ -128,7 +134,7 @@ def test_clip_compares_images_with_prompts_or_with_nothing(fetch, clip_weights, 
 def test_captions_longer_than_the_context_are_counted():
     import open_clip
 
-    extractor = OpenCLIPExtractor("x", parse_settings(MODEL), tiny_clip())
+    extractor = OpenCLIPExtractor("x", parse_settings(MODEL))
     extractor.captions = ["short", "word " * 72, "word " * 75, "word " * 76]
     extractor.tokenizer = open_clip.get_tokenizer(MODEL["model"])
     assert extractor.truncated() == 1 and extractor.truncated(openclip.PREFIX) == 2
@@ -138,7 +144,8 @@ def test_images_are_resized_and_normalised_as_in_open_clip():
     from open_clip.transform import image_transform
     from PIL import Image
 
-    extractor = OpenCLIPExtractor("x", parse_settings(MODEL), tiny_clip())
+    extractor = OpenCLIPExtractor("x", parse_settings(MODEL))
+    extractor.network = tiny_clip()
     pixels = images(1, size=40)
     expected = image_transform(16, is_train=False, interpolation="bicubic")
     difference = extractor.inputs(pixels)[0] - expected(
@@ -152,11 +159,11 @@ def test_half_precision_state_dicts_are_read_and_other_files_are_refused(clip_we
     from safetensors.torch import load_file, save_file
 
     weights = load_file(clip_weights)
-    path, network = tmp_path / "clip.pt", tiny_clip()
+    path = tmp_path / "clip.pt"
     half = {key: value.half() for key, value in weights.items()}
     torch.save({"state_dict": half}, path)
     extractor = OpenCLIPExtractor("x", parse_settings(MODEL))
-    extractor.fill(network, path)
+    network = extractor.load_network(path)
     assert network.visual.proj.dtype == torch.float32
     torch.testing.assert_close(network.visual.proj.data, weights["visual.proj"], atol=1e-3, rtol=0)
     missing = tmp_path / "missing.safetensors"
@@ -166,11 +173,11 @@ def test_half_precision_state_dicts_are_read_and_other_files_are_refused(clip_we
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     (tmp_path / "empty.pt").write_bytes(b"")
     for file in (missing, archive, tmp_path / "bad.pt", tmp_path / "empty.pt"):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError) as error, reading_weights(file, "open-clip"):
             extractor.load_network(file)
         assert error.value.code == "weights" and "\n" not in str(error.value)
     for file, reason in ((missing, r"visual\.proj"), (archive, "TorchScript archive")):
-        with pytest.raises(UserError, match=reason):
+        with pytest.raises(UserError, match=reason), reading_weights(file, "open-clip"):
             extractor.load_network(file)
 
 
@@ -226,7 +233,7 @@ def test_laions_heads_rate_laions_embeddings(version, monkeypatch):
     monkeypatch.setitem(aesthetic.LAION_HEADS, version, (file, sha256))
     folder = ASSETS / "laion_rating_embeddings"
     embeddings = np.concatenate([np.load(folder / f"rating{r}.npy") for r in range(10)])
-    head = LaionHead.published(version)
+    head = laion_head(version)
     ratings = head(torch.from_numpy(embeddings))
     np.testing.assert_allclose(ratings, RATINGS[version], atol=6e-4)
     torch.testing.assert_close(head(3 * torch.from_numpy(embeddings)), ratings)
@@ -237,14 +244,14 @@ def test_laions_heads_rate_laions_embeddings(version, monkeypatch):
 
 def test_missing_head_leaves_the_other_outputs(fetch, clip_weights, dataset, monkeypatch):
     torch.manual_seed(0)
-    head = LaionHead({"weight": torch.randn(1, 16), "bias": torch.zeros(1)})
+    head = AestheticHead(torch.nn.Linear(16, 1)).requires_grad_(False)
 
     def published(version):
         if version == "v2":
             raise UserError("could not download")
         return head
 
-    monkeypatch.setattr(LaionHead, "published", published)
+    monkeypatch.setattr(openclip, "laion_head", published)
     settings = {"type": "open-clip", "model": "ViT-L-14-quickgelu", "aesthetic": ["v1", "v2"]}
     record, folder = fetch(settings | {"weights": str(clip_weights)})
     assert record.missing == {"aesthetic_v2": "no weights"} and record.unavailable is None

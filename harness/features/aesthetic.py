@@ -16,6 +16,7 @@ from torch.special import ndtr
 
 from harness.data.datasets import Dataset, Images
 from harness.denoiser import to_model_space, to_pixels
+from harness.features.base import load_in_order
 from harness.io.artifacts import load_tensors, save_tensors
 from harness.io.downloads import fetch, load_pickled
 from harness.streams import Stream
@@ -23,17 +24,6 @@ from harness.streams import Stream
 WEIGHTS = "aesthetic.safetensors"
 SCALE = 10.0
 ROUNDS, STEPS = 3, 400  # degradations of each image, and updates, in training
-
-
-class AestheticHead(nn.Module):
-    """Ratings `(B,)` of CLIP image embeddings `(B, D)`, by one hidden layer."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, 1))
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        return self.layers(normalize(embeddings, dim=-1)).squeeze(-1)
 
 
 # Version -> address and sha256. The heads belong to OpenAI's ViT-L/14.
@@ -50,29 +40,30 @@ LAION_HEADS = {
 }
 
 
-class LaionHead(nn.Module):
-    """LAION's ratings, about 1 to 10, of OpenAI's ViT-L/14 embeddings `(B, 768)`: v1 is one linear
-    layer; v2 ("improved") is five linear layers without activations."""
+class AestheticHead(nn.Module):
+    """Ratings `(B,)` of CLIP image embeddings `(B, D)`."""
 
-    def __init__(self, weights: dict[str, Tensor]):
+    def __init__(self, *layers: nn.Module):
         super().__init__()
-        if set(weights) == {"weight", "bias"}:
-            weights = {f"layers.0.{name}": value for name, value in weights.items()}
-        # Dropout layers are numbered, too, so the numbers have gaps.
-        numbers = sorted({int(name.split(".")[1]) for name in weights})
-        shapes = [weights[f"layers.{n}.weight"].shape for n in numbers]
-        self.layers = nn.Sequential(*[nn.Linear(width, out) for out, width in shapes])
-        for layer, n in zip(self.layers, numbers, strict=True):
-            layer.load_state_dict({k: weights[f"layers.{n}.{k}"] for k in ("weight", "bias")})
-        self.eval().requires_grad_(False)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.layers(normalize(embeddings, dim=-1)).squeeze(-1)
 
-    @classmethod
-    def published(cls, version: str) -> LaionHead:
-        """The head of a version, downloaded once; a `UserError` if that fails."""
-        return cls(load_pickled(fetch(*LAION_HEADS[version])))
+
+def laion_head(version: str) -> AestheticHead:
+    """LAION's ratings, about 1 to 10, of OpenAI's ViT-L/14; a `UserError` if the download fails.
+    v1 is one linear layer; v2 ("improved") is five linear layers without activations."""
+    weights = load_pickled(fetch(*LAION_HEADS[version]))
+    shapes = [value.shape for value in weights.values() if value.dim() == 2]
+    head = AestheticHead(*(nn.Linear(width, out) for out, width in shapes))
+    load_in_order(head, weights)
+    return head.eval().requires_grad_(False)
+
+
+def new_head(dim: int) -> AestheticHead:
+    """The untrained head of a small CLIP: one hidden layer."""
+    return AestheticHead(nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, 1))
 
 
 # Degradations of images `x` in [-1, 1], where -1 is the background, `(B, C, H, W)`, by a strength
@@ -125,16 +116,11 @@ def _degraded(images: Images, kind: str, degrade, round: int) -> tuple[Tensor, T
     return to_model_space(to_pixels(x)), SCALE * (1 - strength)
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)
-
-
 def train_head(clip: nn.Module, dataset: Dataset, folder: Path) -> dict:
     """Train a head on the embeddings `clip.features(x)` and write its weights. Returns its record:
     rank correlations on held-out images (none if nothing is held out) and the file's sha256."""
+    from scipy.stats import spearmanr
+
     with torch.no_grad():
         parts = [
             _degraded(dataset.train, kind, degrade, r)
@@ -145,7 +131,7 @@ def train_head(clip: nn.Module, dataset: Dataset, folder: Path) -> dict:
         targets = torch.cat([t for _, t in parts])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head = AestheticHead(embeddings.shape[1])
+        head = new_head(embeddings.shape[1])
     nn.init.constant_(head.layers[-1].bias, SCALE / 2)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -160,13 +146,13 @@ def train_head(clip: nn.Module, dataset: Dataset, folder: Path) -> dict:
         for group, kinds in (("known", KNOWN), ("unseen", UNSEEN)):
             for kind, degrade in kinds.items() if len(dataset.held_out) else ():
                 x, target = _degraded(dataset.held_out, kind, degrade, ROUNDS)
-                rating = head(clip.features(x))
-                record[f"rank_correlation_{group}"][kind] = round(spearman(rating, target), 4)
+                correlation = spearmanr(head(clip.features(x)), target).statistic
+                record[f"rank_correlation_{group}"][kind] = round(float(correlation), 4)
     return record | {"sha256": save_tensors(folder / WEIGHTS, head.state_dict())}
 
 
 def load_head(folder: Path, sha256: str, dim: int) -> AestheticHead:
     """The head that `train_head` wrote, frozen."""
-    head = AestheticHead(dim)
+    head = new_head(dim)
     head.load_state_dict(load_tensors(folder / WEIGHTS, sha256, owner=folder))
     return head.eval().requires_grad_(False)

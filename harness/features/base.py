@@ -7,8 +7,10 @@ trained in the workflow) under the `type` by which experiments name it.
 
 import contextlib
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 BLOCK = 64  # images per forward pass of a pretrained network
 NO_WEIGHTS = "no weights"  # status of metrics without their network
 
+# A decorator: no TensorFloat-32 convolutions, since features must not depend on the GPU.
+full_precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 
 class TextEncoder(Protocol):
     """Per-token embeddings of texts. sha256: of the weights. limit: tokens per text."""
@@ -45,50 +50,33 @@ class TextEncoder(Protocol):
 
 
 class FeatureExtractor(ABC):
-    """A feature network of an experiment. It has no network until `load`.
+    """A feature network of an experiment. It has no network until `load`."""
 
-    Class attributes:
-    Settings: its keys in an experiment file, with `type` as a literal.
-    trained: its weights come from training on the experiment's data, in the workflow.
-    has_feature_maps: the network has `maps(x)` and `map_channels` for discriminators.
-
-    Attributes, all of which may be properties:
-    provided: what metrics may require: names of outputs, the name of its Fréchet distance ("fd", or
-    "fid-..." for Inception), and the traits "data-classes" (probabilities of the data set's
-    classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP of this data set).
-    known_sha256: hash that the weights must have, if it is known.
-    unavailable: why there are no weights; missing: the same for single outputs.
-    resize: how images are brought to the network's input size.
-    pretraining: data sets of the published weights' training.
-    alias: its name in the records of students that were trained against it, if not `name`.
-    details: further settings that belong to the protocol of its numbers.
-    text_shape: tokens and width of its text embeddings; such a class has `text_encoder()`, too.
-    """
-
-    Settings: ClassVar[type[FeatureSettings]]
-    trained: ClassVar[bool] = False
+    Settings: ClassVar[type[FeatureSettings]]  # its keys in an experiment, with `type` as a literal
+    trained: ClassVar[bool] = False  # in the workflow, on the experiment's data
+    # The network has `maps(x)` and `map_channels` for discriminators.
     has_feature_maps: ClassVar[bool] = False
+
+    # All others may be properties.
+    # What metrics may require: names of outputs, the name of its Fréchet distance ("fd", or
+    # "fid-..." for Inception), and the traits "data-classes" (probabilities of the data set's
+    # classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP of this data set).
     provided: frozenset[str]
-    known_sha256: str | None = None
-    resize: str = "none"
-    pretraining: tuple[str, ...] = ()
+    known_sha256: str | None = None  # what the hash of the weights must be
+    unavailable: str | None = None  # why there are no weights; `missing`: the same per output
+    resize: str = "none"  # how images are brought to the network's input size
+    pretraining: tuple[str, ...] = ()  # data sets of the published weights' training
+    # Its name in the records of students that were trained against it, if not `name`.
     alias: str | None = None
-    unavailable: str | None = None
+    # Tokens and width of its text embeddings; such a class has `text_encoder()`, too.
     text_shape: tuple[int, int] | None = None
 
-    def __init__(
-        self,
-        name: str,
-        settings: FeatureSettings,
-        network: nn.Module | None = None,
-        sha256: str | None = None,
-    ):
-        self.name, self.settings, self.network = name, settings, network
-        self.sha256 = sha256 or self.known_sha256 or "unknown"
+    def __init__(self, name: str, settings: FeatureSettings):
+        self.name, self.settings = name, settings
+        self.network: nn.Module | None = None
+        self.sha256 = self.known_sha256 or "unknown"
         self.missing: dict[str, str] = {}
-        self.details: dict[str, Any] = {}
-        if network is not None:
-            network.eval().requires_grad_(False)
+        self.details: dict[str, Any] = {}  # other settings of the protocol of its numbers
 
     def check(self, data: DataSection | None, files: bool) -> list[Problem]:
         """Errors that the schema cannot express. `files`: local files must exist."""
@@ -150,8 +138,8 @@ def provides(settings: FeatureSettings) -> frozenset[str]:
 def load_extractor(folder: Path, dataset: Dataset, device: str = "cpu") -> FeatureExtractor:
     """The extractor in `features/<name>/`."""
     record = FeatureRecord.read(folder / "features.json")
-    settings = parse_settings(record.settings)
-    extractor = FEATURES[settings.type](record.name, settings, sha256=record.sha256)
+    extractor = new_extractor(record.name, parse_settings(record.settings))
+    extractor.sha256 = record.sha256 or extractor.sha256
     extractor.load(record, folder, dataset, device)
     return extractor
 
@@ -177,16 +165,13 @@ class FeatureMaps(nn.Module):
 
 
 class PretrainedSettings(FeatureSettings):
-    """weights: a local file instead of the download."""
-
-    weights: str | None = None
+    weights: str | None = None  # a local file instead of the download
 
 
 class PretrainedExtractor(FeatureExtractor):
     """A feature network with published weights, frozen, with a fixed input size.
 
-    A subclass gives `outputs`, and `build` and `fill` (or `load_network`). By default it fetches
-    the file in its settings, and its inputs are resized and normalised.
+    By default it fetches the file in its settings, and its inputs are resized and normalised.
     """
 
     size: int  # height and width of the input
@@ -197,39 +182,20 @@ class PretrainedExtractor(FeatureExtractor):
         return getattr(self.settings, "sha256", None)
 
     def check(self, data: DataSection | None, files: bool) -> list[Problem]:
-        weights, key = self.settings.weights, f"features.{self.name}"
-        if weights is None:
+        if self.settings.weights is None:
             return []
-        sha256, sha256_key = self.known_sha256, f"{key}.sha256"
+        key, source = f"features.{self.name}", (self.settings.weights, self.known_sha256)
         return source_problems(
-            f"{key}.weights", weights, sha256, sha256_key=sha256_key, required=files
+            f"{key}.weights", *source, sha256_key=f"{key}.sha256", required=files
         )
 
     def fetch(self) -> Path:
         """The file of the weights, downloaded if necessary; a `UserError` if that fails."""
         return fetch(self.settings.weights, self.known_sha256)
 
-    def fetch_parts(self) -> dict[str, str]:
-        """Fetch weights of optional outputs; returns those that are missing, with the reason."""
-        return {}
-
-    def build(self, dataset: Dataset | None = None) -> nn.Module:
-        """The network with random weights."""
-        raise NotImplementedError
-
-    def fill(self, network: nn.Module, path: Path) -> None:
-        """Load the weights in a file."""
-        raise NotImplementedError
-
+    @abstractmethod
     def load_network(self, path: Path) -> nn.Module:
-        """The network with the weights in a file; a `UserError` if they do not fit."""
-        network = self.build()
-        with reading_weights(path, self.settings.type):
-            self.fill(network, path)
-        return network
-
-    def prepare(self, dataset: Dataset) -> None:
-        """Set up what depends on the data set, such as captions."""
+        """The network with the weights in a file; any error means that they do not fit."""
 
     def make(self, job: FeatureJob) -> FeatureRecord:
         """Fetch the weights. If that fails, the record says why: the network's metrics are marked
@@ -242,17 +208,16 @@ class PretrainedExtractor(FeatureExtractor):
             record.unavailable, record.reason = NO_WEIGHTS, str(error)
         else:
             record.file, record.sha256 = path.name, self.known_sha256 or sha256_file(path)
-        for output, reason in self.fetch_parts().items():
-            logger.warning("%s: %s is unavailable: %s", job.name, output, reason)
-            record.missing[output] = NO_WEIGHTS
         record.write(job.folder / "features.json")
         return record
 
     def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
         self.unavailable, self.missing = record.unavailable, record.missing
         if self.unavailable is None:
-            self.network = self.load_network(self.fetch()).to(device).eval().requires_grad_(False)
-        self.prepare(dataset)
+            path = self.fetch()
+            with reading_weights(path, self.settings.type):
+                network = self.load_network(path)
+            self.network = network.to(device).eval().requires_grad_(False)
 
     def mean_and_std(self) -> tuple[Sequence[float], Sequence[float]]:
         """Per channel, of pixels in [0, 1], as in the network's training."""
@@ -273,32 +238,24 @@ class PretrainedExtractor(FeatureExtractor):
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         """Outputs of the network for one block of inputs."""
 
-    def compare(self, features: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Further outputs, from all features, on the host."""
-        return {}
-
     @torch.no_grad()
+    @full_precision
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        with full_precision():
-            blocks = [self.outputs(self.inputs(block)) for block in pixels.split(BLOCK)]
-        outputs = {key: torch.cat([block[key] for block in blocks]).cpu() for key in blocks[0]}
-        return outputs | self.compare(outputs["features"], labels)
-
-
-def full_precision() -> contextlib.AbstractContextManager:
-    """No TensorFloat-32 convolutions: features must not depend on the GPU."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        blocks = [self.outputs(self.inputs(block)) for block in pixels.split(BLOCK)]
+        return {key: torch.cat([block[key] for block in blocks]).cpu() for key in blocks[0]}
 
 
 @contextlib.contextmanager
 def reading_weights(path: Path, network: str) -> Iterator[None]:
-    """Turn any error of reading a file of weights into one line."""
+    """Turn any error of reading a file of weights, but a `UserError`, into one line."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # a foreign file may fail in any way
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = str(error).strip() or repr(error)
         # torch's list of differences comes after a title.
-        reason = lines[len(lines) > 1 and lines[0].startswith("Error(s)")] if lines else repr(error)
+        reason = re.sub(r"^Error\(s\).*\n\s*", "", text).splitlines()[0]
         # torch's own messages recommend to load the file unsafely.
         if "TorchScript" in reason:
             reason = "it is a TorchScript archive; use a file in the format safetensors"
@@ -307,6 +264,26 @@ def reading_weights(path: Path, network: str) -> Iterator[None]:
         raise UserError(
             f"{path} does not hold the weights of {network}: {reason[:200]}", "weights"
         ) from None
+
+
+def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load weights whose names differ from the network's. Their order must be the same, and each
+    must agree in shape and in the last part of its name."""
+    own = network.state_dict()
+    if len(own) != len(weights):
+        raise ValueError(f"{len(weights)} tensors for a network with {len(own)}")
+    for (name, tensor), (other, value) in zip(own.items(), weights.items(), strict=True):
+        if tensor.shape != value.shape or name.split(".")[-1] != other.split(".")[-1]:
+            expected = f"{name} {tuple(tensor.shape)}"
+            raise ValueError(f"{other} {tuple(value.shape)} instead of {expected}")
+    network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
+
+
+def require(package: str) -> None:
+    """Raise a `UserError` if an optional package is not installed."""
+    if find_spec(package) is None:
+        message = f"this network needs {package}: pip install 'onestep-harness[pretrained]'"
+        raise UserError(message, "missing-package")
 
 
 def fetch_from_hub(repository: str, file: str, instead: str) -> Path:

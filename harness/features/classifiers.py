@@ -1,5 +1,6 @@
 """Small classifiers trained on the data set: types `cnn` and `resnet`."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -22,13 +23,19 @@ class Classifier(nn.Module):
 
     feature_dim = 64
     map_channels: tuple[int, ...]
+    activation: Callable[[Tensor], Tensor]  # before the last layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(self.features(x))
 
+    def logits(self, features: Tensor) -> Tensor:
+        return self.head(self.activation(features))
+
 
 class PlainCNN(Classifier):
     """Two stages of two convolutions with max pooling, then a 64-d layer, as in VGG."""
+
+    activation = staticmethod(relu)
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int):
         super().__init__()
@@ -47,9 +54,6 @@ class PlainCNN(Classifier):
     def features(self, x: Tensor) -> Tensor:
         return self.hidden(max_pool2d(self.maps(x)[-1], 2).flatten(1))
 
-    def logits(self, features: Tensor) -> Tensor:
-        return self.head(relu(features))
-
 
 class _ResidualBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, stride: int):
@@ -66,6 +70,8 @@ class _ResidualBlock(nn.Module):
 
 class ResNet(Classifier):
     """Pre-activation residual blocks with GroupNorm and strides, then global average pooling."""
+
+    activation = staticmethod(silu)
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int):
         super().__init__()
@@ -84,12 +90,6 @@ class ResNet(Classifier):
 
     def features(self, x: Tensor) -> Tensor:
         return self.hidden(silu(self.maps(x)[-1]).mean(dim=(2, 3)))
-
-    def logits(self, features: Tensor) -> Tensor:
-        return self.head(silu(features))
-
-
-ARCHITECTURES = {"cnn": PlainCNN, "resnet": ResNet}
 
 
 @FEATURES.register("cnn")
@@ -111,7 +111,7 @@ class ClassifierExtractor(TrainedExtractor):
     provided = frozenset({"features", "probabilities", "data-classes", "fd"})
 
     def build(self, dataset: Dataset) -> Classifier:
-        architecture = ARCHITECTURES[self.settings.type]
+        architecture = PlainCNN if self.settings.type == "cnn" else ResNet
         return architecture(dataset.image_shape, dataset.num_classes, self.settings.width)
 
     def training_images(self, dataset: Dataset) -> Images:

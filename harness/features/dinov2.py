@@ -5,8 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from harness.config.schema import Sha256
-from harness.data.datasets import Dataset
+from harness.config.schema import FeatureSettings, Sha256
 from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
 from harness.features.timm_backbones import load_weights
 
@@ -29,16 +28,16 @@ class DINOv2Extractor(PretrainedExtractor):
     resize = f"to {size} x {size}, bicubic with antialiasing, 8 bits"
     # The curated part of LVD-142M contains ImageNet-1k's training images (section 3).
     pretraining = ("lvd-142m", "imagenet-1k")
-
     provided = frozenset({"features", "fd"})
+
+    def __init__(self, name: str, settings: FeatureSettings):
+        super().__init__(name, settings)
+        self.details = {"model": settings.model}
 
     def load_network(self, path: Path) -> nn.Module:
         # timm renames the weights of Meta's file and resamples the position embeddings.
         name = NETWORKS[self.settings.model]
         return load_weights(name, path, img_size=self.size, num_classes=0)
-
-    def prepare(self, dataset: Dataset) -> None:
-        self.details = {"model": self.settings.model}
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         return {"features": self.network(x)}

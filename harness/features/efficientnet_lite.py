@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from harness.data.datasets import Dataset
+from harness.config.schema import FeatureSettings
 from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
 from harness.features.timm_backbones import load_weights, pretraining_set, weights_file
 
@@ -21,9 +21,14 @@ class EfficientNetLiteExtractor(PretrainedExtractor):
 
     provided = frozenset({"features", "probabilities", "fd"})
 
+    def __init__(self, name: str, settings: FeatureSettings):
+        super().__init__(name, settings)
+        self.timm_name = f"tf_efficientnet_{settings.model}"
+        self.alias, self.details = f"timm/{self.timm_name}", {"model": self.timm_name}
+
     @property
-    def timm_name(self) -> str:
-        return f"tf_efficientnet_{self.settings.model}"
+    def pretraining(self) -> tuple[str, ...]:
+        return (pretraining_set(self.timm_name),)
 
     @property
     def size(self) -> int:
@@ -34,11 +39,6 @@ class EfficientNetLiteExtractor(PretrainedExtractor):
 
     def load_network(self, path: Path) -> nn.Module:
         return load_weights(self.timm_name, path)
-
-    def prepare(self, dataset: Dataset) -> None:
-        name = self.timm_name
-        self.pretraining, self.alias = (pretraining_set(name),), f"timm/{name}"
-        self.details = {"model": name}
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         features = self.network.forward_head(self.network.forward_features(x), pre_logits=True)

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from harness.data.datasets import Dataset
 from harness.errors import UserError
 from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
 from harness.io.downloads import fetch, load_pickled
@@ -20,7 +19,7 @@ WEIGHTS = (
     "weights-inception-2015-12-05-6726825d.pth"
 )
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SIZE, COCO_SIZE = 299, 256
+SIZE = 299
 DIM = 2048
 TENSORFLOW = "to 299 x 299 inside the network, bilinear as TensorFlow 1"
 RESIZES = {
@@ -45,9 +44,7 @@ class InceptionExtractor(PretrainedExtractor):
         type: Literal["inception"]
         resize: Literal["edm", "clean", "legacy-tensorflow", "coco", "patch"] = "edm"
 
-    size = SIZE
     pretraining = ("imagenet-1k",)
-
     known_sha256 = SHA256
 
     @property
@@ -61,15 +58,11 @@ class InceptionExtractor(PretrainedExtractor):
     def fetch(self) -> Path:
         return fetch(self.settings.weights or WEIGHTS, SHA256)
 
-    def build(self, dataset: Dataset | None = None) -> nn.Module:
+    def load_network(self, path: Path) -> nn.Module:
         """torch-fidelity's network for `inputs`; it returns features and logits without bias."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         class Network(FeatureExtractorInceptionV3):
-            def load_state_dict(self, state: dict, *args, **kwargs):
-                # The constructor loads the empty file below.
-                return super().load_state_dict(state, *args, **kwargs) if state else None
-
             def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
                 x = (x - 128) / 128
                 *layers, fc = self.children()  # in the order of the library's forward pass
@@ -78,23 +71,19 @@ class InceptionExtractor(PretrainedExtractor):
                 features = torch.flatten(x, 1)
                 return features, features.mm(fc.weight.T)
 
-        torch.save({}, empty := io.BytesIO())
-        empty.seek(0)
-        return Network("inception-v3-compat", ["2048", "logits_unbiased"], empty)
-
-    def fill(self, network: nn.Module, path: Path) -> None:
-        network.load_state_dict(load_pickled(path))
+        # The library unpickles any object; this copy of the file holds tensors only.
+        torch.save(load_pickled(path), tensors := io.BytesIO())
+        tensors.seek(0)
+        return Network("inception-v3-compat", ["2048", "logits_unbiased"], tensors)
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Pixels from 0 to 255, `(B, 3, 299, 299)`, by the protocol's resize."""
         rgb = pixels.expand(-1, 3, -1, -1)
         protocol = self.settings.resize
-        if protocol == "coco":
-            rgb = lanczos(rgb, COCO_SIZE)
+        if protocol in ("clean", "coco"):
+            return clean_resize(rgb, protocol == "coco").to(self.device)
         if protocol == "patch":
             rgb = centre_crop(rgb, SIZE)
-        if protocol in ("clean", "coco"):
-            return clean_resize(rgb).to(self.device)
         return tensorflow_resize(rgb.to(self.device))
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
@@ -111,26 +100,16 @@ def tensorflow_resize(pixels: Tensor) -> Tensor:
     return resize(pixels.float(), size=(SIZE, SIZE), align_corners=False)
 
 
-def clean_resize(pixels: Tensor) -> Tensor:
-    """uint8 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)` by clean-fid (Parmar et al. 2022)."""
-    from cleanfid.resize import build_resizer
+def clean_resize(pixels: Tensor, coco: bool) -> Tensor:
+    """uint8 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)` by clean-fid (Parmar et al. 2022).
+    `coco`: first to 256 x 256, which leaves images of that size unchanged."""
+    from cleanfid.resize import make_resizer
 
-    resize = build_resizer("clean")
-    arrays = pixels.movedim(1, -1).cpu().numpy()
-    resized = torch.stack([torch.from_numpy(resize(array)) for array in arrays])
-    return resized.movedim(-1, 1).float()
-
-
-def lanczos(pixels: Tensor, size: int) -> Tensor:
-    """uint8 `(B, 3, H, W)` -> `(B, 3, size, size)` by PIL's Lanczos filter."""
-    import numpy as np
-    from PIL import Image
-
-    if pixels.shape[2:] == (size, size):
-        return pixels
-    images = map(Image.fromarray, pixels.movedim(1, -1).cpu().numpy())
-    resized = [np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)) for image in images]
-    return torch.from_numpy(np.stack(resized)).movedim(-1, 1)
+    images = pixels.movedim(1, -1).cpu().numpy()
+    if coco:
+        images = map(make_resizer("PIL", True, "lanczos", (256, 256)), images)
+    resized = map(make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images)
+    return torch.stack(list(map(torch.from_numpy, resized))).movedim(-1, 1)
 
 
 def centre_crop(pixels: Tensor, size: int) -> Tensor:

@@ -1,6 +1,8 @@
 """CLIPs of open_clip: type `open-clip`."""
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -8,18 +10,23 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from harness.config.jobs import FeatureJob
 from harness.config.schema import DataSection, Sha256
 from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError
-from harness.features.aesthetic import LaionHead
+from harness.features.aesthetic import laion_head
 from harness.features.base import (
     BLOCK,
     FEATURES,
+    NO_WEIGHTS,
     PretrainedExtractor,
     PretrainedSettings,
     fetch_from_hub,
 )
 from harness.io.downloads import fetch
+from harness.io.records import FeatureRecord
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "A photo depicts "  # before each caption in CLIPScore (Hessel et al. 2021)
 # OpenAI's weights, converted to safetensors by the authors of timm: model -> repository of the hub.
@@ -52,12 +59,6 @@ class OpenCLIPExtractor(PretrainedExtractor):
         caption: str = Field("a photo of a {}", pattern=r"^[^{}]*\{\}[^{}]*$")
         aesthetic: list[Literal["v1", "v2"]] = Field([], description="LAION's heads, for ViT-L-14")
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
-        self.captions: list[str] = []
-        self.heads: dict[str, nn.Module] = {}  # on the host
-        self._texts: dict[tuple[str, int], Tensor] = {}
-
     @property
     def provided(self) -> frozenset[str]:
         outputs = {"features", "text_similarity", "prefixed_similarity", "image-text", "fd"}
@@ -85,26 +86,26 @@ class OpenCLIPExtractor(PretrainedExtractor):
         path = fetch_from_hub(OPENAI[self.settings.model], HUB_FILE, instead)
         return fetch(str(path), self.known_sha256)
 
-    def fetch_parts(self) -> dict[str, str]:
-        missing = {}
+    def make(self, job: FeatureJob) -> FeatureRecord:
+        record = super().make(job)
         for version in self.settings.aesthetic:
             try:
-                LaionHead.published(version)
+                laion_head(version)
             except UserError as error:
-                missing[f"aesthetic_{version}"] = str(error)
-        return missing
+                logger.warning("%s: head %s is unavailable: %s", job.name, version, error)
+                record.missing[f"aesthetic_{version}"] = NO_WEIGHTS
+        record.write(job.folder / "features.json")
+        return record
 
-    def build(self, dataset: Dataset | None = None) -> nn.Module:
+    def load_network(self, path: Path) -> nn.Module:
         import open_clip
 
-        return open_clip.create_model(self.settings.model, pretrained=None)
-
-    def fill(self, network: nn.Module, path: Path) -> None:
-        import open_clip
-
+        network = open_clip.create_model(self.settings.model, pretrained=None)
         open_clip.load_checkpoint(network, str(path), weights_only=True)  # or safetensors
+        return network
 
-    def prepare(self, dataset: Dataset) -> None:
+    def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
+        super().load(record, folder, dataset, device)
         settings, names, prompts = self.settings, dataset.class_names, dataset.evaluation_prompts
         self.pretraining = (f"clip-{settings.pretrained}",)
         caption = "the prompt" if prompts else settings.caption
@@ -114,21 +115,22 @@ class OpenCLIPExtractor(PretrainedExtractor):
         import open_clip
 
         self.tokenizer = open_clip.get_tokenizer(settings.model)
+        self.embed_block = cache(self.embed_block)
+        outputs = {f"aesthetic_{version}": version for version in settings.aesthetic}
+        # On the host.
+        self.heads = {o: laion_head(v) for o, v in outputs.items() if o not in self.missing}
+        self.captions: list[str] = []
         if prompts:
             self.captions = list(prompts.texts)
         elif not any(name.isdigit() for name in names):  # a number is not a description
             self.captions = [settings.caption.format(name) for name in names]
-        for version in settings.aesthetic:
-            if (output := f"aesthetic_{version}") not in self.missing:
-                self.heads[output] = LaionHead.published(version)
         if self.captions:
             for key, prefix in (("truncated_captions", ""), ("truncated_after_prefix", PREFIX)):
                 self.details[key] = f"{self.truncated(prefix)} of {len(self.captions)}"
 
     @property
     def size(self) -> int:
-        size = self.network.visual.image_size
-        return size if isinstance(size, int) else size[0]
+        return self.network.visual.image_size[0]
 
     def mean_and_std(self) -> tuple[Sequence[float], Sequence[float]]:
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -138,22 +140,22 @@ class OpenCLIPExtractor(PretrainedExtractor):
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         return {"features": self.network.encode_image(x, normalize=True)}
 
-    def texts(self, prefix: str, labels: Tensor) -> Tensor:
-        """Embeddings of the captions `labels`, `(B, D)`. Each is computed once, in a fixed block of
-        captions, so that its rounding does not depend on the batch."""
-        for number in (labels // BLOCK).unique().tolist():
-            if (prefix, number) not in self._texts:
-                block = self.captions[number * BLOCK : (number + 1) * BLOCK]
-                tokens = self.tokenizer([prefix + caption for caption in block])
-                texts = self.network.encode_text(tokens.to(self.device), normalize=True)
-                self._texts[prefix, number] = texts.cpu()
-        return torch.stack([self._texts[prefix, i // BLOCK][i % BLOCK] for i in labels.tolist()])
+    def embed_block(self, prefix: str, number: int) -> Tensor:
+        """Embeddings of a fixed block of captions, computed once, so that their rounding does not
+        depend on the batch."""
+        block = self.captions[number * BLOCK : (number + 1) * BLOCK]
+        tokens = self.tokenizer([prefix + caption for caption in block])
+        return self.network.encode_text(tokens.to(self.device), normalize=True).cpu()
 
-    def compare(self, features: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        outputs = {name: head(features) for name, head in self.heads.items()}
+    @torch.no_grad()
+    def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        outputs = super().extract(pixels, labels)
+        features = outputs["features"]
+        outputs |= {name: head(features) for name, head in self.heads.items()}
         if self.captions and labels is not None:
             for name, prefix in (("text_similarity", ""), ("prefixed_similarity", PREFIX)):
-                outputs[name] = (features * self.texts(prefix, labels)).sum(dim=1)
+                texts = [self.embed_block(prefix, i // BLOCK)[i % BLOCK] for i in labels.tolist()]
+                outputs[name] = (features * torch.stack(texts)).sum(dim=1)
         return outputs
 
     def truncated(self, prefix: str = "") -> int:

@@ -69,10 +69,6 @@ class ProjectedFeatures(nn.Module):
         self.map_channels = tuple(c for p in self.pyramids for c in p.map_channels)
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> ProjectedFeatures:
-        """Keep evaluation mode."""
-        return super().train(False)
-
     def forward(self, pixels: Tensor) -> list[Tensor]:
         size = (self.resolution, self.resolution)
         x = interpolate(pixels.expand(-1, 3, -1, -1), size, mode="bilinear")
@@ -143,10 +139,9 @@ class ProjectedDiscriminator(nn.Module):
         self, features: ProjectedFeatures, num_classes: int, cout: int = 64, text_width: int = 0
     ):
         super().__init__()
-        scales = len(STRIDES)
-        widths = [cout * 2**i for i in range(scales)]
+        widths = [cout * 2**i for i in range(len(STRIDES))]
         self.heads = nn.ModuleList(
-            ProjectedHead(channels, widths[i % scales :], num_classes, cout, text_width)
+            ProjectedHead(channels, widths[i % len(STRIDES) :], num_classes, cout, text_width)
             for i, channels in enumerate(features.map_channels)
         )
 

@@ -30,38 +30,31 @@ class SmallCLIP(nn.Module):
     """open_clip's `CLIP` for images `(B, C, H, W)` in [-1, 1]; embeddings have length 1.
 
     `captions` are tokens, int64 `(conditions, wordings, 16)`: a few wordings for each class, or one
-    for each prompt. They are saved with the weights, so that scoring needs no tokenizer.
+    for each prompt. `meaning` `(conditions,)`: equal for captions that mean the same.
     """
 
     embed_dim = 64
 
-    def __init__(
-        self, image_shape: tuple[int, int, int], conditions: int, width: int, wordings: int = 1
-    ):
+    def __init__(self, dataset: Dataset, width: int):
         super().__init__()
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-        self.size = image_shape[1]
+        self.size = dataset.image_shape[1]
         patch = 2 if self.size < 16 else 4
         vision = CLIPVisionCfg(
             layers=3, width=2 * width, head_width=16, patch_size=patch, image_size=self.size
         )
         text = CLIPTextCfg(context_length=CONTEXT_LENGTH, width=2 * width, heads=4, layers=2)
         self.clip = CLIP(self.embed_dim, vision, text)
-        captions = torch.zeros(conditions, wordings, CONTEXT_LENGTH, dtype=torch.long)
-        self.register_buffer("captions", captions)
-        # Equal numbers for captions of the same meaning; for training only.
-        self.register_buffer("meaning", torch.arange(conditions), persistent=False)
-
-    def set_captions(self, dataset: Dataset) -> None:
-        """Tokenize the prompts of a data set with captions, or captions of the class names."""
         if dataset.attributes:
-            texts = dataset.prompts.texts
-            self.meaning.copy_(dataset.attributes.meanings())
+            texts, meaning = dataset.prompts.texts, dataset.attributes.meanings()
         else:
             names, templates = dataset.class_names, dataset.caption_templates
             texts = [template.format(name) for name in names for template in templates]
-        self.captions.copy_(tokenize(texts).view_as(self.captions))
+            meaning = torch.arange(len(names))
+        captions = tokenize(texts).view(len(meaning), -1, CONTEXT_LENGTH)
+        self.register_buffer("captions", captions)
+        self.register_buffer("meaning", meaning, persistent=False)
 
     def features(self, x: Tensor) -> Tensor:
         """Image embeddings `(B, 64)`, normalised."""
@@ -113,29 +106,12 @@ class CaptionEncoder:
         return sum(len(encode(text)) + 2 > self.limit for text in texts)  # + start and end
 
 
-def contrastive_loss(context: Context) -> Tensor:
-    """CLIP's loss in both directions, with several matches in a batch: an image matches every
-    caption of its class (or of its caption's meaning), and the targets share the mass (UniCL, Yang
-    et al. 2022)."""
-    clip = context.networks["features"]
-    x, labels = context.real()
-    wordings = clip.captions.shape[1]
-    template = (context.uniform("template") * wordings).long().clamp_max(wordings - 1)
-    logits = clip(augmented(context, x), clip.captions[labels, template])
-    meaning = clip.meaning[labels]
-    same = (meaning[:, None] == meaning[None]).float()
-    target = same / same.sum(dim=1, keepdim=True)
-    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-
-
 @FEATURES.register("clip")
 class SmallCLIPExtractor(TrainedExtractor):
     """Image embeddings, their similarity to the requested caption, and a trained aesthetic head."""
 
     class Settings(TrainedSettings):
         type: Literal["clip"]
-
-    _class_features: Tensor | None = None
 
     provided = frozenset(
         {"features", "text_similarity", "aesthetic", "image-text", "short-captions", "fd"}
@@ -149,23 +125,27 @@ class SmallCLIPExtractor(TrainedExtractor):
         return CaptionEncoder(self.network, self.sha256)
 
     def build(self, dataset: Dataset) -> SmallCLIP:
-        wordings = 1 if dataset.attributes else len(dataset.caption_templates)
-        return SmallCLIP(dataset.image_shape, dataset.num_conditions, self.settings.width, wordings)
-
-    def prepare_training(self, network: SmallCLIP, dataset: Dataset) -> None:
-        network.set_captions(dataset)
+        return SmallCLIP(dataset, self.settings.width)
 
     def loss(self, context: Context) -> Tensor:
-        return contrastive_loss(context)
+        """CLIP's loss in both directions, with several matches in a batch: an image matches every
+        caption of its class (or of its caption's meaning), and the targets share the mass
+        (UniCL, Yang et al. 2022)."""
+        clip = context.networks["features"]
+        x, labels = context.real()
+        wordings = clip.captions.shape[1]
+        template = (context.uniform("template") * wordings).long().clamp_max(wordings - 1)
+        logits = clip(augmented(context, x), clip.captions[labels, template])
+        meaning = clip.meaning[labels]
+        same = (meaning[:, None] == meaning[None]).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
     def correct(self, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
         """Whether the nearest caption is one of the image's class, or means the same as its own."""
         similarities = self.network.features(x) @ self.network.class_features().T
-        nearest = similarities.argmax(dim=1)
-        if dataset.attributes:
-            meanings = dataset.attributes.meanings()
-            nearest, labels = meanings[nearest], meanings[labels]
-        return nearest == labels
+        meaning = self.network.meaning
+        return meaning[similarities.argmax(dim=1)] == meaning[labels]
 
     def train_head(self, dataset: Dataset, folder: Path) -> dict:
         return train_head(self.network, dataset, folder)
@@ -174,6 +154,8 @@ class SmallCLIPExtractor(TrainedExtractor):
         super().load(record, folder, dataset, device)
         self.head_sha256 = record.aesthetic["sha256"]
         self.head = load_head(folder, self.head_sha256, SmallCLIP.embed_dim).to(device)
+        with torch.no_grad():
+            self.class_features = self.network.class_features()
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -183,8 +165,6 @@ class SmallCLIPExtractor(TrainedExtractor):
         features = self.network.features(x)
         outputs = {"features": features, "aesthetic": self.head(features)}
         if labels is not None:
-            if self._class_features is None:
-                self._class_features = self.network.class_features()
-            captions = self._class_features[labels.to(self.device)]
+            captions = self.class_features[labels.to(self.device)]
             outputs["text_similarity"] = (features * captions).sum(dim=1)
         return outputs

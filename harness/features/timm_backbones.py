@@ -5,6 +5,7 @@ Weights are read as safetensors or with `weights_only`; no code of a package wit
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,14 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from harness.errors import UserError, did_you_mean
-from harness.features.base import fetch_from_hub, reading_weights
+from harness.features.base import fetch_from_hub, load_in_order, reading_weights, require
 from harness.io.artifacts import sha256_file
 from harness.io.downloads import cache_dir, load_pickled
 
 STRIDES = (4, 8, 16, 32)
-
-# GDD's backbones (Zheng and Yang 2024), for messages; any timm network with four scales works.
-KNOWN = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0", "vgg16_bn")
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -36,21 +34,14 @@ PACKAGED = {
 }
 
 
-def import_timm():
-    """The package timm; a `UserError` without it."""
-    try:
-        import timm
-    except ImportError:
-        message = "pretrained networks need timm: pip install 'onestep-harness[pretrained]'"
-        raise UserError(message, "missing-package") from None
-    return timm
-
-
 def _published(name: str):
     """timm's configuration of a network's pretrained weights."""
-    timm = import_timm()
+    require("timm")
+    import timm
+
     if not timm.is_model(name):
-        raise UserError(f"timm has no network {name!r}{did_you_mean(name, KNOWN)}", "unknown-name")
+        hint = did_you_mean(name, timm.list_models())
+        raise UserError(f"timm has no network {name!r}{hint}", "unknown-name")
     config = timm.models.get_pretrained_cfg(name)
     if config and config.hf_hub_id:
         return config
@@ -65,15 +56,8 @@ def pretraining_set(name: str) -> str:
 
 def _packaged(name: str) -> Path | None:
     """The weights file in a network's package, if that is installed (it is not imported)."""
-    from importlib import metadata
-
-    if name not in PACKAGED:
-        return None
-    try:
-        files = metadata.files(PACKAGED[name][0]) or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((Path(f.locate()) for f in files if f.suffix == ".pth"), None)
+    spec = find_spec(PACKAGED[name][0].replace("-", "_")) if name in PACKAGED else None
+    return next(Path(spec.origin).parent.rglob("*.pth"), None) if spec else None
 
 
 def weights_file(name: str) -> Path:
@@ -88,31 +72,19 @@ def weights_file(name: str) -> Path:
     return fetch_from_hub(config.hf_hub_id, "model.safetensors", instead)
 
 
-def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights whose names differ from the network's. Their order must be the same, and each
-    must agree in shape and in the last part of its name."""
-    own = network.state_dict()
-    if len(own) != len(weights):
-        raise UserError(f"{len(weights)} tensors for a network with {len(own)}", "weights")
-    for (name, tensor), (other, value) in zip(own.items(), weights.items(), strict=True):
-        if tensor.shape != value.shape or name.split(".")[-1] != other.split(".")[-1]:
-            expected = f"{name} {tuple(tensor.shape)}"
-            raise UserError(f"{other} {tuple(value.shape)} instead of {expected}", "weights")
-    network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
-
-
 def load_weights(name: str, path: Path, **options) -> nn.Module:
     """A timm network, built with `options`, with the weights in a file; in evaluation mode."""
-    timm, packaged = import_timm(), PACKAGED.get(name)
-    with reading_weights(path, name):
-        if packaged and path.suffix == ".pth":
-            if (sha256 := sha256_file(path)) != packaged[1]:
-                raise UserError(f"its sha256 is {sha256}, not {packaged[1]}")
-            network = timm.create_model(name, pretrained=False, **options)
-            load_in_order(network, load_pickled(path))
-        else:  # timm renames the weights of older files and other publishers; it is strict
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
-            network = timm.create_model(name, **options)
+    require("timm")
+    import timm
+
+    if name in PACKAGED and path.suffix == ".pth":
+        if (sha256 := sha256_file(path)) != PACKAGED[name][1]:
+            raise ValueError(f"its sha256 is {sha256}, not {PACKAGED[name][1]}")
+        network = timm.create_model(name, pretrained=False, **options)
+        load_in_order(network, load_pickled(path))
+    else:  # timm renames the weights of older files and other publishers; it is strict
+        file = {"file": str(path)}
+        network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, **options)
     return network.eval()
 
 
@@ -148,10 +120,6 @@ class Backbone(nn.Module):
         self.register_buffer("std", 2 * std, persistent=False)
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> Backbone:
-        """Keep evaluation mode, so that batch statistics stay the pretrained ones."""
-        return super().train(False)
-
     def set_input_size(self, resolution: int) -> None:
         """Resample a transformer's position embeddings for another input size."""
         if hasattr(self.network, "set_input_size"):
@@ -172,4 +140,6 @@ class Backbone(nn.Module):
 def load_backbone(name: str) -> Backbone:
     """A backbone with its published weights."""
     path = weights_file(name)
-    return Backbone(name, load_weights(name, path), sha256_file(path))
+    with reading_weights(path, name):
+        network = load_weights(name, path)
+    return Backbone(name, network, sha256_file(path))

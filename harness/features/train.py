@@ -57,10 +57,7 @@ class TrainedExtractor(FeatureExtractor):
 
     @abstractmethod
     def build(self, dataset: Dataset) -> nn.Module:
-        """The network with random weights; it works on the meta device, too."""
-
-    def prepare_training(self, network: nn.Module, dataset: Dataset) -> None:
-        """Fill the buffers of a fresh network that depend on the data set."""
+        """The network with random weights. One with feature maps works on the meta device, too."""
 
     def training_images(self, dataset: Dataset) -> Images:
         """Images with the labels that the loss needs."""
@@ -83,9 +80,9 @@ class TrainedExtractor(FeatureExtractor):
         """Outputs for images in [-1, 1]."""
 
     @torch.no_grad()
+    @full_precision
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        with full_precision():
-            outputs = self.outputs(to_model_space(pixels.to(self.device)), labels)
+        outputs = self.outputs(to_model_space(pixels.to(self.device)), labels)
         return {name: output.cpu() for name, output in outputs.items()}
 
     def make(self, job: FeatureJob) -> FeatureRecord:
@@ -94,7 +91,6 @@ class TrainedExtractor(FeatureExtractor):
         run_id = digest([job.fingerprint, dataset.sha256])
         with seeded(settings.seed):
             network = self.build(dataset)
-        self.prepare_training(network, dataset)
         optimizer = OptimizerConfig(lr=settings.lr, weight_decay=settings.weight_decay)
         run = TrainingRun(
             name=f"features {job.name}",

@@ -30,7 +30,7 @@ from harness.training.trainer import Trainer
 
 def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> Inputs:
     """A student's inputs with random weights, `images` random images and as many pairs."""
-    from harness.features.lpips import PerceptualDistance, build_lpips
+    from harness.features.lpips import PerceptualDistance
     from harness.features.timm_backbones import Backbone
 
     name, needs = experiment.students[student].teacher, experiment.students[student].requirements
@@ -56,7 +56,7 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
         networks = [Backbone(name, create_model(name)) for name in needs.backbones]
         inputs.backbones = nn.ModuleList(networks)
     if needs.lpips:
-        inputs.lpips = PerceptualDistance(build_lpips()).eval().requires_grad_(False)
+        inputs.lpips = PerceptualDistance()
     if needs.pairs:
         inputs.pairs = {"x": torch.zeros(images, *teacher.image_shape)}
         if dataset.num_conditions:
