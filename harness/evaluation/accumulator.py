@@ -25,14 +25,11 @@ class Checkpoints:
     nothing; once it has saved something, it also saves the end of each stream."""
 
     def __init__(self, seconds: float):
-        self.seconds, self.used, self._last = seconds, False, time.monotonic()
+        self.seconds, self.used, self.last = seconds, False, time.monotonic()
 
     def due(self, stream_ended: bool) -> bool:
-        overdue = time.monotonic() - self._last >= self.seconds
+        overdue = time.monotonic() - self.last >= self.seconds
         return overdue or (stream_ended and self.used)
-
-    def saved(self) -> None:
-        self._last, self.used = time.monotonic(), True
 
 
 def stored_images(shards: TensorShards) -> int:
@@ -92,9 +89,8 @@ class FeatureAccumulator:
         shards: TensorShards | None = None,
         checkpoints: Checkpoints | None = None,
     ):
-        self.extractors, self.attributes = extractors, attributes
-        self.keep, self.nearest = keep, nearest
-        self.shards, self.checkpoints = shards, checkpoints
+        self.extractors, self.attributes, self.keep = extractors, attributes, keep
+        self.nearest, self.shards, self.checkpoints = nearest, shards, checkpoints
         # Names: "pixels", "labels", "attributes" and "<extractor>/<output>".
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         for tensors in shards or ():
@@ -138,7 +134,7 @@ class FeatureAccumulator:
         if self.nearest:
             tensors |= {f"nearest/{name}": tensor for name, tensor in self.nearest.best.items()}
         self.shards.append(tensors, images=images)
-        self.checkpoints.saved()
+        self.checkpoints.last, self.checkpoints.used = time.monotonic(), True
         self._mark_saved()
 
     def images(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from harness.config.schema import DataSection, EvaluationSection, ExperimentFile
 from harness.data.registry import has_captions
 from harness.errors import Problem, did_you_mean
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, GROUPS
-from harness.evaluation.registry import METRICS, Metric
+from harness.evaluation.registry import METRICS
 from harness.features.base import provides
 from harness.io.downloads import source_problems
 
@@ -105,20 +105,20 @@ def _check_metric(
         yield Problem(key, "unknown-name", message)
         return
     metric, captioned = METRICS[name], data is not None and has_captions(data)
-
-    def usable(other: Metric) -> bool:
-        applies = any(map(other.applies_to, provided.values()))
-        return applies and (captioned or not other.needs_attributes)
-
+    usable = [
+        other
+        for other in map(METRICS.__getitem__, sorted(METRICS))
+        if any(map(other.applies_to, provided.values()))
+        and (captioned or "attributes_correct" not in other.needs)
+    ]
     if metric.higher_is_better is None:
         message = f"{name!r} is a diagnostic without a preferred direction"
         yield Problem(key, "diagnostic", message)
-    elif metric.needs_attributes and not captioned:
+    elif "attributes_correct" in metric.needs and not captioned:
         message = f"{name!r} needs captions; this data set has none"
         yield Problem(key, "needs-captions", message)
-    elif provided and not usable(metric):
-        others = [METRICS[n] for n in sorted(METRICS) if METRICS[n].higher_is_better is not None]
-        known = ", ".join(other.name for other in others if usable(other))
+    elif provided and metric not in usable:
+        known = ", ".join(other.name for other in usable if other.higher_is_better is not None)
         message = f"no extractor provides {name!r}; available: {known}"
         yield Problem(key, "unsupported", message)
     elif not (statistics or data is None or data.prompts is None or data.has_images) and any(

@@ -111,9 +111,9 @@ class FeatureSet:
 
     @cached_property
     def neighbourhood(self) -> Neighbourhood:
-        k, reference = self.neighbours, self.reference
-        radii, wide_radii = reference.radii(k), reference.radii(DENSITY_NEIGHBOURS)
-        return neighbourhood(self.features, reference.features, k, radii, wide_radii)
+        radii, wide_radii = map(self.reference.radii, (self.neighbours, DENSITY_NEIGHBOURS))
+        reference = self.reference.features
+        return neighbourhood(self.features, reference, self.neighbours, radii, wide_radii)
 
     @property
     def class_correct(self) -> Tensor:

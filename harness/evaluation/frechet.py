@@ -72,24 +72,21 @@ def factor(covariance: Tensor) -> Tensor:
     return vectors[:, nonzero] * values[nonzero].sqrt()
 
 
-def _distance(mean1: Tensor, factor1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+def distance_of_factor(mean1: Tensor, factor1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """`frechet_distance`, given F of C1: to compare one C1 with many."""
     values = torch.linalg.eigvalsh(factor1.T @ cov2 @ factor1)
     trace = factor1.square().sum() + torch.trace(cov2) - 2 * values.clamp_min(0).sqrt().sum()
     return ((mean1 - mean2).square().sum() + trace).item()
 
 
-def frechet_distance(
-    mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, factor1: Tensor | None = None
-) -> float:
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     """`‖m1 - m2‖² + tr(C1 + C2 - 2 (C1 C2)^½)`.
 
     With C1 = F Fᵀ, the nonzero eigenvalues of C1 C2 are those of the symmetric Fᵀ C2 F, and the
     trace of the square root is the sum of their roots. This needs neither the matrix square root of
     a non-symmetric product (and its complex rounding errors) nor eigenvectors.
-
-    factor1: F, to compare one C1 with many.
     """
-    return _distance(mean1, factor(cov1) if factor1 is None else factor1, mean2, cov2)
+    return distance_of_factor(mean1, factor(cov1), mean2, cov2)
 
 
 def frechet_of_few(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
@@ -97,7 +94,7 @@ def frechet_of_few(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
     their covariance, so the eigenvalues are those of an N x N matrix."""
     features = features.double()
     own = (features - features.mean(dim=0)).T / (len(features) - 1) ** 0.5
-    return _distance(features.mean(dim=0), own, mean, covariance)
+    return distance_of_factor(features.mean(dim=0), own, mean, covariance)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from harness.errors import UserError
 from harness.evaluation.frechet import (
     BLOCK,
     Moments,
+    distance_of_factor,
     factor,
-    frechet_distance,
     frechet_of_few,
     gaussian_statistics,
     load_statistics,
@@ -71,8 +71,9 @@ class Reference:
         return self.frechet_of_moments(Moments.over(features.split(BLOCK)))
 
     def frechet_of_moments(self, moments: Moments) -> float:
-        own = self.cached("factor", lambda: factor(self.statistics[1]))
-        return frechet_distance(*self.statistics, *moments.statistics(), own)
+        mean, covariance = self.statistics
+        own = self.cached("factor", lambda: factor(covariance))
+        return distance_of_factor(mean, own, *moments.statistics())
 
     def standardise(self, x: Tensor) -> Tensor:
         """Features in float64, scaled by the mean and standard deviation of `features`."""

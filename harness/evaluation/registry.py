@@ -43,11 +43,6 @@ class Metric:
         """Suffix of column headings."""
         return {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
 
-    @property
-    def needs_attributes(self) -> bool:
-        """Whether images must be checked for the attributes that their captions name."""
-        return "attributes_correct" in self.needs
-
     def applies_to(self, provides: Collection[str]) -> bool:
         """Whether the metric is defined for an extractor that provides these outputs."""
         return set(self.requires) <= set(provides)

@@ -129,7 +129,6 @@ class Scorer:
             if not extractor.unavailable:
                 neighbours = self.scoring.evaluation.neighbours
                 features = accumulator.feature_set(name, self.references[name], neighbours)
-                self._check_dimension(name, features.features.shape[1], counts)
                 if per_image:
                     values = features.per_image()
                     result.per_image["prompt"] = features.labels
@@ -143,14 +142,6 @@ class Scorer:
             result.rows += self._rows(extractor, features, counts, final, **facts)
         return result
 
-    def _check_dimension(self, name: str, dim: int, counts: list[int]) -> None:
-        """Record an extractor's number of features, and warn once of too few samples."""
-        floor = self.floor_count if len(self.dataset.held_out) else None
-        for count in counts:
-            if count <= dim and name not in self.dimensions:
-                logger.warning(small_sample_warning(name, dim, count, floor))
-        self.dimensions[name] = dim
-
     def _rows(
         self,
         extractor: FeatureExtractor,
@@ -162,6 +153,11 @@ class Scorer:
         """The number of each metric that applies to an extractor, at each of its sample counts, or
         a `status` if a network is unavailable (without features: for metrics that would apply)."""
         data, dim = self.dataset, 0 if features is None else features.features.shape[1]
+        if features is not None and extractor.name not in self.dimensions:
+            floor = self.floor_count if len(data.held_out) else None
+            for few in (count for count in counts if count <= dim):
+                logger.warning(small_sample_warning(extractor.name, dim, few, floor))
+            self.dimensions[extractor.name] = dim
         parts = {"reference.features": data.train, "reference.held_out": data.held_out}
 
         def has(need: str) -> bool:
