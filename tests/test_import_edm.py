@@ -192,7 +192,7 @@ def test_pickle_cannot_change_the_reader(tmp_path, name):
         # PROTO 2, GLOBAL name, the state, BUILD, STOP
         build = b"\x80\x02c%s\n%s\n" % tuple(part.encode() for part in name)
         (tmp_path / "x.pkl").write_bytes(build + pickle.dumps(state, 2)[2:-1] + b"b.")
-        with pytest.raises(UserError, match="state for an object that has none"):
+        with pytest.raises(UserError, match=r"state for an object|\(TypeError: "):
             read_edm_pickle(tmp_path / "x.pkl")
         assert not hasattr(target, "poison")
 
@@ -208,9 +208,9 @@ def strip(content, name):
     [
         (lambda official: official("ncsnpp", class_name="VPPrecond"), "a VPPrecond, but only"),
         (lambda official: official("ncsnpp", model_type="EDM2"), "a backbone EDM2, but only"),
-        (lambda official: official("ncsnpp", num_blocks=2), "settings: Missing key"),
-        (lambda official: official("ncsnpp", label_dim=0), "settings: Unexpected key"),
-        (lambda official: official("ncsnpp", model_channels=32), "settings: size mismatch"),
+        (lambda official: official("ncsnpp", num_blocks=2), "no tensor"),
+        (lambda official: official("ncsnpp", label_dim=0), "does not belong to its settings"),
+        (lambda official: official("ncsnpp", model_channels=32), "of shape"),
         (lambda official: official("ncsnpp", encoder_type="skip"), "encoder_type must be one of"),
         (
             lambda official: official("ncsnpp", colour="red"),
@@ -234,10 +234,7 @@ def strip(content, name):
             lambda official: {"ema": torch.zeros(1).expand(4)},
             "a tensor larger than its data",
         ),
-        (
-            lambda official: strip(official("ncsnpp"), "map_layer1"),
-            'Missing key(s) in state_dict: "map_layer1.weight"',
-        ),
+        (lambda official: strip(official("ncsnpp"), "map_layer1"), "no tensor map_layer1.weight"),
         (lambda official: {"net": 1}, "no entry 'ema'"),
         (lambda official: {"ema": [1]}, "'ema' of type list"),
         (lambda official: [], "no entry 'ema'"),

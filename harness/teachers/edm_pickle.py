@@ -1,9 +1,8 @@
 """Convert official EDM pickles (Karras et al. 2022, SiD, GDD) to denoiser folders, safely.
 
 Nothing in the file is executed: the unpickler rejects all names but those in `_ALLOWED`, each bound
-to a function or class of this module, or a plain container, that builds inert data. It sets state
-on modules only: set on a tensor it would bypass the checks of its bounds, and on a function or
-class affect the next file.
+to a function of this module that builds inert data. These objects also reject state: set on a
+tensor it would bypass the checks of its bounds, and on a function or class affect the next file.
 """
 
 import inspect
@@ -13,9 +12,7 @@ import os
 import pickle
 import reprlib
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,34 +36,85 @@ class Rejected(pickle.UnpicklingError):
     """The file contains something that an official pickle does not."""
 
 
-@dataclass
-class _Value:
-    """A tensor, wrapped so that the file cannot compute with it."""
+class Inert:
+    """An object whose state cannot be set, nor (the method is static) its class's."""
 
-    tensor: Tensor
+    @staticmethod
+    def __setstate__(state) -> None:
+        raise Rejected("state for an object that has none")
 
 
-class _Record:
+class InertFunction(Inert):
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+
+class InertValue(Inert):
+    """A tensor, unwrapped when the whole file has been read."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def _printable(error: Exception) -> str:
+    """The message of an error, safe for a terminal: names in it come from the file."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(text.split())[:300]
+
+
+class _Record(Inert):
     """A pickled network: its class name and its `__dict__`. The source code is dropped."""
 
     def __init__(self, meta: dict):
+        if type(meta) is not dict or meta.get("type") != "class":
+            raise Rejected("a persistent object that is not a class instance")
         self.class_name, self.state = meta["class_name"], meta["state"]
 
 
 class _ModuleDict:
-    """A pickled `ModuleDict`; the unpickler sets its `__dict__` as `state`."""
+    def __setstate__(self, state: dict) -> None:
+        self.state = state
 
 
-class _Ignored:
-    """A numpy scalar or its type, which only unused attributes of modules contain."""
+class _Dict(dict):
+    """The items of a dict; other state is dropped."""
 
-    def __init__(self, *_):
+    def __setstate__(self, state) -> None:
         pass
 
 
-def _storage(data: bytes) -> _Value:
+class _DType:
+    def __init__(self, code: str, *_):
+        if code not in ("f4", "f8", "i4", "i8", "b1"):
+            raise Rejected(f"numpy dtype {code!r}")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", "|"):
+            raise Rejected(f"numpy byte order {state[1]!r}")
+
+
+def _scalar(dtype: _DType, data: bytes):
+    import numpy
+
+    if type(dtype) is not _DType:
+        raise Rejected("a numpy scalar of unknown dtype")
+    return numpy.frombuffer(data, "<" + dtype.code, count=1)[0].item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise Rejected(f"text encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _storage(data: bytes) -> InertValue:
     """Read an inner file, one storage in torch's legacy format, as a flat tensor."""
-    with warnings.catch_warnings(action="ignore"):  # typed storages are deprecated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # typed storages are deprecated
         try:
             storage = load_pickled(io.BytesIO(data))
         except pickle.UnpicklingError as error:
@@ -74,61 +122,76 @@ def _storage(data: bytes) -> _Value:
         is_storage = isinstance(storage, torch.storage.TypedStorage)
         if not is_storage or not storage.dtype.is_floating_point:
             raise Rejected("tensor data that is not a storage of floating-point numbers")
-        return _Value(torch.tensor([], dtype=storage.dtype).set_(storage))
+        return InertValue(torch.tensor([], dtype=storage.dtype).set_(storage))
 
 
-def _tensor(storage: _Value, offset: int, size: tuple, stride: tuple, *_) -> _Value:
-    if math.prod(size) > storage.tensor.numel():
+def _tensor(storage: InertValue, offset: int, size: tuple, stride: tuple, *_) -> InertValue:
+    numbers = (offset, *size, *stride)
+    if type(storage) is not InertValue or any(type(n) is not int or n < 0 for n in numbers):
+        raise Rejected("a tensor with an impossible shape")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    count = math.prod(size)
+    if count > storage.value.numel() or (count and last >= storage.value.numel()):
         raise Rejected("a tensor larger than its data")
-    return _Value(storage.tensor.as_strided(size, stride, offset))  # torch checks the bounds
+    return InertValue(storage.value.as_strided(size, stride, offset))
 
 
 _ALLOWED = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Record,
     ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): _Dict,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
-    ("numpy.core.multiarray", "scalar"): _Ignored,
-    ("numpy._core.multiarray", "scalar"): _Ignored,
-    ("numpy", "dtype"): _Ignored,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy", "dtype"): _DType,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # the bytes of protocol 2
-    ("dnnlib.util", "EasyDict"): dict,
+    ("_codecs", "encode"): _encode,
+    ("dnnlib.util", "EasyDict"): _Dict,
 }
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: its opcodes can be replaced
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
-
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) not in _ALLOWED:
             raise Rejected(f"{module}.{name}, which official EDM pickles do not use")
-        return _ALLOWED[module, name]
+        target = _ALLOWED[module, name]
+        return target if isinstance(target, type) else InertFunction(target)
 
-    def load_build(self) -> None:
-        """Set the state of a `ModuleDict`, and drop that of containers and ignored objects."""
-        state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is _ModuleDict:
-            target.state = state
-        elif type(target) not in (dict, _Ignored):
-            raise Rejected("state for an object that has none")
-
-    dispatch[pickle.BUILD[0]] = load_build
+    def persistent_load(self, pid):
+        raise Rejected("a persistent id")
 
 
-def _tensors(module: _Record | _ModuleDict, prefix: str = "") -> dict[str, Tensor]:
+def _tensors(record, prefix: str) -> dict[str, Tensor]:
     """The tensors of a module and its children under the names of its state dict."""
+    if not isinstance(record, _Record | _ModuleDict):
+        raise Rejected(f"{prefix.rstrip('.')} of type {type(record).__name__}")
     tensors = {}
-    for name, value in (module.state["_parameters"] | module.state["_buffers"]).items():
-        if value is not None:
-            tensors[prefix + name] = value.tensor
-    for name, child in module.state["_modules"].items():
+    named = record.state.get("_parameters", {}) | record.state.get("_buffers", {})
+    for name, tensor in named.items():
+        if type(tensor) is InertValue:
+            tensors[prefix + name] = tensor.value
+        elif tensor is not None:
+            raise Rejected(f"{prefix}{name} of type {type(tensor).__name__}")
+    for name, child in record.state.get("_modules", {}).items():
         if child is not None:
             tensors |= _tensors(child, f"{prefix}{name}.")
     return tensors
+
+
+def _compare(expected: dict, tensors: dict) -> None:
+    """Reject missing tensors, additional tensors and different shapes."""
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise Rejected(f"no tensor {name}, which its settings require")
+        shape, required = tuple(tensors[name].shape), tuple(tensor.shape)
+        if shape != required:
+            raise Rejected(f"{name} of shape {shape}, but its settings require {required}")
+    for name in tensors:
+        if name not in expected:
+            raise Rejected(f"a tensor {name}, which does not belong to its settings")
 
 
 def _fits(value, like) -> bool:
@@ -168,7 +231,7 @@ def _denoiser(network: _Record) -> EDMDenoiser:
         known = " and ".join(_PRECONDITIONS)
         raise Rejected(f"a {network.class_name}, but only {known} can be imported")
     kind, settings = _settings(network)
-    tensors = _tensors(network.state["_modules"]["model"])
+    tensors = _tensors(network.state["_modules"]["model"], "")
     # A network on the meta device takes no memory, but the time of its loops over blocks.
     if len(settings["channel_mult"]) * (settings["num_blocks"] + 1) > len(tensors):
         raise Rejected("fewer tensors than its settings require blocks")
@@ -182,21 +245,13 @@ def _denoiser(network: _Record) -> EDMDenoiser:
             outer["sigma_data"],
             _PRECONDITIONS[network.class_name],
         )
+    expected = denoiser.backbone.state_dict()
+    _compare(expected, tensors)
     # Copy: tensors of the file may have another type, or share their data.
     layout = {"copy": True, "memory_format": torch.contiguous_format}
-    weights = {name: tensor.to(torch.float32, **layout) for name, tensor in tensors.items()}
-    try:
-        denoiser.backbone.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise Rejected(f"weights that do not fit its settings: {reason}") from None
+    weights = {name: tensors[name].to(tensor.dtype, **layout) for name, tensor in expected.items()}
+    denoiser.backbone.load_state_dict(weights, assign=True)
     return denoiser.eval()
-
-
-def _printable(error: Exception) -> str:
-    """The message of an error, safe for a terminal: names in it come from the file."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))
-    return " ".join(text.split())[:300]
 
 
 def read_edm_pickle(path: Path) -> EDMDenoiser:
