@@ -1,6 +1,7 @@
 """Checks of the section `students`, and the resolution of its entries."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -127,13 +128,10 @@ def _check_shared_settings(
     used = {section.method for section in students.values()}
     known: set[str] = set()
     for name in sorted(METHODS, key=lambda name: name not in used):
-        if name not in used and known >= set(training.settings):
-            break  # do not import methods without need: an unused file may be unfinished
-        try:
-            known |= set(METHODS[name].Config.model_fields)
-        except Exception:
-            if name in used:
-                raise
+        # Do not import other methods without need: a file may be unfinished.
+        if name in used or not known >= training.settings.keys():
+            with nullcontext() if name in used else suppress(Exception):
+                known |= METHODS[name].Config.model_fields.keys()
     message = "no method has this setting"
     return [
         Problem(f"training.settings.{key}", "unknown-key", message + did_you_mean(key, known))

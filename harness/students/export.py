@@ -19,7 +19,7 @@ from torch import Tensor
 from harness.config.jobs import StudentRun, TeacherJob
 from harness.config.schema import ImportedTeacher
 from harness.data import datasets
-from harness.denoiser import EDMDenoiser, one_step
+from harness.denoiser import one_step
 from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, read_json, write_json
 from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
@@ -73,12 +73,6 @@ class OneStepPipeline(DiffusionPipeline):
             sigma_init=sigma_init, sigma_data=sigma_data, epsilon=epsilon, num_classes=num_classes
         )
 
-    @property
-    def denoiser(self) -> EDMDenoiser:
-        denoiser_class = BACKBONES[type(self.network).__name__].denoiser("edm")
-        settings = {name: self.config[name] for name in denoiser_class.settings}
-        return denoiser_class(self.network, **settings).eval()
-
     @torch.no_grad()
     def __call__(
         self,
@@ -93,7 +87,12 @@ class OneStepPipeline(DiffusionPipeline):
         class_labels: random by default if the student has classes. latents: standard normal
         `(B, C, H, W)`, random by default.
         """
-        denoiser, classes, device = self.denoiser, self.config.num_classes, self.network.device
+        from torchvision.transforms.functional import to_pil_image
+
+        denoiser_class = BACKBONES[type(self.network).__name__].denoiser("edm")
+        settings = {name: self.config[name] for name in denoiser_class.settings}
+        denoiser = denoiser_class(self.network, **settings).eval()
+        classes, device = self.config.num_classes, self.network.device
         if class_labels is None and classes:
             count = num_images if latents is None else len(latents)
             class_labels = torch.randint(classes, (count,), generator=generator)
@@ -108,15 +107,9 @@ class OneStepPipeline(DiffusionPipeline):
             latents = torch.randn(num_images, *denoiser.image_shape, generator=generator)
         x = one_step(denoiser, latents.to(device), class_labels, self.config.sigma_init)
         images = (x / 2 + 0.5).clip(0, 1).cpu()
-        return OneStepOutput(images=images if output_type == "pt" else _pil(images))
-
-
-def _pil(images: Tensor) -> list:
-    """Quantise as for scoring, by `x * 127.5 + 128` clipped."""
-    from PIL import Image
-
-    pixels = (images * 255 + 0.5).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(p.squeeze(2) if p.shape[2] == 1 else p) for p in pixels]
+        if output_type != "pt":
+            images = list(map(to_pil_image, (images * 255 + 0.5).clip(0, 255).to(torch.uint8)))
+        return OneStepOutput(images=images)
 
 
 def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: Path) -> None:
@@ -126,38 +119,33 @@ def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: P
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists; choose a new or empty folder", "exists")
-    name, model = run.student.name, run.folder / "model"
-    record = StudentRecord.read(run.folder / "student.json")
+    model, record = run.folder / "model", StudentRecord.read(run.folder / "student.json")
     denoiser = load_denoiser(model, record.sha256, owner=run.folder)
     sigma_init = denoiser_record(model)["sigma_init"]
-    card = model_card(run, teacher, record, scores)
-    stock = isinstance(denoiser, VPDenoiser)
-    if denoiser.text_width and not stock:
-        raise UserError(
-            f"{name} needs the experiment's own text encoder, which is not part of a pipeline; "
-            "text-to-image students can be exported if their teacher is a pipeline",
-            "not-exportable",
-        )
-    if stock:
-        source = PipelineFolder(Path(teacher.section.source).expanduser())
-        imported = TeacherRecord.read(teacher.folder / "teacher.json").imported
-        if source.sha256() != imported["sha256"]:
-            message = f"{source.folder} is not the pipeline that teacher {teacher.name} was "
-            raise UserError(f"{message}imported from", "checksum")
     with atomic_folder(folder) as temporary:
-        if stock:
-            _write_stock(denoiser, sigma_init, source, temporary)
+        if isinstance(denoiser, VPDenoiser):
+            _write_stock(denoiser, sigma_init, teacher, temporary)
+        elif denoiser.text_width:
+            raise UserError(
+                f"{run.student.name} needs the experiment's own text encoder, which is not part of "
+                "a pipeline; text-to-image students can be exported if their teacher is a pipeline",
+                "not-exportable",
+            )
         else:
             pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
             pipeline.save_pretrained(temporary, safe_serialization=True)
+        card = model_card(run, teacher, record, scores)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_stock(
-    student: VPDenoiser, sigma_init: float, source: PipelineFolder, folder: Path
-) -> None:
-    """Copy the source pipeline with the student as its network and a one-step scheduler, without
+def _write_stock(student: VPDenoiser, sigma_init: float, teacher: TeacherJob, folder: Path) -> None:
+    """Copy the teacher's pipeline with the student as its network and a one-step scheduler, without
     a safety checker."""
+    source = PipelineFolder(Path(teacher.section.source).expanduser())
+    imported = TeacherRecord.read(teacher.folder / "teacher.json").imported
+    if source.sha256() != imported["sha256"]:
+        message = f"{source.folder} is not the pipeline that teacher {teacher.name} was "
+        raise UserError(f"{message}imported from", "checksum")
     for part in OTHER_PARTS:
         shutil.copytree(source.folder / part, folder / part)
     student.backbone.save_pretrained(folder / source.network, safe_serialization=True)
@@ -214,8 +202,8 @@ quantisation, resize, library): compare only values for which all three are equa
 
 Deviations from the paper: {{ record.deviations | join("; ") or "none" }}.
 
-{% if imported %}The weights were initialised from the teacher, so its licence \
-({{ licence or "see its source" }}) applies.
+{% if base_model %}The weights were initialised from the teacher, so its licence \
+({{ license or "see its source" }}) applies.
 {%- else %}The weights were trained from this data only.{% endif %}
 """
 
@@ -240,10 +228,12 @@ def model_card(run: StudentRun, teacher: TeacherJob, record: StudentRecord, scor
         tags=["one-step-diffusion", record.method],
         eval_results=results or None,
     )
-    if imported := isinstance(teacher.section, ImportedTeacher):
+    if isinstance(teacher.section, ImportedTeacher):
         source = Path(teacher.section.source)
         origin += f" ({source.name})"
-        card_data.base_model, card_data.license = source.name, _licence(source)
+        card_data.base_model, readme = source.name, source.expanduser() / "README.md"
+        if readme.is_file():
+            card_data.license = ModelCard.load(readme, ignore_metadata_errors=True).data.license
     card = ModelCard.from_template(
         card_data,
         template_str=CARD,
@@ -252,21 +242,9 @@ def model_card(run: StudentRun, teacher: TeacherJob, record: StudentRecord, scor
         record=record,
         dataset=dataset,
         data=data,
-        imported=imported,
-        licence=card_data.license,
         scores=table.to_markdown(index=False, floatfmt=".4g") if len(table) else "",
     )
     return str(card)
-
-
-def _licence(source: Path) -> str | None:
-    """The licence in the model card of a teacher's folder, if it has one."""
-    from huggingface_hub import ModelCard
-
-    path = source.expanduser() / "README.md"
-    if not path.is_file():
-        return None
-    return ModelCard.load(path, ignore_metadata_errors=True).data.license
 
 
 def _mean_scores(path: Path, sha256: str) -> pandas.DataFrame:

@@ -19,7 +19,7 @@ from harness.training.ledger import Ledger
 class Inputs:
     """Inputs of a student's training.
 
-    features, backbones, lpips: what the method requires. embeddings: map prompt numbers to
+    features: the networks that the method requires. embeddings: map prompt numbers to
     conditions. ledger: the cost of the teacher pairs. hashes: of what came from files.
     shared_machine: other work ran while the pairs' seconds were measured.
     """
@@ -27,8 +27,6 @@ class Inputs:
     dataset: Dataset
     teacher: Denoiser
     features: nn.Module | None = None
-    backbones: nn.ModuleList | None = None
-    lpips: nn.Module | None = None
     pairs: dict[str, Tensor] | None = None
     embeddings: Callable[[Tensor], Condition] | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -38,7 +36,7 @@ class Inputs:
 
 def load_inputs(run: StudentRun) -> Inputs:
     """Read the inputs of a student's run from the experiment's folders."""
-    from harness.features.base import load_extractor
+    from harness.features.base import FeatureMaps, load_extractor
     from harness.features.lpips import TRUNK_SHA256, load_lpips
     from harness.features.timm_backbones import load_backbone
     from harness.networks import load_codec, load_denoiser, pipeline_sha256
@@ -63,12 +61,12 @@ def load_inputs(run: StudentRun) -> Inputs:
         hashes["pipeline"] = pipeline
     if needs.features:
         extractor = load_extractor(run.features, dataset)
-        inputs.features, hashes["features"] = extractor.network, extractor.sha256
+        inputs.features, hashes["features"] = FeatureMaps(extractor.network), extractor.sha256
     if needs.backbones:
-        inputs.backbones = nn.ModuleList(map(load_backbone, needs.backbones))
-        hashes["backbones"] = {b.name: b.sha256 for b in inputs.backbones}
+        inputs.features = nn.ModuleList(map(load_backbone, needs.backbones))
+        hashes["backbones"] = {b.name: b.sha256 for b in inputs.features}
     if needs.lpips:
-        inputs.lpips, hashes["lpips"] = load_lpips(), TRUNK_SHA256
+        inputs.features, hashes["lpips"] = load_lpips(), TRUNK_SHA256
     if needs.pairs:
         record, inputs.pairs = load_pairs(run.pairs)
         cost = Cost(flops=record.flops, passes={"teacher": [record.evaluations, 0]})

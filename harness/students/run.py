@@ -21,13 +21,11 @@ from harness.training.run import TrainingRun
 
 def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> TrainingRun:
     """Build a student's training: its networks, its method's phases, and its data."""
-    from harness.features.base import FeatureMaps
     from harness.networks import save_denoiser
 
     student, config, needs = run.student, run.student.settings, run.student.requirements
     with seeded(run.seed):
-        features = FeatureMaps(inputs.features) if inputs.features else inputs.backbones
-        method = METHODS[student.method](config, inputs.teacher, features or inputs.lpips)
+        method = METHODS[student.method](config, inputs.teacher, inputs.features)
         auxiliary = method.networks()
     network = clone_denoiser(inputs.teacher)
     set_dropout(network, 0.0)  # a generator has none; its teacher may have been trained with some

@@ -11,6 +11,7 @@ finite; the optimiser skips a non-finite step there. The host counts all steps a
 import contextlib
 import copy
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Trainer:
         self.share = self.processes.share(run.batch)
         self.networks = {name: self._place(net) for name, net in run.networks.items()}
         self.frozen = {name: self._place(net).eval() for name, net in run.frozen.items()}
+        self.all_networks = {**self.frozen, **self.networks}
         for net in self.frozen.values():
             net.requires_grad_(False)
         for net in self.networks.values():
@@ -63,27 +65,26 @@ class Trainer:
         pairs = zip(self.ema.parameters(), main.parameters(), strict=True)
         self._averaged = tuple(zip(*[pair for pair in pairs if pair[1].requires_grad], strict=True))
         self._constant = {
-            name: {key for key, p in net.named_parameters() if not p.requires_grad}
-            for name, net in self.networks.items()
+            f"{name}/{key}"
+            for name, net in [*self.networks.items(), ("ema", main)]
+            for key, parameter in net.named_parameters()
+            if not parameter.requires_grad
         }
-        self._constant["ema"] = self._constant[run.main]
-        self._stateful = {**self.networks, "ema": self.ema}
         self.trainable = {
             name: [p for p in net.parameters() if p.requires_grad]
             for name, net in self.networks.items()
         }
-        self.configs = {phase.network: phase.optimizer for phase in run.phases}
+        configs = {phase.network: phase.optimizer for phase in run.phases}
         for phase in run.phases:
-            if self.configs[phase.network] != phase.optimizer:
+            if configs[phase.network] != phase.optimizer:
                 raise ValueError(f"phases give network {phase.network!r} two optimisers")
         self.optimizers = {
             name: self.build_optimizer(self.trainable[name], config)
-            for name, config in self.configs.items()
+            for name, config in configs.items()
         }
         self.iteration, self.ledger = 0, copy.deepcopy(run.ledger)
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.nonfinite = {phase.name: 0 for phase in run.phases}
-        self.consecutive = dict(self.nonfinite)
         # On the device, since the last `settle`: skipped steps, the longest row of them, and the
         # present row.
         self._counters = {name: torch.zeros(3, device=self.device) for name in self.nonfinite}
@@ -91,11 +92,6 @@ class Trainer:
         kind = "cuda" if self.device.startswith("cuda") else "cpu"  # not "meta"
         bf16 = self.loop.precision == "bf16"
         self._precision = torch.autocast(kind, torch.bfloat16, enabled=bf16)
-
-    @property
-    def all_networks(self) -> dict[str, nn.Module]:
-        """Frozen and trained networks by name."""
-        return {**self.frozen, **self.networks}
 
     # -- building -------------------------------------------------------------------------------
 
@@ -114,25 +110,25 @@ class Trainer:
     ) -> torch.optim.Optimizer:
         """Fused Adam, or AdamW with weight decay."""
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-        return kind(
-            parameters,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        settings = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+        return kind(parameters, **settings, fused=True)
 
     # -- state ----------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The weights and buffers that training changes."""
+        tensors = {
+            f"{name}/{key}": tensor
+            for name, net in [*self.networks.items(), ("ema", self.ema)]
+            for key, tensor in net.state_dict().items()
+        }
+        return {name: tensor for name, tensor in tensors.items() if name not in self._constant}
 
     def state_dict(self) -> dict:
         """Everything that training continues from: `tensors` by name, and JSON-like counts. It
         waits for the device."""
         self.settle()
-        tensors = {}
-        for name, net in self._stateful.items():
-            state, constant = net.state_dict(), self._constant[name]
-            tensors |= {f"{name}/{k}": v for k, v in state.items() if k not in constant}
+        tensors = self._tensors()
         for name, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{name}/{i}/{k}": v for k, v in state.items()}
@@ -141,52 +137,39 @@ class Trainer:
             "updates": self.updates,
             "ledger": self.ledger.model_dump(),
             "nonfinite": self.nonfinite,
-            "consecutive": self.consecutive,
+            "consecutive": {name: int(counts[2]) for name, counts in self._counters.items()},
             "tensors": tensors,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a `state_dict()`."""
-        tensors = state["tensors"]
-
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        for name, net in self._stateful.items():
-            own = net.state_dict()
-            net.load_state_dict({k: own[k] for k in self._constant[name]} | below(f"{name}/"))
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state["tensors"][name])
+        moments: dict[str, dict] = {name: defaultdict(dict) for name in self.optimizers}
+        for key, tensor in state["tensors"].items():
+            if key.startswith("optimizer/"):
+                _, name, i, entry = key.split("/")
+                moments[name][int(i)][entry] = tensor
         for name, optimizer in self.optimizers.items():
-            record = optimizer.state_dict() | {"state": {}}
-            for key, tensor in below(f"optimizer/{name}/").items():
-                i, entry = key.split("/")
-                record["state"].setdefault(int(i), {})[entry] = tensor
-            optimizer.load_state_dict(record)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments[name]})
         self.iteration, self.updates = state["step"], dict(state["updates"])
         self.ledger = Ledger(**state["ledger"])
-        self.nonfinite, self.consecutive = dict(state["nonfinite"]), dict(state["consecutive"])
-        for name, count in self.consecutive.items():
+        self.nonfinite = dict(state["nonfinite"])
+        for name, count in state["consecutive"].items():
             self._counters[name][2] = count
 
     # -- one iteration --------------------------------------------------------------------------
 
     def step(self) -> None:
         """Run one iteration: all phases that are due, and the update of the average."""
-        run, share = self.run, self.share
-        micro = math.gcd(micro_batch(run.batch, self.loop.micro_batch), len(share))
-        first, images = self.iteration * run.batch, self.ledger.images
-        networks = self.all_networks
+        run, step, images = self.run, self.iteration, self.ledger.images
+        micro = math.gcd(micro_batch(run.batch, self.loop.micro_batch), len(self.share))
+        starts = [step * run.batch + start for start in self.share[::micro]]
         contexts = [
-            Context(
-                networks,
-                run.data,
-                run.seed,
-                self.iteration,
-                range(first + start, first + start + micro),
-                self.device,
-            )
-            for start in share[::micro]
+            Context(self.all_networks, run.data, run.seed, step, range(i, i + micro), self.device)
+            for i in starts
         ]
-        due = [phase for phase in run.phases if self.iteration % phase.every == 0]
+        due = [phase for phase in run.phases if step % phase.every == 0]
         updates = [
             (phase, repeat, self._variant(phase, repeat, due))
             for phase in due
@@ -264,7 +247,7 @@ class Trainer:
 
     def apply_gradients(self, phase: Phase, loss: Tensor) -> None:
         """Average gradients over processes, clip them, and step unless something is non-finite."""
-        name, config = phase.network, self.configs[phase.network]
+        name, config = phase.network, phase.optimizer
         optimizer, parameters = self.optimizers[name], self.trainable[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.processes.sum_([*gradients, loss], 1 / self.processes.size)
@@ -296,7 +279,7 @@ class Trainer:
         """
         counts = torch.stack(list(self._counters.values())).tolist()
         for phase, row in zip(self.run.phases, counts, strict=True):
-            skipped, longest, self.consecutive[phase.name] = map(int, row)
+            skipped, longest, _ = map(int, row)
             self._counters[phase.name][:2].zero_()
             self.nonfinite[phase.name] += skipped
             self.updates[phase.network] -= skipped

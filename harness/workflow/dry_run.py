@@ -19,7 +19,7 @@ from harness.data.prompts import Prompts
 from harness.data.registry import Images, data_source
 from harness.denoiser import Denoiser
 from harness.errors import UserError
-from harness.features.base import new_extractor
+from harness.features.base import FeatureMaps, new_extractor
 from harness.networks import build_denoiser
 from harness.networks.vp import Codec
 from harness.students.inputs import Inputs
@@ -49,14 +49,14 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
         teacher.codec = nn.Identity()
     if needs.features:
         extractor = new_extractor(needs.features, experiment.features[needs.features])
-        inputs.features = extractor.build(dataset)
+        inputs.features = FeatureMaps(extractor.build(dataset))
     if needs.backbones:
         from timm import create_model
 
         networks = [Backbone(name, create_model(name)) for name in needs.backbones]
-        inputs.backbones = nn.ModuleList(networks)
+        inputs.features = nn.ModuleList(networks)
     if needs.lpips:
-        inputs.lpips = PerceptualDistance()
+        inputs.features = PerceptualDistance()
     if needs.pairs:
         inputs.pairs = {"x": torch.zeros(images, *teacher.image_shape)}
         if dataset.num_conditions:
