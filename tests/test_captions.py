@@ -17,7 +17,7 @@ from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.fake_score import drop_condition
 from harness.features.base import parse_settings
-from harness.features.small_clip import CaptionEncoder, SmallCLIP, SmallCLIPExtractor
+from harness.features.small_clip import SmallCLIP, SmallCLIPExtractor
 from harness.features.train import augmented
 from harness.networks import build_denoiser, load_denoiser, save_denoiser
 from harness.networks.backbones.unet2d_condition import TextDenoiser
@@ -184,7 +184,9 @@ def test_a_clip_reads_captions(tmp_path):
     torch.manual_seed(0)
     clip = SmallCLIP(captioned_dataset(), 8).eval()
     assert clip.captions.shape == (480, 1, 16) and len(clip.captions.unique(dim=0)) == 480
-    encoder, texts = CaptionEncoder(clip, ""), list(captions()[0])
+    settings = parse_settings({"type": "clip", "images": 1})
+    encoder, texts = SmallCLIPExtractor("clip", settings), list(captions()[0])
+    encoder.network = clip
     assert encoder.truncated(texts) == 0 and encoder.truncated(["one two three " * 9]) == 1
     tokens = encoder.encode(texts[:5])["embeddings"]
     assert tokens.shape == (5, 16, 16)

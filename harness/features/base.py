@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -68,7 +68,7 @@ class FeatureExtractor(ABC):
     pretraining: tuple[str, ...] = ()  # data sets of the published weights' training
     # Its name in the records of students that were trained against it, if not `name`.
     alias: str | None = None
-    # Tokens and width of its text embeddings; such a class has `text_encoder()`, too.
+    # Tokens and width of its text embeddings, if it is a `TextEncoder`, too.
     text_shape: tuple[int, int] | None = None
 
     def __init__(self, name: str, settings: FeatureSettings):
@@ -78,9 +78,9 @@ class FeatureExtractor(ABC):
         self.missing: dict[str, str] = {}
         self.details: dict[str, Any] = {}  # other settings of the protocol of its numbers
 
-    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
+    def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
         """Errors that the schema cannot express. `files`: local files must exist."""
-        return []
+        return ()
 
     @abstractmethod
     def make(self, job: FeatureJob) -> FeatureRecord:
@@ -181,9 +181,9 @@ class PretrainedExtractor(FeatureExtractor):
     def known_sha256(self) -> str | None:
         return getattr(self.settings, "sha256", None)
 
-    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
+    def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
         if self.settings.weights is None:
-            return []
+            return ()
         key, source = f"features.{self.name}", (self.settings.weights, self.known_sha256)
         return source_problems(
             f"{key}.weights", *source, sha256_key=f"{key}.sha256", required=files

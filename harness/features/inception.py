@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from harness.config.schema import FeatureSettings
 from harness.errors import UserError
 from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
 from harness.io.downloads import fetch, load_pickled
@@ -47,13 +48,10 @@ class InceptionExtractor(PretrainedExtractor):
     pretraining = ("imagenet-1k",)
     known_sha256 = SHA256
 
-    @property
-    def provided(self) -> frozenset[str]:
-        return frozenset({"features", "probabilities", "inception", f"fid-{self.settings.resize}"})
-
-    @property
-    def resize(self) -> str:
-        return RESIZES[self.settings.resize]
+    def __init__(self, name: str, settings: FeatureSettings):
+        super().__init__(name, settings)
+        self.resize, distance = RESIZES[settings.resize], f"fid-{settings.resize}"
+        self.provided = frozenset({"features", "probabilities", "inception", distance})
 
     def fetch(self) -> Path:
         return fetch(self.settings.weights or WEIGHTS, SHA256)
@@ -78,12 +76,11 @@ class InceptionExtractor(PretrainedExtractor):
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Pixels from 0 to 255, `(B, 3, 299, 299)`, by the protocol's resize."""
-        rgb = pixels.expand(-1, 3, -1, -1)
-        protocol = self.settings.resize
+        rgb, protocol = pixels.expand(-1, 3, -1, -1), self.settings.resize
         if protocol in ("clean", "coco"):
             return clean_resize(rgb, protocol == "coco").to(self.device)
         if protocol == "patch":
-            rgb = centre_crop(rgb, SIZE)
+            rgb = centre_crop(rgb)
         return tensorflow_resize(rgb.to(self.device))
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
@@ -112,11 +109,11 @@ def clean_resize(pixels: Tensor, coco: bool) -> Tensor:
     return torch.stack(list(map(torch.from_numpy, resized))).movedim(-1, 1)
 
 
-def centre_crop(pixels: Tensor, size: int) -> Tensor:
-    """The middle `size` x `size` pixels."""
+def centre_crop(pixels: Tensor) -> Tensor:
+    """The 299 x 299 pixels in the middle."""
     height, width = pixels.shape[2:]
-    if min(height, width) < size:
-        needed = f"at least {size} x {size} pixels, not {height} x {width}"
+    if min(height, width) < SIZE:
+        needed = f"at least {SIZE} x {SIZE} pixels, not {height} x {width}"
         raise UserError(f"resize: patch needs images of {needed}", "image-size")
-    top, left = (height - size) // 2, (width - size) // 2
-    return pixels[:, :, top : top + size, left : left + size]
+    top, left = (height - SIZE) // 2, (width - SIZE) // 2
+    return pixels[:, :, top : top + SIZE, left : left + SIZE]

@@ -1,7 +1,7 @@
 """CLIPs of open_clip: type `open-clip`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,6 @@ OPENAI = {
     "ViT-L-14-quickgelu": "timm/vit_large_patch14_clip_224.openai",
     "ViT-L-14-336-quickgelu": "timm/vit_large_patch14_clip_336.openai",
 }
-HUB_FILE = "open_clip_model.safetensors"
 AESTHETIC = "vit-l-14-quickgelu-openai"  # the network of LAION's heads
 
 
@@ -64,26 +63,26 @@ class OpenCLIPExtractor(PretrainedExtractor):
         outputs = {"features", "text_similarity", "prefixed_similarity", "image-text", "fd"}
         return frozenset(outputs | {f"aesthetic_{version}" for version in self.settings.aesthetic})
 
-    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
-        key, settings, problems = f"features.{self.name}", self.settings, super().check(data, files)
+    def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
+        yield from super().check(data, files)
+        key, settings = f"features.{self.name}", self.settings
         known = settings.pretrained == "openai" and settings.model in OPENAI
         column = f"{settings.model}-{settings.pretrained}".lower()
         if settings.weights is None and not known:
             message = "missing; only OpenAI's weights are downloaded without a file or an address"
-            problems.append(Problem(f"{key}.weights", "missing-key", message))
+            yield Problem(f"{key}.weights", "missing-key", message)
         if not self.name.startswith(column):
             message = f"the name must begin with {column}, the heading of its columns"
-            problems.append(Problem(key, "name", message))
+            yield Problem(key, "name", message)
         if settings.aesthetic and column != AESTHETIC:
             message = "LAION's heads need ViT-L-14-quickgelu with OpenAI's weights"
-            problems.append(Problem(f"{key}.aesthetic", "unsupported", message))
-        return problems
+            yield Problem(f"{key}.aesthetic", "unsupported", message)
 
     def fetch(self) -> Path:
         if self.settings.weights is not None:
             return super().fetch()
-        instead = "name a local copy under weights"
-        path = fetch_from_hub(OPENAI[self.settings.model], HUB_FILE, instead)
+        repository, file = OPENAI[self.settings.model], "open_clip_model.safetensors"
+        path = fetch_from_hub(repository, file, "name a local copy under weights")
         return fetch(str(path), self.known_sha256)
 
     def make(self, job: FeatureJob) -> FeatureRecord:
@@ -117,7 +116,6 @@ class OpenCLIPExtractor(PretrainedExtractor):
         self.tokenizer = open_clip.get_tokenizer(settings.model)
         self.embed_block = cache(self.embed_block)
         outputs = {f"aesthetic_{version}": version for version in settings.aesthetic}
-        # On the host.
         self.heads = {o: laion_head(v) for o, v in outputs.items() if o not in self.missing}
         self.captions: list[str] = []
         if prompts:
@@ -150,7 +148,7 @@ class OpenCLIPExtractor(PretrainedExtractor):
     @torch.no_grad()
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         outputs = super().extract(pixels, labels)
-        features = outputs["features"]
+        features = outputs["features"]  # on the host, like the heads
         outputs |= {name: head(features) for name, head in self.heads.items()}
         if self.captions and labels is not None:
             for name, prefix in (("text_similarity", ""), ("prefixed_similarity", PREFIX)):

@@ -1,13 +1,12 @@
 """A small CLIP (open_clip's model class) trained on the data set: type `clip`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, normalize
+from torch.nn.functional import cross_entropy, interpolate
 
 from harness.context import Context
 from harness.data.datasets import Dataset
@@ -63,10 +62,6 @@ class SmallCLIP(nn.Module):
             x = interpolate(x, size=self.size, mode="bilinear", antialias=True)
         return self.clip.encode_image(x, normalize=True)
 
-    def text_features(self, tokens: Tensor) -> Tensor:
-        """Caption embeddings `(N, 64)`, normalised."""
-        return normalize(self.clip.encode_text(tokens), dim=-1)
-
     def token_features(self, tokens: Tensor) -> Tensor:
         """Embedding of each token, `(N, 16, width)`."""
         clip = self.clip
@@ -75,20 +70,30 @@ class SmallCLIP(nn.Module):
 
     def class_features(self) -> Tensor:
         """Embedding of the first caption of each class or prompt, `(conditions, 64)`."""
-        return self.text_features(self.captions[:, 0])
+        return self.clip.encode_text(self.captions[:, 0], normalize=True)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Scaled similarities `(B, N)`."""
-        return self.clip.logit_scale.exp() * self.features(x) @ self.text_features(tokens).T
+        captions = self.clip.encode_text(tokens, normalize=True)
+        return self.clip.logit_scale.exp() * self.features(x) @ captions.T
 
 
-@dataclass(frozen=True)
-class CaptionEncoder:
-    """The text transformer of a trained CLIP as a text encoder (`TextEncoder`)."""
+@FEATURES.register("clip")
+class SmallCLIPExtractor(TrainedExtractor):
+    """Image embeddings, their similarity to the requested caption, and a trained aesthetic head.
+    Its text transformer is a `TextEncoder`."""
 
-    clip: SmallCLIP
-    sha256: str
-    limit: int = CONTEXT_LENGTH
+    class Settings(TrainedSettings):
+        type: Literal["clip"]
+
+    provided = frozenset(
+        {"features", "text_similarity", "aesthetic", "image-text", "short-captions", "fd"}
+    )
+    limit = CONTEXT_LENGTH
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        return self.limit, 2 * self.settings.width
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -97,32 +102,13 @@ class CaptionEncoder:
         # text there, while the embedding of open_clip's padding (zeros) is never trained.
         end = tokens.argmax(dim=1, keepdim=True)  # end-of-text has the greatest number
         tokens = torch.where(torch.arange(self.limit) > end, tokens.gather(1, end), tokens)
-        return {"embeddings": self.clip.token_features(tokens)}
+        return {"embeddings": self.network.token_features(tokens)}
 
     def truncated(self, texts: Sequence[str]) -> int:
         from open_clip.tokenizer import SimpleTokenizer
 
         encode = SimpleTokenizer().encode
         return sum(len(encode(text)) + 2 > self.limit for text in texts)  # + start and end
-
-
-@FEATURES.register("clip")
-class SmallCLIPExtractor(TrainedExtractor):
-    """Image embeddings, their similarity to the requested caption, and a trained aesthetic head."""
-
-    class Settings(TrainedSettings):
-        type: Literal["clip"]
-
-    provided = frozenset(
-        {"features", "text_similarity", "aesthetic", "image-text", "short-captions", "fd"}
-    )
-
-    @property
-    def text_shape(self) -> tuple[int, int]:
-        return CONTEXT_LENGTH, 2 * self.settings.width
-
-    def text_encoder(self) -> CaptionEncoder:
-        return CaptionEncoder(self.network, self.sha256)
 
     def build(self, dataset: Dataset) -> SmallCLIP:
         return SmallCLIP(dataset, self.settings.width)

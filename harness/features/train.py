@@ -1,6 +1,7 @@
 """Feature networks trained in the workflow."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -41,19 +42,18 @@ class TrainedExtractor(FeatureExtractor):
 
     trained = True
 
-    def check(self, data: DataSection | None, files: bool) -> list[Problem]:
+    def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
+        key = f"features.{self.name}"
         if data is None:
-            return []
+            return
         if not data.has_images:
-            code, message = "needs-images", "needs images for training; this data set has none"
+            message = "needs images for training; this data set has none"
+            yield Problem(key, "needs-images", message)
         elif not data.labels:
-            code, message = "needs-labels", "needs labels for training; data.labels is false"
+            yield Problem(key, "needs-labels", "needs labels for training; data.labels is false")
         elif data.prompts is not None:
-            code = "needs-labels"
             message = "cannot be trained on prompts; use a pretrained network"
-        else:
-            return []
-        return [Problem(f"features.{self.name}", code, message)]
+            yield Problem(key, "needs-labels", message)
 
     @abstractmethod
     def build(self, dataset: Dataset) -> nn.Module:

@@ -99,7 +99,7 @@ def make_teacher(job: TeacherJob) -> TeacherRecord | None:
     if job.text_encoder is not None:
         from harness.features.base import load_extractor
 
-        encoder = load_extractor(job.text_encoder, dataset).text_encoder()
+        encoder = load_extractor(job.text_encoder, dataset)
         embeddings = embed_prompts(encoder, dataset.prompts, job.folder / "text")
         null = embed(encoder, ("",))
     run_id = digest([job.fingerprint, dataset.sha256, embeddings and embeddings.sha256])
