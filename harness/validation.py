@@ -8,22 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from harness.config import schema
 from harness.config.experiment import Experiment, Paths
 from harness.config.loading import merge, read_experiment, read_yaml, translate
-from harness.config.schema import (
-    NAME,
-    DataSection,
-    EvaluationSection,
-    ExperimentFile,
-    ImportedTeacher,
-    Names,
-    PaperSection,
-    Section,
-    StudentSection,
-    TeacherSection,
-    TrainedTeacher,
-    TrainingSection,
-)
+from harness.config.schema import NAME, ExperimentFile, Names
 from harness.data import checks as data_checks
 from harness.data.registry import DATASETS
 from harness.errors import ConfigError, Problem, UserError
@@ -42,21 +30,22 @@ COMPILERS = ("g++", "clang++")  # torch.compile needs one of them
 # -- parsing ------------------------------------------------------------------------------------
 
 
-def _teacher_class(raw: Any) -> type[TeacherSection]:
-    return ImportedTeacher if isinstance(raw, dict) and "source" in raw else TrainedTeacher
+def _teacher_class(raw: Any) -> type[schema.TeacherSection]:
+    imported = isinstance(raw, dict) and "source" in raw
+    return schema.ImportedTeacher if imported else schema.TrainedTeacher
 
 
 SECTIONS = {
-    "data": DataSection,
-    "training": TrainingSection,
-    "evaluation": EvaluationSection,
-    "paper": PaperSection,
+    "data": schema.DataSection,
+    "training": schema.TrainingSection,
+    "evaluation": schema.EvaluationSection,
+    "paper": schema.PaperSection,
 }
 # Of sections with named items: the class of an item, given its content.
-ITEMS: dict[str, Callable[[Any], type[Section]]] = {
+ITEMS: dict[str, Callable[[Any], type[schema.Section]]] = {
     "features": settings_class,
     "teachers": _teacher_class,
-    "students": lambda raw: StudentSection,
+    "students": lambda raw: schema.StudentSection,
 }
 
 
@@ -69,31 +58,26 @@ def _parse(raw: dict) -> tuple[ExperimentFile, list[Problem]]:
     """Parse section by section and item by item, so that one error hides no other. An invalid
     section of the file is None; an invalid item is missing from its mapping."""
     parsed: dict[str, Any] = dict.fromkeys(SECTIONS) | {key: {} for key in ITEMS}
+    values = [(parsed, key, key, raw[key]) for key in SECTIONS if isinstance(raw.get(key), dict)]
+    for key in ITEMS:
+        values += [(parsed[key], name, f"{key}.{name}", x) for name, x in _items(raw, key).items()]
     problems = []
-
-    def parse(section_class: type[Section], value: Any, key: str, target: dict, name: str) -> None:
+    for target, name, key, value in values:
         try:
+            section_class = SECTIONS.get(key) or ITEMS[key.split(".")[0]](value)
             target[name] = section_class.model_validate(value)
         except ValidationError as error:
-            problems.extend(translate(error, section_class, key))
-
-    for key, section_class in SECTIONS.items():
-        if isinstance(raw.get(key), dict):
-            parse(section_class, raw[key], key, parsed, key)
-    for key, class_of in ITEMS.items():
-        for name, value in _items(raw, key).items():
-            try:
-                parse(class_of(value), value, f"{key}.{name}", parsed[key], name)
-            except UserError as error:
-                problems.append(Problem(f"{key}.{name}.type", error.code, str(error)))
+            problems += translate(error, section_class, key)
+        except UserError as error:
+            problems.append(Problem(f"{key}.type", error.code, str(error)))
     rest: dict[str, Any] = {"name": raw.get("name"), "claims": []}
     try:
         rest = dict(ExperimentFile.model_validate(raw))
     except ValidationError as error:
-        for item, problem in zip(error.errors(), translate(error, ExperimentFile), strict=True):
-            # Errors inside the sections above are reported already.
-            if len(item["loc"]) == 1 or item["loc"][0] not in parsed:
-                problems.append(problem)
+        found = zip(error.errors(), translate(error, ExperimentFile), strict=True)
+        # Errors inside the sections above are reported already.
+        new = (p for item, p in found if len(item["loc"]) == 1 or item["loc"][0] not in parsed)
+        problems += new
     return ExperimentFile.model_construct(**rest | parsed), problems
 
 

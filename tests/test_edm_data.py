@@ -339,8 +339,8 @@ def test_workflow_watches_local_files_and_fingerprints_content(files, tiny):
     def experiment(**section):
         return parse_experiment(put(tiny, "data", {"name": "x"} | section) and tiny, "x")
 
-    assert experiment(source="set.zip").data_files() == ["set.zip"]
-    assert experiment(source="set").data_files() == ["set/dataset.json"]
+    assert experiment(source="set.zip").data_files() == [Path("set.zip")]
+    assert experiment(source="set").data_files() == [Path("set/dataset.json")]
     address = experiment(source="https://x.org/x.zip", sha256="0" * 64)
     assert address.data_files() == []
     (files / "moved.zip").write_bytes((files / "set.zip").read_bytes())

@@ -5,32 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from harness import RESULTS_FORMAT, SCORES_FORMAT
-from harness.config.jobs import (
-    FeatureJob,
-    PairJob,
-    PairSet,
-    Scoring,
-    Student,
-    StudentRun,
-    TeacherJob,
-)
-from harness.config.schema import (
-    PROMPT_KEYS,
-    ClaimSection,
-    DataSection,
-    EvaluationSection,
-    FeatureSettings,
-    ImportedTeacher,
-    PaperSection,
-    Switches,
-    TeacherSection,
-    TrainingSection,
-    micro_batch,
-)
+from harness.config import jobs, schema
 from harness.errors import UserError
 from harness.io.artifacts import digest, write_json
 from harness.io.downloads import is_address
@@ -65,10 +45,6 @@ class Paths:
         """The score file of a teacher and of the floor."""
         return self.root / "scores" / "teachers" / f"{teacher}.json"
 
-    def snapshot(self, digest: str) -> Path:
-        """The resolved configuration that jobs read."""
-        return self.root / "config" / f"{digest}.json"
-
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
@@ -79,14 +55,14 @@ class Experiment:
     """
 
     name: str
-    data: DataSection
-    features: Mapping[str, FeatureSettings]
-    teachers: Mapping[str, TeacherSection]
-    students: Mapping[str, Student]
-    training: TrainingSection
-    evaluation: EvaluationSection
-    paper: PaperSection | None
-    claims: list[ClaimSection]
+    data: schema.DataSection
+    features: Mapping[str, schema.FeatureSettings]
+    teachers: Mapping[str, schema.TeacherSection]
+    students: Mapping[str, jobs.Student]
+    training: schema.TrainingSection
+    evaluation: schema.EvaluationSection
+    paper: schema.PaperSection | None
+    claims: list[schema.ClaimSection]
     device_setting: str
     process_setting: int | str
     raw: dict
@@ -100,15 +76,14 @@ class Experiment:
         return [(student, seed) for student in self.students for seed in self.training.seeds]
 
     @cached_property
-    def pair_sets(self) -> dict[str, PairSet]:
+    def pair_sets(self) -> dict[str, jobs.PairSet]:
         """Every set of teacher pairs that a student requires, by name."""
         return {s.pairs.name: s.pairs for s in self.students.values() if s.pairs}
 
     @property
     def exclusive(self) -> bool:
         """Whether a budget is in seconds, so that runs need the machine to themselves."""
-        limits = (limit for student in self.students.values() for limit in student.budget)
-        return any(limit.unit == "seconds" for limit in limits)
+        return any(limit.unit == "seconds" for s in self.students.values() for limit in s.budget)
 
     def teacher_row(self, teacher: str, row: str = "teacher") -> str:
         """Name of a teacher's `row` ("teacher", "teacher-1step") in the tables."""
@@ -150,7 +125,7 @@ class Experiment:
             count = gpus if count == "auto" else count
         elif count == "auto" or device != "cpu":
             count = 1
-        return count if batch is None else micro_batch(batch, count)
+        return count if batch is None else schema.micro_batch(batch, count)
 
     # -- fingerprints ---------------------------------------------------------------------------
     # What the results of each stage depend on, as JSON-like values. The workflow passes them to
@@ -160,13 +135,8 @@ class Experiment:
     def data_fingerprint(self) -> dict:
         """Where files lie is not included: their content counts, by the hashes of what is prepared.
         Prompts count by their embeddings, so that other evaluation prompts retrain nothing."""
-        values = self.data.model_dump(exclude={"source", *PROMPT_KEYS})
+        values = self.data.model_dump(exclude={"source", *schema.PROMPT_KEYS})
         return {"format": RESULTS_FORMAT, **values, **self.plugin_hashes.get("data", {})}
-
-    @property
-    def preparation_fingerprint(self) -> dict:
-        """What the data stage depends on: the data and the prompt files."""
-        return self.data_fingerprint | {"prompts": self.data.prompt_files}
 
     def features_fingerprint(self, name: str) -> dict:
         fingerprint = {"data": self.data_fingerprint, "features": self.features[name].model_dump()}
@@ -206,17 +176,7 @@ class Experiment:
             "teacher": self.teacher_fingerprint(student.teacher),
             "pairs": self.pairs_fingerprint(student.pairs.name) if student.pairs else None,
             "features": self.features_fingerprint(features) if features else None,
-            **self.training.model_dump(include={"snapshots", *Switches.model_fields}),
-        }
-
-    def scoring_fingerprint(self) -> dict:
-        """How samples are scored; `harness.evaluation` adds the metrics."""
-        return {
-            "format": SCORES_FORMAT,
-            "data": self.data_fingerprint,
-            "evaluation": self.evaluation.model_dump(),
-            "features": {n: self.features_fingerprint(n) for n in self.evaluation.extractors},
-            "prompts": list(self.data.prompt_files.values())[-1:],
+            **self.training.model_dump(include={"snapshots", *schema.Switches.model_fields}),
         }
 
     def report_fingerprint(self) -> list:
@@ -226,107 +186,103 @@ class Experiment:
 
     # -- jobs -----------------------------------------------------------------------------------
 
-    def _job(self, job_class: type, name: str, folder: Path, fingerprint: dict, **facts):
+    def _job(self, job_class: type, kind: str, *key, **facts) -> Any:
+        """A job for the folder and the fingerprint that `Paths` and this class name by `kind`."""
         return job_class(
-            name=name,
-            folder=folder,
+            name="/seed".join(map(str, key)),
+            folder=getattr(self.paths, kind)(*key),
             data=self.paths.data,
             training=self.training,
             device=self.device,
             exclusive=self.exclusive,
-            fingerprint=fingerprint,
+            fingerprint=getattr(self, f"{kind}_fingerprint")(*key),
             **facts,
         )
 
-    def student_run(self, name: str, seed: int) -> StudentRun:
-        student = self.students[name]
+    def student_run(self, name: str, seed: int) -> jobs.StudentRun:
+        student, paths = self.students[name], self.paths
         features = student.requirements.features
         return self._job(
-            StudentRun,
-            f"{name}/seed{seed}",
-            self.paths.run(name, seed),
-            self.run_fingerprint(name, seed),
+            jobs.StudentRun,
+            "run",
+            name,
+            seed,
             experiment=self.name,
             student=student,
             seed=seed,
-            teacher=self.paths.teacher(student.teacher),
-            features=self.paths.features(features) if features else None,
-            pairs=self.paths.pairs(student.pairs.name) if student.pairs else None,
+            teacher=paths.teacher(student.teacher),
+            features=paths.features(features) if features else None,
+            pairs=paths.pairs(student.pairs.name) if student.pairs else None,
             method_source=method_source(student.method),
         )
 
-    def teacher_job(self, name: str) -> TeacherJob:
+    def teacher_job(self, name: str) -> jobs.TeacherJob:
         encoder = self.text_encoder_of(name)
-        return self._job(
-            TeacherJob,
-            name,
-            self.paths.teacher(name),
-            self.teacher_fingerprint(name),
-            section=self.teachers[name],
-            data_section=self.data,
-            text_encoder=self.paths.features(encoder) if encoder else None,
-        )
+        folder = self.paths.features(encoder) if encoder else None
+        facts = {"section": self.teachers[name], "data_section": self.data, "text_encoder": folder}
+        return self._job(jobs.TeacherJob, "teacher", name, **facts)
 
-    def feature_job(self, name: str) -> FeatureJob:
-        folder, fingerprint = self.paths.features(name), self.features_fingerprint(name)
-        return self._job(FeatureJob, name, folder, fingerprint, settings=self.features[name])
+    def feature_job(self, name: str) -> jobs.FeatureJob:
+        return self._job(jobs.FeatureJob, "features", name, settings=self.features[name])
 
-    def pair_job(self, name: str) -> PairJob:
+    def pair_job(self, name: str) -> jobs.PairJob:
         pairs = self.pair_sets[name]
-        return self._job(
-            PairJob,
-            name,
-            self.paths.pairs(name),
-            self.pairs_fingerprint(name),
-            pairs=pairs,
-            teacher=self.paths.teacher(pairs.teacher),
-            block=self.evaluation.block,
-        )
+        facts = {"teacher": self.paths.teacher(pairs.teacher), "block": self.evaluation.block}
+        return self._job(jobs.PairJob, "pairs", name, pairs=pairs, **facts)
 
-    def scoring(self) -> Scoring:
-        names = self.evaluation.extractors
-        return Scoring(
+    def scoring(self) -> jobs.Scoring:
+        evaluation, names = self.evaluation, self.evaluation.extractors
+        return jobs.Scoring(
             experiment=self.name,
-            evaluation=self.evaluation,
+            evaluation=evaluation,
             data=self.paths.data,
             data_section=self.data,
             extractors={name: (self.features[name], self.paths.features(name)) for name in names},
             checkpoint_seconds=self.training.checkpoint_seconds,
             device=self.device,
-            fingerprint=self.scoring_fingerprint(),
+            fingerprint={
+                "format": SCORES_FORMAT,
+                "data": self.data_fingerprint,
+                "evaluation": evaluation.model_dump(),
+                "features": {name: self.features_fingerprint(name) for name in names},
+                "prompts": list(self.data.prompt_files.values())[-1:],
+            },
         )
 
     # -- files ----------------------------------------------------------------------------------
 
-    def data_files(self) -> list[str]:
+    def data_files(self) -> list[Path]:
         """Local files that the data set is made from: of a folder, its list of labels."""
         sources = [self.data.source, *(file for file, _ in self.data.prompt_files.values())]
-        paths = [Path(s).expanduser() for s in sources if s is not None and not is_address(s)]
-        if self.data.source is not None and paths and paths[0].is_dir():
-            lists = [paths[0] / name for name in ("dataset.json", "labels")]
-            paths[0] = next((path for path in lists if path.is_file()), paths[0])
-        return list(map(str, paths))
+        files = [file for source in sources for file in _local(source)]
+        if self.data.source is not None and files and files[0].is_dir():
+            lists = (files[0] / name for name in ("dataset.json", "labels"))
+            files[0] = next(filter(Path.is_file, lists), files[0])
+        return files
 
-    def teacher_files(self, name: str) -> list[str]:
+    def teacher_files(self, name: str) -> list[Path]:
         """Local files that an imported teacher is made from: those whose content is hashed."""
         section = self.teachers[name]
-        if not isinstance(section, ImportedTeacher) or is_address(section.source):
+        if not isinstance(section, schema.ImportedTeacher) or not _local(section.source):
             return []
-        source = Path(section.source).expanduser()
-        if section.pipeline:
-            return [str(path) for path in sorted(source.glob("*/*.*")) if path.is_file()]
-        files = (source, source / "diffusion_pytorch_model.safetensors")
-        return [str(path) for path in files if path.is_file()]
+        [source] = _local(section.source)
+        denoiser = (source, source / "diffusion_pytorch_model.safetensors")
+        files = sorted(source.glob("*/*.*")) if section.pipeline else denoiser
+        return list(filter(Path.is_file, files))
 
-    def statistics_files(self) -> list[str]:
+    def statistics_files(self) -> list[Path]:
         """The local file of reference statistics, if there is one."""
-        source = self.evaluation.statistics
-        return [] if source is None or is_address(source) else [str(Path(source).expanduser())]
+        return _local(self.evaluation.statistics)
 
     def write_snapshot(self) -> Path:
         """Write the resolved configuration under its digest for the jobs of a workflow, so that
         an edit of the file during a run cannot mislabel results."""
-        path = self.paths.snapshot(digest(self.raw))
+        path = self.paths.root / "config" / f"{digest(self.raw)}.json"
         if not path.exists():
             write_json(path, self.raw)
         return path
+
+
+def _local(source: str | None) -> list[Path]:
+    """The path of a source that is a local file or folder; none for an address."""
+    return [] if source is None or is_address(source) else [Path(source).expanduser()]

@@ -1,24 +1,12 @@
 """Frozen records, resolved from an experiment: what each stage reads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.config.schema import (
-    DataSection,
-    EvaluationSection,
-    Limit,
-    LoraSection,
-    Sampler,
-    TeacherSection,
-    TrainingSection,
-)
-
-if TYPE_CHECKING:
-    from harness.method import MethodConfig, Requirements
+from harness.config import schema
+from harness.method import MethodConfig, Requirements
 
 
 @dataclass(frozen=True)
@@ -28,7 +16,7 @@ class PairSet:
     name: str
     teacher: str
     count: int
-    sampler: Sampler  # deterministic: images are a function of the student's noise
+    sampler: schema.Sampler  # deterministic: images are a function of the student's noise
 
 
 @dataclass(frozen=True)
@@ -41,8 +29,8 @@ class Student:
     requirements: Requirements
     teacher: str
     freeze: str
-    lora: LoraSection | None
-    budget: tuple[Limit, ...]
+    lora: schema.LoraSection | None
+    budget: tuple[schema.Limit, ...]
     pairs: PairSet | None
 
 
@@ -56,7 +44,7 @@ class Job:
     name: str
     folder: Path
     data: Path
-    training: TrainingSection
+    training: schema.TrainingSection
     device: str
     exclusive: bool
     fingerprint: dict
@@ -83,8 +71,8 @@ class StudentRun(Job):
 class TeacherJob(Job):
     """A teacher to train or to import. `text_encoder`: folder of the CLIP that reads captions."""
 
-    section: TeacherSection
-    data_section: DataSection
+    section: schema.TeacherSection
+    data_section: schema.DataSection
     text_encoder: Path | None
 
 
@@ -113,9 +101,9 @@ class Scoring:
     """
 
     experiment: str
-    evaluation: EvaluationSection
+    evaluation: schema.EvaluationSection
     data: Path
-    data_section: DataSection
+    data_section: schema.DataSection
     extractors: Mapping[str, tuple[Any, Path]]
     checkpoint_seconds: float  # between two writes of an unfinished job
     device: str

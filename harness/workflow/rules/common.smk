@@ -52,9 +52,14 @@ EXCLUSIVE_THREADS = workflow.cores if E.exclusive and not CLUSTER else THREADS
 EXCLUSIVE = {"slurm_extra": "--exclusive"} if E.exclusive else {}
 
 
+def one_of(names):
+    """The pattern of a wildcard that is one of the names."""
+    return "|".join(map(re.escape, names)) or "none"
+
+
 wildcard_constraints:
-    student="|".join(map(re.escape, E.students)),
+    student=one_of(E.students),
     seed=r"\d+",
-    teacher="|".join(map(re.escape, E.teachers)),
-    features="|".join(map(re.escape, E.features)),
-    pairs="|".join(map(re.escape, E.pair_sets)) or "none",
+    teacher=one_of(E.teachers),
+    features=one_of(E.features),
+    pairs=one_of(E.pair_sets),

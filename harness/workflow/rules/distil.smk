@@ -4,15 +4,9 @@
 def student_inputs(w):
     """The method's files, the teacher, and the pairs or features that the method requires."""
     run = E.student_run(w.student, int(w.seed))
-    inputs = {
-        "method": list(map(os.path.relpath, run.method_source)),
-        "teacher": run.teacher / "teacher.json",
-    }
-    if run.pairs:
-        inputs["pairs"] = run.pairs / "pairs.json"
-    if run.features:
-        inputs["features"] = run.features / "features.json"
-    return inputs
+    folders = {"teacher": run.teacher, "pairs": run.pairs, "features": run.features}
+    inputs = {kind: folder / f"{kind}.json" for kind, folder in folders.items() if folder}
+    return inputs | {"method": list(map(os.path.relpath, run.method_source))}
 
 
 def student_spec(w):
@@ -20,7 +14,7 @@ def student_spec(w):
     return spec([run.fingerprint, run.budget])
 
 
-rule train:
+use rule data as train with:
     input:
         unpack(student_inputs),
     output:
@@ -34,6 +28,5 @@ rule train:
         **EXCLUSIVE,
         gpu=GPU,
     params:
+        command="train {student} {seed}",
         spec=student_spec,
-    shell:
-        "{HARNESS} train {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"

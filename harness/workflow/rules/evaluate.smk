@@ -1,55 +1,48 @@
 # Scores: one job per run for all its snapshots, one per teacher (with the floor).
 from harness.evaluation import protocol
 
+SCORING = E.scoring()
 EXTRACTORS = expand(rules.features.output, features=E.evaluation.extractors)
-# The local file of published reference statistics, if any.
-STATISTICS = E.statistics_files()
 
 
-rule score:
+use rule data as score with:
     input:
         run=rules.train.output,
         extractors=EXTRACTORS,
-        statistics=STATISTICS,
+        statistics=E.statistics_files(),
     output:
         f"{ROOT}/scores/{{student}}/seed{{seed}}.json",
     log:
         f"{ROOT}/logs/scores/{{student}}/seed{{seed}}.log",
     priority: 1
-    threads: THREADS
     resources:
         gpu=GPU,
     params:
-        spec=spec(protocol.fingerprint(E.scoring())),
-    shell:
-        "{HARNESS} score {wildcards.student} {wildcards.seed} --configfile {CONFIG} > {log} 2>&1"
+        command="score {student} {seed}",
+        spec=spec(protocol.fingerprint(SCORING)),
 
 
-rule score_references:
+use rule data as score_references with:
     input:
         teacher=rules.teacher.output,
         extractors=EXTRACTORS,
-        statistics=STATISTICS,
+        statistics=E.statistics_files(),
     output:
         f"{ROOT}/scores/teachers/{{teacher}}.json",
     log:
         f"{ROOT}/logs/scores/teachers/{{teacher}}.log",
-    threads: THREADS
     resources:
         gpu=GPU,
     params:
-        spec=lambda w: spec(
-            protocol.reference_fingerprint(E.scoring(), E.teachers[w.teacher].sampler)
-        ),
-    shell:
-        "{HARNESS} score-references {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
+        command="score-references {teacher}",
+        spec=lambda w: spec(protocol.reference_fingerprint(SCORING, E.teachers[w.teacher].sampler)),
 
 
 # Scores of other libraries for the same images; needs real images.
 AGREEMENT = [f"{ROOT}/tables/agreement.{kind}" for kind in ("csv", "md") if E.data.has_images]
 
 
-rule agreement:
+use rule data as agreement with:
     input:
         scores=E.paths.reference_scores(next(iter(E.teachers))),
         extractors=EXTRACTORS,
@@ -57,10 +50,8 @@ rule agreement:
         AGREEMENT,
     log:
         f"{ROOT}/logs/agreement.log",
-    threads: THREADS
     resources:
         gpu=GPU,
     params:
-        spec=spec(protocol.agreement_fingerprint(E.scoring())),
-    shell:
-        "{HARNESS} agreement --configfile {CONFIG} > {log} 2>&1"
+        command="agreement",
+        spec=spec(protocol.agreement_fingerprint(SCORING)),

@@ -10,12 +10,14 @@ rule data:
         f"{ROOT}/logs/data.log",
     threads: THREADS
     params:
-        spec=spec(E.preparation_fingerprint),
+        command="data",
+        spec=spec(E.data_fingerprint | {"prompts": E.data.prompt_files}),
     shell:
-        "{HARNESS} data --configfile {CONFIG} > {log} 2>&1"
+        "{HARNESS} {params.command} --configfile {CONFIG} > {log} 2>&1"
 
 
-rule features:
+# All other rules run a command in the same way.
+use rule data as features with:
     input:
         rules.data.output,
     output:
@@ -24,20 +26,17 @@ rule features:
         f"{ROOT}/logs/features/{{features}}.log",
     benchmark:
         f"{ROOT}/benchmarks/features/{{features}}.tsv"
-    threads: THREADS
     resources:
         gpu=GPU,
     params:
+        command="features {features}",
         spec=lambda w: spec(E.features_fingerprint(w.features)),
-    shell:
-        "{HARNESS} features {wildcards.features} --configfile {CONFIG} > {log} 2>&1"
 
 
 # All students wait for a teacher, and a teacher waits for its text encoder: train these first.
 use rule features as text_encoder with:
     wildcard_constraints:
-        features="|".join(map(re.escape, filter(None, map(E.text_encoder_of, E.teachers))))
-        or "none",
+        features=one_of(filter(None, map(E.text_encoder_of, E.teachers))),
     priority: 20
 
 
@@ -50,7 +49,7 @@ def teacher_inputs(w):
     return E.teacher_files(w.teacher) + expand(rules.features.output, features=encoder or [])
 
 
-rule teacher:
+use rule features as teacher with:
     input:
         rules.data.output,
         source=teacher_inputs,
@@ -61,16 +60,12 @@ rule teacher:
     benchmark:
         f"{ROOT}/benchmarks/teachers/{{teacher}}.tsv"
     priority: 10
-    threads: THREADS
-    resources:
-        gpu=GPU,
     params:
+        command="teacher {teacher}",
         spec=lambda w: spec(E.teacher_fingerprint(w.teacher)),
-    shell:
-        "{HARNESS} teacher {wildcards.teacher} --configfile {CONFIG} > {log} 2>&1"
 
 
-rule pairs:
+use rule data as pairs with:
     input:
         lambda w: E.pair_job(w.pairs).teacher / "teacher.json",
     output:
@@ -84,6 +79,5 @@ rule pairs:
         **EXCLUSIVE,
         gpu=GPU,
     params:
+        command="pairs {pairs}",
         spec=lambda w: spec(E.pairs_fingerprint(w.pairs)),
-    shell:
-        "{HARNESS} pairs {wildcards.pairs} --configfile {CONFIG} > {log} 2>&1"

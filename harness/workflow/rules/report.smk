@@ -27,7 +27,7 @@ def in_report(path):
 
 # Snakemake deletes the record of a failed job and remakes only inputs, so the records of runs,
 # teachers and feature networks are inputs as well as the scores.
-rule report:
+use rule data as report with:
     input:
         runs=expand(rules.train.output, student=E.students, seed=E.training.seeds),
         teachers=expand(rules.teacher.output, teacher=E.teachers),
@@ -39,11 +39,9 @@ rule report:
         [in_report(path) for path in REPORT],
     log:
         f"{ROOT}/logs/report.log",
-    threads: THREADS
     params:
+        command="report",
         spec=spec(E.report_fingerprint()),
-    shell:
-        "{HARNESS} report --configfile {CONFIG} > {log} 2>&1"
 
 
 onerror:
