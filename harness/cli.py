@@ -12,8 +12,7 @@ from pathlib import Path
 from harness.errors import UserError, did_you_mean
 from harness.io import logs
 from harness.io.locks import machine_slot
-from harness.workflow.failures import record_failure
-from harness.workflow.machine import is_first, launched, relaunch
+from harness.workflow.machine import is_first, launched, record_failure, relaunch
 
 logger = logging.getLogger(__name__)
 

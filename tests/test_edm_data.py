@@ -356,7 +356,7 @@ def test_workflow_watches_local_files_and_fingerprints_content(files, tiny):
 
 
 def test_reason_of_a_failed_data_stage_is_reported_once(files, tiny, capsys):
-    from harness.workflow.failures import teacher_status
+    from harness.workflow.status import teacher_status
 
     write(files / "bad.zip", named(images()))
     put(tiny, "data", {"name": "x", "source": "bad.zip"})

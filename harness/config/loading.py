@@ -71,23 +71,22 @@ def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     problems = []
     for item in error.errors():
         key = ".".join(filter(None, (prefix, *map(str, item["loc"]))))
+        code, message = "missing-key", "missing"
         if item["type"] == "extra_forbidden":
             hint = did_you_mean(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
-            problems.append(Problem(key, "unknown-key", f"unknown key{hint}"))
-        elif item["type"] == "missing":
-            problems.append(Problem(key, "missing-key", "missing"))
-        else:
+            code, message = "unknown-key", f"unknown key{hint}"
+        elif item["type"] != "missing":
             message = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
-            problems.append(Problem(key, "invalid-value", message))
+            code = "invalid-value"
+        problems.append(Problem(key, code, message))
     return problems
 
 
 def _keys_at(model: type[BaseModel] | None, location: tuple) -> list[str]:
     """The valid keys of the section at a location inside `model`."""
     for part in location:
-        field_info = model.model_fields.get(part) if model else None
-        if field_info is not None:
-            model = _section_in(field_info.annotation)
+        if model and part in model.model_fields:
+            model = _section_in(model.model_fields[part].annotation)
     return sorted(model.model_fields) if model else []
 
 

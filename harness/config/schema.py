@@ -23,11 +23,8 @@ class Section(BaseModel):
 
 class DataSection(Section):
     """The data set: a registered one (`name` alone), image files (`source`), or only the shape of
-    its images (`image_shape`) for an experiment that needs none.
-
-    With `prompts` the images belong to texts, and labels in `source` are line numbers of prompts.
-    Files are paths relative to the working directory, or URLs with their sha256.
-    """
+    its images (`image_shape`) for an experiment that needs none. With `prompts`, labels in `source`
+    are line numbers of prompts. Files are paths relative to the working directory, or URLs."""
 
     name: str
     held_out: float = Field(0.2, ge=0, lt=1, description="fraction of each class to hold out")
@@ -49,8 +46,8 @@ class DataSection(Section):
     @property
     def prompt_files(self) -> dict[str, tuple[str, str | None]]:
         """Key -> (file, sha256) of each prompt set."""
-        files = {key: (getattr(self, key), getattr(self, f"{key}_sha256")) for key in PROMPT_SETS}
-        return {key: file for key, file in files.items() if file[0] is not None}
+        keys = [key for key in PROMPT_SETS if getattr(self, key) is not None]
+        return {key: (getattr(self, key), getattr(self, f"{key}_sha256")) for key in keys}
 
 
 class Limit(Section):
@@ -66,14 +63,13 @@ class Grid(Section):
 
 
 class Sampler(Section):
-    """EDM's Heun sampler (Karras et al. 2022): deterministic, or stochastic with `s_churn`. The
-    fields are keyword arguments of `harness.sampling.heun`."""
+    """EDM's Heun sampler (Karras et al. 2022): keyword arguments of `harness.sampling.heun`."""
 
     steps: Positive = 18
     sigma_min: float = Field(SIGMA_MIN, gt=0)
     sigma_max: float = Field(SIGMA_MAX, gt=0)
     rho: float = Field(RHO, gt=0)
-    s_churn: float = Field(0.0, ge=0)
+    s_churn: float = Field(0.0, ge=0, description="0: deterministic; otherwise stochastic")
     s_min: float = Field(0.0, ge=0)
     s_max: float | None = Field(None, gt=0)
     s_noise: float = Field(1.0, gt=0)
@@ -133,7 +129,7 @@ class TrainedTeacher(TeacherSection, Switches):
     label_dropout: float = Field(0.0, ge=0, lt=1)
     augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's augmentations")
     text_encoder: str | None = Field(None, description="a CLIP of `features`, for captions")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class FeatureSettings(Section):
@@ -163,22 +159,17 @@ class StudentSection(Section):
 
 
 class LoopSettings(Switches):
-    """How a training loop computes, saves its state and logs. Weights differ by rounding at most.
+    """How a training loop computes, saves its state and logs."""
 
-    max_nonfinite: a longer row of non-finite steps in one phase ends the run. tick_images: images
-    between two rows of the log. checkpoint_seconds: least time between two saved states. loggers:
-    where rows are logged; train.csv is always written.
-    """
-
-    max_nonfinite: int = Field(20, ge=0)
-    tick_images: Positive = 1024
-    checkpoint_seconds: float = Field(15.0, ge=0)
-    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]
+    max_nonfinite: int = Field(20, ge=0, description="more such steps in a row end the run")
+    tick_images: Positive = Field(1024, description="images between two rows of the log")
+    checkpoint_seconds: float = Field(15.0, ge=0, description="least time between saved states")
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]  # train.csv is always written
 
 
 class TrainingSection(LoopSettings):
-    """What all students share. `settings` overrides method defaults; a student's own settings
-    override both."""
+    """What all students share. A student's own settings override `settings`, which override the
+    method's defaults."""
 
     seeds: list[Seed] = Field(min_length=1)
     budget: list[Limit] = Field(min_length=1)
@@ -207,28 +198,24 @@ class PublishedName(Section):
 
 
 class PaperSection(Section):
-    """Published numbers to compare the experiment with.
-
-    setting: how close its settings are to the papers'. methods: published names of students or of
-    teacher rows, where they differ from the defaults in `harness.reporting.published`.
-    """
+    """Published numbers to compare the experiment with. methods: published names of students or of
+    teacher rows, where they differ from the defaults in `harness.reporting.published`."""
 
     dataset: str
     conditioning: str | None = None
-    setting: Literal["exact", "scaled", "toy"] = "scaled"
+    setting: Literal["exact", "scaled", "toy"] = "scaled"  # in comparison with the papers'
     methods: dict[str, PublishedName] = {}
 
 
 class ClaimSection(Section):
-    """A published claim as a comparison of two students: `better` beats `worse` in `metric`
-    (default: the main metric). `reported`: the source's evidence, in words."""
+    """A published claim as a comparison of two students: `better` beats `worse` in `metric`."""
 
     claim: str = Field(min_length=1)
     source: str = Field(min_length=1)
-    reported: str = Field(min_length=1)
+    reported: str = Field(min_length=1, description="the source's evidence, in words")
     better: str
     worse: str
-    metric: str | None = None
+    metric: str | None = Field(None, description="default: the main metric")
 
 
 class ExperimentFile(Section):
@@ -236,9 +223,7 @@ class ExperimentFile(Section):
 
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    processes: Literal["auto"] | Positive = Field(
-        "auto", description="processes per job, one GPU each; auto: all GPUs, or 1 on CPU"
-    )
+    processes: Literal["auto"] | Positive = "auto"  # per job; auto: one per GPU, or 1 on CPU
     plugins: list[str] = Field([], description="Python files that register more classes")
     data: DataSection
     features: dict[str, Any]

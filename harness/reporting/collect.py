@@ -12,7 +12,7 @@ from harness.evaluation.registry import Metric, column_name, main_metric
 from harness.features.base import provides
 from harness.io.artifacts import digest
 from harness.io.records import FeatureRecord, ScoreRecord, StudentRecord, TeacherRecord
-from harness.workflow import failures
+from harness.workflow.status import run_status, teacher_status
 
 SCHEMA = 2
 COLUMNS = (
@@ -187,11 +187,11 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
         # Every teacher's file holds the floor: one job scores both.
         names |= {} if jobs else {"floor": "floor"}
         identity, path = {"student": names["teacher"]}, paths.reference_scores(teacher)
-        jobs.append((reference_scores, failures.teacher_status, (teacher,), path, identity, names))
+        jobs.append((reference_scores, teacher_status, (teacher,), path, identity, names))
     for student, seed in experiment.runs:
         identity = {"student": student, "method": experiment.students[student].method, "seed": seed}
         path, names = paths.scores(student, seed), {None: student}
-        jobs.append((run_scores, failures.run_status, (student, seed), path, identity, names))
+        jobs.append((run_scores, run_status, (student, seed), path, identity, names))
     for read, status, job, path, identity, names in jobs:
         try:
             if (scores := read(experiment, *job)) is None:

@@ -1,8 +1,5 @@
-"""Training without memory or time: the networks, phases and losses of a student on the meta device.
-
-Meta tensors have shapes and no values. Costs do not depend on values, so weights, images and pairs
-are random.
-"""
+"""Training without memory or time: the networks, phases and losses of a student on the meta device,
+whose tensors have no values. Costs do not depend on values, so all inputs are random."""
 
 import weakref
 from collections import Counter
@@ -34,9 +31,8 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
     from harness.features.timm_backbones import Backbone
 
     name, needs = experiment.students[student].teacher, experiment.students[student].requirements
-    dataset = _dataset(experiment, images)
-    encoder, null = experiment.text_encoder_of(name), None
-    if encoder:
+    dataset, null = _dataset(experiment, images), None
+    if encoder := experiment.text_encoder_of(name):
         shape = new_extractor(encoder, experiment.features[encoder]).text_shape
         null = {"embeddings": torch.zeros(1, *shape)}
     teacher = _teacher(experiment, name, dataset, null).to(experiment.device)
@@ -53,8 +49,7 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
     if needs.backbones:
         from timm import create_model
 
-        networks = [Backbone(name, create_model(name)) for name in needs.backbones]
-        inputs.features = nn.ModuleList(networks)
+        inputs.features = nn.ModuleList(Backbone(n, create_model(n)) for n in needs.backbones)
     if needs.lpips:
         inputs.features = PerceptualDistance()
     if needs.pairs:
@@ -75,10 +70,8 @@ def _dataset(experiment: Experiment, images: int) -> Dataset:
         texts, classes = ("a prompt",) * 256, 0
     prompts = Prompts(texts, "") if texts else None
     conditions = len(prompts) if prompts else classes
-    part = Images(
-        torch.randint(256, (images, *shape), dtype=torch.uint8),
-        torch.randint(max(conditions, 1), (images,)),
-    )
+    pixels = torch.randint(256, (images, *shape), dtype=torch.uint8)
+    part = Images(pixels, torch.randint(max(conditions, 1), (images,)))
     names = tuple(map(str, range(classes)))
     return Dataset(data.name, part, part, names, "", attributes, prompts, prompts)
 
@@ -89,11 +82,10 @@ def _teacher(experiment: Experiment, name: str, dataset: Dataset, null: dict | N
     if isinstance(section, ImportedTeacher) and pipelines.is_pipeline(section):
         return dry_run_pipeline(section)
     if section.network is None:
-        message = "required to plan without the file"
-        raise UserError(f"teachers.{name}.network: {message}", "missing-key")
-    shape, classes = dataset.image_shape, dataset.num_classes
-    sigma_data = getattr(section, "sigma_data", 0.5)
-    return build_denoiser(section.network, shape, classes, sigma_data, null=null)
+        key = f"teachers.{name}.network"
+        raise UserError(f"{key}: required to plan without the file", "missing-key")
+    facts = dataset.image_shape, dataset.num_classes, getattr(section, "sigma_data", 0.5)
+    return build_denoiser(section.network, *facts, null=null)
 
 
 def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:

@@ -25,24 +25,18 @@ ASSUMED_PROMPTS = 1_000_000  # in a file that does not exist yet
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of one run of a student.
-
-    parameters, trainable: of the student; auxiliary: of the networks trained with it.
-    flops_per_image: per image that receives a generator update. pair_flops: of the teacher pairs.
-    images: of the budget, infinite for a budget in seconds. memory: bytes on one GPU, including
-    `saved` bytes for backward passes.
-    """
+    """Cost of one run of a student."""
 
     micro_batch: int
     batch: int
     parameters: int
-    trainable: int
-    auxiliary: int
-    flops_per_image: float
-    pair_flops: float
-    images: float
-    memory: float
-    saved: float
+    trainable: int  # parameters
+    auxiliary: int  # parameters of the networks trained with the student
+    flops_per_image: float  # per image that receives a generator update
+    pair_flops: float  # of the teacher pairs
+    images: float  # of the budget; infinite for a budget in seconds
+    memory: float  # bytes on one GPU, including `saved`
+    saved: float  # bytes for backward passes
 
     def fits(self, gibibytes: int) -> int:
         """The largest micro-batch that fits into a GPU's memory; 0 if none does."""
@@ -58,8 +52,7 @@ class Estimate:
 def estimate(experiment: Experiment, name: str) -> Estimate:
     """Estimate the cost of a student's run by iterations on the meta device."""
     experiment = replace(experiment, device_setting="meta")
-    student = experiment.students[name]
-    needs = student.requirements
+    student, needs = experiment.students[name], experiment.students[name].requirements
     with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
         inputs = dry_run_inputs(experiment, name, images=2)
         run = assemble(experiment.student_run(name, 0), inputs, Path(folder), "plan")

@@ -8,7 +8,26 @@ from pathlib import Path
 
 from harness.config.experiment import Experiment
 from harness.config.schema import Limit
-from harness.workflow import failures
+from harness.io.artifacts import read_json
+from harness.workflow.machine import FAILURE
+
+
+def run_status(experiment: Experiment, student: str, seed: int) -> str:
+    """Status of a run without scores: its first failed dependency, or "missing (…)"."""
+    run = experiment.student_run(student, seed)
+    folders = filter(None, (run.features, run.pairs, run.folder))
+    return teacher_status(experiment, run.student.teacher, *folders)
+
+
+def teacher_status(experiment: Experiment, teacher: str, *more: Path) -> str:
+    """Status of a teacher without scores, likewise; `more`: further folders of dependencies."""
+    paths = experiment.paths
+    extractors = map(paths.features, experiment.evaluation.extractors)
+    for folder in (paths.data, *extractors, paths.teacher(teacher), *more):
+        if (folder / FAILURE).exists():
+            record = read_json(folder / FAILURE)
+            return f"failed ({record['stage']}: {record['reason']})"
+    return f"missing (not finished; see {paths.logs})"
 
 
 def _last_row(folder: Path) -> dict[str, str]:
@@ -36,7 +55,7 @@ def _line(
     row = _last_row(folder)
     if _locked(folder):
         state = "running"
-    elif (folder / failures.FILE).exists():
+    elif (folder / FAILURE).exists():
         state = "failed"
     elif (folder / record).exists():
         state = "scored" if scores is not None and scores.exists() else "trained"
@@ -45,9 +64,8 @@ def _line(
     line = {"run": name, "state": state, "spent": "", "images/s": "", "ETA": "", "losses": ""}
     if not row:
         return line
-    share, limit = max(
-        ((float(row[limit.unit]) / limit.amount, limit) for limit in budget), key=lambda x: x[0]
-    )
+    limit = max(budget, key=lambda limit: float(row[limit.unit]) / limit.amount)
+    share = float(row[limit.unit]) / limit.amount
     line["spent"] = f"{float(row[limit.unit]):.4g} of {limit.amount:.4g} {limit.unit}"
     line["images/s"] = f"{float(row['images_per_second']):.0f}"
     if state == "running" and 0 < share < 1:
@@ -59,24 +77,20 @@ def _line(
 
 
 def print_status(experiment: Experiment) -> None:
-    """Print one row per feature network, teacher and run: state, budget spent, speed, ETA, losses;
-    then the reasons of failed runs."""
+    """Print one row per feature network, teacher and run, then the reasons of failed runs."""
     from tabulate import tabulate
 
     rows, failed, paths = [], [], experiment.paths
-    for kind, sections, folder in (
-        ("features", experiment.features, paths.features),
-        ("teacher", experiment.teachers, paths.teacher),
-    ):
-        for name, section in sections.items():
-            images = getattr(section, "images", 1)  # imported teachers have no budget
-            budget = [Limit(unit="images", amount=images)]
-            rows.append(_line(f"{kind} {name}", folder(name), f"{kind}.json", budget))
+    sections = {"features": experiment.features, "teacher": experiment.teachers}
+    for kind, items in sections.items():
+        for name, item in items.items():
+            amount = getattr(item, "images", 1)  # imported teachers have no budget
+            folder, budget = getattr(paths, kind)(name), [Limit(unit="images", amount=amount)]
+            rows.append(_line(f"{kind} {name}", folder, f"{kind}.json", budget))
     for student, seed in experiment.runs:
         folder, scores = paths.run(student, seed), paths.scores(student, seed)
         budget = experiment.students[student].budget
         rows.append(_line(f"{student}/seed{seed}", folder, "student.json", budget, scores))
-        if (folder / failures.FILE).exists():
-            reason = failures.run_status(experiment, student, seed)
-            failed.append(f"{student}/seed{seed} {reason}")
+        if (folder / FAILURE).exists():
+            failed.append(f"{student}/seed{seed} {run_status(experiment, student, seed)}")
     print(tabulate(rows, headers="keys", disable_numparse=True), *failed, sep="\n")
