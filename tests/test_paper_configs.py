@@ -16,7 +16,7 @@ from harness.training.ledger import measure
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment, parse_experiment
 from harness.workflow.dry_run import SavedTensorMemory, dry_run_inputs
-from harness.workflow.plan import estimate
+from harness.workflow.plan import Estimate
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs" / "paper"
@@ -87,7 +87,7 @@ def test_the_plan_counts_the_official_networks():
     # Without micro-batches, images are generated once per iteration.
     whole = {"training": {"micro_batch": None}}
     experiment = load_experiment(FOLDER / "cifar10-uncond.yaml", whole, files=False)
-    sid = estimate(experiment, "sid")
+    sid = Estimate(experiment, "sid")
     assert sid.parameters == sid.auxiliary == 55_733_891
     with torch.device("meta"):
         inputs = dry_run_inputs(replace(experiment, device_setting="meta"), "sid", 2)

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,82 +23,61 @@ COPIES = 4  # float32 numbers per trained parameter: weight, gradient, Adam's tw
 ASSUMED_PROMPTS = 1_000_000  # in a file that does not exist yet
 
 
-@dataclass(frozen=True)
 class Estimate:
-    """Cost of one run of a student."""
+    """Cost of one run of a student, by iterations on the meta device. Memory is in bytes."""
 
-    micro_batch: int
-    batch: int
-    parameters: int
-    trainable: int  # parameters
-    auxiliary: int  # parameters of the networks trained with the student
-    flops_per_image: float  # per image that receives a generator update
-    pair_flops: float  # of the teacher pairs
-    images: float  # of the budget; infinite for a budget in seconds
-    memory: float  # bytes on one GPU, including `saved`
-    saved: float  # bytes for backward passes
+    def __init__(self, experiment: Experiment, name: str):
+        experiment = replace(experiment, device_setting="meta")
+        student, needs = experiment.students[name], experiment.students[name].requirements
+        self.pair_flops = 0.0  # of all teacher pairs
+        with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
+            inputs = dry_run_inputs(experiment, name, images=2)
+            run = assemble(experiment.student_run(name, 0), inputs, Path(folder), "plan")
+            self.batch, self.micro_batch = run.batch, micro_batch(run.batch, run.loop.micro_batch)
+            # Autocast and the compiler do not support meta tensors; the operations are the same.
+            switches = {"precision": "fp32", "compile": False, "micro_batch": self.micro_batch}
+            # Two micro-batches cost per image as much as more of them.
+            loop, batch = run.loop.model_copy(update=switches), min(run.batch, 2 * self.micro_batch)
+            trainer = DryRunTrainer(replace(run, loop=loop, batch=batch))
+            if needs.pairs:
+                shape, classes = inputs.teacher.image_shape, inputs.teacher.num_classes
+                with torch.no_grad(), measure({}) as cost:
+                    labels = torch.zeros(1, dtype=torch.long) if classes else None
+                    inputs.teacher(torch.zeros(1, *shape), torch.ones(1), labels)
+                self.pair_flops = cost.flops * needs.pairs * student.pairs.sampler.nfe
+            for _ in range(PERIOD):
+                trainer.step()
+        # Per image that receives a generator update.
+        self.flops_per_image = trainer.ledger.flops / (PERIOD * batch)
+        networks = dict(trainer.networks)
+        self.parameters = parameter_count(networks.pop("student"))
+        self.auxiliary = sum(p.numel() for net in networks.values() for p in net.parameters())
+        self.trainable = sum(p.numel() for p in trainer.trainable["student"])
+        trained = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
+        # Networks may share weights. Frozen weights of the student are shared with its average.
+        networks = trainer.all_networks.values()
+        weights = {id(p): p.numel() for net in networks for p in net.parameters()}
+        self.saved = trainer.memory.peak  # for backward passes
+        if experiment.training.precision == "bf16":
+            self.saved *= 0.5
+        held = sum(weights.values()) + self.trainable + (COPIES - 1) * trained
+        self.memory = 4 * held + self.saved
+        pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
+        if not inputs.embeddings and pairs <= ON_DEVICE:  # otherwise pairs stay on the host
+            self.memory += pairs
+        images = {
+            "images": lambda amount: amount,
+            "flops": lambda amount: max(0.0, (amount - self.pair_flops) / self.flops_per_image),
+            "seconds": lambda amount: math.inf,
+        }
+        self.images = min(images[limit.unit](limit.amount) for limit in student.budget)
+        self.flops = self.flops_per_image * self.images + self.pair_flops
 
     def fits(self, gibibytes: int) -> int:
         """The largest micro-batch that fits into a GPU's memory; 0 if none does."""
         room = gibibytes * 2**30 - (self.memory - self.saved)
         limit = int(room * self.micro_batch / self.saved) if self.saved else self.batch
         return micro_batch(self.batch, limit) if limit > 0 else 0
-
-    @property
-    def flops(self) -> float:
-        return self.flops_per_image * self.images + self.pair_flops
-
-
-def estimate(experiment: Experiment, name: str) -> Estimate:
-    """Estimate the cost of a student's run by iterations on the meta device."""
-    experiment = replace(experiment, device_setting="meta")
-    student, needs = experiment.students[name], experiment.students[name].requirements
-    with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
-        inputs = dry_run_inputs(experiment, name, images=2)
-        run = assemble(experiment.student_run(name, 0), inputs, Path(folder), "plan")
-        # Autocast and the compiler do not support meta tensors; the operations are the same.
-        micro = micro_batch(run.batch, run.loop.micro_batch)
-        switches = {"precision": "fp32", "compile": False, "micro_batch": micro}
-        # Two micro-batches cost per image as much as more of them.
-        loop, batch = run.loop.model_copy(update=switches), min(run.batch, 2 * micro)
-        run = replace(run, loop=loop, batch=batch)
-        trainer, pair_flops = DryRunTrainer(run), 0.0
-        if needs.pairs:
-            shape, classes = inputs.teacher.image_shape, inputs.teacher.num_classes
-            with torch.no_grad(), measure({}) as cost:
-                labels = torch.zeros(1, dtype=torch.long) if classes else None
-                inputs.teacher(torch.zeros(1, *shape), torch.ones(1), labels)
-            pair_flops = cost.flops * needs.pairs * student.pairs.sampler.nfe
-        for _ in range(PERIOD):
-            trainer.step()
-    flops = trainer.ledger.flops / (PERIOD * run.batch)
-    auxiliary = [net for key, net in trainer.networks.items() if key != "student"]
-    trained = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
-    averaged = sum(p.numel() for p in trainer.trainable["student"])
-    # Networks may share weights. Frozen weights of the student are shared with its average.
-    weights = {id(p): p.numel() for net in trainer.all_networks.values() for p in net.parameters()}
-    saved = (0.5 if experiment.training.precision == "bf16" else 1.0) * trainer.memory.peak
-    memory = 4 * (sum(weights.values()) + averaged + (COPIES - 1) * trained) + saved
-    pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
-    if not inputs.embeddings and pairs <= ON_DEVICE:  # otherwise pairs stay on the host
-        memory += pairs
-    counts = {
-        "images": lambda amount: amount,
-        "flops": lambda amount: max(0.0, (amount - pair_flops) / flops),
-        "seconds": lambda amount: math.inf,
-    }
-    return Estimate(
-        micro_batch=micro,
-        batch=student.settings.batch,
-        parameters=parameter_count(trainer.networks["student"]),
-        trainable=averaged,
-        auxiliary=sum(p.numel() for net in auxiliary for p in net.parameters()),
-        flops_per_image=flops,
-        pair_flops=pair_flops,
-        images=min(counts[limit.unit](limit.amount) for limit in student.budget),
-        memory=memory,
-        saved=saved,
-    )
 
 
 def print_plan(experiment: Experiment, tflops: float) -> None:
@@ -107,7 +86,7 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
 
     rows = []
     for student in experiment.students:
-        e = estimate(experiment, student)
+        e = Estimate(experiment, student)
         hours = e.flops / (tflops * 1e12) / 3600
         row = {
             "student": student,
