@@ -68,8 +68,9 @@ def random_extractor(name: str, size: int) -> FeatureExtractor:
     """An extractor with random weights for `size` x `size` images."""
     torch.manual_seed(0)
     raw = {"type": name} if name == "inception" else {"type": name, "images": 1}
-    settings, dataset = parse_settings(raw), empty_dataset(size)
-    return FEATURES[name](name, settings, FEATURES[name](name, settings).build(dataset))
+    extractor = FEATURES[name](name, parse_settings(raw))
+    extractor.network = extractor.build(empty_dataset(size))
+    return extractor
 
 
 def empty_dataset(size: int) -> Dataset:
@@ -78,13 +79,12 @@ def empty_dataset(size: int) -> Dataset:
     return Dataset("none", empty, empty, tuple("0123456789"), "")
 
 
-def read(folder: Path) -> Images:
+def read(folder: Path) -> torch.Tensor:
     import numpy as np
     from PIL import Image
 
     arrays = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
-    pixels = torch.from_numpy(np.stack(arrays)).movedim(-1, 1).contiguous()
-    return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64))
+    return torch.from_numpy(np.stack(arrays)).movedim(-1, 1).contiguous()
 
 
 def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
@@ -100,9 +100,9 @@ def end_to_end(name: str, count: int, size: int, repeats: int) -> list:
             write_images(pixels.to(torch.uint8), target)
 
         def compute() -> dict:
-            return ImagePair.extract(extractor, *map(read, folders), neighbours=3).values()
+            return ImagePair(extractor, *map(read, folders), 3).values
 
-        pair = ImagePair.extract(extractor, *map(read, folders), neighbours=3)
+        pair = ImagePair(extractor, *map(read, folders), 3)
         # torch-fidelity reads images in four processes.
         arguments = torch_fidelity_arguments(pair, folders) | {"save_cpu_ram": False}
 

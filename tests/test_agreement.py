@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.data.datasets import Images
 from harness.evaluation import agreement
 from harness.evaluation.agreement import ImagePair, compare_with_libraries, write_images
 from harness.features.classifiers import ClassifierExtractor
@@ -28,10 +27,10 @@ class Projection(torch.nn.Module):
         return features[:, :4]
 
 
-def images(n: int, seed: int, channels: int = 1) -> Images:
+def images(n: int, seed: int, channels: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(60 * seed, 256, (n, channels, 4, 4), generator=generator)
-    return Images(pixels.to(torch.uint8), torch.zeros(n, dtype=torch.int64))
+    return pixels.to(torch.uint8)
 
 
 def stub(folder: Path, channels: int = 1) -> tuple[ImagePair, list[Path]]:
@@ -39,29 +38,25 @@ def stub(folder: Path, channels: int = 1) -> tuple[ImagePair, list[Path]]:
     sets = [images(120, seed, channels) for seed in (0, 1)]
     folders = [folder / "generated", folder / "real"]
     for part, place in zip(sets, folders, strict=True):
-        write_images(part.pixels, place)
+        write_images(part, place)
     settings = ClassifierExtractor.Settings(type="cnn", images=1)
     extractor = ClassifierExtractor("stub", settings)
     extractor.network = Projection()
-    return ImagePair.extract(extractor, *sets, neighbours=3), folders
+    return ImagePair(extractor, *sets, 3), folders
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_all_quantities_agree_and_wrong_ones_are_detected(channels, tmp_path, monkeypatch):
-    given = stub(tmp_path, channels)
-    rows = compare_with_libraries(*given)
+def test_all_quantities_agree_and_wrong_ones_are_detected(channels, tmp_path):
+    pair, folders = stub(tmp_path, channels)
+    rows = compare_with_libraries(pair, folders)
     table = pd.DataFrame(rows, columns=agreement.COLUMNS)
     assert list(table.quantity[table.library == "torch-fidelity"]) == [
         *("fd", "kd", "precision", "recall", "class-score")
     ]
     assert list(table.quantity[table.library == "clean-fid"]) == ["fd", "kd"]
     assert set(table.agrees) == {"yes"} and table.relative_difference.max() < 1e-5
-    monkeypatch.setattr(
-        agreement.ImagePair,
-        "values",
-        lambda self: dict.fromkeys(("fd", "kd", "precision", "recall", "class-score"), 0.5),
-    )
-    wrong = pd.DataFrame(compare_with_libraries(*given), columns=agreement.COLUMNS)
+    pair.values = dict.fromkeys(pair.values, 0.5)
+    wrong = pd.DataFrame(compare_with_libraries(pair, folders), columns=agreement.COLUMNS)
     assert "no" in set(wrong.agrees)
 
 

@@ -347,12 +347,12 @@ def test_values_that_are_not_finite_are_refused(scoring):
 
 def test_images_nearest_to_training_images_are_returned(scoring):
     scorer = Scorer(scoring())
-    scores = score_held_out(scorer, keep=12, nearest=True)
+    scores = score_held_out(scorer, keep=12)
     assert torch.equal(scores.images["pixels"], scorer.dataset.held_out.pixels[:12])
     distance = scores.images["closest_distance"]
     assert len(distance) == 10 and torch.equal(distance, distance.sort().values)
     copies = scorer.dataset.train.pixels[:20]
-    images = scorer.score([(copies, None)], [20], nearest=True).images
+    images = scorer.score([(copies, None)], [20], keep=0).images
     assert torch.equal(images["closest_training"], copies[:10])
     assert not images["closest_distance"].any()
 

@@ -18,6 +18,7 @@ from harness.io.shards import TensorShards
 from harness.training.distributed import processes
 
 NEAREST = 10  # image pairs in the figure of nearest neighbours
+KEPT_BYTES = 2 << 30  # of images that a score file holds
 
 
 class Checkpoints:
@@ -27,9 +28,8 @@ class Checkpoints:
     def __init__(self, seconds: float):
         self.seconds, self.used, self.last = seconds, False, time.monotonic()
 
-    def due(self, stream_ended: bool) -> bool:
-        overdue = time.monotonic() - self.last >= self.seconds
-        return overdue or (stream_ended and self.used)
+    def due(self, ended: bool) -> bool:
+        return time.monotonic() - self.last >= self.seconds or (ended and self.used)
 
 
 def stored_images(shards: TensorShards) -> int:
@@ -40,10 +40,8 @@ def stored_images(shards: TensorShards) -> int:
 
 
 class NearestImages:
-    """The generated images that are nearest to a training image, in one extractor's features.
-
-    train: the training part; images of another size are ignored.
-    """
+    """The generated images that are nearest to a training image, in one extractor's features;
+    images of another size than the training part `train` are ignored."""
 
     def __init__(self, extractor: str, reference: Reference, train: Images):
         self.extractor, self.reference, self.train = extractor, reference, train
@@ -76,8 +74,8 @@ class FeatureAccumulator:
     """Outputs of every extractor for a stream of images.
 
     attributes: checker of a data set whose prompts name attributes that a program can check.
-    keep: how many images to store themselves, from the first. nearest: which images to search for.
-    shards: where to resume from, and to save to when `checkpoints` are due; None: in memory only.
+    keep: how many images to store themselves, up to KEPT_BYTES. nearest: which images to search
+    for. shards: where to resume from, and to save to when `checkpoints` are due; None: in memory.
     """
 
     def __init__(
@@ -114,7 +112,7 @@ class FeatureAccumulator:
                 self._parts[f"{extractor.name}/{name}"].append(output)
             if self.nearest and extractor.name == self.nearest.extractor:
                 self.nearest.add(pixels, outputs["features"])
-        if self.count < self.keep:
+        if self.count < min(self.keep, KEPT_BYTES // pixels[0].numel()):
             self._parts["pixels"].append(pixels)
         if labels is not None:
             self._parts["labels"].append(labels)
@@ -139,8 +137,11 @@ class FeatureAccumulator:
 
     def images(self) -> dict[str, Tensor]:
         """`pixels` and `labels` of the first images, and the nearest ones."""
-        names = [name for name in ("pixels", "labels") if self.keep and self._parts[name]]
-        kept = {name: torch.cat(self._parts[name])[: self.keep].clone() for name in names}
+        kept = {}
+        if pixels := self._parts["pixels"]:
+            count = min(self.keep, KEPT_BYTES // pixels[0][0].numel())
+            parts = {"pixels": pixels, "labels": self._parts["labels"]}
+            kept = {name: torch.cat(part)[:count].clone() for name, part in parts.items() if part}
         return kept | (self.nearest.tensors() if self.nearest else {})
 
     def feature_set(self, name: str, reference: Reference, neighbours: int) -> FeatureSet:
@@ -158,8 +159,8 @@ class FeatureAccumulator:
         if self._parts["attributes"]:
             classes, correct = self.attributes.classes(labels), torch.cat(self._parts["attributes"])
             outputs["attributes_correct"] = correct.all(dim=1)
-            names = self.attributes.names
-            outputs |= {f"{key}_correct": correct[:, i] for i, key in enumerate(names)}
+            attributes = zip(self.attributes.names, correct.T, strict=True)
+            outputs |= {f"{key}_correct": column for key, column in attributes}
         return FeatureSet(outputs, reference, labels, classes, neighbours)
 
 

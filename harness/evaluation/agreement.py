@@ -4,11 +4,9 @@ Each library reads the images from disk and extracts features with this project'
 its hook for custom networks; everything after that is compared, with this project's definitions.
 """
 
-from __future__ import annotations
-
 import tempfile
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,10 @@ from torch.nn.functional import normalize
 
 from harness.config.jobs import Scoring
 from harness.data import datasets
-from harness.data.datasets import Images
 from harness.evaluation.accumulator import FeatureAccumulator
 from harness.evaluation.feature_set import FeatureSet
-from harness.evaluation.metrics.classifier_scores import SPLITS
-from harness.evaluation.metrics.kernel_distances import SIGMA
+from harness.evaluation.metrics.distances import SIGMA
+from harness.evaluation.metrics.scores import SPLITS
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import FRECHET, METRICS
 from harness.features.base import FeatureExtractor, load_extractor
@@ -31,10 +28,8 @@ from harness.io.records import ScoreRecord
 from harness.streams import Stream
 
 TOLERANCE = 1e-4
-COLUMNS = (
-    *("quantity", "extractor", "ours", "library", "theirs"),
-    *("relative_difference", "tolerance", "agrees"),
-)
+COLUMNS = ("quantity", "extractor", "ours", "library", "theirs")
+COLUMNS += ("relative_difference", "tolerance", "agrees")
 CLASS_SCORES = {"inception-score": SPLITS, "class-score": 1}  # -> torch-fidelity's splits
 COMPARED = (*FRECHET, "kd", "cmmd", "precision", "recall", *CLASS_SCORES)
 
@@ -46,23 +41,22 @@ def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
     from tabulate import tabulate
 
     dataset, rows = datasets.load(scoring.data), []
-    samples = ScoreRecord.read(scores).kept
-    generated = Images(**load_tensors(scores.with_name(samples.file), samples.sha256))
-    count = min(len(generated), len(dataset.train))
-    generated = Images(generated.pixels[:count], generated.labels[:count])
-    drawn = Stream(0, "agreement").uniform(torch.arange(len(dataset.train))).argsort()[:count]
-    real = Images(dataset.train.pixels[drawn], dataset.train.labels[drawn])
+    samples, train = ScoreRecord.read(scores).kept, dataset.train.pixels
+    generated = load_tensors(scores.with_name(samples.file), samples.sha256)["pixels"]
+    count = min(len(generated), len(train))
+    drawn = Stream(0, "agreement").uniform(torch.arange(len(train))).argsort()[:count]
     with tempfile.TemporaryDirectory(prefix="onestep-agreement-") as temporary:
         folders = [Path(temporary) / name for name in ("generated", "real")]
-        write_images(generated.pixels, folders[0])
-        write_images(real.pixels, folders[1])
+        both = generated[:count], train[drawn]
+        for pixels, images in zip(both, folders, strict=True):
+            write_images(pixels, images)
         for name, (_, extractor_folder) in scoring.extractors.items():
             extractor = load_extractor(extractor_folder, dataset, scoring.device)
             if extractor.unavailable:
                 status = f"unavailable ({extractor.unavailable})"
                 rows.append((None, name, *[None] * 4, TOLERANCE, status))
             else:
-                pair = ImagePair.extract(extractor, generated, real, scoring.evaluation.neighbours)
+                pair = ImagePair(extractor, *both, scoring.evaluation.neighbours)
                 rows += compare_with_libraries(pair, folders)
     table = pd.DataFrame(rows, columns=COLUMNS)
     write_text(folder / "agreement.csv", table.to_csv(index=False))
@@ -70,12 +64,12 @@ def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
     largest = f"{compared.max():.1e}" if len(compared) else "none"
     formats = ("", "", ".8g", "", ".8g", ".1e", "g", "")
     body = tabulate(rows, COLUMNS, "pipe", floatfmt=formats, missingval="–")
-    text = (
+    write_text(
+        folder / "agreement.md",
         f"# Agreement with the libraries on {scoring.experiment}\n\n{body}\n\n{count:,} samples of "
         f"teacher {teacher} against {count:,} training images, read from disk by each library and "
-        f"processed by the same networks. Largest relative difference: {largest}.\n"
+        f"processed by the same networks. Largest relative difference: {largest}.\n",
     )
-    write_text(folder / "agreement.md", text)
     return table
 
 
@@ -84,57 +78,45 @@ def write_images(pixels: Tensor, folder: Path) -> None:
     from PIL import Image
 
     folder.mkdir()
-    for i, image in enumerate(pixels):
-        array = image.movedim(0, -1).squeeze(-1).numpy()
-        Image.fromarray(array).save(folder / f"{i:06d}.png")
+    for i, image in enumerate(pixels.movedim(1, -1).squeeze(-1).numpy()):
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
 
 
-@dataclass(frozen=True)
 class ImagePair:
-    """Generated images with their reference in the features of one extractor."""
+    """Generated and real images, uint8 `(N, C, H, W)`, in the features of one extractor.
 
-    extractor: FeatureExtractor
-    channels: int
-    features: FeatureSet
+    values: every metric of theirs that one of the libraries computes, too.
+    """
 
-    @classmethod
-    def extract(
-        cls, extractor: FeatureExtractor, generated: Images, real: Images, neighbours: int
-    ) -> ImagePair:
-        def extracted(images: Images, reference: Reference) -> FeatureSet:
+    def __init__(self, extractor: FeatureExtractor, generated: Tensor, real: Tensor, k: int):
+        def extracted(pixels: Tensor, reference: Reference) -> FeatureSet:
             accumulator = FeatureAccumulator([extractor])
-            for pixels, _ in images.blocks():
-                accumulator.add(pixels, None)
-            return accumulator.feature_set(extractor.name, reference, neighbours)
+            for block in pixels.split(256):
+                accumulator.add(block, None)
+            return accumulator.feature_set(extractor.name, reference, k)
 
-        reference = Reference(extracted(real, Reference(None)).features)
-        return cls(extractor, generated.pixels.shape[1], extracted(generated, reference))
-
-    def first_of(self, names) -> str | None:
-        """The first of these metrics that is defined for the extractor."""
-        return next((n for n in names if METRICS[n].applies_to(self.extractor.provided)), None)
-
-    def values(self) -> dict[str, float]:
-        """Every metric that one of the libraries has, too."""
-        features = replace(self.features, is_subset=True)  # without standard errors
-        names = [n for n in COMPARED if METRICS[n].applies_to(self.extractor.provided)]
-        return {name: METRICS[name].estimate(features).value for name in names}
+        self.extractor, self.channels = extractor, generated.shape[1]
+        self.reference = Reference(extracted(real, Reference(None)).features)
+        # As a subset: without standard errors.
+        self.features = replace(extracted(generated, self.reference), is_subset=True)
+        metrics = [METRICS[n] for n in COMPARED if METRICS[n].applies_to(extractor.provided)]
+        self.values = {metric.name: metric.estimate(self.features).value for metric in metrics}
+        self.distance = metrics[0].name  # every extractor has one Fréchet distance
+        self.class_score = next(filter(CLASS_SCORES.get, self.values), None)
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The extractor's outputs for a library's batch `(B, 3, H, W)` of 8-bit values."""
-        pixels = images.round().to(torch.uint8)[:, : self.channels]
-        return self.extractor.extract(pixels, torch.zeros(len(pixels), dtype=torch.int64))
+        return self.extractor.extract(images.round().to(torch.uint8)[:, : self.channels])
 
 
 def compare_with_libraries(pair: ImagePair, folders: list[Path]) -> list[tuple]:
     """The table's rows for one extractor. folders: the generated and the real images on disk."""
-    values, rows = pair.values(), []
+    rows = []
     libraries = {"torch-fidelity": with_torch_fidelity, "clean-fid": with_clean_fid}
     for library, compute in libraries.items():
         for quantity, theirs in compute(pair, folders).items():
-            ours = values[quantity]
-            # Both may be 0.
-            relative = 0.0 if ours == theirs else abs(ours - theirs) / max(abs(theirs), 1e-12)
+            ours = pair.values[quantity]
+            relative = abs(ours - theirs) / max(abs(theirs), 1e-12)  # both may be 0
             agrees = "yes" if relative <= TOLERANCE else "no"
             row = quantity, pair.extractor.name, ours, library, theirs, relative, TOLERANCE, agrees
             rows.append(row)
@@ -143,10 +125,11 @@ def compare_with_libraries(pair: ImagePair, folders: list[Path]) -> list[tuple]:
 
 def torch_fidelity_arguments(pair: ImagePair, folders: list[Path]) -> dict[str, Any]:
     """Register the extractor in torch-fidelity; returns arguments of `calculate_metrics` that
-    select it, on the CPU, with this project's definitions. Its features: `exact` (float64),
-    `features`, `standardised` and, with probabilities, `logits`."""
+    select it, on the CPU, with this project's definitions."""
     from torch_fidelity import register_feature_extractor
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    layers = {"fid": "exact", "kid": "standardised", "prc": "features", "isc": "logits"}
 
     class Hook(FeatureExtractorBase):
         def __init__(self, name, features_list, **_):
@@ -154,31 +137,28 @@ def torch_fidelity_arguments(pair: ImagePair, folders: list[Path]) -> dict[str, 
 
         @staticmethod
         def get_provided_features_list():
-            return ("exact", "features", "standardised", "logits")
+            return tuple(layers.values())
 
         def forward(self, images):
             outputs = pair.outputs(images)
             outputs["exact"] = outputs["features"].double()
-            outputs["standardised"] = pair.features.reference.standardise(outputs["features"])
-            if "probabilities" in outputs:
+            outputs["standardised"] = pair.reference.standardise(outputs["features"])
+            if pair.class_score:
                 outputs["logits"] = outputs["probabilities"].log()
             return tuple(outputs[name] for name in self.features_list)
 
     name = f"onestep-{pair.extractor.name}-{uuid.uuid4().hex}"
     register_feature_extractor(name, Hook)
-    score = pair.first_of(CLASS_SCORES)
-    layers = {"fid": "exact", "kid": "standardised", "prc": "features", "isc": "logits"}
     return {
-        "input1": str(folders[0]),
-        "input2": str(folders[1]),
+        **dict(zip(("input1", "input2"), map(str, folders), strict=True)),
         "feature_extractor": name,
         "cuda": False,
         "cache": False,  # keyed by the network's name, not by the images
         "save_cpu_ram": True,  # otherwise it starts four processes
         "verbose": False,
         **{f"feature_layer_{metric}": layer for metric, layer in layers.items()},
-        **{metric: metric != "isc" or score is not None for metric in layers},
-        "isc_splits": CLASS_SCORES.get(score, 1),
+        **{metric: metric != "isc" or pair.class_score is not None for metric in layers},
+        "isc_splits": CLASS_SCORES.get(pair.class_score, 1),
         "samples_shuffle": False,
         "kid_subsets": 1,  # all samples: both sets have the same size
         "kid_subset_size": len(pair.features.features),
@@ -190,25 +170,17 @@ def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float
     from torch_fidelity import calculate_metrics
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    found = calculate_metrics(**torch_fidelity_arguments(pair, folders))
-    values = {
-        pair.first_of(FRECHET): found["frechet_inception_distance"],
-        "kd": 1000 * found["kernel_inception_distance_mean"],
-        "precision": found["precision"],
-        "recall": found["recall"],
-    }
-    if score := pair.first_of(CLASS_SCORES):
-        values[score] = found["inception_score_mean"]
-    if pair.first_of(["cmmd"]):
-        both = pair.features.features, pair.features.reference.features
-        found = kid_features_to_metric(
-            *(normalize(features.double(), dim=1) for features in both),
-            kid_subsets=1,
-            kid_subset_size=len(both[0]),
-            kid_kernel="rbf",
-            kid_kernel_rbf_sigma=SIGMA,
-            verbose=False,
-        )
+    arguments = torch_fidelity_arguments(pair, folders)
+    found = calculate_metrics(**arguments)
+    values = {pair.distance: found["frechet_inception_distance"]}
+    values["kd"] = 1000 * found["kernel_inception_distance_mean"]
+    values |= {key: found[key] for key in ("precision", "recall")}
+    if pair.class_score:
+        values[pair.class_score] = found["inception_score_mean"]
+    if "cmmd" in pair.values:
+        both = (normalize(s.features.double(), dim=1) for s in (pair.features, pair.reference))
+        kernel = {"kid_kernel": "rbf", "kid_kernel_rbf_sigma": SIGMA}
+        found = kid_features_to_metric(*both, **arguments, **kernel)
         values["cmmd"] = 1000 * found["kernel_inception_distance_mean"]
     return values
 
@@ -216,20 +188,15 @@ def with_torch_fidelity(pair: ImagePair, folders: list[Path]) -> dict[str, float
 def with_clean_fid(pair: ImagePair, folders: list[Path]) -> dict[str, float]:
     from cleanfid import fid
 
-    generated, real = (
-        fid.get_folder_features(
-            str(folder),
-            lambda images: pair.outputs(images)["features"].double(),
-            num_workers=0,
-            device=torch.device("cpu"),
-            custom_fn_resize=lambda image: image,  # otherwise to 299 x 299 pixels
-            verbose=False,
-        )
-        for folder in folders
-    )
-    standardise = pair.features.reference.standardise
+    def extract(images: Tensor) -> Tensor:
+        return pair.outputs(images)["features"].double()
+
+    settings = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False}
+    settings["custom_fn_resize"] = lambda image: image  # otherwise to 299 x 299 pixels
+    generated, real = (fid.get_folder_features(str(f), extract, **settings) for f in folders)
+    standardise = pair.reference.standardise
     both = (standardise(torch.from_numpy(features)).numpy() for features in (generated, real))
     return {
-        pair.first_of(FRECHET): float(fid.fid_from_feats(generated, real)),
+        pair.distance: float(fid.fid_from_feats(generated, real)),
         "kd": 1000 * fid.kernel_distance(*both, num_subsets=1, max_subset_size=len(real)),
     }

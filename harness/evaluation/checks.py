@@ -6,7 +6,7 @@ from harness.config.schema import DataSection, EvaluationSection, ExperimentFile
 from harness.data.registry import has_captions
 from harness.errors import Problem, did_you_mean
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, GROUPS
-from harness.evaluation.registry import METRICS
+from harness.evaluation.registry import METRICS, defined_for
 from harness.features.base import provides
 from harness.io.downloads import source_problems
 
@@ -38,12 +38,11 @@ def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
     provided = {name: provides(features[name]) for name in extractors if name in features}
     problems = []
     if evaluation is not None:
-        given = evaluation.statistics is not None
         problems += _check_samples(evaluation)
         problems += _check_extractors(extractors, data, provided, set(names["features"]))
         problems += _check_statistics(evaluation, data, provided, files)
-        key = "evaluation.main_metric"
-        problems += _check_metric(key, evaluation.main_metric, data, provided, given)
+        main = "evaluation.main_metric", evaluation.main_metric
+        problems += _check_metric(*main, data, provided, evaluation.statistics is not None)
     for i, claim in enumerate(file.claims):
         if claim.metric is not None:
             problems += _check_metric(f"claims.{i}.metric", claim.metric, data, provided)
@@ -105,24 +104,22 @@ def _check_metric(
         yield Problem(key, "unknown-name", message)
         return
     metric, captioned = METRICS[name], data is not None and has_captions(data)
-    usable = [
-        other
-        for other in map(METRICS.__getitem__, sorted(METRICS))
-        if any(map(other.applies_to, provided.values()))
-        and (captioned or "attributes_correct" not in other.needs)
-    ]
+    without_images = data is not None and data.prompts is not None and not data.has_images
     if metric.higher_is_better is None:
         message = f"{name!r} is a diagnostic without a preferred direction"
         yield Problem(key, "diagnostic", message)
     elif "attributes_correct" in metric.needs and not captioned:
         message = f"{name!r} needs captions; this data set has none"
         yield Problem(key, "needs-captions", message)
-    elif provided and metric not in usable:
-        known = ", ".join(other.name for other in usable if other.higher_is_better is not None)
-        message = f"no extractor provides {name!r}; available: {known}"
+    elif provided and not any(map(metric.applies_to, provided.values())):
+        known = sorted(
+            other.name
+            for other in defined_for(provided.values())
+            if other.higher_is_better is not None
+            and (captioned or "attributes_correct" not in other.needs)
+        )
+        message = f"no extractor provides {name!r}; available: {', '.join(known)}"
         yield Problem(key, "unsupported", message)
-    elif not (statistics or data is None or data.prompts is None or data.has_images) and any(
-        need.startswith("reference.") for need in metric.needs
-    ):
+    elif without_images and not statistics and "reference." in " ".join(metric.needs):
         message = f"{name!r} compares with real images or statistics; there are none"
         yield Problem(key, "needs-images", message)

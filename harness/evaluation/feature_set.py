@@ -38,10 +38,12 @@ def jackknife(estimates: Sequence[float]) -> float:
     return math.sqrt((len(t) - 1) * t.var(correction=0).item())
 
 
-def without_each_group(x: Tensor, function: Callable[[Tensor], float]) -> tuple[float, ...]:
-    """`function` of the rows of x without each of the groups."""
+def jackknifed(x: Tensor, function: Callable[[Tensor], float]) -> Estimate:
+    """`function` of all rows of x, with its jackknife error."""
     groups = x.chunk(GROUPS)
-    return tuple(function(torch.cat([*groups[:i], *groups[i + 1 :]])) for i in range(len(groups)))
+    leaves = (torch.cat([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups)))
+    without = tuple(map(function, leaves))
+    return Estimate(function(x), jackknife(without), without)
 
 
 def mean_estimate(values: Tensor) -> Estimate:
@@ -100,20 +102,16 @@ class FeatureSet:
         if self.is_subset:
             return Estimate(reference.frechet(features))
         if len(features) <= features.shape[1]:
-            value = reference.frechet(features)
-            without = without_each_group(features, reference.frechet)
-        else:
-            total = Moments.over(features.split(BLOCK))
-            value = reference.frechet_of_moments(total)
-            groups = map(Moments.of, features.chunk(GROUPS))
-            without = tuple(reference.frechet_of_moments(total - group) for group in groups)
-        return Estimate(value, jackknife(without), without)
+            return jackknifed(features, reference.frechet)
+        total = Moments.over(features.split(BLOCK))
+        groups = map(Moments.of, features.chunk(GROUPS))
+        without = tuple(reference.frechet_of_moments(total - group) for group in groups)
+        return Estimate(reference.frechet_of_moments(total), jackknife(without), without)
 
     @cached_property
     def neighbourhood(self) -> Neighbourhood:
-        radii, wide_radii = map(self.reference.radii, (self.neighbours, DENSITY_NEIGHBOURS))
-        reference = self.reference.features
-        return neighbourhood(self.features, reference, self.neighbours, radii, wide_radii)
+        radii = map(self.reference.radii, (self.neighbours, DENSITY_NEIGHBOURS))
+        return neighbourhood(self.features, self.reference.features, self.neighbours, *radii)
 
     @property
     def class_correct(self) -> Tensor:

@@ -31,26 +31,24 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
 
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("mu", "sigma")}
+            mu, sigma = archive["mu"], archive["sigma"]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "missing-file") from None
     except Exception as error:  # a foreign file may fail in any way
         reason = (str(error) or repr(error)).splitlines()[0]
         message = f"{path} is not an .npz file with mu and sigma ({reason})"
         raise UserError(message, "damaged") from None
-    mu, sigma = arrays["mu"], arrays["sigma"]
     if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape or dim not in (None, len(mu)):
         expected = f"expected mu (D,) and sigma (D, D), D = {dim or 'any'}"
         raise UserError(f"{path}: {expected}; got {mu.shape} and {sigma.shape}", "shape")
-    for key, array in arrays.items():
+    for key, array in (("mu", mu), ("sigma", sigma)):
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise UserError(f"{path}: {key} contains NaN or infinity", "not-finite")
     mean, covariance = (torch.from_numpy(a.astype(np.float64)) for a in (mu, sigma))
-    # Sums in single precision leave some asymmetry; a wrong matrix has far more.
+    # Sums in single precision leave some asymmetry and slightly negative eigenvalues; a wrong
+    # matrix has far more. Cholesky's factors reveal lower eigenvalues.
     if (covariance - covariance.T).abs().max() > 1e-5 * covariance.abs().max():
         raise UserError(f"{path}: sigma is not symmetric", "not-a-covariance")
-    # The same rounding may leave slightly negative eigenvalues. Cholesky's factors reveal
-    # lower ones.
     rounding = 1e-5 * covariance.diagonal().abs().sum() + torch.finfo(torch.float64).tiny
     lifted = covariance + rounding * torch.eye(len(mean), dtype=torch.float64)
     if torch.linalg.cholesky_ex(lifted).info:

@@ -1,7 +1,5 @@
-"""Nearest neighbours among samples, from the matrix of all distances in two passes.
-
-A pass computes a few rows at a time and stores vectors only (the matrix of 10,000 samples has 400
-MB). Precision, recall, density and coverage share the passes.
+"""Nearest neighbours among samples. The matrix of all distances is computed a few rows at a time,
+since that of 10,000 samples has 400 MB; precision, recall, density and coverage share the passes.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,11 @@
 """Real images that samples are compared with, by their features and statistics."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,7 @@ from torch import Tensor
 from harness.config.jobs import Scoring
 from harness.data.datasets import Dataset
 from harness.errors import UserError
-from harness.evaluation.frechet import (
-    BLOCK,
-    Moments,
-    distance_of_factor,
-    factor,
-    frechet_of_few,
-    gaussian_statistics,
-    load_statistics,
-)
+from harness.evaluation import frechet
 from harness.evaluation.neighbours import nearest, neighbour_radii
 from harness.features.base import FeatureExtractor, provides
 from harness.features.inception import DIM
@@ -33,19 +26,21 @@ from harness.streams import Stream
 # square, to 800 MB of float64 here.
 PAIRWISE_LIMIT = 10_000
 
+Statistics = tuple[Tensor, Tensor]  # mean `(D,)` and covariance `(D, D)`
+
 
 @dataclass(eq=False)
 class Reference:
     """Real images to compare with.
 
     features: `(M, D)`, at most PAIRWISE_LIMIT; None if only statistics are known.
-    given_statistics: mean `(D,)` and covariance `(D, D)`; default: those of `features`.
+    given_statistics: default: those of `features`.
     held_out: features of real images outside the reference, if there are any.
     index: positions of `features` in the training part, `(M,)`, if known.
     """
 
     features: Tensor | None
-    given_statistics: tuple[Tensor, Tensor] | None = None
+    given_statistics: Statistics | None = None
     held_out: Tensor | None = None
     index: Tensor | None = None
     _computed: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -57,23 +52,25 @@ class Reference:
         return self._computed[name]
 
     @cached_property
-    def _own_statistics(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.features is None else gaussian_statistics(self.features)
+    def _own_statistics(self) -> Statistics | None:
+        return None if self.features is None else frechet.gaussian_statistics(self.features)
 
     @property
-    def statistics(self) -> tuple[Tensor, Tensor] | None:
+    def statistics(self) -> Statistics | None:
         return self.given_statistics or self._own_statistics
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return frechet.factor(self.statistics[1])
 
     def frechet(self, features: Tensor) -> float:
         """Fréchet distance of samples `(N, D)`."""
         if len(features) <= features.shape[1]:
-            return frechet_of_few(features, *self.statistics)
-        return self.frechet_of_moments(Moments.over(features.split(BLOCK)))
+            return frechet.frechet_of_few(features, *self.statistics)
+        return self.frechet_of_moments(frechet.Moments.over(features.split(frechet.BLOCK)))
 
-    def frechet_of_moments(self, moments: Moments) -> float:
-        mean, covariance = self.statistics
-        own = self.cached("factor", lambda: factor(covariance))
-        return distance_of_factor(mean, own, *moments.statistics())
+    def frechet_of_moments(self, moments: frechet.Moments) -> float:
+        return frechet.distance_of_factor(self.statistics[0], self._factor, *moments.statistics())
 
     def standardise(self, x: Tensor) -> Tensor:
         """Features in float64, scaled by the mean and standard deviation of `features`."""
@@ -92,58 +89,46 @@ class Reference:
         return self.cached(f"radii of {k}", lambda: neighbour_radii(self.features, k))
 
 
-class PublishedStatistics(NamedTuple):
-    """Mean and covariance from `evaluation.statistics`."""
-
-    statistics: tuple[Tensor, Tensor]
-    sha256: str
-
-
-def published_statistics(scoring: Scoring) -> dict[str, PublishedStatistics]:
-    """The statistics file that an experiment names, by the extractor that it belongs to: Inception
-    with EDM's resize, as for published files, or the first Inception. Empty without a file."""
+def published_statistics(scoring: Scoring) -> tuple[str, Statistics, str] | tuple[None, None, None]:
+    """The statistics file that an experiment names, if any: the extractor that it belongs to
+    (Inception with EDM's resize, as for published files, or the first Inception), its content and
+    its sha256."""
     evaluation = scoring.evaluation
     if evaluation.statistics is None:
-        return {}
+        return None, None, None
     provided = {name: provides(settings) for name, (settings, _) in scoring.extractors.items()}
     inception = [name for name, names in provided.items() if "inception" in names]
     extractor = next((name for name in inception if "fid-edm" in provided[name]), inception[0])
     path = fetch(evaluation.statistics, evaluation.statistics_sha256)
-    statistics = load_statistics(path, DIM)
-    return {extractor: PublishedStatistics(statistics, artifacts.sha256_file(path))}
+    return extractor, frechet.load_statistics(path, DIM), artifacts.sha256_file(path)
 
 
 def load_reference(
-    extractor: FeatureExtractor,
-    dataset: Dataset,
-    folder: Path,
-    device: str,
-    published: tuple[Tensor, Tensor] | None,
+    scoring: Scoring, extractor: FeatureExtractor, dataset: Dataset, published: Statistics | None
 ) -> Reference:
     """The training part in an extractor's features. `published`: statistics that replace its own.
 
-    The first scoring job stores the features in the extractor's `folder`; the others read them.
+    The first scoring job stores the features in the extractor's folder; the others read them.
     """
     if not len(dataset.train):
         return Reference(None, published)
     key = [extractor.hashes, extractor.settings.type, extractor.resize, dataset.sha256]
-    key += [PAIRWISE_LIMIT, published is None, torch.__version__, device]
+    key += [PAIRWISE_LIMIT, published is None, torch.__version__, scoring.device]
+    folder = scoring.extractors[extractor.name][1]
     path = folder / f"reference-{artifacts.digest(key)}.safetensors"
     record = path.with_suffix(".json")
     with run_lock(folder):
         try:
             tensors = artifacts.load_tensors(path, artifacts.read_json(record)["sha256"])
         except UserError:  # missing or damaged
-            tensors = _extract_reference(extractor, dataset, moments=published is None)
+            tensors = _extract(extractor, dataset, moments=published is None)
             artifacts.write_json(record, {"sha256": artifacts.save_tensors(path, tensors)})
-    own = (tensors["mean"], tensors["covariance"]) if "mean" in tensors else None
-    held_out = tensors.get("held_out")
-    return Reference(tensors["features"], published or own, held_out, tensors["index"])
+    if "mean" in tensors:
+        published = tensors["mean"], tensors["covariance"]
+    return Reference(tensors["features"], published, tensors.get("held_out"), tensors["index"])
 
 
-def _extract_reference(
-    extractor: FeatureExtractor, dataset: Dataset, moments: bool
-) -> dict[str, Tensor]:
+def _extract(extractor: FeatureExtractor, dataset: Dataset, moments: bool) -> dict[str, Tensor]:
     """`features` of the training part, or of a fixed draw of PAIRWISE_LIMIT images (`index`);
     `held_out`: those of the held-out part. With `moments`, also the `mean` and `covariance` of a
     training part larger than the draw, summed block by block."""
@@ -154,7 +139,7 @@ def _extract_reference(
         features = extractor.extract(train.pixels[index])["features"]
         parts.append(features[torch.isin(index, drawn)])
         if moments and len(drawn) < len(train):
-            sums = sums + Moments.of(features) if sums else Moments.of(features)
+            sums = sums + frechet.Moments.of(features) if sums else frechet.Moments.of(features)
     tensors = {"features": torch.cat(parts), "index": drawn}
     if sums:
         tensors |= dict(zip(("mean", "covariance"), sums.statistics(), strict=True))

@@ -1,11 +1,8 @@
-"""The registry of metrics, and the names of their columns.
+"""The registry of metrics, functions of a `FeatureSet` that return an `Estimate`. A new metric is a
+new file, in `harness/evaluation/metrics/` or a plug-in, with a function under `@register`."""
 
-A metric is a function of a `FeatureSet` that returns an `Estimate`. A new metric is a new file, in
-`harness/evaluation/metrics/` or a plug-in, with a function under the decorator `register`.
-"""
-
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness.evaluation.feature_set import Estimate, FeatureSet
@@ -23,20 +20,29 @@ FRECHET = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
-    """A registered metric; see `register`."""
+    """A registered metric.
 
+    higher_is_better: None for a diagnostic, which is never used for ranking or claims.
+    requires: what an extractor must provide for the metric to be defined there.
+    needs: outputs or attributes of the `FeatureSet` that the images must have ("labels",
+    "reference.features"); otherwise the metric is skipped.
+    limit: the most samples that it uses. final_only: skip snapshots before the last.
+    samples_per_dim: minimum number of samples per feature dimension.
+    settings: the part of its definition that belongs to the protocol.
+    """
+
+    function: Callable[[FeatureSet], Estimate]  # or the tuple that makes an estimate
     name: str
     label: str
     higher_is_better: bool | None
-    function: Callable[[FeatureSet], Estimate]
-    requires: tuple[str, ...]
-    needs: tuple[str, ...]
-    limit: int | None
-    final_only: bool
-    samples_per_dim: int
-    settings: dict[str, Any]
+    requires: tuple[str, ...] = ("features",)
+    needs: tuple[str, ...] = ()
+    limit: int | None = None
+    final_only: bool = False
+    samples_per_dim: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def arrow(self) -> str:
@@ -58,35 +64,24 @@ class Metric:
 METRICS: Registry[Metric] = Registry("metric", "harness.evaluation.metrics")
 
 
-def register(
-    name: str,
-    label: str,
-    higher_is_better: bool | None,
-    requires: tuple[str, ...] = ("features",),
-    needs: tuple[str, ...] = (),
-    limit: int | None = None,
-    final_only: bool = False,
-    samples_per_dim: int = 0,
-    **settings: Any,
-) -> Callable:
-    """Decorator that registers `function(FeatureSet) -> Estimate` (or the tuple that makes one).
-
-    higher_is_better: None for a diagnostic, which is never used for ranking or claims.
-    requires: what an extractor must provide for the metric to be defined there.
-    needs: outputs or attributes of the `FeatureSet` that the images must have ("labels",
-    "reference.features"); otherwise the metric is skipped.
-    limit: the most samples that it uses. final_only: skip snapshots before the last.
-    samples_per_dim: minimum number of samples per feature dimension.
-    settings: the part of its definition that belongs to the protocol.
-    """
+def register(name: str, *arguments: Any, **options: Any) -> Callable:
+    """Decorator that registers a function as a metric. The arguments are the fields of `Metric`, in
+    order or by name; all others are its `settings`."""
+    facts = {key: value for key, value in options.items() if key in Metric.__dataclass_fields__}
+    settings = {key: value for key, value in options.items() if key not in facts}
 
     def decorate(function: Callable) -> Callable:
-        facts = requires, needs, limit, final_only, samples_per_dim, settings
-        metric = Metric(name, label, higher_is_better, function, *facts)
+        metric = Metric(function, name, *arguments, **facts, settings=settings)
         METRICS.register(name, source=function)(metric)
         return function
 
     return decorate
+
+
+def defined_for(extractors: Iterable[Collection[str]]) -> list[Metric]:
+    """The metrics that are defined for at least one extractor, given what each provides."""
+    sets, metrics = list(extractors), map(METRICS.__getitem__, METRICS)
+    return [metric for metric in metrics if any(map(metric.applies_to, sets))]
 
 
 def main_metric(chosen: str, provides: Collection[str]) -> Metric:

@@ -2,21 +2,23 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness import __version__
 from harness.config.jobs import Scoring
 from harness.data import datasets
 from harness.evaluation.accumulator import Checkpoints, FeatureAccumulator, NearestImages
 from harness.evaluation.checks import minimum_samples, small_sample_warning
-from harness.evaluation.feature_set import Estimate, FeatureSet, mean_over_subsets
-from harness.evaluation.protocol import protocol
+from harness.evaluation.feature_set import FeatureSet, mean_over_subsets
 from harness.evaluation.references import Reference, load_reference, published_statistics
-from harness.evaluation.registry import METRICS
+from harness.evaluation.registry import Metric, defined_for
 from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import digest
 from harness.io.records import ScoreRow
@@ -28,15 +30,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Scores:
-    """The result for one stream of images.
-
-    images: the first images (`pixels`, `labels`) and those nearest to training images. per_image:
-    the `prompt` of each image, and "<extractor>/<output>" `(N,)` of the scalar outputs.
-    """
+    """The result for one stream of images; `images`: see `FeatureAccumulator.images`; `per_image`:
+    columns `sample_seed`, `image` (its number), `prompt` and "<extractor>/<output>" of a table."""
 
     rows: list[ScoreRow] = field(default_factory=list)
     images: dict[str, Tensor] = field(default_factory=dict)
-    per_image: dict[str, Tensor] = field(default_factory=dict)
+    per_image: dict[str, Any] = field(default_factory=dict)
 
 
 class Scorer:
@@ -60,17 +59,15 @@ class Scorer:
         main, held_out = scoring.evaluation.num_samples, len(data.held_out)
         self.floor_count = min(main, held_out or main)
         self.counts = list(dict.fromkeys([main, self.floor_count]))
-        self.published = published_statistics(scoring)
+        self.published, statistics, self.published_sha256 = published_statistics(scoring)
         self.extractors: list[FeatureExtractor] = []
         self.references: dict[str, Reference] = {}  # of the available extractors
         for name, (_, folder) in scoring.extractors.items() if self.first else ():
             extractor = load_extractor(folder, data, scoring.device)
             self.extractors.append(extractor)
             if not extractor.unavailable:
-                given = self.published[name].statistics if name in self.published else None
-                self.references[name] = load_reference(
-                    extractor, data, folder, scoring.device, given
-                )
+                given = statistics if name == self.published else None
+                self.references[name] = load_reference(scoring, extractor, data, given)
         # The features in which the figure of nearest neighbours searches.
         self.nearest_in = next(iter(self.references), None) if len(data.train) else None
         self.checkpoints = Checkpoints(scoring.checkpoint_seconds)
@@ -86,8 +83,7 @@ class Scorer:
         final: bool = True,
         trained_against: Collection[str] = (),
         pretraining: Collection[str] = (),
-        keep: int = 0,
-        nearest: bool = False,
+        keep: int | None = None,
         per_image: bool = False,
         shards: TensorShards | None = None,
     ) -> Scores:
@@ -96,25 +92,19 @@ class Scorer:
         seed: the sampling seed, for the rows. final: whether they are of the last snapshot, which
         gets every metric. trained_against: feature networks in the generator's losses, and
         pretraining: the data sets of their training; rows of such extractors are flagged. keep: how
-        many images to return. nearest: also return those nearest to training images. per_image:
+        many images to return, and those nearest to training images; None: no images. per_image:
         also return the values of each image. shards: unfinished work, to which `blocks` add.
         """
         if not self.first:
-            for _ in blocks:
-                pass
+            deque(blocks, maxlen=0)
             return Scores()
         counts, search, logged = counts or self.counts, None, time.monotonic()
-        if nearest and self.nearest_in is not None:
+        if keep is not None and self.nearest_in is not None:
             reference = self.references[self.nearest_in]
             search = NearestImages(self.nearest_in, reference, self.dataset.train)
-        accumulator = FeatureAccumulator(
-            [extractor for extractor in self.extractors if not extractor.unavailable],
-            self.dataset.attributes,
-            keep,
-            search,
-            shards,
-            self.checkpoints,
-        )
+        available = [extractor for extractor in self.extractors if not extractor.unavailable]
+        options = keep or 0, search, shards, self.checkpoints
+        accumulator = FeatureAccumulator(available, self.dataset.attributes, *options)
         for pixels, labels in blocks:
             if labels is None and self.labels_known:  # as `Images` has them without classes
                 labels = torch.zeros(len(pixels), dtype=torch.int64)
@@ -126,38 +116,34 @@ class Scorer:
         result = Scores(images=accumulator.images())
         for extractor in self.extractors:
             name, features = extractor.name, None
-            if not extractor.unavailable:
+            if extractor in available:
                 neighbours = self.scoring.evaluation.neighbours
                 features = accumulator.feature_set(name, self.references[name], neighbours)
                 if per_image:
-                    values = features.per_image()
-                    result.per_image["prompt"] = features.labels
-                    result.per_image |= {f"{name}/{key}": t for key, t in values.items()}
-            flag = ""
+                    facts = {"sample_seed": seed, "image": range(accumulator.count)}
+                    result.per_image |= facts | {"prompt": features.labels.numpy()}
+                    values = features.per_image().items()
+                    result.per_image |= {f"{name}/{key}": t.numpy() for key, t in values}
+            flag = "shares-pretraining" if set(extractor.pretraining) & set(pretraining) else ""
             if {name, extractor.alias} & set(trained_against):
                 flag = "trained-on-extractor"
-            elif set(extractor.pretraining) & set(pretraining):
-                flag = "shares-pretraining"
-            facts = {"sample_seed": seed, "flag": flag}
-            result.rows += self._rows(extractor, features, counts, final, **facts)
+            for row in self._rows(extractor, features, counts, final):
+                result.rows.append(ScoreRow(**row, sample_seed=seed, flag=flag))
         return result
 
     def _rows(
-        self,
-        extractor: FeatureExtractor,
-        features: FeatureSet | None,
-        counts: list[int],
-        final: bool,
-        **facts: Any,
-    ) -> Iterator[ScoreRow]:
+        self, extractor: FeatureExtractor, features: FeatureSet | None, counts: list, final: bool
+    ) -> Iterator[dict[str, Any]]:
         """The number of each metric that applies to an extractor, at each of its sample counts, or
         a `status` if a network is unavailable (without features: for metrics that would apply)."""
-        data, dim = self.dataset, 0 if features is None else features.features.shape[1]
-        if features is not None and extractor.name not in self.dimensions:
+        data, name, dim = self.dataset, extractor.name, 0
+        if features is not None:
+            dim = features.features.shape[1]
             floor = self.floor_count if len(data.held_out) else None
-            for few in (count for count in counts if count <= dim):
-                logger.warning(small_sample_warning(extractor.name, dim, few, floor))
-            self.dimensions[extractor.name] = dim
+            for few in counts if name not in self.dimensions else ():
+                if few <= dim:
+                    logger.warning(small_sample_warning(name, dim, few, floor))
+            self.dimensions[name] = dim
         parts = {"reference.features": data.train, "reference.held_out": data.held_out}
 
         def has(need: str) -> bool:
@@ -167,29 +153,54 @@ class Scorer:
 
         metrics = [
             metric
-            for metric in map(METRICS.__getitem__, METRICS)
-            if metric.applies_to(extractor.provided)
-            and (final or not metric.final_only)
-            and all(map(has, metric.needs))
+            for metric in defined_for([extractor.provided])
+            if (final or not metric.final_only) and all(map(has, metric.needs))
         ]
-        for name, count in dict.fromkeys((m.name, m.count(n)) for n in counts for m in metrics):
-            metric, value = METRICS[name], Estimate(None, None)
+        for metric, count in dict.fromkeys((m, m.count(n)) for n in counts for m in metrics):
             if count < metric.samples_per_dim * dim:
                 continue
             reasons = [extractor.unavailable, *map(extractor.missing.get, metric.requires)]
-            unavailable = next(filter(None, reasons), None)
-            if unavailable is None:
-                value = mean_over_subsets(list(map(metric.estimate, features.subsets(count))))
-            published = self.published.get(extractor.name)
-            record = protocol(metric, extractor, count, data, self.scoring, published)
+            if unavailable := next(filter(None, reasons), None):
+                result = {"status": f"unavailable ({unavailable})"}
+            else:
+                estimates = list(map(metric.estimate, features.subsets(count)))
+                result = mean_over_subsets(estimates)._asdict()
+            record = self._protocol(metric, extractor, count)
             key = digest(record)
             self.protocols[key] = record
-            yield ScoreRow(
-                metric=name,
-                extractor=extractor.name,
-                num_samples=count,
-                **value._asdict(),
-                protocol=key,
-                status=f"unavailable ({unavailable})" if unavailable else None,
-                **facts,
-            )
+            names = {"metric": metric.name, "extractor": name, "num_samples": count}
+            yield names | {"protocol": key} | result
+
+    def _protocol(self, metric: Metric, extractor: FeatureExtractor, count: int) -> dict[str, Any]:
+        """The record that identifies a number. Its digest is the key in the score file and the
+        tables; numbers of two protocols never share a column."""
+        data, settings = self.dataset, dict(metric.settings)
+        library, reference = f"harness {__version__}", f"train{len(data.train)}"
+        if "inception" in extractor.provided:
+            library += f", torch-fidelity {version('torch-fidelity')}"
+        if metric.name in ("precision", "recall"):
+            settings["k"] = self.scoring.evaluation.neighbours
+        sha256, extra = data.images_sha256, {}
+        if extractor.name == self.published and "reference.statistics" in metric.needs:
+            reference, sha256 = "statistics", self.published_sha256
+        elif metric.limit and len(data.train) > metric.limit:
+            extra["reference_draw"] = f"a fixed draw of {metric.limit} images"
+        if data.evaluation_prompts:
+            extra["prompts_sha256"] = data.evaluation_prompts.sha256
+        return {
+            "metric": metric.name,
+            "settings": settings,
+            "extractor": extractor.name,
+            "extractor_sha256": extractor.hashes,
+            "num_samples": count,
+            "subsets": "mean over all disjoint subsets of this size",
+            "reference": f"{data.name}-{reference}",
+            "reference_sha256": sha256,
+            **extra,
+            "quantisation": "uint8: x * 127.5 + 128, clipped",
+            "resize": extractor.resize,
+            **extractor.details,
+            "sampling": "image i from (sampling seed, i), balanced labels",
+            "sampling_seeds": self.scoring.evaluation.sampling_seeds,
+            "library": library,
+        }

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,7 @@ from harness.evaluation.checks import minimum_samples
 from harness.evaluation.protocol import fingerprint, reference_fingerprint
 from harness.evaluation.registry import column_name
 from harness.evaluation.scorer import Scorer
-from harness.io import artifacts
-from harness.io.records import (
-    Costs,
-    File,
-    Samples,
-    ScoreEntry,
-    ScoreRecord,
-    ScoreRow,
-    StudentRecord,
-    TeacherRecord,
-)
+from harness.io import artifacts, records
 from harness.io.shards import TensorShards
 from harness.networks import denoiser_record, load_codec, load_denoiser, pipeline_sha256
 from harness.sampling import Generator, heun, one_step_generator, pixels_of, sample
@@ -38,9 +27,7 @@ from harness.training.distributed import processes
 
 logger = logging.getLogger(__name__)
 
-# A teacher's samples for the check against other libraries: enough for full-rank covariances of
-# Inception's features, within a bound on the file's size.
-KEPT_IMAGES, KEPT_BYTES = 5000, 2 << 30
+KEPT_IMAGES = 5000  # of a teacher, for other libraries: Inception's covariances have full rank
 
 
 class ScoreFile:
@@ -57,7 +44,7 @@ class ScoreFile:
         self.codec = load_codec(teacher, scoring.device)
         self.embeddings = load_embeddings(teacher, evaluation=True)
         self.hashes = pipeline_sha256(teacher), self.embeddings and self.embeddings.sha256
-        self.entries: list[ScoreEntry] = []
+        self.entries: list[records.ScoreEntry] = []
         self.images: dict[str, Tensor] = {}
         self.per_image: list[dict[str, Any]] = []  # columns of a table for each sampling seed
 
@@ -66,55 +53,34 @@ class ScoreFile:
         facts: dict[str, Any],
         generate: Generator,
         shape: tuple[int, int, int],
-        seeds: Sequence[int],
         *identity: object,
-        keep: int,
+        keep: int | None,
         per_image: bool,
         **options: Any,
     ) -> None:
         """Add an entry: rows for samples of `generate`, whose noise has `shape`, with each seed.
 
         facts: the other fields of the entry. identity: what decides the samples, with the seed.
-        keep: how many images of the first seed to keep, with those nearest to training images,
-        unless there are some already. per_image: keep the values of each image, if there are
-        prompts. options: see `Scorer.score`.
+        keep: how many images of the first seed to keep, unless there are some already (None: none).
+        per_image: keep the values of each image, if there are prompts. options: see `Scorer.score`.
         """
-        scorer, device, block = self.scorer, self.scoring.device, self.scoring.evaluation.block
-        pixels, count = pixels_of(generate, self.codec), max(scorer.counts)
-        key = [*self.hashes, *identity, block, scorer.dataset.sha256, torch.__version__, device]
+        scorer, device, evaluation = self.scorer, self.scoring.device, self.scoring.evaluation
+        final, block = facts["final"], evaluation.block
+        data, pixels, rows = scorer.dataset, pixels_of(generate, self.codec), []
+        options |= {"final": final, "per_image": per_image and data.prompts is not None}
+        draw = partial(sample, pixels, max(scorer.counts), shape, data.num_evaluated)
+        key = [*self.hashes, *identity, block, data.sha256, torch.__version__, device]
         for e in scorer.extractors:
             key.append([e.name, e.hashes, e.settings.model_dump(), e.resize, e.details])
-        rows = []
-        for seed in seeds:
-            kept = 0 if self.images else keep
+        for seed in evaluation.sampling_seeds[: None if final else evaluation.snapshot_seeds]:
+            kept = None if self.images else keep
             shards = TensorShards(self.unfinished / artifacts.digest([*key, seed, kept]))
-            blocks = sample(
-                pixels,
-                count,
-                shape,
-                scorer.dataset.num_evaluated,
-                seed,
-                device,
-                self.embeddings,
-                block,
-                stored_images(shards),
-                processes(),
-            )
-            scores = scorer.score(
-                blocks,
-                seed=seed,
-                keep=kept,
-                nearest=kept > 0,
-                per_image=per_image and scorer.dataset.prompts is not None,
-                shards=shards,
-                **options,
-            )
+            blocks = draw(seed, device, self.embeddings, block, stored_images(shards), processes())
+            scores = scorer.score(blocks, seed=seed, keep=kept, shards=shards, **options)
             rows += scores.rows
             self.images = self.images or scores.images
-            if scores.per_image:
-                values = {name: tensor.numpy() for name, tensor in scores.per_image.items()}
-                self.per_image.append({"sample_seed": seed, "image": range(count), **values})
-        self.entries.append(ScoreEntry(**facts, rows=rows))
+            self.per_image += [scores.per_image] if scores.per_image else []
+        self.entries.append(records.ScoreEntry(**facts, rows=rows))
         logger.info("scored %s", facts["snapshot"] or facts["student"])
 
     def write(self, fingerprint: dict, **facts: Any) -> None:
@@ -133,15 +99,15 @@ class ScoreFile:
             file = path.with_suffix(".prompts.csv")
             table = pd.concat(map(pd.DataFrame, self.per_image))
             artifacts.write_text(file, table.to_csv(index=False, float_format="%.6g"))
-            facts["per_image"] = File(file=file.name, sha256=artifacts.sha256_file(file))
+            facts["per_image"] = records.File(file=file.name, sha256=artifacts.sha256_file(file))
         file = path.with_suffix(".samples.safetensors")
-        samples = Samples(file=file.name, sha256=artifacts.save_tensors(file, self.images))
+        samples = records.Samples(file=file.name, sha256=artifacts.save_tensors(file, self.images))
         if scorer.nearest_in is not None:
             reference = scorer.references[scorer.nearest_in]
             samples.neighbour_extractor = scorer.nearest_in
             samples.neighbour_rows = len(reference.features)
             samples.neighbour_unit = "held-out median" if reference.typical_nearest else "features"
-        ScoreRecord(
+        records.ScoreRecord(
             fingerprint=artifacts.digest(fingerprint),
             entries=self.entries,
             samples=samples,
@@ -154,27 +120,20 @@ class ScoreFile:
 
 def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
     """Score every snapshot of a run and write its score file."""
-    run = StudentRecord.read(job.folder / "student.json")
-    file, evaluation = ScoreFile(scoring, job.teacher, output), scoring.evaluation
+    run = records.StudentRecord.read(job.folder / "student.json")
+    file = ScoreFile(scoring, job.teacher, output)
     for snapshot in run.snapshots:
         folder, final = job.folder / "snapshots" / snapshot.name, snapshot is run.snapshots[-1]
         denoiser = load_denoiser(folder, snapshot.sha256, scoring.device, owner=job.folder)
         facts = snapshot.model_dump(include={"grid", "sha256"}) | _costs(snapshot.ledger)
-        facts |= {
-            "snapshot": snapshot.name,
-            "final": final,
-            "ema": snapshot.ema_half_life,
-            "nfe": 1,
-        }
+        facts |= {"snapshot": snapshot.name, "final": final}
         file.add(
-            facts,
+            facts | {"ema": snapshot.ema_half_life, "nfe": 1},
             one_step_generator(denoiser, denoiser_record(folder)["sigma_init"]),
             denoiser.image_shape,
-            evaluation.sampling_seeds[: None if final else evaluation.snapshot_seeds],
             snapshot.sha256,
-            keep=evaluation.grid_samples if final else 0,
+            keep=scoring.evaluation.grid_samples if final else None,
             per_image=final,
-            final=final,
             trained_against=run.trained_against,
             pretraining=run.pretraining,
         )
@@ -186,14 +145,11 @@ def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
 def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
     """Score a teacher with its sampler and with one step, and the floor (real held-out images, if
     any); write the score file."""
-    teacher = TeacherRecord.read(job.folder / "teacher.json")
+    teacher = records.TeacherRecord.read(job.folder / "teacher.json")
     file, sampler = ScoreFile(scoring, job.folder, output), job.section.sampler
-    evaluation, scorer = scoring.evaluation, file.scorer
+    scorer, evaluation, settings = file.scorer, scoring.evaluation, sampler.model_dump()
     denoiser = load_denoiser(job.folder, teacher.sha256, scoring.device)
-    settings, shape = sampler.model_dump(), denoiser.image_shape
-    with torch.no_grad():
-        image = file.codec(torch.zeros(1, *shape, device=scoring.device))
-    count = min(evaluation.num_samples, KEPT_IMAGES, KEPT_BYTES // image.numel())
+    count, grid = min(evaluation.num_samples, KEPT_IMAGES), evaluation.grid_samples
     common = {"snapshot": "", "final": True, "grid": []}
     for name, nfe, generate, identity in (
         ("teacher", sampler.nfe, partial(heun, denoiser, **settings), settings),
@@ -201,38 +157,30 @@ def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
     ):
         facts = {"student": name, "sha256": teacher.sha256, "nfe": nfe} | _costs(teacher.ledger)
         facts["ema"] = getattr(job.section, "ema_half_life", None)  # unknown of imported teachers
-        file.add(
-            common | facts,
-            generate,
-            shape,
-            evaluation.sampling_seeds,
-            teacher.sha256,
-            identity,
-            keep=max(count, evaluation.grid_samples),
-            per_image=name == "teacher",
-        )
+        inputs = generate, denoiser.image_shape, teacher.sha256, identity
+        file.add(common | facts, *inputs, keep=max(count, grid), per_image=name == "teacher")
     facts = {"teacher": job.name, "weights": teacher.sha256}
     if scorer.first:  # samples of the first sampling seed, for other libraries
         kept = {key: file.images[key] for key in ("pixels", "labels")}
         path = output.with_suffix(".kept.safetensors")
         sha256 = artifacts.save_tensors(path, {key: t[:count] for key, t in kept.items()})
-        facts["kept"] = File(file=path.name, sha256=sha256)
-        file.images |= {key: t[: evaluation.grid_samples] for key, t in kept.items()}
+        facts["kept"] = records.File(file=path.name, sha256=sha256)
+        file.images |= {key: t[:grid] for key, t in kept.items()}
     if len(scorer.dataset.held_out):
         blocks = scorer.dataset.held_out.blocks()
         real = ((pixels, labels if scorer.labels_known else None) for pixels, labels in blocks)
-        scores = scorer.score(real, [scorer.floor_count], nearest=True)
+        scores = scorer.score(real, [scorer.floor_count], keep=0)
         file.images |= {f"floor_{name}": tensor for name, tensor in scores.images.items()}
-        file.entries.append(ScoreEntry(**common, student="floor", rows=scores.rows))
+        file.entries.append(records.ScoreEntry(**common, student="floor", rows=scores.rows))
         logger.info("scored floor")
     file.write(reference_fingerprint(scoring, sampler), **facts)
 
 
-def _costs(ledger: Costs | None) -> dict[str, Any]:
+def _costs(ledger: records.Costs | None) -> dict[str, Any]:
     return ledger.model_dump(include={"images", "flops", "seconds"}) if ledger else {}
 
 
-def score_folder(scoring: Scoring, path: Path) -> list[ScoreRow]:
+def score_folder(scoring: Scoring, path: Path) -> list[records.ScoreRow]:
     """Rows for the images in `path`, in the layout of a data set (`harness.data.image_archive`).
 
     Labels are required if the experiment has classes, and optional for prompts. The sample counts
@@ -252,9 +200,8 @@ def score_folder(scoring: Scoring, path: Path) -> list[ScoreRow]:
         message = f"{path}: {len(pixels)} images; the metrics need at least {minimum}"
         raise UserError(message, "too-few")
     counts = [n for n in scorer.counts if n <= len(pixels)] or [len(pixels)]
-    blocks = Images(pixels, labels).blocks()
-    if prompted and not labelled:
-        blocks = ((block, None) for block, _ in blocks)
+    known = labelled or not prompted
+    blocks = ((block, y if known else None) for block, y in Images(pixels, labels).blocks())
     return scorer.score(blocks, counts).rows
 
 

@@ -1,4 +1,4 @@
-"""Memorisation of training images, and diversity within a class."""
+"""Overlap of the manifolds of two sets, memorisation of training images, diversity of a class."""
 
 import math
 from functools import partial
@@ -6,12 +6,38 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.evaluation.feature_set import Estimate, FeatureSet
+from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, Estimate, FeatureSet, mean_estimate
 from harness.evaluation.neighbours import nearest
 from harness.evaluation.references import PAIRWISE_LIMIT
 from harness.evaluation.registry import register
 
-_register = partial(register, higher_is_better=None, limit=PAIRWISE_LIMIT, final_only=True)
+_register = partial(register, limit=PAIRWISE_LIMIT)
+_overlap = partial(_register, higher_is_better=True, needs=("reference.features",))
+_diagnostic = partial(_register, higher_is_better=None, final_only=True)
+
+
+@_overlap("precision", "Precision")
+def precision(features: FeatureSet) -> Estimate:
+    """Fraction of generated samples within the reference's manifold (Kynkäänniemi et al. 2019)."""
+    return mean_estimate(features.neighbourhood.precise)
+
+
+@_overlap("recall", "Recall")
+def recall(features: FeatureSet) -> Estimate:
+    """Fraction of reference samples within the generated samples' manifold."""
+    return Estimate(features.neighbourhood.recalled.double().mean().item())
+
+
+@_overlap("density", "Density", final_only=True, k=DENSITY_NEIGHBOURS)
+def density(features: FeatureSet) -> Estimate:
+    """Reference balls that contain a generated sample, over k (Naeem et al. 2020, eq. 4)."""
+    return mean_estimate(features.neighbourhood.balls / DENSITY_NEIGHBOURS)
+
+
+@_overlap("coverage", "Coverage", final_only=True, k=DENSITY_NEIGHBOURS)
+def coverage(features: FeatureSet) -> Estimate:
+    """Fraction of reference balls that contain a generated sample (Naeem et al. 2020, eq. 5)."""
+    return Estimate(features.neighbourhood.covered.double().mean().item())
 
 
 def _median(values: Tensor) -> tuple[float, float]:
@@ -22,7 +48,7 @@ def _median(values: Tensor) -> tuple[float, float]:
     return ordered.quantile(0.5).item(), error
 
 
-@_register(
+@_diagnostic(
     "memorisation",
     "Distance from the training images",
     needs=("reference.features", "reference.held_out"),
@@ -39,7 +65,7 @@ def memorisation(features: FeatureSet) -> Estimate:
     return Estimate(value / typical, error / typical)
 
 
-@_register(
+@_diagnostic(
     "diversity",
     "Diversity within a class or caption",
     needs=("labels",),
