@@ -49,18 +49,17 @@ class Context:
         self,
         networks: Mapping[str, nn.Module],
         data: TrainingData,
-        seed: int,
-        step: int,
-        samples: range,
-        device: str | torch.device = "cpu",
+        seed,
+        step,
+        samples,
+        device="cpu",
     ):
-        """`samples`: indices of the micro-batch; everything is drawn on `device`."""
+        """`samples`: range of the micro-batch's indices; everything is drawn on `device`."""
         self.networks, self.step, self._samples = networks, step, samples
         self.index = self._index_on(device)
         self.logs: dict[str, Tensor] = {}
         self._data, self._seed = data, seed
-        self._phase: tuple[str, int] = ("", 0)
-        self._with_graph = True
+        self.enter("", 0, with_graph=True)
         self._generated: dict[tuple[str, int], GeneratedBatch] = {}
 
     def __len__(self) -> int:
@@ -114,16 +113,16 @@ class Context:
         """Draw real training images, `(B, C, H, W)` pixels in [-1, 1], with their conditions."""
         pixels, labels = self._data.pixels, self._data.labels
         rows = self._rows(name, pixels)
-        condition = self._embed(labels[rows] if self._data.num_classes else None)
-        return to_model_space(self._to_device(pixels[rows])), condition
+        numbers = labels[rows] if self._data.num_classes else None
+        return to_model_space(self._to_device(pixels[rows])), self._embed(numbers)
 
     def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Condition]:
         """Draw teacher pairs: noise `z`, image `x`, `condition`."""
         images, labels = self._data.pair_tensors["x"], self._data.pair_tensors.get("condition")
         rows = self._rows(name, images)
         z = PAIR_NOISE.normal(self._to_device(rows), self._data.shape)
-        condition = self._embed(labels[rows] if self._data.num_classes else None)
-        return z, self._to_device(images[rows]), condition
+        numbers = labels[rows] if self._data.num_classes else None
+        return z, self._to_device(images[rows]), self._embed(numbers)
 
     def _rows(self, name: str, stored: Tensor) -> Tensor:
         """Draw rows of a stored tensor, where it lies."""

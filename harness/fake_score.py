@@ -41,10 +41,19 @@ class FakeScoreMethod(Method):
         if not issubclass(cls.Config, ScoreConfig):
             raise TypeError(f"{cls.__name__}.Config must be a subclass of ScoreConfig")
 
-    def __init__(self, config: ScoreConfig, teacher: Denoiser, features: nn.Module | None = None):
+    def __init__(
+        self, config: ScoreConfig, teacher: Denoiser, features=None, dropout=0.0, augment=0.0
+    ):
+        """`dropout` and `augment`: of the fake score's training, if the method uses them."""
         super().__init__(config, teacher, features)
         self.fake_score = clone_denoiser(teacher)
-        set_dropout(self.fake_score, 0.0)
+        set_dropout(self.fake_score, dropout)
+        if augment and teacher.augment_labels != LABELS:
+            raise UserError(
+                f"this teacher takes {teacher.augment_labels} augmentation labels, not {LABELS}: "
+                "set augment: 0 under settings",
+                "augment-labels",
+            )
 
     @classmethod
     def check(cls, config: ScoreConfig, teacher: TeacherFacts) -> list[tuple[str, str, str]]:
@@ -72,14 +81,7 @@ class ScoreIdentityMethod(FakeScoreMethod):
     """
 
     def __init__(self, config: ScoreConfig, teacher: Denoiser, features: nn.Module | None = None):
-        super().__init__(config, teacher, features)
-        set_dropout(self.fake_score, config.dropout)
-        if config.augment and teacher.augment_labels != LABELS:
-            raise UserError(
-                f"this teacher takes {teacher.augment_labels} augmentation labels, not {LABELS}: "
-                "set augment: 0 under settings",
-                "augment-labels",
-            )
+        super().__init__(config, teacher, features, config.dropout, config.augment)
 
     def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
         """The generator's loss per sample, `(B,)`, differentiable in all arguments but `sigma`."""
@@ -121,27 +123,26 @@ def drop_condition(
 
 
 def denoising_loss(
-    context: Context,
-    network: str,
-    clean: Tensor,
-    condition: Condition,
-    sigma: Tensor,
-    weight: Tensor,
-    augment: float = 0.0,
-    dropout: float = 0.0,
+    denoiser: Denoiser, clean: Tensor, noised: Tensor, sigma: Tensor, condition, weight, **extras
 ) -> Tensor:
-    """EDM's loss λ mean_CHW (D(clean + σ n; σ, c) - clean)², averaged over samples: a scalar.
+    """EDM's loss λ mean_CHW (D(noised; σ, c) - clean)², averaged over samples: a scalar. `weight`:
+    λ(σ) `(B,)`."""
+    squared = (denoiser(noised, sigma, condition, **extras) - clean).square().mean(dim=(1, 2, 3))
+    return (weight * squared).mean()
 
-    `sigma`, `weight`: σ and λ(σ), `(B,)`. `augment`: probability of EDM's augmentations
-    (`harness.augment`). `dropout`: fraction of conditions to drop.
-    """
-    denoiser, extras = context.networks[network], {}
+
+def augmented_loss(
+    context: Context, denoiser: Denoiser, clean, condition, sigma, weight, augment, dropout
+) -> Tensor:
+    """`denoising_loss` of clean images with fresh noise and, with probability `augment`, EDM's
+    augmentations (`harness.augment`), with a fraction `dropout` of conditions dropped."""
+    extras = {}
     if dropout:
         condition = drop_condition(context, denoiser, condition, dropout)
     if augment:
         clean, extras["augment_labels"] = edm_augment(context, clean, augment)
-    denoised = denoiser(context.noised(clean, sigma), sigma, condition, **extras)
-    return (weight * (denoised - clean).square().mean(dim=(1, 2, 3))).mean()
+    noised = context.noised(clean, sigma)
+    return denoising_loss(denoiser, clean, noised, sigma, condition, weight, **extras)
 
 
 def denoising_phase(
@@ -154,7 +155,7 @@ def denoising_phase(
     dropout: float = 0.0,
 ) -> Phase:
     """Train network `fake_score` to denoise the student's current images, with the teacher's loss
-    weight; `sigma` draws noise levels `(B,)`. `augment`, `dropout`: of `denoising_loss`.
+    weight; `sigma` draws noise levels `(B,)`. `augment`, `dropout`: of `augmented_loss`.
 
     `summed`: sum the loss over pixels, as EDM and SiD do, instead of averaging; to Adam this is a
     change of eps alone.
@@ -163,7 +164,8 @@ def denoising_phase(
     def loss(context: Context) -> Tensor:
         images, levels = context.generated(), sigma(context)
         clean, c, weight = images.x.detach(), images.condition, teacher.loss_weight(levels)
-        loss = denoising_loss(context, "fake_score", clean, c, levels, weight, augment, dropout)
+        network = context.networks["fake_score"]
+        loss = augmented_loss(context, network, clean, c, levels, weight, augment, dropout)
         return loss * clean[0].numel() if summed else loss
 
     return Phase("fake_score", "fake_score", loss, optimizer, repeat=repeat)

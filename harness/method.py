@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,10 +90,9 @@ class Requirements:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What an experiment file tells about a teacher. unconditional: it also denoises without a
-    condition (its training dropped labels), as guidance requires."""
+    """What an experiment file tells about a teacher."""
 
-    unconditional: bool = True
+    unconditional: bool = True  # also denoises without a condition, as guidance requires
 
 
 @dataclass(frozen=True)
@@ -159,38 +157,29 @@ class Method:
 
 class MethodRegistry(Registry[type[Method]]):
     """Methods by name: the files in methods/ (imported when looked up) and those of plug-ins.
-
-    Files whose names begin with an underscore are not methods.
-    """
-
-    def __init__(self):
-        super().__init__("method")
+    Files whose names begin with an underscore are not methods."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*super().__iter__(), *_method_files()}))
 
     def __getitem__(self, name: str) -> type[Method]:
         if name in _method_files():
-            self.register(name)(_only_method(importlib.import_module(f"methods.{name}")))
+            module = importlib.import_module(f"methods.{name}")
+            types = [value for value in vars(module).values() if isinstance(value, type)]
+            own = [value for value in types if value.__module__ == module.__name__]
+            classes = [value for value in own if issubclass(value, Method)]
+            if len(classes) != 1:
+                message = f"must define exactly one Method class, not {len(classes)}"
+                raise UserError(f"{module.__file__} {message}", "method")
+            self.register(name)(classes[0])
         return super().__getitem__(name)
 
 
-METHODS = MethodRegistry()
+METHODS = MethodRegistry("method")
 
 
 def _method_files() -> set[str]:
     return {path.stem for path in FOLDER.glob("[!_]*.py")}
-
-
-def _only_method(module: ModuleType) -> type[Method]:
-    """The one `Method` class that a module defines."""
-    types = [value for value in vars(module).values() if isinstance(value, type)]
-    own = [value for value in types if value.__module__ == module.__name__]
-    classes = [value for value in own if issubclass(value, Method)]
-    if len(classes) != 1:
-        message = f"{module.__file__} must define exactly one Method class, not {len(classes)}"
-        raise UserError(message, "method")
-    return classes[0]
 
 
 def method_source(name: str) -> tuple[Path, ...]:

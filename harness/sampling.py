@@ -127,11 +127,9 @@ def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
 def check_finite(images: Tensor) -> None:
     """Raise a `UserError` if generated images or latents contain NaN or infinity."""
     if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
-        raise UserError(
-            f"{bad} of {len(images)} generated images or latents contain NaN or infinity; were the "
-            "weights saved after float16 had overflowed?",
-            "not-finite",
-        )
+        message = f"{bad} of {len(images)} generated images or latents contain NaN or infinity"
+        remedy = "were the weights saved after float16 had overflowed?"
+        raise UserError(f"{message}; {remedy}", "not-finite")
 
 
 def pixels_of(generate: Generator, codec: nn.Module) -> Generator:
@@ -150,8 +148,7 @@ def pixels_of(generate: Generator, codec: nn.Module) -> Generator:
             return to_pixels(images).cpu()
         parts = [decode(images[:1])]
         size = max(1, DECODED // parts[0][0, 0].numel())
-        parts += [decode(part) for part in images[1:].split(size)]
-        return torch.cat(parts).cpu()
+        return torch.cat(parts + [decode(part) for part in images[1:].split(size)]).cpu()
 
     return pixels
 

@@ -44,8 +44,7 @@ def level_weighted_gradient(
     """The gradient with a weight of the noise level only, the alternatives to eq. 8 (table 2,
     right): `(x0_fake - x0_teacher) / σ` for w = σ/α, `· σ` for w = σ³/α.
 
-    The power of σ is that of w α σ⁻² in eq. 7. α = 1, because noise is added as `x + σ n`
-    (algorithm 2).
+    The power of σ is that of w α σ⁻² in eq. 7; α = 1, as noise is added as `x + σ n` (alg. 2).
     """
     power = {"sigma/alpha": -1, "sigma^3/alpha": 1}[weighting]
     return (x0_fake - x0_teacher).detach() * sigma.view(-1, 1, 1, 1) ** power
@@ -89,10 +88,8 @@ class DMD(FakeScoreMethod):
 
     def __init__(self, config: Config, teacher: Denoiser, features: nn.Module | None = None):
         # Without distribution matching there is no fake score, which saves a second network.
-        if config.distribution_matching:
-            super().__init__(config, teacher)
-        else:
-            Method.__init__(self, config, teacher)
+        parent = FakeScoreMethod if config.distribution_matching else Method
+        parent.__init__(self, config, teacher)
         self.lpips = features
 
     def networks(self) -> dict[str, nn.Module]:
@@ -109,11 +106,10 @@ class DMD(FakeScoreMethod):
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
+        pairs, steps, lpips = config.pairs, config.pair_steps, config.regression == "lpips"
         if config.regression == "none":
             return Requirements()
-        return Requirements(
-            pairs=config.pairs, pair_steps=config.pair_steps, lpips=config.regression == "lpips"
-        )
+        return Requirements(pairs=pairs, pair_steps=steps, lpips=lpips)
 
     def _optimizer(self, lr: float) -> OptimizerConfig:
         shared = {"betas", "weight_decay", "warmup_steps", "clip"}
@@ -124,8 +120,8 @@ class DMD(FakeScoreMethod):
         generator = Phase("generator", "student", self.generator_loss, self._optimizer(c.lr))
         if not c.distribution_matching:
             return [generator]
-        optimizer = self._optimizer(c.fake_lr)
-        fake = denoising_phase(optimizer, self.teacher, self.fake_sigma, dropout=c.fake_dropout)
+        adam = self._optimizer(c.fake_lr)
+        fake = denoising_phase(adam, self.teacher, self.fake_sigma, dropout=c.fake_dropout)
         return [fake, generator]
 
     def _bin(self, u: Tensor, low: float, high: float) -> Tensor:
@@ -142,12 +138,10 @@ class DMD(FakeScoreMethod):
 
     def generator_loss(self, context: Context) -> Tensor:
         c = self.config
-        if not c.distribution_matching:
-            return c.regression_weight * self.regression(context)
-        loss = self.distribution_matching(context)
+        matching = self.distribution_matching(context) if c.distribution_matching else 0.0
         if c.regression == "none":
-            return loss
-        return loss + c.regression_weight * self.regression(context)
+            return matching
+        return matching + c.regression_weight * self.regression(context)
 
     def distribution_matching(self, context: Context) -> Tensor:
         """A surrogate loss with the gradient of eq. 7 over the elements of a batch."""
@@ -157,10 +151,10 @@ class DMD(FakeScoreMethod):
         with no_grad():
             teacher = context.networks["teacher"](noised, sigma, images.condition)
             fake = self.fake_x0(context, noised, sigma, images.condition)
-            if c.weighting == "eq8":
-                gradient = dmd_gradient(images.x, teacher, fake)
-            else:
-                gradient = level_weighted_gradient(teacher, fake, sigma, c.weighting)
+        if c.weighting == "eq8":
+            gradient = dmd_gradient(images.x, teacher, fake)
+        else:
+            gradient = level_weighted_gradient(teacher, fake, sigma, c.weighting)
         # Half the mean square of x - sg(x - gradient): its derivative is gradient / elements.
         loss = mse_loss(images.x, images.x.detach() - gradient) / 2
         context.log("distribution_matching", loss)
@@ -172,9 +166,9 @@ class DMD(FakeScoreMethod):
         z, target, condition = context.pairs()
         x = one_step(context.networks["student"], z, condition, c.sigma_init)
         if c.regression == "lpips":
-            pixels = map(self.teacher.codec, (x, target))
-            regression = context.networks["lpips"](*pixels).mean()
+            codec, lpips = self.teacher.codec, context.networks["lpips"]
+            distance = lpips(codec(x), codec(target)).mean()
         else:
-            regression = mse_loss(x, target)
-        context.log("regression", regression)
-        return regression
+            distance = mse_loss(x, target)
+        context.log("regression", distance)
+        return distance

@@ -22,11 +22,7 @@ from torch.nn.functional import leaky_relu, softplus
 
 from harness.context import Context
 from harness.denoiser import Condition, EDMDenoiser
-from harness.features.projected import (
-    ProjectedDiscriminator,
-    ProjectedFeatures,
-    condition_embedding,
-)
+from harness.features import projected
 from harness.method import Method, MethodConfig, OptimizerConfig, Phase, Requirements, code, ours
 
 
@@ -57,7 +53,7 @@ class FeatureDiscriminator(nn.Module):
         channels = features.map_channels
         self.hidden = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1) for c in channels)
         self.embed = nn.ModuleList(
-            condition_embedding(max(num_classes, 1), width, text_width) for _ in channels
+            projected.condition_embedding(max(num_classes, 1), width, text_width) for _ in channels
         )
         self.output = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in channels)
         for table in self.embed:
@@ -65,10 +61,8 @@ class FeatureDiscriminator(nn.Module):
 
     def forward(self, maps: list[Tensor], condition: Condition) -> list[Tensor]:
         """Logits `(B, H_i, W_i)` per head."""
-        logits = []
-        for x, hidden, embed, output in zip(
-            maps, self.hidden, self.embed, self.output, strict=True
-        ):
+        logits, heads = [], zip(maps, self.hidden, self.embed, self.output, strict=True)
+        for x, hidden, embed, output in heads:
             h = leaky_relu(hidden(x), 0.2)
             score = output(h).squeeze(1)
             if condition is not None:
@@ -115,8 +109,8 @@ class GDD(Method):
             self.features = features
             self.discriminator = FeatureDiscriminator(features, *sizes)
         else:
-            self.features = ProjectedFeatures(features, config.width, config.resolution)
-            self.discriminator = ProjectedDiscriminator(self.features, *sizes)
+            self.features = projected.ProjectedFeatures(features, config.width, config.resolution)
+            self.discriminator = projected.ProjectedDiscriminator(self.features, *sizes)
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
@@ -145,37 +139,30 @@ class GDD(Method):
         # Lazy regularisation (Karras et al. 2020, StyleGAN2): the authors make one more update per
         # `r1_every`; Adam's rate and betas are corrected by this ratio.
         ratio = c.r1_every / (c.r1_every + 1)
-        lazy = OptimizerConfig(
-            lr=c.discriminator_lr * ratio, betas=(c.betas[0] ** ratio, c.betas[1] ** ratio)
-        )
+        betas = tuple(beta**ratio for beta in c.betas)
+        lazy = OptimizerConfig(lr=c.discriminator_lr * ratio, betas=betas)
         adam = OptimizerConfig(lr=c.lr, betas=c.betas)
+        name, loss = "discriminator", self.discriminator_loss
         return [
             Phase("generator", "student", self.generator_loss, adam),
-            Phase(
-                "discriminator",
-                "discriminator",
-                self.discriminator_loss,
-                lazy,
-                variant=lambda step: "r1" if self._regularised(step) else "",
-            ),
+            Phase(name, name, loss, lazy, variant=self._variant),
         ]
 
-    def _regularised(self, step: int) -> bool:
-        return self.config.r1_gamma > 0 and step > 0 and step % self.config.r1_every == 0
+    def _variant(self, step: int) -> str:
+        lazy_step = step > 0 and step % self.config.r1_every == 0
+        return "r1" if lazy_step and self.config.r1_gamma > 0 else ""
 
     def _logits(self, context: Context, pixels: Tensor, condition: Condition) -> list[Tensor]:
         return context.networks["discriminator"](context.networks["features"](pixels), condition)
 
     def generator_loss(self, context: Context) -> Tensor:
         images = context.generated("generator")
-        pixels = self.teacher.codec(images.x)
-        return generator_loss(self._logits(context, pixels, images.condition))
+        return generator_loss(self._logits(context, self.teacher.codec(images.x), images.condition))
 
     def discriminator_loss(self, context: Context) -> Tensor:
-        c = self.config
-        fake = context.generated("discriminator")
+        c, fake = self.config, context.generated("discriminator")
         real, condition = context.real()
-        regularised = self._regularised(context.step)
+        regularised = bool(self._variant(context.step))
         if regularised:
             # A view: the operation counter cannot follow autograd.grad to a leaf.
             real = real.requires_grad_().view_as(real)

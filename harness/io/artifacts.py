@@ -52,13 +52,15 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; the file written there replaces `path` if the block succeeds."""
+    """Yield a temporary path; the file or link made there replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if not temporary.is_symlink():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -124,8 +126,5 @@ def load_tensors(
 
 def link(path: Path, target: Path) -> None:
     """Make `path` a relative symbolic link to `target`, replacing an existing one atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, path.parent))
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.symlink_to(os.path.relpath(target, path.parent))

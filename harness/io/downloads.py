@@ -27,19 +27,10 @@ def cache_dir() -> Path:
 
 
 def source_problems(
-    key: str,
-    source: str,
-    sha256: str | None,
-    *,
-    sha256_key: str | None = None,
-    required: bool = True,
-    folder: bool = False,
+    key: str, source: str, sha256: str | None, *, sha256_key="", required=True, folder=False
 ) -> list[Problem]:
-    """Errors in a file or URL of an experiment.
-
-    sha256_key: by default, `key` + "_sha256". required: a local file must exist. folder: it may be
-    a folder.
-    """
+    """Errors in a file or URL of an experiment. sha256_key: by default, `key` + "_sha256".
+    required: a local file must exist. folder: it may be a folder."""
     path = Path(source).expanduser()
     if is_address(source):
         if not sha256:
@@ -90,10 +81,8 @@ def _download(source: str, sha256: str, path: Path) -> None:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
             total = int(reply.headers.get("Content-Length") or 0)
             mode = "ab" if reply.status == 206 else "wb"  # 206: the server sends the rest only
-            with (
-                open(partial, mode) as file,
-                tqdm.wrapattr(reply, "read", total=total, disable=None) as stream,
-            ):
+            progress = tqdm.wrapattr(reply, "read", total=total, disable=None)
+            with open(partial, mode) as file, progress as stream:
                 shutil.copyfileobj(stream, file)
             if missing := getattr(reply, "length", 0):
                 raise ConnectionError(f"{missing} bytes are missing")
@@ -112,11 +101,8 @@ def _download(source: str, sha256: str, path: Path) -> None:
 
 
 def load_pickled(file):
-    """Tensors in plain containers from a file in torch's format (a path or a stream).
-
-    Anything else in the file raises an `UnpicklingError` of one line and is not executed; torch's
-    own message would explain how to execute it.
-    """
+    """Tensors in plain containers from a file in torch's format (a path or a stream). Other content
+    is not executed, but raises an `UnpicklingError` of one line; torch's would explain how to."""
     import torch
 
     try:

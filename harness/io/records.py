@@ -1,4 +1,4 @@
-"""Typed records: the JSON files that stages leave.
+"""Typed records: the JSON files that stages leave, such as `student.json`, a `StudentRecord`.
 
 A stage writes its record last, so its presence means that the stage is complete.
 """
@@ -29,8 +29,8 @@ class Record(_Part):
         if not isinstance(value, dict) or "format" not in value:
             raise damaged(path, "no format", owner=path)
         if (found := value.pop("format")) != cls.FORMAT:
-            message = f"this version reads format {cls.FORMAT}; run the workflow again"
-            raise UserError(f"{path} has format {found}; {message}", "format")
+            message = f"has format {found}; this version reads format {cls.FORMAT}"
+            raise UserError(f"{path} {message}; run the workflow again", "format")
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -47,8 +47,6 @@ class Record(_Part):
 
 
 class Cost(_Part):
-    """The cost of one update."""
-
     flops: int = 0
     passes: dict[str, list[int]] = {}  # network -> images [forward, backward]
 
@@ -98,8 +96,6 @@ class TrainingFacts(Record):
 
 
 class StudentRecord(TrainingFacts):
-    """`student.json`."""
-
     sha256: str
     fingerprint: str
     experiment: str
@@ -134,8 +130,6 @@ class File(_Part):
 
 
 class TeacherRecord(TrainingFacts):
-    """`teacher.json`."""
-
     teacher: str
     sha256: str
     fingerprint: str
@@ -148,8 +142,6 @@ class TeacherRecord(TrainingFacts):
 
 
 class PairRecord(Record):
-    """`pairs.json`."""
-
     name: str
     fingerprint: str
     run_id: str  # the folder with the shards
@@ -163,8 +155,6 @@ class PairRecord(Record):
 
 
 class FeatureRecord(TrainingFacts):
-    """`features.json`."""
-
     name: str
     settings: dict[str, Any]  # of the network's class, with its `type`
     file: str | None = None  # of a fetched network
@@ -176,15 +166,11 @@ class FeatureRecord(TrainingFacts):
 
 
 class PromptFile(_Part):
-    """A copy of a prompt file."""
-
     prompts: int  # number of lines
     sha256: str
 
 
 class DataRecord(Record):
-    """`data.json`."""
-
     name: str
     registered: bool  # `name` is a registered data set
     class_names: list[str]
@@ -198,8 +184,6 @@ class DataRecord(Record):
 
 
 class ScoreRow(_Part):
-    """One number."""
-
     sample_seed: int | None = None  # None for real images
     metric: str
     extractor: str
@@ -240,7 +224,6 @@ class ScoreRecord(Record):
     """The scores of a run (student, method, seed), or of a teacher and the floor."""
 
     FORMAT = SCORES_FORMAT
-
     student: str | None = None
     teacher: str | None = None
     method: str | None = None

@@ -7,6 +7,7 @@ an interrupted writer continues at the first incomplete one.
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ class TensorShards:
         self.folder, self.owner = folder, owner or folder
         self._verified: set[int] = set()
         self._mapped: dict[int, dict[str, Tensor]] = {}
-        self._index: dict[str, Any] | None = None
 
     def _path(self, number: int, suffix: str = ".safetensors") -> Path:
         return self.folder / f"shard-{number:05d}{suffix}"
@@ -46,7 +46,7 @@ class TensorShards:
         path, record_path = self._path(number), self._path(number, ".json")
         for stale in (self.folder / INDEX, record_path):
             stale.unlink(missing_ok=True)
-        self._index = None
+        vars(self).pop("index", None)
         self._mapped.pop(number, None)
         sha256 = save_tensors(path, tensors)
         rows = {name: len(tensor) for name, tensor in tensors.items()}
@@ -62,16 +62,14 @@ class TensorShards:
         """Write `index.json` and return it: `facts`, the `shards` and a `sha256` of them all."""
         shards = self.records
         sha256 = digest([shard["sha256"] for shard in shards])
-        self._index = facts | {"sha256": sha256, "shards": shards}
-        write_json(self.folder / INDEX, self._index)
-        return self._index
+        self.index = facts | {"sha256": sha256, "shards": shards}
+        write_json(self.folder / INDEX, self.index)
+        return self.index
 
-    @property
+    @cached_property
     def index(self) -> dict[str, Any]:
         """`index.json` of a finished store."""
-        if self._index is None:
-            self._index = read_json(self.folder / INDEX, self.owner)
-        return self._index
+        return read_json(self.folder / INDEX, self.owner)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -90,10 +88,8 @@ class TensorShards:
             yield load_tensors(self._path(number), owner=self.owner)
 
     def load(self) -> dict[str, Tensor]:
-        """All tensors, joined along the first dimension.
-
-        Shards are copied into place one by one: memory holds the result and one shard.
-        """
+        """All tensors, joined along the first dimension. Shards are copied into place one by one:
+        memory holds the result and one shard."""
         joined: dict[str, Tensor] = {}
         totals, filled = Counter(), Counter()
         for record in self.records:
@@ -107,10 +103,8 @@ class TensorShards:
         return joined
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """Rows `index` (int64 `(B,)`) of all tensors of a finished store, on the host.
-
-        All tensors of a shard must have the same number of rows. Files are mapped into memory.
-        """
+        """Rows `index` (int64 `(B,)`) of all tensors of a finished store, on the host. All tensors
+        of a shard must have the same number of rows. Files are mapped into memory."""
         counts = [next(iter(shard["rows"].values())) for shard in self.index["shards"]]
         ends, index = torch.tensor(counts).cumsum(0), index.cpu()
         if len(index) and not 0 <= index.min() <= index.max() < ends[-1]:

@@ -6,8 +6,9 @@ float32, because its phases reach hundreds of radians.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -42,29 +43,21 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Conv2d(nn.Module):
-    """A convolution of odd size `kernel` (0: none), after an optional up- or downsampling by 2.
+    """A convolution of odd size `kernel` (0: none), after an optional change of the size by 2.
 
-    fused_down: convolve, then downsample, as in NCSN++'s residual path; differs at the border.
+    resample: "up", "down", or "fused_down", which convolves and then downsamples, as in NCSN++'s
+    residual path; it differs at the border. taps: of the resampling filter.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        up: bool = False,
-        down: bool = False,
-        taps: Sequence[int] = (1, 1),
-        fused_down: bool = False,
-    ):
+    def __init__(self, inputs: int, outputs: int, kernel: int, resample: str = "", taps=(1, 1)):
         super().__init__()
-        self.up, self.down, self.fused_down = up, down, fused_down
-        self.box = tuple(taps) == (1, 1)  # equals average pooling and nearest neighbour
+        box = tuple(taps) == (1, 1)  # equals average pooling and nearest neighbour
+        self.resample = f"box_{resample}" if box and resample in ("up", "down") else resample
         self.kernel, self.filter_padding = kernel, (len(taps) - 1) // 2
         if kernel:
-            self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
-            self.bias = nn.Parameter(torch.empty(out_channels))
-        if up or down:
+            self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
+            self.bias = nn.Parameter(torch.empty(outputs))
+        if resample:
             f = torch.tensor(taps, dtype=torch.float32)
             self.register_buffer("resample_filter", (torch.outer(f, f) / f.sum() ** 2)[None, None])
 
@@ -73,107 +66,98 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding = self.kernel // 2
-        if self.fused_down:
+        if self.resample == "fused_down":
             x = F.conv2d(x, self.weight.to(x.dtype), padding=padding + self.filter_padding)
             x = F.conv2d(x, self._depthwise(x), stride=2, groups=x.shape[1])
             return x + self.bias.to(x.dtype).view(1, -1, 1, 1)
         depthwise = {"stride": 2, "padding": self.filter_padding, "groups": x.shape[1]}
-        if self.down and self.box:
+        if self.resample == "box_down":
             x = F.avg_pool2d(x, 2)
-        elif self.down:
+        elif self.resample == "down":
             x = F.conv2d(x, self._depthwise(x), **depthwise)
-        elif self.up and self.box:
+        elif self.resample == "box_up":
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        elif self.up:
+        elif self.resample == "up":
             x = F.conv_transpose2d(x, self._depthwise(x, gain=4.0), **depthwise)
         if self.kernel:
             x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
         return x
 
 
-class PositionalEmbedding(nn.Module):
-    """Cosines, then sines, of `x` `(B,)` at `size / 2` frequencies from 1 to 1/10000 (`endpoint`:
-    inclusive)."""
+class NoiseEmbedding(nn.Module):
+    """Cosines, then sines, of `x` `(B,)` at `size / 2` frequencies: from 1 to 1/10000 (`endpoint`:
+    inclusive) if `kind` is "positional", random ones if it is "fourier"."""
 
-    def __init__(self, size: int, endpoint: bool):
+    def __init__(self, size: int, kind: str, endpoint: bool = False):
         super().__init__()
-        self.half, self.endpoint = size // 2, endpoint
+        self.half, self.kind, self.endpoint = size // 2, kind, endpoint
+        if kind == "fourier":
+            self.register_buffer("freqs", torch.randn(self.half) * 16.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        exponent = torch.arange(self.half, dtype=torch.float32, device=x.device)
-        exponent = exponent / (self.half - int(self.endpoint))
-        phase = torch.outer(x.float(), (1 / 10000) ** exponent)
-        return torch.cat([phase.cos(), phase.sin()], dim=1)
-
-
-class FourierEmbedding(nn.Module):
-    """Cosines, then sines, of `x` `(B,)` at fixed random frequencies."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.register_buffer("freqs", torch.randn(size // 2) * 16.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Multiply 2π·freqs first: at hundreds of radians the order of the products is visible.
-        phase = torch.outer(x.float(), 2 * math.pi * self.freqs)
+        if self.kind == "fourier":
+            # Multiply 2π·freqs first: at hundreds of radians the order of the products is visible.
+            frequencies = 2 * math.pi * self.freqs
+        else:
+            exponent = torch.arange(self.half, dtype=torch.float32, device=x.device)
+            frequencies = (1 / 10000) ** (exponent / (self.half - int(self.endpoint)))
+        phase = torch.outer(x.float(), frequencies)
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 class UNetBlock(nn.Module):
-    """A residual block modulated by the embedding, with self-attention if `heads` > 0.
+    """A residual block modulated by the embedding, with optional self-attention. config: of the
+    network.
 
-    adm: ADM's block, with a scale and shift after the second norm. Otherwise SongUNet's, with a
-    shift before it, sums scaled by sqrt(1/2), and a convolution in every resampling skip.
+    adm: ADM's block, with a scale and shift after the second norm and 64 channels per attention
+    head. Otherwise SongUNet's, with a shift before the norm, sums scaled by sqrt(1/2), a
+    convolution in every resampling skip, and one head.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        *,
-        adm: bool,
-        heads: int = 0,
-        up: bool = False,
-        down: bool = False,
-        taps: Sequence[int] = (1, 1),
-        dropout: float = 0.0,
+        self, inputs: int, outputs: int, config, adm: bool, attention=False, resample: str = ""
     ):
         super().__init__()
-        self.heads, self.adm, self.dropout = heads, adm, dropout
-        self.skip_scale = 1.0 if adm else math.sqrt(0.5)
-        eps, resampling = 1e-5 if adm else 1e-6, {"up": up, "down": down, "taps": taps}
-        self.norm0 = GroupNorm(in_channels, eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
-        self.affine = EmbeddingLinear(emb_channels, out_channels * (2 if adm else 1))
-        self.norm1 = GroupNorm(out_channels, eps)
-        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.adm, self.dropout, self.skip_scale = (
+            adm,
+            config.dropout,
+            1.0 if adm else math.sqrt(0.5),
+        )
+        self.heads = (outputs // 64 if adm else 1) if attention else 0
+        emb_channels = config.model_channels * config.channel_mult_emb
+        resampling = (resample, config.get("resample_filter", (1, 1)))
+        norm = partial(GroupNorm, eps=1e-5 if adm else 1e-6)
+        self.norm0 = norm(inputs)
+        self.conv0 = Conv2d(inputs, outputs, 3, *resampling)
+        self.affine = EmbeddingLinear(emb_channels, outputs * (2 if adm else 1))
+        self.norm1 = norm(outputs)
+        self.conv1 = Conv2d(outputs, outputs, 3)
         self.skip = None
-        if in_channels != out_channels or up or down:
-            kernel = 1 if in_channels != out_channels or not adm else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel, **resampling)
-        if heads:
-            self.norm2 = GroupNorm(out_channels, eps)
-            self.qkv = Conv2d(out_channels, out_channels * 3, 1)
-            self.proj = Conv2d(out_channels, out_channels, 1)
+        if inputs != outputs or resample:
+            kernel = 1 if inputs != outputs or not adm else 0
+            self.skip = Conv2d(inputs, outputs, kernel, *resampling)
+        if self.heads:
+            self.norm2 = norm(outputs)
+            self.qkv = Conv2d(outputs, outputs * 3, 1)
+            self.proj = Conv2d(outputs, outputs, 1)
 
     def _attention(self, x: Tensor) -> Tensor:
         """Self-attention over pixels, as tokens `(B, H·W, C)` (no copy if x is channels-last)."""
-        batch, channels, height, width = x.shape
+
+        def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.linear(tokens, weight.to(tokens.dtype), bias.to(tokens.dtype))
+
         # Reorder the weight, not the activations, from the checkpoint's (head, channel, q/k/v) to
         # (q/k/v, head, channel), so that q, k and v are contiguous.
-        order = (3, self.heads, channels // self.heads)
-        weight = self.qkv.weight.view(order[1], order[2], 3, channels).permute(2, 0, 1, 3)
-        bias = self.qkv.bias.view(order[1], order[2], 3).permute(2, 0, 1)
-        tokens = self.norm2(x).flatten(2).transpose(1, 2)
-        weight, bias = weight.reshape(-1, channels), bias.reshape(-1)
-        qkv = F.linear(tokens, weight.to(tokens.dtype), bias.to(tokens.dtype))
-        q, k, v = qkv.view(batch, height * width, *order).unbind(2)
-        result = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
-        tokens = result.transpose(1, 2).reshape(batch, height * width, channels)
-        weight, bias = self.proj.weight.flatten(1), self.proj.bias
-        tokens = F.linear(tokens, weight.to(tokens.dtype), bias.to(tokens.dtype))
-        return tokens.transpose(1, 2).reshape(batch, channels, height, width)
+        stored = (self.qkv.weight.flatten(1), self.qkv.bias)
+        weight, bias = (
+            part.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for part in stored
+        )
+        qkv = linear(self.norm2(x).flatten(2).transpose(1, 2), weight, bias)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        tokens = linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
@@ -185,27 +169,7 @@ class UNetBlock(nn.Module):
             h = F.silu(self.norm1(h + modulation))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         h = self.skip_scale * (h + (x if self.skip is None else self.skip(x)))
-        if self.heads:
-            h = self.skip_scale * (h + self._attention(h))
-        return h
-
-
-@torch.no_grad()
-def _initialise(network: nn.Module, xavier: bool, gain: Callable[[str], float]) -> None:
-    """Draw all parameters except norms: Xavier-uniform with zero biases, or Kaiming-uniform.
-
-    gain: the factor of a layer by the last part of its name.
-    """
-    for name, module in network.named_modules():
-        if not hasattr(module, "weight") or isinstance(module, nn.GroupNorm):
-            continue
-        fan_in = module.weight[0].numel()
-        fan_out = module.weight.numel() // module.weight.shape[1]
-        bound = math.sqrt(6 / (fan_in + fan_out) if xavier else 3 / fan_in)
-        factor = gain(name.rpartition(".")[-1])
-        module.weight.uniform_(-bound, bound).mul_(factor)
-        if module.bias is not None:
-            module.bias.uniform_(-bound, bound).mul_(0.0 if xavier else factor)
+        return self.skip_scale * (h + self._attention(h)) if self.heads else h
 
 
 class EDMUNet(ModelMixin, ConfigMixin):
@@ -215,72 +179,88 @@ class EDMUNet(ModelMixin, ConfigMixin):
     "no label"), `augment_labels` `(B, augment_dim)`.
     """
 
-    def _build(self, channels: int, adm: bool, taps: Sequence[int] = (1, 1)) -> int:
-        """Build encoder and decoder; returns the channels of the decoder's output.
+    adm: ClassVar[bool]
 
-        channels: output of the first convolution. adm: ADM's blocks, with 64 channels per attention
-        head. Otherwise there is one head, and in the decoder only in the last block of a level.
-        """
+    def _build(self, channels: int) -> int:
+        """Build encoder and decoder. channels: output of the first convolution; returns those of
+        the decoder's output."""
         config = self.config
-        options = {"adm": adm, "taps": taps, "dropout": config.dropout}
-        options["emb_channels"] = config.model_channels * config.channel_mult_emb
-        block = partial(UNetBlock, **options)
-        levels = []  # name, channels, attention heads
-        for level, mult in enumerate(config.channel_mult):
-            size, width = config.img_resolution >> level, config.model_channels * mult
-            heads = width // 64 if adm else 1
-            levels.append((f"{size}x{size}", width, heads * (size in config.attn_resolutions)))
-
-        self.enc, skips, aux_channels = nn.ModuleDict(), [], config.in_channels
-        for level, (name, width, heads) in enumerate(levels):
-            if level == 0:
+        block = partial(UNetBlock, config=config, adm=self.adm)
+        levels = [  # name, channels, whether blocks have attention
+            (f"{size}x{size}", config.model_channels * mult, size in config.attn_resolutions)
+            for level, mult in enumerate(config.channel_mult)
+            for size in [config.img_resolution >> level]
+        ]
+        self.enc, skips, aux_channels = nn.ModuleDict(), [channels], config.in_channels
+        for name, width, attention in levels:
+            if not self.enc:
                 self.enc[f"{name}_conv"] = Conv2d(config.in_channels, channels, 3)
             else:
-                self.enc[f"{name}_down"] = block(channels, channels, down=True)
+                self.enc[f"{name}_down"] = block(channels, channels, resample="down")
+                skips.append(channels)
                 if config.get("encoder_type") == "residual":
-                    self.enc[f"{name}_aux_residual"] = Conv2d(
-                        aux_channels, channels, 3, down=True, taps=taps, fused_down=True
-                    )
-                    aux_channels = channels
-            skips.append(channels)
+                    aux = Conv2d(aux_channels, channels, 3, "fused_down", config.resample_filter)
+                    self.enc[f"{name}_aux_residual"], aux_channels = aux, channels
             for i in range(config.num_blocks):
-                self.enc[f"{name}_block{i}"] = block(channels, width, heads=heads)
+                self.enc[f"{name}_block{i}"] = block(channels, width, attention=attention)
                 channels = width
                 skips.append(channels)
 
         self.dec = nn.ModuleDict()
-        for level, (name, width, heads) in reversed(list(enumerate(levels))):
-            if level == len(levels) - 1:
-                middle_heads = channels // 64 if adm else 1
-                self.dec[f"{name}_in0"] = block(channels, channels, heads=middle_heads)
+        for name, width, attention in reversed(levels):
+            if not self.dec:
+                self.dec[f"{name}_in0"] = block(channels, channels, attention=True)
                 self.dec[f"{name}_in1"] = block(channels, channels)
             else:
-                self.dec[f"{name}_up"] = block(channels, channels, up=True)
+                self.dec[f"{name}_up"] = block(channels, channels, resample="up")
             for i in range(config.num_blocks + 1):
-                attention = heads if adm or i == config.num_blocks else 0
-                self.dec[f"{name}_block{i}"] = block(channels + skips.pop(), width, heads=attention)
+                # SongUNet's decoder has attention only in the last block of a level.
+                attends = attention and (self.adm or i == config.num_blocks)
+                self.dec[f"{name}_block{i}"] = block(
+                    channels + skips.pop(), width, attention=attends
+                )
                 channels = width
         return channels
 
-    def _drop(self, labels: Tensor) -> Tensor:
-        if not (self.training and self.config.label_dropout):
-            return labels
-        keep = torch.rand(len(labels), 1, device=labels.device) >= self.config.label_dropout
-        return labels * keep
+    @torch.no_grad()
+    def _initialise(self, gains: dict[str, float]) -> None:
+        """Draw all parameters except norms: Kaiming-uniform for ADM, or Xavier-uniform with zero
+        biases. gains: factors of layers by the last part of their names."""
+        for name, module in self.named_modules():
+            if not hasattr(module, "weight") or isinstance(module, nn.GroupNorm):
+                continue
+            fan_in = module.weight[0].numel()
+            fan_out = module.weight.numel() // module.weight.shape[1]
+            bound = math.sqrt(3 / fan_in if self.adm else 6 / (fan_in + fan_out))
+            gain = gains.get(name.rpartition(".")[-1], math.sqrt(1 / 3) if self.adm else 1.0)
+            module.weight.uniform_(-bound, bound).mul_(gain)
+            if module.bias is not None:
+                module.bias.uniform_(-bound, bound).mul_(gain if self.adm else 0.0)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        emb = self.embedding(c_noise, labels, augment_labels)
+    def _add_label(self, emb: Tensor, labels: Tensor | None) -> Tensor:
+        if self.map_label is None:
+            return emb
+        if self.training and self.config.label_dropout:
+            keep = torch.rand(len(labels), 1, device=labels.device) >= self.config.label_dropout
+            labels = labels * keep
+        scale = 1.0 if self.adm else math.sqrt(labels.shape[1])
+        return emb + self.map_label(scale * labels)
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels=None, augment_labels=None) -> Tensor:
+        emb = self.map_noise(c_noise)
+        if not self.adm:
+            cos, sin = emb.chunk(2, dim=1)
+            emb = self._add_label(torch.cat([sin, cos], dim=1), labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        emb = F.silu(self._add_label(emb, labels) if self.adm else emb)
+
         skips, aux = [], x
         for module in self.enc.values():
             if isinstance(module, UNetBlock):
                 x = module(x, emb)
-            elif module.fused_down:  # the residual path of NCSN++
+            elif module.resample == "fused_down":  # the residual path of NCSN++
                 x = aux = skips[-1] = (x + module(aux)) * math.sqrt(0.5)
                 continue
             else:
@@ -291,7 +271,8 @@ class EDMUNet(ModelMixin, ConfigMixin):
                 if "_block" in name:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = module(x, emb)
-        return self.output(x)
+        norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
+        return conv(F.silu(norm(x)))
 
 
 class SongUNet(EDMUNet):
@@ -300,6 +281,8 @@ class SongUNet(EDMUNet):
     DDPM++ ("VP"): `embedding_type` positional, `encoder_type` standard, `channel_mult_noise` 1,
     `resample_filter` [1, 1]. NCSN++ ("VE"): fourier, residual, 2, [1, 3, 3, 1].
     """
+
+    adm = False
 
     @register_to_config
     def __init__(
@@ -331,39 +314,24 @@ class SongUNet(EDMUNet):
             if self.config[name] not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}")
         width, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
-        if embedding_type == "fourier":
-            self.map_noise = FourierEmbedding(width)
-        else:
-            self.map_noise = PositionalEmbedding(width, endpoint=True)
+        self.map_noise = NoiseEmbedding(width, embedding_type, endpoint=True)
         self.map_label = EmbeddingLinear(label_dim, width) if label_dim else None
         self.map_augment = EmbeddingLinear(augment_dim, width, bias=False) if augment_dim else None
         self.map_layer0 = EmbeddingLinear(width, emb_channels)
         self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
-        channels = self._build(model_channels, adm=False, taps=tuple(resample_filter))
+        channels = self._build(model_channels)
         size = f"{img_resolution}x{img_resolution}"
         self.dec[f"{size}_aux_norm"] = GroupNorm(channels, eps=1e-6)
         self.dec[f"{size}_aux_conv"] = Conv2d(channels, out_channels, 3)
 
-        gains = {"conv1": 1e-5, "proj": 1e-5, "qkv": math.sqrt(0.2)}
-        _initialise(self, True, lambda name: 1e-5 if "aux_conv" in name else gains.get(name, 1.0))
-
-    def embedding(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
-        emb = torch.cat([sin, cos], dim=1)
-        if self.map_label is not None:
-            labels = self._drop(labels)
-            emb = emb + self.map_label(math.sqrt(labels.shape[1]) * labels)
-        if self.map_augment is not None and augment is not None:
-            emb = emb + self.map_augment(augment)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-    def output(self, x: Tensor) -> Tensor:
-        *_, norm, conv = self.dec.values()
-        return conv(F.silu(norm(x)))
+        last = dict.fromkeys((f"{size}_aux_conv", "conv1", "proj"), 1e-5)
+        self._initialise({**last, "qkv": math.sqrt(0.2)})
 
 
 class DhariwalUNet(EDMUNet):
-    """ADM (Dhariwal and Nichol 2021) in EDM's version, with 64 channels per attention head."""
+    """ADM (Dhariwal and Nichol 2021) in EDM's version."""
+
+    adm = True
 
     @register_to_config
     def __init__(
@@ -383,28 +351,15 @@ class DhariwalUNet(EDMUNet):
     ):
         super().__init__()
         width, emb_channels = model_channels, model_channels * channel_mult_emb
-        self.map_noise = PositionalEmbedding(width, endpoint=False)
+        self.map_noise = NoiseEmbedding(width, "positional")
         self.map_augment = EmbeddingLinear(augment_dim, width, bias=False) if augment_dim else None
         self.map_layer0 = EmbeddingLinear(width, emb_channels)
         self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
         self.map_label = EmbeddingLinear(label_dim, emb_channels, bias=False) if label_dim else None
-        channels = self._build(width * channel_mult[0], adm=True)
+        channels = self._build(width * channel_mult[0])
         self.out_norm = GroupNorm(channels, eps=1e-5)
         self.out_conv = Conv2d(channels, out_channels, 3)
 
-        zero = ("conv1", "proj", "out_conv", "map_augment")
-        _initialise(self, False, lambda name: 0.0 if name in zero else math.sqrt(1 / 3))
+        self._initialise(dict.fromkeys(("conv1", "proj", "out_conv", "map_augment"), 0.0))
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
-
-    def embedding(self, c_noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        emb = self.map_noise(c_noise)
-        if self.map_augment is not None and augment is not None:
-            emb = emb + self.map_augment(augment)
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_label is not None:
-            emb = emb + self.map_label(self._drop(labels))
-        return F.silu(emb)
-
-    def output(self, x: Tensor) -> Tensor:
-        return self.out_conv(F.silu(self.out_norm(x)))

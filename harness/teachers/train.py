@@ -9,7 +9,7 @@ from harness.context import Context, TrainingData
 from harness.data import datasets
 from harness.data.datasets import Dataset, placed
 from harness.errors import UserError
-from harness.fake_score import denoising_loss
+from harness.fake_score import augmented_loss
 from harness.io.artifacts import digest, link
 from harness.io.locks import run_lock
 from harness.io.records import TeacherRecord
@@ -34,8 +34,8 @@ def teacher_phase(section: TrainedTeacher) -> Phase:
         clean, condition = context.real()
         sigma = lognormal_sigma(context.normal("sigma"), section.p_mean, section.p_std)
         weight = edm_weight(sigma, section.sigma_data)
-        augment, dropout = section.augment, section.label_dropout
-        return denoising_loss(context, "teacher", clean, condition, sigma, weight, augment, dropout)
+        network, rates = context.networks["teacher"], (section.augment, section.label_dropout)
+        return augmented_loss(context, network, clean, condition, sigma, weight, *rates)
 
     optimizer = OptimizerConfig(
         lr=section.lr,
