@@ -1,8 +1,7 @@
 """EDM's augmentation of training images (Karras et al. 2022, appendix F.2).
 
 The network receives nine numbers per image that describe the transformations (zeros: none), so
-that they do not leak into samples. Written from the paper; images are resampled bicubically with
-reflected borders, while the paper's pipeline uses wavelet filters.
+that they do not leak into samples. Resampling is bicubic (paper: wavelet filters), with reflection.
 """
 
 import math

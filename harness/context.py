@@ -12,11 +12,11 @@ from harness.streams import PAIR_NOISE, Stream
 
 @dataclass
 class TrainingData:
-    """Real images, teacher pairs and conditions that a run draws from.
+    """Real images, teacher pairs and conditions that a run draws from. A condition is stored as a
+    class label, or as the number of a prompt, which `embeddings` maps to the condition on the host.
 
-    A condition is stored as a number: a class label, or the number of a prompt, which `embeddings`
-    maps to the condition on the host. Tensors lie on the run's device, or on the host if they are
-    large or there are embeddings; only the drawn rows move to the device, images as uint8.
+    Tensors lie on the run's device, or on the host if they are large or there are embeddings; only
+    the drawn rows move to the device, images as uint8.
     """
 
     shape: tuple[int, int, int]  # (C, H, W) in the model's space
@@ -41,8 +41,7 @@ class Context:
     """Networks, random numbers, data and generated images of one micro-batch in one iteration.
 
     Random draws are named: within one phase and iteration, the same name gives the same numbers.
-    `index` numbers the samples through the whole run. The numbers of a sample depend on its index,
-    not on how the batch is split into micro-batches and processes.
+    They depend on a sample's `index` in the run, not on the split into micro-batches and processes.
     """
 
     def __init__(
@@ -66,8 +65,7 @@ class Context:
         return len(self.index)
 
     def enter(self, phase: str, repeat: int, with_graph: bool) -> None:
-        """Begin a phase (called by the trainer). `with_graph`: keep the graph of generated images,
-        because the student's update in this iteration can use it."""
+        """Begin a phase (called by the trainer). `with_graph`: keep generated images' graph."""
         self._phase, self._with_graph = (phase, repeat), with_graph
 
     def forget_generated(self) -> None:
@@ -90,11 +88,8 @@ class Context:
         return x + sigma.view(-1, *[1] * (x.dim() - 1)) * self.normal(name, tuple(x.shape[1:]))
 
     def generated(self, stream: str = "shared") -> GeneratedBatch:
-        """Generate images from fresh noise and conditions.
-
-        Phases that name the same stream share one batch until the student is updated. The graph to
-        the student remains if the student's update can use it.
-        """
+        """Generate images from fresh noise and conditions. Phases that name the same stream share
+        one batch until the student is updated, with a graph if the student's update can use it."""
         key = stream, self._phase[1]
         if key not in self._generated:
             noise, data = Stream(self._seed, "generated", *key), self._data

@@ -25,9 +25,8 @@ class Denoiser(nn.Module):
 
     x: float `(B, C, H, W)`, clean data in the model's space (pixels scaled to [-1, 1], or latents)
     plus sigma times standard normal noise. sigma: float `(B,)`. condition: None means "no label" or
-    "empty prompt". Returns float32 of the shape of `x`.
-
-    `codec` maps the model's space to pixels in [-1, 1], differentiably.
+    "empty prompt". Returns float32 of the shape of `x`. `codec` maps the model's space to pixels in
+    [-1, 1], differentiably.
     """
 
     preconditioning: ClassVar[str]  # its name in denoiser.json
@@ -102,11 +101,10 @@ def guided(denoiser: Denoiser, scale: float) -> Denoiser:
 
 
 class EDMDenoiser(Denoiser):
-    """EDM's preconditioning (Karras et al. 2022, table 1) around a backbone.
+    """EDM's preconditioning (Karras et al. 2022, table 1) around a backbone, in float32.
 
-    The preconditioning runs in float32. The label `num_classes` means "no label". epsilon: 0 for
-    EDM. Consistency models (Song et al. 2023) and GDD's students replace σ by σ - epsilon in c_skip
-    and in the numerator of c_out.
+    The label `num_classes` means "no label". epsilon: 0 for EDM. Consistency models (Song et al.
+    2023) and GDD's students replace σ by σ - epsilon in c_skip and in the numerator of c_out.
 
     A subclass defines `run_backbone(x, c_noise, condition, **extras)` for scaled input and
     `c_noise = ln(σ)/4` `(B,)`, and the static method `backbone_arguments(image_shape, num_classes,
@@ -133,8 +131,7 @@ class EDMDenoiser(Denoiser):
         x, sigma = x.float(), sigma.float().view(-1, 1, 1, 1)
         variance, excess = sigma**2 + self.sigma_data**2, sigma - self.epsilon
         c_skip = self.sigma_data**2 / (excess**2 + self.sigma_data**2)
-        c_out = excess * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
+        c_out, c_in = excess * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
         c_noise = sigma.flatten().log() / 4
         if condition is None:
             condition = self.null_condition(len(x))
@@ -145,15 +142,13 @@ class EDMDenoiser(Denoiser):
 def one_step(student: Denoiser, z: Tensor, condition: Condition, sigma_init: float) -> Tensor:
     """The student's image G(z, c) = D(σ_init z; σ_init, c) for standard normal `z` `(B, C, H, W)`.
     For a variance-preserving student, σ_init is rounded to a level of its scheduler."""
-    sigma_init = student.level(sigma_init)
-    sigma = torch.full((len(z),), sigma_init, device=z.device)
-    return student(sigma_init * z, sigma, condition)
+    level = student.level(sigma_init)
+    return student(level * z, torch.full((len(z),), level, device=z.device), condition)
 
 
 def clone_denoiser(denoiser: Denoiser) -> Denoiser:
     """A trainable copy without the codec, to start a student or fake score from its teacher."""
-    clone = copy.deepcopy(denoiser, {id(denoiser.codec): nn.Identity()})
-    return clone.requires_grad_(True)
+    return copy.deepcopy(denoiser, {id(denoiser.codec): nn.Identity()}).requires_grad_(True)
 
 
 def set_dropout(denoiser: Denoiser, probability: float) -> None:
@@ -167,8 +162,7 @@ def set_dropout(denoiser: Denoiser, probability: float) -> None:
 
 def to_model_space(pixels: Tensor) -> Tensor:
     """uint8 pixels -> float32 in [-1, 1], with the same bits on every device."""
-    # Divide by a tensor: for a Python number CUDA multiplies by its reciprocal, which rounds
-    # differently.
+    # Divide by a tensor: for a Python number CUDA multiplies by its (rounded) reciprocal.
     return pixels.float() / pixels.new_full((), 127.5, dtype=torch.float32) - 1
 
 

@@ -1,6 +1,5 @@
 """The denoising loss, and methods that train a fake score with it (DMD, SiD, SIM)."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -49,11 +48,9 @@ class FakeScoreMethod(Method):
         self.fake_score = clone_denoiser(teacher)
         set_dropout(self.fake_score, dropout)
         if augment and teacher.augment_labels != LABELS:
-            raise UserError(
-                f"this teacher takes {teacher.augment_labels} augmentation labels, not {LABELS}: "
-                "set augment: 0 under settings",
-                "augment-labels",
-            )
+            message = f"takes {teacher.augment_labels} augmentation labels, not {LABELS}"
+            remedy = "set augment: 0 under settings"
+            raise UserError(f"this teacher {message}: {remedy}", "augment-labels")
 
     @classmethod
     def check(cls, config: ScoreConfig, teacher: TeacherFacts) -> list[tuple[str, str, str]]:
@@ -92,10 +89,8 @@ class ScoreIdentityMethod(FakeScoreMethod):
         fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas, eps=c.eps)
         generator = OptimizerConfig(lr=c.lr, betas=c.generator_betas or c.betas, eps=c.eps)
         options = {"augment": c.augment, "summed": True, "dropout": c.fake_dropout}
-        return [
-            denoising_phase(fake, self.teacher, self.fake_sigma, **options),
-            Phase("generator", "student", self.generator_loss, generator),
-        ]
+        denoise = denoising_phase(fake, self.teacher, self.fake_sigma, **options)
+        return [denoise, Phase("generator", "student", self.generator_loss, generator)]
 
     def fake_sigma(self, context: Context) -> Tensor:
         sigma = lognormal_sigma(context.normal("sigma"), self.config.p_mean, self.config.p_std)
@@ -110,9 +105,7 @@ class ScoreIdentityMethod(FakeScoreMethod):
         return self.sample_loss(images.x, x0_teacher, x0_fake, sigma).mean()
 
 
-def drop_condition(
-    context: Context, denoiser: Denoiser, condition: Condition, probability: float
-) -> Condition:
+def drop_condition(context: Context, denoiser: Denoiser, condition, probability) -> Condition:
     """Replace each sample's condition by the null condition with a probability."""
     drop = context.uniform("label_dropout") < probability
 
@@ -146,16 +139,10 @@ def augmented_loss(
 
 
 def denoising_phase(
-    optimizer: OptimizerConfig,
-    teacher: Denoiser,
-    sigma: Callable[[Context], Tensor],
-    repeat: int = 1,
-    augment: float = 0.0,
-    summed: bool = False,
-    dropout: float = 0.0,
+    optimizer: OptimizerConfig, teacher, sigma, repeat=1, augment=0.0, summed=False, dropout=0.0
 ) -> Phase:
     """Train network `fake_score` to denoise the student's current images, with the teacher's loss
-    weight; `sigma` draws noise levels `(B,)`. `augment`, `dropout`: of `augmented_loss`.
+    weight. `sigma`: context -> noise levels `(B,)`. `augment`, `dropout`: of `augmented_loss`.
 
     `summed`: sum the loss over pixels, as EDM and SiD do, instead of averaging; to Adam this is a
     change of eps alone.

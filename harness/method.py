@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,19 +27,13 @@ from harness.registry import Registry
 FOLDER = Path(methods.__file__).parent
 
 
-def paper(default, source: str, **limits) -> Any:
-    """A setting whose default is in the paper; `source` says where."""
-    return Field(default, description=source, json_schema_extra={"origin": "paper"}, **limits)
+def _setting(origin: str, default, source: str, **limits) -> Any:
+    """A setting. `source` says where its default was published, or explains it."""
+    return Field(default, description=source, json_schema_extra={"origin": origin}, **limits)
 
 
-def code(default, source: str, **limits) -> Any:
-    """A setting whose default is in the authors' code; `source` says where."""
-    return Field(default, description=source, json_schema_extra={"origin": "code"}, **limits)
-
-
-def ours(default, reason: str, **limits) -> Any:
-    """A setting without a published default; `reason` explains this one."""
-    return Field(default, description=reason, json_schema_extra={"origin": "ours"}, **limits)
+# Settings with defaults from the paper, from the authors' code, and without published defaults.
+paper, code, ours = (partial(_setting, origin) for origin in ("paper", "code", "ours"))
 
 
 class OptimizerConfig(BaseModel):
@@ -84,7 +79,7 @@ class Requirements:
 
     @property
     def pixels(self) -> bool:
-        """Whether a loss works on pixels, so that the student's images must be decoded."""
+        """Whether a loss needs the student's images decoded."""
         return self.lpips or self.real_images
 
 
@@ -97,11 +92,8 @@ class TeacherFacts:
 
 @dataclass(frozen=True)
 class Phase:
-    """The update of one network.
-
-    network: the network that it updates. loss: context -> scalar. It runs `repeat` times in every
-    `every`-th iteration. variant: step -> a name for updates of different cost ("r1").
-    """
+    """The update of one network, `repeat` times in every `every`-th iteration. loss: context ->
+    scalar. variant: step -> a name for updates of different cost ("r1")."""
 
     name: str
     network: str
@@ -121,8 +113,7 @@ class Method:
     deviations: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: MethodConfig, teacher: Denoiser, features: nn.Module | None = None):
-        """`features`: the network of `requirements`: a feature network's maps, a ModuleList of
-        backbones, or LPIPS."""
+        """`features`: of `requirements`: a network's maps, a ModuleList of backbones, or LPIPS."""
         self.config, self.teacher = config, teacher
 
     @classmethod

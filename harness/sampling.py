@@ -45,11 +45,10 @@ def heun(
     guidance: float = 1.0,
 ) -> Tensor:
     """EDM's sampler (Karras et al. 2022): Heun's method, `2 steps - 1` evaluations, twice as many
-    with classifier-free `guidance`.
+    with classifier-free `guidance`. `latents`: standard normal `(B, C, H, W)`; result: float64.
 
     It is deterministic (algorithm 1) with `s_churn` 0, and stochastic (algorithm 2) otherwise:
-    `noise` is then added at levels from `s_min` to `s_max` (None: no bound). `latents`: standard
-    normal `(B, C, H, W)`. The state and the result are float64, the network float32.
+    `noise` is then added at levels from `s_min` to `s_max` (None: no bound).
     """
     if s_churn and noise is None:
         raise ValueError("a sampler with s_churn needs noise")
@@ -91,9 +90,7 @@ def _order(stream: str, number: int, num_classes: int) -> Tensor:
     return uniform[0].argsort(stable=True)
 
 
-def noise_and_labels(
-    index: Tensor, shape: tuple[int, ...], num_classes: int, seed: int
-) -> tuple[Tensor, Tensor | None]:
+def noise_and_labels(index: Tensor, shape: tuple, num_classes: int, seed: int) -> tuple:
     """Latents `(B, *shape)` and labels `(B,)` (None without classes) of images `index`."""
     stream = Stream(seed, "evaluation")
     return stream.normal(index, shape), balanced_labels(index, num_classes, stream.child("label"))
@@ -168,9 +165,9 @@ def sample(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield images `start` .. count - 1 of `generate` block by block, with labels on the host.
 
-    embeddings: map labels (numbers of prompts) to conditions. start: the end of a block of an
-    earlier call. group: `harness.training.distributed.Processes` that take turns at the blocks. All
-    of them iterate; the first receives all blocks in order, the others none.
+    embeddings: map labels (numbers of prompts) to conditions. start: the end of an earlier block.
+    group: `harness.training.distributed.Processes` that take turns at the blocks. All iterate; the
+    first receives all blocks in order, the others none.
     """
     rank, size = (group.rank, group.size) if group else (0, 1)
     remaining = [torch.arange(i, i + block) for i in range(0, count, block) if i >= start]

@@ -35,10 +35,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
 
 
 class Stream:
-    """Random numbers named by `seed` and `path`; each draw takes sample indices.
-
-    `index`: int64 `(B,)`; the result is on its device. Normal values are computed in float64 and
-    rounded to float32, so that devices agree to the last bit or nearly so.
+    """Random numbers named by `seed` and `path`; each draw takes sample indices, int64 `(B,)`, and
+    is on their device. Normals are rounded from float64: devices agree to the last bit or nearly.
     """
 
     def __init__(self, seed: int | str, *path: str | int):

@@ -37,17 +37,13 @@ class Template(FakeScoreMethod):  # or `Method`, without a fake score
     def requirements(cls, config: Config) -> Requirements:
         return Requirements()  # pairs=…, features=…, backbones=…, lpips=True, real_images=True
 
-    # Networks besides the student: `networks` (trained) and `frozen_networks`. The base class adds
-    # "fake_score" and "teacher".
+    # More networks: `networks` (trained; here "fake_score") and `frozen_networks` ("teacher").
 
     def phases(self) -> list[Phase]:
         """The updates of an iteration in order; `every` and `repeat` set how often each runs."""
         adam = OptimizerConfig(lr=self.config.lr, betas=(0.0, 0.999))
-        dropout = self.config.fake_dropout
-        return [
-            denoising_phase(adam, self.teacher, self.sigma, dropout=dropout),
-            Phase("generator", "student", self.generator_loss, adam),
-        ]
+        fake = denoising_phase(adam, self.teacher, self.sigma, dropout=self.config.fake_dropout)
+        return [fake, Phase("generator", "student", self.generator_loss, adam)]
 
     def sigma(self, context: Context) -> Tensor:
         """Noise levels `(B,)`; the same name in a phase gives the same numbers."""

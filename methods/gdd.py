@@ -45,7 +45,7 @@ def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> 
 
 
 class FeatureDiscriminator(nn.Module):
-    """One head per map of a frozen feature network, with a logit per position; conditioned on class
+    """A head per map of a frozen feature network, with a logit per position; conditioned on class
     or text by projection (Miyato and Koyama 2018)."""
 
     def __init__(self, features: nn.Module, num_classes: int, width: int, text_width: int = 0):
@@ -171,10 +171,10 @@ class GDD(Method):
             pixels = self.teacher.codec(fake.x.detach())
         fake_logits = self._logits(context, pixels, fake.condition)
         loss = discriminator_loss(real_logits, fake_logits)
-        context.log("real_logit", sum(head.mean() for head in real_logits) / len(real_logits))
-        context.log("fake_logit", sum(head.mean() for head in fake_logits) / len(fake_logits))
-        if regularised:
-            penalty = r1_penalty(real_logits, real, c.r1_gamma).mean()
-            context.log("r1", penalty)
-            loss = loss + c.r1_every * penalty
-        return loss
+        for name, logits in (("real_logit", real_logits), ("fake_logit", fake_logits)):
+            context.log(name, sum(head.mean() for head in logits) / len(logits))
+        if not regularised:
+            return loss
+        penalty = r1_penalty(real_logits, real, c.r1_gamma).mean()
+        context.log("r1", penalty)
+        return loss + c.r1_every * penalty

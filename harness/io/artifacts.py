@@ -27,8 +27,7 @@ def digest(value) -> str:
 
 
 def damaged(path: Path, reason: str, owner: Path | None = None) -> UserError:
-    """The error for an unreadable file. `owner`: the file or folder to delete, if the project wrote
-    it and can write it again."""
+    """The error for an unreadable file. `owner`: what to delete, if the project can rewrite it."""
     remedy = f"; delete {owner} and run the same command again" if owner else ""
     return UserError(f"{path} is damaged or was replaced ({reason}){remedy}", "damaged")
 
@@ -111,9 +110,7 @@ def verify(path: Path, sha256: str, owner: Path | None = None) -> None:
         raise damaged(path, "its sha256 differs from the recorded one", owner)
 
 
-def load_tensors(
-    path: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
-) -> dict:
+def load_tensors(path: Path, sha256: str | None = None, device="cpu", owner=None) -> dict:
     """Read a safetensors file, after checking its hash if one is given; `owner` as in `damaged`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

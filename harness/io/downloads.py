@@ -15,7 +15,6 @@ from harness.errors import Problem, UserError
 from harness.io.artifacts import sha256_file
 
 logger = logging.getLogger(__name__)
-TIMEOUT = 60.0  # seconds without data
 
 
 def is_address(source: str) -> bool:
@@ -78,7 +77,7 @@ def _download(source: str, sha256: str, path: Path) -> None:
         request.add_header("Range", f"bytes={partial.stat().st_size}-")
     logger.info("downloading %s to %s", source, path)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+        with urllib.request.urlopen(request, timeout=60.0) as reply:
             total = int(reply.headers.get("Content-Length") or 0)
             mode = "ab" if reply.status == 206 else "wb"  # 206: the server sends the rest only
             progress = tqdm.wrapattr(reply, "read", total=total, disable=None)
@@ -89,11 +88,9 @@ def _download(source: str, sha256: str, path: Path) -> None:
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 416:  # the partial file is not shorter than the file
             partial.unlink(missing_ok=True)
-        raise UserError(
-            f"could not download {source} ({error}); run again to continue, or put the file with "
-            f"sha256 {sha256} at {path}, or give a local path instead of the URL",
-            "download",
-        ) from None
+        message = f"could not download {source} ({error}); run again to continue, or put the file"
+        message += f" with sha256 {sha256} at {path}, or give a local path instead of the URL"
+        raise UserError(message, "download") from None
     if (found := sha256_file(partial)) != sha256:
         partial.unlink()
         raise UserError(f"{source} has sha256 {found}, expected {sha256}", "checksum")

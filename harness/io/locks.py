@@ -13,10 +13,7 @@ logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Allow one process at a time to work on a folder; the system frees the lock of a dead process.
-
-    A second process waits: the first one may be the orphan of a killed Snakemake and finish the
-    work.
-    """
+    A second one waits: the first may be the orphan of a killed Snakemake and finish the work."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,19 +29,16 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def machine_slot(exclusive: bool = False) -> Iterator[bool]:
-    """Share the machine with other stages, or reserve it for a budget in seconds.
-
-    Yields whether the request was granted. An exclusive stage runs even if other stages do; its
-    timing must then be flagged `contended`. Other stages wait for a running exclusive one.
-    """
+    """Share the machine with other stages, or reserve it for a budget in seconds; yields whether
+    this was granted. An exclusive stage runs even if others do; its timing must then be flagged
+    `contended`. Others wait for a running exclusive one."""
     import fcntl
 
     def locked(kind: int) -> bool:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            return True
+        return False
 
     path = Path(tempfile.gettempdir()) / f"onestep-harness-{os.getuid()}.slot"
     with open(path, "w") as file:

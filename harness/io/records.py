@@ -52,8 +52,6 @@ class Cost(_Part):
 
 
 class Costs(_Part):
-    """The totals of one run (`harness.training.ledger`)."""
-
     images: int = 0  # that received a generator update
     flops: int = 0
     seconds: float = 0.0  # of training, without evaluation, checkpoints and start-up
@@ -65,8 +63,6 @@ class Costs(_Part):
 
 
 class Snapshot(_Part):
-    """Averaged weights at one point of training."""
-
     name: str
     sha256: str
     grid: list[str]  # the units whose grid the point lies on
@@ -77,8 +73,6 @@ class Snapshot(_Part):
 
 
 class Stop(_Part):
-    """The budget that ended a training run."""
-
     unit: str
     amount: float
 
@@ -90,9 +84,9 @@ class TrainingFacts(Record):
     torch: str | None = None
     run_id: str | None = None  # a folder below `runs/`
     sha256: str | None = None
-    stop: Stop | None = None
+    stop: Stop | None = None  # the budget that ended the training
     skipped_steps: dict[str, int] | None = None  # phase -> steps with a non-finite gradient
-    ledger: Costs | None = None
+    ledger: Costs | None = None  # totals (`harness.training.ledger`)
 
 
 class StudentRecord(TrainingFacts):
@@ -118,14 +112,12 @@ class StudentRecord(TrainingFacts):
     parameters: int
     frozen_fraction: float
     inputs: dict[str, Any]  # input -> sha256
-    snapshots: list[Snapshot]
+    snapshots: list[Snapshot]  # averaged weights during training
     contended: bool  # other work ran during a run with a budget in seconds
 
 
 class File(_Part):
-    """A file or folder next to the record."""
-
-    file: str
+    file: str  # or folder, next to the record
     sha256: str
 
 
@@ -213,9 +205,7 @@ class ScoreEntry(_Part):
 
 
 class Samples(File):
-    """The images for figures, with the nearest training images."""
-
-    neighbour_extractor: str | None = None
+    neighbour_extractor: str | None = None  # for the nearest training images
     neighbour_rows: int | None = None  # number of training images that were searched
     neighbour_unit: str | None = None  # of the distances
 
@@ -232,7 +222,7 @@ class ScoreRecord(Record):
     fingerprint: str
     contended: bool = False
     entries: list[ScoreEntry]
-    samples: Samples | None = None
+    samples: Samples | None = None  # images for figures
     protocols: dict[str, dict[str, Any]]
     dimensions: dict[str, int]  # extractor -> number of features
     kept: File | None = None  # samples for the check against other libraries

@@ -41,8 +41,7 @@ class TensorShards:
         return True
 
     def write(self, number: int, tensors: dict[str, Tensor], **facts: Any) -> None:
-        """Write one shard atomically. Its record: `facts` (JSON values), file, sha256, bytes and
-        the rows (first dimension) of each tensor."""
+        """Write one shard atomically. Its record: `facts`, file, sha256, bytes, rows per tensor."""
         path, record_path = self._path(number), self._path(number, ".json")
         for stale in (self.folder / INDEX, record_path):
             stale.unlink(missing_ok=True)

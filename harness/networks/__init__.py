@@ -3,7 +3,7 @@ preconditioning and, if the denoiser reads text, the embedding of the empty prom
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from harness.denoiser import Denoiser, EDMDenoiser
 from harness.errors import UserError
@@ -19,20 +19,14 @@ FILES = ("config.json", "denoiser.json", WEIGHTS)
 
 
 def build_denoiser(
-    network: dict,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    sigma_data: float = 0.5,
-    epsilon: float = 0.0,
-    null: dict[str, Tensor] | None = None,
+    network: dict, image_shape, num_classes: int, sigma_data=0.5, epsilon=0.0, null=None
 ) -> EDMDenoiser:
     """Build a denoiser with new weights and EDM's preconditioning.
 
     network: the backbone's class name under `type`, and its arguments. null: the embedding of the
-    empty prompt, for a backbone that reads text instead of class labels.
+    empty prompt (tensors by name), for a backbone that reads text instead of class labels.
     """
-    settings = dict(network)
-    kind = settings.pop("type")
+    kind, settings = network["type"], {k: v for k, v in network.items() if k != "type"}
     backbone = BACKBONES[kind]
     denoiser_class, options = backbone.denoiser("edm"), {}
     if backbone.reads_text:
@@ -56,14 +50,9 @@ def save_denoiser(denoiser: Denoiser, folder: Path, extra: dict | None = None) -
     return sha256_file(folder / WEIGHTS)
 
 
-def load_denoiser(
-    folder: Path, sha256: str | None = None, device: str = "cpu", owner: Path | None = None
-) -> Denoiser:
-    """Load the denoiser of a teacher or student folder, in evaluation mode.
-
-    A missing or damaged file, weights that do not fit the architecture, or weights of another
-    `sha256` are a `UserError`, which says to delete `owner` if one is given.
-    """
+def load_denoiser(folder: Path, sha256: str | None = None, device="cpu", owner=None) -> Denoiser:
+    """Load the denoiser of a teacher or student folder, in evaluation mode. Files that are missing,
+    damaged, or do not fit are a `UserError`, which says to delete `owner` if one is given."""
     folder = Path(folder)
     record, config = denoiser_record(folder), read_json(folder / "config.json")
     backbone = BACKBONES[config["_class_name"]]
@@ -91,8 +80,7 @@ def denoiser_record(folder: Path) -> dict:
 
 
 def pipeline_sha256(teacher: Path) -> str | None:
-    """Hash of all parts of an imported pipeline, since its codec and text encoder change the
-    images, too; None for other teachers."""
+    """Hash of all parts of an imported pipeline, which all change the images; None for others."""
     record = TeacherRecord.read(teacher / "teacher.json")
     return record.imported["sha256"] if record.codec else None
 

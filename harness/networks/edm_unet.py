@@ -1,8 +1,7 @@
 """EDM's U-Nets (Karras et al. 2022, arXiv 2206.00364), written from a specification.
 
-Arguments, module names and tensor shapes are those of the official checkpoints. Parameters are
-float32. Under autocast the image path runs in bfloat16, but the noise and label embedding in
-float32, because its phases reach hundreds of radians.
+Arguments, module names and shapes are those of the official checkpoints. Under autocast the image
+path runs in bfloat16, but the embedding in float32: its phases reach hundreds of radians.
 """
 
 import math
@@ -106,12 +105,11 @@ class NoiseEmbedding(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A residual block modulated by the embedding, with optional self-attention. config: of the
-    network.
+    """A residual block modulated by the embedding, with optional self-attention.
 
-    adm: ADM's block, with a scale and shift after the second norm and 64 channels per attention
-    head. Otherwise SongUNet's, with a shift before the norm, sums scaled by sqrt(1/2), a
-    convolution in every resampling skip, and one head.
+    adm: ADM's block, with a scale and shift after the second norm and 64 channels per head.
+    Otherwise SongUNet's, with a shift before this norm, sums scaled by sqrt(1/2), a convolution in
+    every resampling skip, and one head. config: of the network.
     """
 
     def __init__(
@@ -181,10 +179,16 @@ class EDMUNet(ModelMixin, ConfigMixin):
 
     adm: ClassVar[bool]
 
-    def _build(self, channels: int) -> int:
-        """Build encoder and decoder. channels: output of the first convolution; returns those of
-        the decoder's output."""
-        config = self.config
+    def _build(self, noise_width: int, channels: int) -> int:
+        """Build the layers of the embedding, the encoder and the decoder. noise_width: of
+        `map_noise`. channels: output of the first convolution; returns those of the decoder."""
+        config, linear = self.config, partial(EmbeddingLinear, bias=False)
+        emb_channels = config.model_channels * config.channel_mult_emb
+        self.map_augment = linear(config.augment_dim, noise_width) if config.augment_dim else None
+        self.map_layer0 = EmbeddingLinear(noise_width, emb_channels)
+        self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
+        if self.adm:
+            self.map_label = linear(config.label_dim, emb_channels) if config.label_dim else None
         block = partial(UNetBlock, config=config, adm=self.adm)
         levels = [  # name, channels, whether blocks have attention
             (f"{size}x{size}", config.model_channels * mult, size in config.attn_resolutions)
@@ -257,20 +261,15 @@ class EDMUNet(ModelMixin, ConfigMixin):
         emb = F.silu(self._add_label(emb, labels) if self.adm else emb)
 
         skips, aux = [], x
-        for module in self.enc.values():
-            if isinstance(module, UNetBlock):
-                x = module(x, emb)
-            elif module.resample == "fused_down":  # the residual path of NCSN++
-                x = aux = skips[-1] = (x + module(aux)) * math.sqrt(0.5)
-                continue
+        for name, module in self.enc.items():
+            if name.endswith("aux_residual"):  # NCSN++
+                x = aux = (skips.pop() + module(aux)) * math.sqrt(0.5)
             else:
-                x = module(x)
+                x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         for name, module in self.dec.items():
             if isinstance(module, UNetBlock):
-                if "_block" in name:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = module(x, emb)
+                x = module(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
         return conv(F.silu(norm(x)))
 
@@ -306,20 +305,14 @@ class SongUNet(EDMUNet):
         resample_filter: Sequence[int] = (1, 1),
     ):
         super().__init__()
-        for name, known in (
-            ("embedding_type", ("positional", "fourier")),
-            ("encoder_type", ("standard", "residual")),
-            ("decoder_type", ("standard",)),
-        ):
-            if self.config[name] not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}")
-        width, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+        known = {"embedding_type": ("positional", "fourier"), "decoder_type": ("standard",)}
+        for name, values in {**known, "encoder_type": ("standard", "residual")}.items():
+            if self.config[name] not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}")
+        width = model_channels * channel_mult_noise
         self.map_noise = NoiseEmbedding(width, embedding_type, endpoint=True)
         self.map_label = EmbeddingLinear(label_dim, width) if label_dim else None
-        self.map_augment = EmbeddingLinear(augment_dim, width, bias=False) if augment_dim else None
-        self.map_layer0 = EmbeddingLinear(width, emb_channels)
-        self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
-        channels = self._build(model_channels)
+        channels = self._build(width, model_channels)
         size = f"{img_resolution}x{img_resolution}"
         self.dec[f"{size}_aux_norm"] = GroupNorm(channels, eps=1e-6)
         self.dec[f"{size}_aux_conv"] = Conv2d(channels, out_channels, 3)
@@ -350,13 +343,8 @@ class DhariwalUNet(EDMUNet):
         label_dropout: float = 0.0,
     ):
         super().__init__()
-        width, emb_channels = model_channels, model_channels * channel_mult_emb
-        self.map_noise = NoiseEmbedding(width, "positional")
-        self.map_augment = EmbeddingLinear(augment_dim, width, bias=False) if augment_dim else None
-        self.map_layer0 = EmbeddingLinear(width, emb_channels)
-        self.map_layer1 = EmbeddingLinear(emb_channels, emb_channels)
-        self.map_label = EmbeddingLinear(label_dim, emb_channels, bias=False) if label_dim else None
-        channels = self._build(width * channel_mult[0])
+        self.map_noise = NoiseEmbedding(model_channels, "positional")
+        channels = self._build(model_channels, model_channels * channel_mult[0])
         self.out_norm = GroupNorm(channels, eps=1e-5)
         self.out_conv = Conv2d(channels, out_channels, 3)
 

@@ -41,8 +41,8 @@ class Backbone:
     def model_class(cls) -> type[nn.Module]:
         """Import the backbone class."""
         module, _, name = cls.model.rpartition(".")
-        single = module.startswith("diffusers.models.")
-        load = _import_diffusers_module if single else importlib.import_module
+        diffusers = module.startswith("diffusers.models.")
+        load = _import_diffusers_module if diffusers else importlib.import_module
         return getattr(load(module), name)
 
     @classmethod
@@ -60,11 +60,8 @@ def trainable_backbones() -> list[str]:
 
 
 def _import_diffusers_module(name: str) -> ModuleType:
-    """Import one module of diffusers.models without the other models of its package.
-
-    The packages `unets` and `transformers` import all their models, which takes 3 of the 10 seconds
-    of a stage's start. Empty placeholders replace the two packages during this import.
-    """
+    """Import one module of diffusers.models. The packages `unets` and `transformers` import all
+    models, 3 of the 10 seconds of a stage's start; empty placeholders replace them here."""
     import diffusers.models as models
 
     packages = [f"{models.__name__}.{part}" for part in ("unets", "transformers")]

@@ -1,8 +1,7 @@
 """Variance-preserving networks of diffusers' text-to-image pipelines as denoisers.
 
 They were trained on `x_t = (x0 + σ n) / sqrt(1 + σ²)` at integer timesteps t of a scheduler, and
-predict the noise n or the velocity `(n - σ x0) / sqrt(1 + σ²)`. The denoiser takes any σ; between
-two of the scheduler's noise levels it interpolates the timestep.
+predict the noise n or the velocity `(n - σ x0) / sqrt(1 + σ²)`.
 """
 
 import math
@@ -13,22 +12,14 @@ from torch import Tensor, nn
 from harness.denoiser import Condition, Denoiser
 
 # Keys of a scheduler's config that decide σ at each timestep.
-SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+SCHEDULE_KEYS = ("num_train_timesteps", *_BETAS, "rescale_betas_zero_snr")
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def schedule_sigmas(schedule: dict) -> Tensor:
-    """σ at timesteps 0, 1, … of a scheduler: float64 `(T,)`, increasing.
-
-    A zero terminal signal-to-noise ratio is clipped as in diffusers, so that σ is finite.
-    """
+    """σ at timesteps 0, 1, … of a scheduler: float64 `(T,)`, increasing. A zero terminal
+    signal-to-noise ratio is clipped as in diffusers, so that σ is finite."""
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     with torch.device("cpu"):  # values are needed even under the meta device
@@ -45,7 +36,6 @@ class EmptyPrompt(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, batch: int) -> dict[str, Tensor]:
-        """Expand the embedding to `batch` samples."""
         tensors = dict(self.named_buffers())
         if not tensors:
             raise ValueError("classifier-free guidance needs the empty prompt (null.safetensors)")
@@ -65,12 +55,7 @@ class VPDenoiser(Denoiser):
     settings = ("schedule", "prediction", "sigma_data")
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        schedule: dict,
-        prediction: str = "epsilon",
-        null: dict[str, Tensor] | None = None,
-        sigma_data: float = 1.0,
+        self, backbone: nn.Module, schedule: dict, prediction="epsilon", null=None, sigma_data=1.0
     ):
         super().__init__()
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
@@ -101,8 +86,8 @@ class VPDenoiser(Denoiser):
         return sigma**-2 if self.prediction == "epsilon" else super().loss_weight(sigma)
 
     def time(self, sigma: Tensor) -> Tensor:
-        """Timesteps, float32 `(B,)`, of noise levels `(B,)`, interpolated in log σ and clipped.
-        Levels of the schedule get exact integers."""
+        """Timesteps, float32 `(B,)`, of noise levels `(B,)`: integers for levels of the schedule,
+        otherwise interpolated in log σ and clipped."""
         log, grid = sigma.double().log(), self.log_sigmas
         above = torch.searchsorted(grid, log).clamp(1, len(grid) - 1)
         low, high = grid[above - 1], grid[above]

@@ -43,6 +43,5 @@ class SongUNetBackbone(Backbone):
 
 
 @BACKBONES.register("DhariwalUNet")
-class DhariwalUNetBackbone(Backbone):
+class DhariwalUNetBackbone(SongUNetBackbone):
     model = "harness.networks.edm_unet.DhariwalUNet"
-    denoisers = (OneHotDenoiser,)

@@ -26,13 +26,8 @@ class PixArtDenoiser(VPDenoiser):
             height, width = (self.PIXELS_PER_LATENT * side for side in x.shape[-2:])
             size["resolution"] = x.new_tensor([height, width]).repeat(len(x), 1)
             size["aspect_ratio"] = x.new_tensor([height / width]).repeat(len(x), 1)
-        output = self.backbone(
-            x,
-            encoder_hidden_states=condition["embeddings"].to(x),
-            encoder_attention_mask=condition["mask"],
-            timestep=time,
-            added_cond_kwargs=size,
-        ).sample
+        embeddings, mask = condition["embeddings"].to(x), condition["mask"]
+        output = self.backbone(x, embeddings, time, size, encoder_attention_mask=mask).sample
         return output[:, : x.shape[1]]
 
 

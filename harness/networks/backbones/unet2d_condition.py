@@ -16,13 +16,8 @@ class _TextUNet:
         return self.backbone.config.cross_attention_dim
 
     def run_backbone(self, x: Tensor, time: Tensor, condition: Condition, **extras) -> Tensor:
-        return self.backbone(
-            x,
-            time,
-            encoder_hidden_states=condition["embeddings"].to(x),
-            encoder_attention_mask=condition.get("mask"),
-            **extras,
-        ).sample
+        embeddings, mask = condition["embeddings"].to(x), condition.get("mask")
+        return self.backbone(x, time, embeddings, encoder_attention_mask=mask, **extras).sample
 
 
 class StableDiffusionDenoiser(_TextUNet, VPDenoiser):
