@@ -48,12 +48,12 @@ class Context:
         self,
         networks: Mapping[str, nn.Module],
         data: TrainingData,
-        seed,
-        step,
-        samples,
-        device="cpu",
+        seed: int,
+        step: int,
+        samples: range,
+        device: str | torch.device = "cpu",
     ):
-        """`samples`: range of the micro-batch's indices; everything is drawn on `device`."""
+        """`samples`: indices of the micro-batch; everything is drawn on `device`."""
         self.networks, self.step, self._samples = networks, step, samples
         self.index = self._index_on(device)
         self.logs: dict[str, Tensor] = {}

@@ -77,7 +77,7 @@ def _download(source: str, sha256: str, path: Path) -> None:
         request.add_header("Range", f"bytes={partial.stat().st_size}-")
     logger.info("downloading %s to %s", source, path)
     try:
-        with urllib.request.urlopen(request, timeout=60.0) as reply:
+        with urllib.request.urlopen(request, timeout=60.0) as reply:  # seconds without data
             total = int(reply.headers.get("Content-Length") or 0)
             mode = "ab" if reply.status == 206 else "wb"  # 206: the server sends the rest only
             progress = tqdm.wrapattr(reply, "read", total=total, disable=None)
