@@ -28,11 +28,11 @@ ARGUMENTS = {
     "--out": {"type": Path, "help": "write all columns to this CSV file"},
     "--configfile": {"type": Path, "default": "configs/digits.yaml", "help": "experiment file"},
 }
+KINDS = {"features": "feature network", "pairs": "pair set", "a": "student", "b": "student"}
 COMMANDS = {}
-OUT_OF_MEMORY = (
-    "For training, reduce training.micro_batch, or set gradient_checkpointing or lora; for "
-    "sampling and pairs, reduce evaluation.block."
-)
+OUT_OF_MEMORY = """
+For training, reduce training.micro_batch, or set gradient_checkpointing or lora; for sampling and
+pairs, reduce evaluation.block."""
 
 
 def call(name: str, *args, **options):
@@ -42,9 +42,8 @@ def call(name: str, *args, **options):
 
 
 def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = True):
-    """Register `harness <function name>`. The function takes the experiment and the parsed
-    arguments, or only these without `configfile`; `files`: local files of the experiment must
-    exist."""
+    """Register `harness <function name>`, which takes the experiment and the parsed arguments, or
+    only these without `configfile`. files: local files of the experiment must exist."""
 
     def decorate(function):
         def run(args: argparse.Namespace) -> None:
@@ -55,15 +54,10 @@ def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = 
             else:
                 experiment = call("validation.load_experiment", args.configfile, files=files)
             rows = ["teacher", *experiment.students]
-            for argument, kind, names in (
-                ("student", "student", experiment.students),
-                ("teacher", "teacher", experiment.teachers),
-                ("features", "feature network", experiment.features),
-                ("pairs", "pair set", experiment.pair_sets),
-                ("a", "student", rows),
-                ("b", "student", rows),
-            ):
-                name = getattr(args, argument, None)
+            known = {"student": experiment.students, "teacher": experiment.teachers}
+            known |= {"features": experiment.features, "pairs": experiment.pair_sets}
+            for argument, names in (known | {"a": rows, "b": rows}).items():
+                name, kind = getattr(args, argument, None), KINDS.get(argument, argument)
                 if name is not None and name not in names:
                     hint = did_you_mean(name, names)
                     raise UserError(f"unknown {kind} {name!r}{hint}", "unknown-name")
@@ -78,11 +72,8 @@ def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = 
 
 def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, many: bool = False):
     """Register a command that trains or scores: on one CPU thread per process, with its name in the
-    log and its failure recorded in the folder of what it makes.
-
-    label: what failed, in the tables; by default the name of what the stage makes. slot: wait for
-    runs that need the machine to themselves. many: use as many processes as the experiment says.
-    """
+    log and its failure recorded in the folder of what it makes. label: what failed; default: that
+    name. slot: wait for runs that need the machine to themselves. many: use several processes."""
 
     def decorate(function):
         def run(experiment, args: argparse.Namespace) -> None:
@@ -255,7 +246,8 @@ def methods(args):
             print(f"    {key} = {field.default!r}  ({origin}: {field.description})")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(prog="harness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run in COMMANDS.items():
@@ -263,12 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
         for argument in run.arguments:
             optional = {"nargs": "?"} if argument.endswith("?") else {}
             sub.add_argument(argument.rstrip("?"), **ARGUMENTS.get(argument, optional))
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for an error that the user can fix."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     args.argv = argv or sys.argv[1:]
     logs.configure(logging.INFO if is_first() else logging.ERROR)
     if not sys.stderr.isatty() and not launched():  # a log file begins with its command
@@ -276,19 +263,18 @@ def main(argv: list[str] | None = None) -> int:
     process = "" if is_first() else f"process {os.environ['RANK']}: "
     try:
         COMMANDS[args.command](args)
-        return 0
     except BrokenPipeError:  # as in `harness summary | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         message = " ".join(str(error).split())[:200]
         if isinstance(error, UserError):
             message = str(error)
         elif type(error).__name__ == "OutOfMemoryError":
-            message += f"\n{OUT_OF_MEMORY}"
+            message += OUT_OF_MEMORY
         elif "No space left on device" in str(error):
             message += "; free some space and repeat the command"
         else:
             raise
         print(f"{process}error: {message}", file=sys.stderr)
         return 2
+    return 0

@@ -6,11 +6,8 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake that the user can fix.
-
-    The message names the key or file and the fix; the command line prints it without a traceback.
-    `code` identifies the kind of error for programs and tests, independent of the wording.
-    """
+    """A mistake that the user can fix. The message names the key or file and the fix; the command
+    line prints it without a traceback. `code` identifies the kind of error for programs."""
 
     def __init__(self, message: str, code: str = "error"):
         super().__init__(message)
@@ -34,8 +31,7 @@ class ConfigError(UserError):
 
     def __init__(self, source: str, problems: Iterable[Problem]):
         self.problems = tuple(dict.fromkeys(problems))
-        count = len(self.problems)
-        title = f"{source}: {count} error{'s' * (count != 1)}"
+        title = f"{source}: {len(self.problems)} error{'s' * (len(self.problems) != 1)}"
         super().__init__("\n  ".join([title, *map(str, self.problems)]), "config")
 
 

@@ -55,8 +55,8 @@ def _items(raw: dict, key: str) -> dict[str, Any]:
 
 
 def _parse(raw: dict) -> tuple[ExperimentFile, list[Problem]]:
-    """Parse section by section and item by item, so that one error hides no other. An invalid
-    section of the file is None; an invalid item is missing from its mapping."""
+    """Parse section by section and item by item, so that one error hides no other. Invalid sections
+    are None; invalid items are missing."""
     parsed: dict[str, Any] = dict.fromkeys(SECTIONS) | {key: {} for key in ITEMS}
     values = [(parsed, key, key, raw[key]) for key in SECTIONS if isinstance(raw.get(key), dict)]
     for key in ITEMS:
@@ -76,8 +76,7 @@ def _parse(raw: dict) -> tuple[ExperimentFile, list[Problem]]:
     except ValidationError as error:
         found = zip(error.errors(), translate(error, ExperimentFile), strict=True)
         # Errors inside the sections above are reported already.
-        new = (p for item, p in found if len(item["loc"]) == 1 or item["loc"][0] not in parsed)
-        problems += new
+        problems += (p for x, p in found if len(x["loc"]) == 1 or x["loc"][0] not in parsed)
     return ExperimentFile.model_construct(**rest | parsed), problems
 
 
@@ -179,8 +178,7 @@ def load_experiment(
     results: Path = Path("results"),
     files: bool = True,
 ) -> Experiment:
-    """The experiment in a file (or in several, later ones override earlier ones). `overrides`
-    override all of them."""
+    """The experiment in a file or several; later files and `overrides` override earlier ones."""
     paths = [Path(p) for p in (paths if isinstance(paths, list) else [paths])]
     raw = reduce(merge, [*map(read_experiment, paths), overrides or {}], {})
     return parse_experiment(raw, " + ".join(map(str, paths)), results, files)

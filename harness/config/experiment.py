@@ -48,11 +48,8 @@ class Paths:
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """One experiment file, resolved.
-
-    raw: the configuration after `extends` and overrides. plugin_hashes: {"plugin": sha256} of the
-    plug-in file behind "data", "features.<name>" and "teachers.<name>", where there is one.
-    """
+    """One experiment file, resolved. raw: after `extends` and overrides. plugin_hashes:
+    {"plugin": sha256} of the plug-in behind "data", "features.<name>" or "teachers.<name>"."""
 
     name: str
     data: schema.DataSection
@@ -104,9 +101,8 @@ class Experiment:
     @property
     def device(self) -> str:
         """The device of jobs; "auto" is resolved for this machine."""
-        if self.device_setting != "auto":
-            return self.device_setting
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return auto if self.device_setting == "auto" else self.device_setting
 
     def check_device(self) -> None:
         """Raise a `UserError` if this machine does not have the device. Jobs of a cluster are
@@ -213,6 +209,7 @@ class Experiment:
             teacher=paths.teacher(student.teacher),
             features=paths.features(features) if features else None,
             pairs=paths.pairs(student.pairs.name) if student.pairs else None,
+            budget=[limit.model_dump() for limit in student.budget],
             method_source=method_source(student.method),
         )
 
@@ -254,7 +251,7 @@ class Experiment:
     def data_files(self) -> list[Path]:
         """Local files that the data set is made from: of a folder, its list of labels."""
         sources = [self.data.source, *(file for file, _ in self.data.prompt_files.values())]
-        files = [file for source in sources for file in _local(source)]
+        files = [file for source in sources for file in local_files(source)]
         if self.data.source is not None and files and files[0].is_dir():
             lists = (files[0] / name for name in ("dataset.json", "labels"))
             files[0] = next(filter(Path.is_file, lists), files[0])
@@ -262,17 +259,11 @@ class Experiment:
 
     def teacher_files(self, name: str) -> list[Path]:
         """Local files that an imported teacher is made from: those whose content is hashed."""
-        section = self.teachers[name]
-        if not isinstance(section, schema.ImportedTeacher) or not _local(section.source):
-            return []
-        [source] = _local(section.source)
-        denoiser = (source, source / "diffusion_pytorch_model.safetensors")
-        files = sorted(source.glob("*/*.*")) if section.pipeline else denoiser
+        section, files = self.teachers[name], []
+        for source in local_files(getattr(section, "source", None)):
+            denoiser = source, source / "diffusion_pytorch_model.safetensors"
+            files += sorted(source.glob("*/*.*")) if section.pipeline else denoiser
         return list(filter(Path.is_file, files))
-
-    def statistics_files(self) -> list[Path]:
-        """The local file of reference statistics, if there is one."""
-        return _local(self.evaluation.statistics)
 
     def write_snapshot(self) -> Path:
         """Write the resolved configuration under its digest for the jobs of a workflow, so that
@@ -283,6 +274,6 @@ class Experiment:
         return path
 
 
-def _local(source: str | None) -> list[Path]:
+def local_files(source: str | None) -> list[Path]:
     """The path of a source that is a local file or folder; none for an address."""
     return [] if source is None or is_address(source) else [Path(source).expanduser()]

@@ -36,18 +36,15 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a job makes in `folder`. data: the folder of the prepared data set. device: resolved
-    ("cpu", "cuda", "cuda:1" or "meta"). exclusive: a budget of the experiment is in seconds, so
-    that measured jobs need the machine to themselves. fingerprint: a JSON-like value of everything
-    that decides the results."""
+    """What a job makes in `folder`."""
 
     name: str
     folder: Path
-    data: Path
+    data: Path  # the folder of the prepared data set
     training: schema.TrainingSection
-    device: str
-    exclusive: bool
-    fingerprint: dict
+    device: str  # resolved: "cpu", "cuda", "cuda:1" or "meta"
+    exclusive: bool  # measured jobs need the machine to themselves: a budget is in seconds
+    fingerprint: dict  # everything that decides the results, as JSON-like values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +57,8 @@ class StudentRun(Job):
     teacher: Path
     features: Path | None
     pairs: Path | None
+    budget: list[dict]
     method_source: tuple[Path, ...]  # the files that define the method
-
-    @property
-    def budget(self) -> list[dict]:
-        return [limit.model_dump() for limit in self.student.budget]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +88,13 @@ class PairJob(Job):
 
 @dataclass(frozen=True)
 class Scoring:
-    """How an experiment scores any set of images.
-
-    extractors: name -> (settings, folder) of each feature network, in order. fingerprint: without
-    the metrics, which `harness.evaluation` adds.
-    """
+    """How an experiment scores any set of images."""
 
     experiment: str
     evaluation: schema.EvaluationSection
     data: Path
     data_section: schema.DataSection
-    extractors: Mapping[str, tuple[Any, Path]]
+    extractors: Mapping[str, tuple[Any, Path]]  # settings and folder of each feature network
     checkpoint_seconds: float  # between two writes of an unfinished job
     device: str
-    fingerprint: dict
+    fingerprint: dict  # without the metrics, which `harness.evaluation` adds

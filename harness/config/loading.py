@@ -1,6 +1,7 @@
 """Read experiment files: YAML, `extends`, overrides; and report errors in their keys."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -58,28 +59,25 @@ def read_experiment(path: Path, _parents: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in _parents:
         raise UserError(f"{path}: extends: circular reference", "circular-extends")
     raw = read_yaml(path)
-    base = raw.pop("extends", None)
-    if base is None:
+    if (base := raw.pop("extends", None)) is None:
         return merge({}, raw)
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected one file name, got {base!r}", "invalid-value")
     return merge(read_experiment(path.parent / base, (*_parents, path.resolve())), raw)
 
 
-def translate(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
-    """A pydantic error of `model` as problems; `prefix` is the key of the validated section."""
-    problems = []
+def translate(error: ValidationError, model: type[BaseModel], where: str = "") -> Iterator[Problem]:
+    """A pydantic error of `model` as problems; `where` is the key of the validated section."""
     for item in error.errors():
-        key = ".".join(filter(None, (prefix, *map(str, item["loc"]))))
-        code, message = "missing-key", "missing"
+        key = ".".join(filter(None, (where, *map(str, item["loc"]))))
         if item["type"] == "extra_forbidden":
             hint = did_you_mean(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
-            code, message = "unknown-key", f"unknown key{hint}"
-        elif item["type"] != "missing":
+            yield Problem(key, "unknown-key", f"unknown key{hint}")
+        elif item["type"] == "missing":
+            yield Problem(key, "missing-key", "missing")
+        else:
             message = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
-            code = "invalid-value"
-        problems.append(Problem(key, code, message))
-    return problems
+            yield Problem(key, "invalid-value", message)
 
 
 def _keys_at(model: type[BaseModel] | None, location: tuple) -> list[str]:

@@ -13,6 +13,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Names = dict[str, list[str]]  # section -> names of all its items, valid or not
 PROMPT_SETS = ("prompts", "evaluation_prompts")
 PROMPT_KEYS = {f"{key}{suffix}" for key in PROMPT_SETS for suffix in ("", "_sha256")}
 
@@ -233,9 +234,6 @@ class ExperimentFile(Section):
     evaluation: EvaluationSection
     paper: PaperSection | None = None
     claims: list[ClaimSection] = []
-
-
-Names = dict[str, list[str]]  # section -> names of all its items, valid or not
 
 
 def micro_batch(batch: int, limit: int | None) -> int:

@@ -1,32 +1,16 @@
 # Scores: one job per run for all its snapshots, one per teacher (with the floor).
+from harness.config.experiment import local_files
 from harness.evaluation import protocol
 
 SCORING = E.scoring()
 EXTRACTORS = expand(rules.features.output, features=E.evaluation.extractors)
 
 
-use rule data as score with:
-    input:
-        run=rules.train.output,
-        extractors=EXTRACTORS,
-        statistics=E.statistics_files(),
-    output:
-        f"{ROOT}/scores/{{student}}/seed{{seed}}.json",
-    log:
-        f"{ROOT}/logs/scores/{{student}}/seed{{seed}}.log",
-    priority: 1
-    resources:
-        gpu=GPU,
-    params:
-        command="score {student} {seed}",
-        spec=spec(protocol.fingerprint(SCORING)),
-
-
 use rule data as score_references with:
     input:
         teacher=rules.teacher.output,
         extractors=EXTRACTORS,
-        statistics=E.statistics_files(),
+        statistics=local_files(E.evaluation.statistics),
     output:
         f"{ROOT}/scores/teachers/{{teacher}}.json",
     log:
@@ -38,11 +22,26 @@ use rule data as score_references with:
         spec=lambda w: spec(protocol.reference_fingerprint(SCORING, E.teachers[w.teacher].sampler)),
 
 
+use rule score_references as score with:
+    input:
+        run=rules.train.output,
+        extractors=EXTRACTORS,
+        statistics=local_files(E.evaluation.statistics),
+    output:
+        f"{ROOT}/scores/{{student}}/seed{{seed}}.json",
+    log:
+        f"{ROOT}/logs/scores/{{student}}/seed{{seed}}.log",
+    priority: 1
+    params:
+        command="score {student} {seed}",
+        spec=spec(protocol.fingerprint(SCORING)),
+
+
 # Scores of other libraries for the same images; needs real images.
 AGREEMENT = [f"{ROOT}/tables/agreement.{kind}" for kind in ("csv", "md") if E.data.has_images]
 
 
-use rule data as agreement with:
+use rule score_references as agreement with:
     input:
         scores=E.paths.reference_scores(next(iter(E.teachers))),
         extractors=EXTRACTORS,
@@ -50,8 +49,6 @@ use rule data as agreement with:
         AGREEMENT,
     log:
         f"{ROOT}/logs/agreement.log",
-    resources:
-        gpu=GPU,
     params:
         command="agreement",
         spec=spec(protocol.agreement_fingerprint(SCORING)),

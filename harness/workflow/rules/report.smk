@@ -2,10 +2,8 @@
 FIGURES = "quality_vs_images quality_vs_compute samples nearest_neighbours training_health".split()
 TABLES = ["metrics.csv", "summary.csv", "headline.md", "pairwise.csv", "pairwise.md"]
 TABLES += expand("comparison.{kind}", kind=("csv", "md", "tex"))
-if E.claims:
-    TABLES += ["claims.csv", "claims.md"]
-if E.paper:
-    TABLES += expand("paper.{kind}", kind=("csv", "md", "tex"))
+TABLES += ["claims.csv", "claims.md"] if E.claims else []
+TABLES += expand("paper.{kind}", kind=("csv", "md", "tex")) if E.paper else []
 REPORT = [
     *expand(f"{ROOT}/tables/{{table}}", table=TABLES),
     *expand(f"{ROOT}/figures/{{figure}}.{{kind}}", figure=FIGURES, kind=("png", "pdf")),
