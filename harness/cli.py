@@ -174,11 +174,11 @@ def score_folder(experiment, args):
 @tool("compare a teacher with its published FIDs", "teacher?")
 def verify_teacher(experiment, args):
     args.teacher = args.teacher or next(iter(experiment.teachers))
-    if call("reporting.collect.reference_scores", experiment, args.teacher) is None:
-        call("reporting.verify.check_inputs", experiment, args.teacher, args.configfile)
+    if call("reporting.collect.current_scores", experiment, args.teacher) is None:
+        call("reporting.published.tables.check_inputs", experiment, args.teacher, args.configfile)
         score_references(args)
     if is_first():
-        print(*call("reporting.verify.teacher_lines", experiment, args.teacher), sep="\n")
+        print(*call("reporting.published.tables.teacher_lines", experiment, args.teacher), sep="\n")
 
 
 @tool("write tables, figures, report.html and manifest", "--partial")
@@ -203,7 +203,7 @@ def plan(experiment, args):
 
 @tool("compare two students prompt by prompt", "a b --seed")
 def prompts(experiment, args):
-    call("reporting.prompt_comparison.print_prompts", experiment, args.a, args.b, args.seed)
+    call("reporting.compare.print_prompts", experiment, args.a, args.b, args.seed)
 
 
 @tool("write a student as a diffusers pipeline with a model card", "student seed folder")

@@ -19,7 +19,7 @@ from harness.reporting.figures import samples
 from harness.reporting.figures.samples import ScoredSamples
 from harness.reporting.manifest import manifest
 from harness.reporting.page.page import write_page
-from harness.reporting.summary import summarise
+from harness.reporting.tables import summarise
 
 HELD_OUT = 359
 

@@ -22,7 +22,7 @@ from harness.reporting.published.match import (
     published,
     runs_of,
 )
-from harness.reporting.verify import check_inputs, teacher_lines
+from harness.reporting.published.tables import check_inputs, teacher_lines
 from harness.validation import load_experiment, parse_experiment
 from tests.conftest import ROOT
 from tests.test_config import problems, put

@@ -16,8 +16,7 @@ from harness.evaluation.stage import print_folder, score_folder
 from harness.reporting.collect import COLUMNS, SCHEMA, collect, read_metrics
 from harness.reporting.figures import samples
 from harness.reporting.formatting import spread_text
-from harness.reporting.summary import summarise
-from harness.reporting.tables import text_table
+from harness.reporting.tables import summarise, text_table
 from harness.validation import load_experiment
 from tests.conftest import DATA, ROOT
 

@@ -7,8 +7,15 @@ import pytest
 
 from harness.reporting.claims import claims_table
 from harness.reporting.figures import quality
-from harness.reporting.summary import COLUMNS, summarise, wide
-from harness.reporting.tables import headline, text_table, to_latex, to_markdown
+from harness.reporting.tables import (
+    COLUMNS,
+    headline,
+    summarise,
+    text_table,
+    to_latex,
+    to_markdown,
+    wide,
+)
 from harness.validation import parse_experiment
 from tests.reports import page, tidy_table, write_run
 

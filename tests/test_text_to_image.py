@@ -21,7 +21,7 @@ from harness.evaluation.scorer import Scorer
 from harness.features.base import load_extractor
 from harness.io.artifacts import load_tensors, read_json
 from harness.networks import load_codec, load_denoiser
-from harness.reporting.prompt_comparison import by_prompt, paired
+from harness.reporting.compare import by_prompt, paired
 from harness.sampling import noise_and_labels
 from harness.teachers.text_embeddings import load_embeddings
 from harness.validation import load_experiment

@@ -16,8 +16,8 @@ from harness.evaluation.registry import METRICS
 from harness.io.artifacts import sha256_file, write_json, write_text
 from harness.reporting.collect import COLUMNS, SCHEMA
 from harness.reporting.compare import read_results
-from harness.reporting.summary import COLUMNS as SUMMARY_COLUMNS
-from harness.reporting.summary import STUDENT_COLUMNS, Summary, student_scores, wide
+from harness.reporting.tables import COLUMNS as SUMMARY_COLUMNS
+from harness.reporting.tables import STUDENT_COLUMNS, Summary, student_scores, wide
 
 
 def convert(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Checks of the sections `paper` and `claims`."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from harness.config.schema import ClaimSection, ExperimentFile, Names, PaperSection
+from harness.config.schema import ExperimentFile, Names, PaperSection
 from harness.errors import Problem, did_you_mean
 from harness.reporting.published.match import published
 
@@ -13,14 +13,8 @@ def _unknown(key: str, message: str, name: str | None, known: Iterable[str]) -> 
 
 def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
     """Errors in `claims` and `paper` (see `harness.validation.CHECKS`)."""
-    yield from _check_claims(file.claims, names["students"])
-    if file.paper is not None:
-        yield from _check_paper(file.paper, names["teachers"], names["students"])
-
-
-def _check_claims(claims: Sequence[ClaimSection], students: Collection[str]) -> Iterator[Problem]:
-    """Errors in `claims`, for an experiment with these students."""
-    for i, claim in enumerate(claims):
+    students, teachers = names["students"], names["teachers"]
+    for i, claim in enumerate(file.claims):
         for role in ("better", "worse"):
             name = getattr(claim, role)
             if name not in students:
@@ -28,12 +22,13 @@ def _check_claims(claims: Sequence[ClaimSection], students: Collection[str]) -> 
         if claim.better == claim.worse:
             message = f"{claim.better!r} is both better and worse"
             yield Problem(f"claims.{i}", "same-student", message)
+    if file.paper is not None:
+        references = ["teacher"] if len(teachers) == 1 else [f"teacher/{n}" for n in teachers]
+        yield from _check_paper(file.paper, [*references, *students])
 
 
-def _check_paper(
-    paper: PaperSection, teachers: Collection[str], students: Collection[str]
-) -> Iterator[Problem]:
-    """Errors in `paper`, for an experiment with these teachers and students."""
+def _check_paper(paper: PaperSection, rows: list[str]) -> Iterator[Problem]:
+    """Errors in `paper`, for an experiment with these rows of teachers and students."""
     dataset, conditioning = paper.dataset, paper.conditioning
     entries = [entry for entry in published() if entry["dataset"] == dataset]
     kinds = sorted({entry["conditioning"] for entry in entries})
@@ -47,21 +42,15 @@ def _check_paper(
         message = f"{dataset} has no {conditioning!r} numbers"
         yield _unknown("paper.conditioning", message, conditioning, kinds)
     else:
-        references = ["teacher"] if len(teachers) == 1 else [f"teacher/{n}" for n in teachers]
         entries = [e for e in entries if conditioning in (None, e["conditioning"])]
-        yield from _check_names(paper, [*references, *students], entries)
-
-
-def _check_names(paper: PaperSection, rows: list[str], entries: list[dict]) -> Iterator[Problem]:
-    for row, name in paper.methods.items():
-        key = f"paper.methods.{row}"
-        if row not in rows:
-            yield _unknown(key, "unknown student", row, rows)
-        variants = {entry["variant"] for entry in entries if entry["method"] == name.method}
-        message = "no published numbers of {!r}"
-        if not variants:
-            known = {entry["method"] for entry in entries}
-            yield _unknown(f"{key}.method", message.format(name.method), name.method, known)
-        elif name.variant not in variants:
-            known = variants - {None}
-            yield _unknown(f"{key}.variant", message.format(name.variant), name.variant, known)
+        for row, name in paper.methods.items():
+            key, message = f"paper.methods.{row}", "no published numbers of {!r}"
+            if row not in rows:
+                yield _unknown(key, "unknown student", row, rows)
+            variants = {entry["variant"] for entry in entries if entry["method"] == name.method}
+            if not variants:
+                known = {entry["method"] for entry in entries}
+                yield _unknown(f"{key}.method", message.format(name.method), name.method, known)
+            elif name.variant not in variants:
+                known = variants - {None}
+                yield _unknown(f"{key}.variant", message.format(name.variant), name.variant, known)

@@ -1,5 +1,6 @@
 """metrics.csv: every number of an experiment in one tidy table, one row per sampling seed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,35 +59,30 @@ def flatten(record: dict, prefix: str = "") -> dict:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """Read a metrics.csv of any experiment.
-
-    Raises a `UserError` (code "damaged" or "schema") unless the file has this version's schema, all
-    columns, at least one row, and finite numbers.
-    """
+    """Read a metrics.csv of any experiment. It must have this version's schema, all columns, at
+    least one row, and finite numbers (`UserError` with code "schema" or "damaged")."""
 
     def error(reason: str, code: str = "damaged") -> UserError:
-        return UserError(f"{path} {reason}; {RERUN}", code)
+        return UserError(f"{path}: {reason}; {RERUN}", code)
 
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
     except (ValueError, OSError) as reason:  # pandas' own errors are ValueErrors
-        raise error(f"is not a table ({' '.join(str(reason).split())})") from None
+        raise error(f"not a table ({' '.join(str(reason).split())})") from None
     if table.empty:
-        raise error("has no rows")
-    schemas = list(table["schema"].unique()) if "schema" in table else []
-    if schemas != [SCHEMA]:
-        found = ", ".join(map(str, schemas)) or "none"
-        raise error(f"has schema {found}; this version reads schema {SCHEMA}", "schema")
+        raise error("no rows")
+    found = ", ".join(map(str, table["schema"].unique())) if "schema" in table else "none"
+    if found != str(SCHEMA):
+        raise error(f"schema {found}, but this version reads schema {SCHEMA}", "schema")
     if missing := [column for column in COLUMNS if column not in table]:
-        raise error(f"lacks the columns {', '.join(missing)}")
+        raise error(f"columns are missing: {', '.join(missing)}")
     for column in NUMBERS:
         numbers = pd.to_numeric(table[column], errors="coerce")
         kind, valid = "a number", np.isfinite(numbers.astype(float))
         if column in INTEGERS:
             kind, valid = "an integer", valid & (numbers % 1 == 0)
         for row, value in table[column][table[column].notna() & ~valid].items():
-            reason = f"{column} in row {row + 1} is {str(value)!r}, not {kind}"
-            raise UserError(f"{path}: {reason}; {RERUN}", "damaged")
+            raise error(f"{column} in row {row + 1} is {str(value)!r}, not {kind}")
         table[column] = numbers
     return table
 
@@ -99,32 +95,12 @@ def with_columns(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     table = table.assign(column=names)
     counts = table[table.column != ""].groupby("column").protocol.nunique(dropna=False)
     for column, count in counts[counts > 1].items():
-        raise UserError(
-            f"{source}: column {column} mixes {count} protocols; delete the older files under "
-            "scores/ and run the workflow again",
-            "mixed-protocols",
-        )
+        message = f"{source}: column {column} mixes {count} protocols; delete the older files"
+        raise UserError(f"{message} under scores/ and run the workflow again", "mixed-protocols")
     return table
 
 
 # -- reading score files ------------------------------------------------------------------------
-
-
-def _current_scores(
-    record: StudentRecord | TeacherRecord | None, training: object, path: Path, scoring: object
-) -> ScoreRecord | None:
-    """A score file, if it and the record of what it scored belong together and have the
-    fingerprints `scoring` and `training`."""
-    if record is None or record.fingerprint != digest(training) or not path.exists():
-        return None
-    scores = ScoreRecord.read(path)
-    current = scores.fingerprint == digest(scoring) and scores.weights == record.sha256
-    return scores if current else None
-
-
-def student_record(experiment: Experiment, student: str, seed: int) -> StudentRecord | None:
-    """The record of a finished run."""
-    return StudentRecord.read_optional(experiment.paths.run(student, seed) / "student.json")
 
 
 def feature_record(experiment: Experiment, name: str) -> FeatureRecord | None:
@@ -132,41 +108,50 @@ def feature_record(experiment: Experiment, name: str) -> FeatureRecord | None:
     return FeatureRecord.read_optional(experiment.paths.features(name) / "features.json")
 
 
-def run_scores(experiment: Experiment, student: str, seed: int) -> ScoreRecord | None:
-    """A run's scores, if they are up to date."""
-    run = experiment.student_run(student, seed)
-    record = student_record(experiment, student, seed)
-    path, scoring = experiment.paths.scores(student, seed), fingerprint(experiment.scoring())
-    return _current_scores(record, [run.fingerprint, run.budget], path, scoring)
+def training_record(
+    experiment: Experiment, name: str, seed: int | None = None
+) -> StudentRecord | TeacherRecord | None:
+    """The record of a student's finished run or, without a seed, of a teacher."""
+    if seed is None:
+        return TeacherRecord.read_optional(experiment.paths.teacher(name) / "teacher.json")
+    return StudentRecord.read_optional(experiment.paths.run(name, seed) / "student.json")
 
 
-def reference_scores(experiment: Experiment, teacher: str) -> ScoreRecord | None:
-    """A teacher's scores, if they are up to date."""
-    return _current_scores(
-        TeacherRecord.read_optional(experiment.paths.teacher(teacher) / "teacher.json"),
-        experiment.teacher_fingerprint(teacher),
-        experiment.paths.reference_scores(teacher),
-        reference_fingerprint(experiment.scoring(), experiment.teachers[teacher].sampler),
-    )
+def scores_path(experiment: Experiment, name: str, seed: int | None = None) -> Path:
+    """The score file of a run or, without a seed, of a teacher and the floor."""
+    paths = experiment.paths
+    return paths.reference_scores(name) if seed is None else paths.scores(name, seed)
 
 
-def _score_rows(scores: ScoreRecord, names: dict[str | None, str]) -> list[dict]:
-    """The tidy rows of a score file. names: entries to read -> their names in the table; entries
-    without a name are a student's snapshots."""
-    rows = []
-    for entry in scores.entries:
-        if entry.student not in names:
-            continue
-        facts = entry.model_dump(exclude={"rows"})
-        facts |= {"student": names[entry.student], "grid": " ".join(entry.grid)}
-        facts |= {"method": scores.method, "seed": scores.seed}
+def current_scores(
+    experiment: Experiment, name: str, seed: int | None = None
+) -> ScoreRecord | None:
+    """The scores in `scores_path`, if they are of the current weights and settings."""
+    path, record = scores_path(experiment, name, seed), training_record(experiment, name, seed)
+    if seed is None:
+        training, sampler = experiment.teacher_fingerprint(name), experiment.teachers[name].sampler
+        expected = reference_fingerprint(experiment.scoring(), sampler)
+    else:
+        run, expected = experiment.student_run(name, seed), fingerprint(experiment.scoring())
+        training = [run.fingerprint, run.budget]
+    if record is None or record.fingerprint != digest(training) or not path.exists():
+        return None
+    scores = ScoreRecord.read(path)
+    current = scores.fingerprint == digest(expected) and scores.weights == record.sha256
+    return scores if current else None
+
+
+def _score_rows(scores: ScoreRecord, names: dict[str | None, str]) -> Iterator[dict]:
+    """The tidy rows of a score file. names: entries (None: a student's snapshots) -> `student`."""
+    for entry in [entry for entry in scores.entries if entry.student in names]:
+        facts = entry.model_dump(exclude={"rows"}) | {"student": names[entry.student]}
+        facts |= {"method": scores.method, "seed": scores.seed, "grid": " ".join(entry.grid)}
         for row in entry.rows:
             flags = [row.flag, "contended" if scores.contended else ""]
-            score = row.model_dump(exclude_none=True) | {"flag": " ".join(filter(None, flags))}
-            score["reference"] = scores.protocols[row.protocol]["reference"]
-            score["features"] = scores.dimensions.get(row.extractor)
-            rows.append(facts | score)
-    return rows
+            facts["flag"] = " ".join(filter(None, flags))
+            facts["reference"] = scores.protocols[row.protocol]["reference"]
+            facts["features"] = scores.dimensions.get(row.extractor)
+            yield row.model_dump(exclude_none=True) | facts
 
 
 def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame, dict[str, dict]]:
@@ -179,34 +164,33 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
     A run without valid scores raises a `UserError` (code "missing-scores"), or with `partial`
     becomes a row `failed (reason)`.
     """
-    protocols: dict[str, dict] = {}
-    rows: list[dict] = []
-    paths, jobs = experiment.paths, []
-    for teacher in experiment.teachers:
-        names = {row: experiment.teacher_row(teacher, row) for row in ("teacher", "teacher-1step")}
-        # Every teacher's file holds the floor: one job scores both.
-        names |= {} if jobs else {"floor": "floor"}
-        identity, path = {"student": names["teacher"]}, paths.reference_scores(teacher)
-        jobs.append((reference_scores, teacher_status, (teacher,), path, identity, names))
-    for student, seed in experiment.runs:
-        identity = {"student": student, "method": experiment.students[student].method, "seed": seed}
-        path, names = paths.scores(student, seed), {None: student}
-        jobs.append((run_scores, run_status, (student, seed), path, identity, names))
-    for read, status, job, path, identity, names in jobs:
+    protocols, rows = {}, []
+    teachers = [(teacher,) for teacher in experiment.teachers]
+    for job in [*teachers, *experiment.runs]:
+        if job in teachers:
+            names = {r: experiment.teacher_row(job[0], r) for r in ("teacher", "teacher-1step")}
+            # Every teacher's file holds the floor.
+            names |= {"floor": "floor"} if job == teachers[0] else {}
+            facts, status = {"student": names["teacher"]}, teacher_status
+        else:
+            student, seed = job
+            names, status = {None: student}, run_status
+            facts = {"student": student, "seed": seed}
+            facts["method"] = experiment.students[student].method
         try:
-            if (scores := read(experiment, *job)) is None:
+            if (scores := current_scores(experiment, *job)) is None:
                 problem = "is missing or belongs to other weights or settings"
-                raise UserError(f"{path} {problem}; run the workflow again", "missing-scores")
+                message = f"{scores_path(experiment, *job)} {problem}; run the workflow again"
+                raise UserError(message, "missing-scores")
             protocols |= scores.protocols
             rows += _score_rows(scores, names)
         except UserError:
             if not partial:
                 raise
-            failed = {"status": status(experiment, *job), "final": True, "grid": ""}
-            rows.append(identity | failed)
-    facts = {"schema": SCHEMA, "experiment": experiment.name}
+            rows.append(facts | {"status": status(experiment, *job), "final": True, "grid": ""})
     table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out", "features"])
-    table = table.assign(status=table.status.fillna("ok"), **facts)
+    status = table.status.fillna("ok")
+    table = table.assign(schema=SCHEMA, experiment=experiment.name, status=status)
     integers = (*INTEGERS, "ema", "images", "flops", "features")
     table = table.astype(dict.fromkeys(integers, "Int64"))
-    return with_columns(table, paths.root / "scores"), protocols
+    return with_columns(table, experiment.paths.root / "scores"), protocols

@@ -1,38 +1,38 @@
-"""`harness compare`: the results of several experiments or machines in one table.
+"""`harness compare` (experiments or machines) and `harness prompts` (two students per prompt).
 
-It reads metrics.csv and manifest.json only, so a results folder may come from another machine.
-Numbers are in one column only if they have the same protocol.
+`compare` reads metrics.csv and manifest.json only: a results folder may be of another machine.
 """
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
+from harness.config.experiment import Experiment
+from harness.data import datasets
+from harness.data.registry import has_texts
 from harness.errors import UserError
 from harness.evaluation.registry import METRICS
-from harness.io.artifacts import write_text
-from harness.reporting.collect import (
-    flatten,
-    is_unavailable,
-    read_metrics,
-    with_columns,
-)
-from harness.reporting.formatting import MISSING, markdown, number_text, spread_text
+from harness.io.artifacts import verify, write_text
+from harness.io.records import ScoreRecord
+from harness.reporting import collect
+from harness.reporting.formatting import MISSING, markdown, spread_text
+from harness.reporting.intervals import LEVEL
 from harness.reporting.manifest import read_manifest
-from harness.reporting.summary import seed_means
+from harness.reporting.tables import seed_means
 
+KEYS = ["sample_seed", "image", "prompt"]  # of the values per image
+LISTED_PROMPTS = 5  # for each student
 COSTS = {  # unit -> title, format, scale
-    "images": ("images that received a generator update", ",.0f", 1),
-    "flops": ("training compute, TFLOPs", ".3g", 1e12),
-    "seconds": ("training, seconds", ",.0f", 1),
+    "images": ("images that received a generator update", "{:,.0f}", 1),
+    "flops": ("training compute, TFLOPs", "{:.3g}", 1e12),
+    "seconds": ("training, seconds", "{:,.0f}", 1),
 }
 
 
-@dataclass
-class Results:
-    """One results folder. final: the rows of metrics.csv of the last weights; manifest: empty if
-    the folder has none."""
+class Results(NamedTuple):
+    """A results folder. final: metrics.csv of the last weights; manifest: empty if missing."""
 
     folder: Path
     final: pd.DataFrame
@@ -43,16 +43,14 @@ def read_results(folder: Path) -> Results:
     path = folder / "tables" / "metrics.csv"
     if not path.exists():
         reason = "has no tables/metrics.csv" if folder.is_dir() else "does not exist"
-        raise UserError(
-            f"{folder} {reason}; give the folder of an experiment, such as results/digits",
-            "missing-file",
-        )
-    table = read_metrics(path)
+        message = f"{folder} {reason}; give the folder of an experiment, such as results/digits"
+        raise UserError(message, "missing-file")
+    table = collect.read_metrics(path)
     # The rows of each run's last snapshot; teachers and the floor have no training images.
     last = table.groupby(["student", "seed"], dropna=False).images.transform("max")
     final = table[table.images.isna() | (table.images == last)]
     protocol, status = final.protocol.fillna("unknown"), final.status.fillna("ok").astype(str)
-    final = with_columns(final.assign(protocol=protocol, status=status), path)
+    final = collect.with_columns(final.assign(protocol=protocol, status=status), path)
     manifest = folder / "manifest.json"
     return Results(folder, final, read_manifest(manifest) if manifest.exists() else {})
 
@@ -71,41 +69,27 @@ def _scores(final: pd.DataFrame) -> pd.DataFrame:
     keys = ["column", "student", "experiment"]
     final = final[final.column != ""]
     grouped = final.groupby(keys, sort=False)
-    facts = grouped[["metric", "num_samples", "protocol"]].first()
-    facts["seeds"] = grouped.seed.nunique().replace(0, None)
-    facts["status"] = grouped.status.agg(lambda s: next((x for x in s if x != "ok"), "ok"))
-    return facts.join(seed_means(final, keys)).reset_index()
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    return markdown(table.rename_axis("").reset_index())
-
-
-def _section(
-    title: str, rows: pd.DataFrame, students: list[str], headings: list[str], titles: dict
-) -> str:
-    """The `text` of each student and experiment, without students that have none. titles: longer
-    headings of some experiments."""
-    table = rows.pivot(index="student", columns="experiment", values="text")
-    table = table.reindex(index=students, columns=headings).dropna(how="all").fillna(MISSING)
-    return f"## {title}\n\n{_markdown(table.rename(columns=titles))}"
+    scores = grouped[["metric", "num_samples", "protocol"]].first()
+    scores["seeds"] = grouped.seed.nunique().replace(0, None)
+    status = grouped.status.agg(lambda s: next((x for x in s if x != "ok"), "ok"))
+    scores = scores.join(seed_means(final, keys))
+    texts = pd.Series(map(spread_text, scores["mean"], scores["std"]), scores.index, dtype=object)
+    return scores.assign(text=texts.mask(collect.is_unavailable(status), status)).reset_index()
 
 
 def _facts(result: Results) -> dict[str, str]:
-    final, m = result.final, flatten(result.manifest)
-    training, sampling = (
-        ", ".join(map(str, sorted(seeds.dropna().astype(int).unique())))
-        for seeds in (final.seed, final.sample_seed)
-    )
-    return {
+    m = collect.flatten(result.manifest)
+    facts = {
         "folder": str(result.folder),
         "commit": str(m.get("commit", MISSING))[:10],
         "device": str(m.get("device.used", MISSING)),
         "processor": str(m.get("device.processor", MISSING)),
         "torch": str(m.get("packages.torch", MISSING)),
-        "training seeds": training or MISSING,
-        "sampling seeds": sampling or MISSING,
     }
+    for name, column in (("training seeds", "seed"), ("sampling seeds", "sample_seed")):
+        seeds = sorted(result.final[column].dropna().astype(int).unique())
+        facts[name] = ", ".join(map(str, seeds)) or MISSING
+    return facts
 
 
 def _short(value: object) -> str:
@@ -114,15 +98,13 @@ def _short(value: object) -> str:
 
 
 def protocol_difference(protocols: dict[str, str], records: dict[str, dict]) -> str:
-    """The keys in which two protocols differ, in one line.
-
-    protocols: two experiments -> their hashes; records: experiment -> hash -> protocol.
-    """
+    """The keys in which two protocols differ, in one line. protocols: two experiments -> their
+    hashes; records: experiment -> hash -> protocol."""
     for name, protocol in protocols.items():
         if protocol not in records[name]:
             return f"protocol {protocol} of {name} is unknown: {name} has no complete manifest.json"
     a, b = protocols
-    first, second = (flatten(records[name][protocols[name]]) for name in (a, b))
+    first, second = (collect.flatten(records[name][protocols[name]]) for name in (a, b))
     return "; ".join(
         f"{key} is {_short(first.get(key))} in {a} and {_short(second.get(key))} in {b}"
         for key in dict.fromkeys([*first, *second])
@@ -133,41 +115,43 @@ def protocol_difference(protocols: dict[str, str], records: dict[str, dict]) -> 
 def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
     """A markdown text of the columns at each metric's largest sample count, and all columns as a
     table: one row per column, protocol and student, three columns per experiment."""
-    headings = labels(results)
-    pairs = dict(zip(headings, results, strict=True))
-    records = {heading: r.manifest.get("protocols", {}) for heading, r in pairs.items()}
-    tables = [r.final.assign(experiment=heading) for heading, r in pairs.items()]
+    pairs = dict(zip(labels(results), results, strict=True))
+    records = {name: r.manifest.get("protocols", {}) for name, r in pairs.items()}
+    tables = [r.final.assign(experiment=name) for name, r in pairs.items()]
     final = pd.concat(tables, ignore_index=True)
-    students, scores = list(final.student.unique()), _scores(final)
-    scores["text"] = list(map(spread_text, scores["mean"], scores["std"]))
-    scores["text"] = scores.text.mask(is_unavailable(scores.status), scores.status)
+    scores, sections, differences = _scores(final), [], {}
+
+    def section(title: str, rows: pd.DataFrame, titles: dict[str, str]) -> None:
+        """Add the `text` of each student and experiment. titles: longer headings of experiments."""
+        table = rows.pivot(index="student", columns="experiment", values="text")
+        table = table.reindex(index=final.student.unique(), columns=list(pairs))
+        table = table.dropna(how="all").fillna(MISSING).rename(columns=titles)
+        sections.append(f"## {title}\n\n{markdown(table.rename_axis('').reset_index())}")
+
     largest = scores.groupby("metric").num_samples.transform("max")
-    sections, differences = [], {}
     for column, rows in scores.groupby("column", sort=False):
         protocols = rows.drop_duplicates("experiment").set_index("experiment").protocol
         first = protocols.index[0]
         others = protocols[protocols != protocols[first]]
-        for name, protocol in others.items():
-            sides = {first: protocols[first], name: protocol}
-            differences.setdefault(protocol_difference(sides, records), []).append(column)
+        for name in others.index:
+            reason = protocol_difference(protocols[[first, name]].to_dict(), records)
+            differences.setdefault(reason, []).append(column)
         titles = {name: f"{name} (protocol {hash_[:8]})" for name, hash_ in protocols.items()}
         if rows.num_samples.iloc[0] == largest[rows.index[0]]:
             metric = rows.metric.iloc[0]
             arrow = METRICS[metric].arrow if metric in METRICS else ""
-            sections.append(
-                _section(column + arrow, rows, students, headings, titles if len(others) else {})
-            )
+            section(column + arrow, rows, titles if len(others) else {})
     runs = final.drop_duplicates(["experiment", "student", "seed"])
     costs = runs.groupby(["experiment", "student"], sort=False)[list(COSTS)].mean().reset_index()
     for unit, (title, form, scale) in COSTS.items():
-        known = costs.dropna(subset=unit)
-        known = known.assign(text=[number_text(value, form, scale) for value in known[unit]])
-        if len(known):
-            sections.append(_section(title, known, students, headings, {}))
+        texts = (costs[unit] / scale).map(form.format, na_action="ignore")
+        if texts.notna().any():
+            section(title, costs.assign(text=texts), {})
+    facts = pd.DataFrame({name: _facts(r) for name, r in pairs.items()})
     failed = final[final.status.str.startswith("failed")]
     text = [
-        f"# Comparison of {', '.join(headings)}",
-        _markdown(pd.DataFrame({heading: _facts(r) for heading, r in pairs.items()})),
+        f"# Comparison of {', '.join(pairs)}",
+        markdown(facts.rename_axis("").reset_index()),
         *(
             f"**Different protocols, not comparable:** {', '.join(columns)}: {reason}."
             for reason, columns in differences.items()
@@ -178,20 +162,82 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
     ]
     wide = scores.set_index(["column", "protocol", "student", "experiment"])
     wide = wide.unstack("experiment", sort=False).swaplevel(axis="columns")
-    order = pd.MultiIndex.from_product([headings, ["mean", "std", "seeds"]])
-    wide = wide.reindex(columns=order)
-    wide.columns = [name + {"mean": ""}.get(part, f"_{part}") for name, part in wide.columns]
+    parts = {"mean": "", "std": "_std", "seeds": "_seeds"}
+    wide = wide.reindex(columns=pd.MultiIndex.from_product([pairs, parts]))
+    wide.columns = [name + parts[part] for name, part in wide.columns]
     return "\n\n".join(text), wide.reset_index()
 
 
 def print_comparison(folders: list[Path], out: Path | None) -> None:
     """Print the comparison of results folders; `out`: a CSV file for all columns."""
     if len(folders) < 2:
-        raise UserError(
-            "compare needs at least two folders, such as results/a results/b", "arguments"
-        )
+        raise UserError("give at least two folders, such as results/a results/b", "arguments")
     text, table = compare_results([read_results(folder) for folder in folders])
     if out is not None:
         write_text(out, table.to_csv(index=False))
         text += f"\n\nAll columns: {out}"
     print(text)
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+def read_per_image(experiment: Experiment, name: str, seed: int) -> pd.DataFrame:
+    """The values of each image of a student, or of the first teacher: KEYS and one column
+    `extractor/quantity` each."""
+    if not has_texts(experiment.data):
+        raise UserError(f"{experiment.name} has no prompts", "no-prompts")
+    run = (next(iter(experiment.teachers)),) if name == "teacher" else (name, seed)
+    path = collect.scores_path(experiment, *run)
+    file = ScoreRecord.read(path).per_image
+    if file is None:
+        raise UserError(f"{path} has no values per image; score {name} again", "missing-scores")
+    verify(path.with_name(file.file), file.sha256, owner=path)
+    return pd.read_csv(path.with_name(file.file))
+
+
+def paired(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    """Mean difference a - b of every quantity with its interval over images (the sampling error of
+    one training seed). Columns: quantity, a, b, difference, low, high, images."""
+    from scipy.special import stdtrit
+
+    both, rows = a.merge(b, on=KEYS, suffixes=(" a", " b")), []
+    for quantity in [c.removesuffix(" a") for c in both if c.endswith(" a")]:
+        first, second = (both[f"{quantity} {side}"].astype(float) for side in "ab")
+        difference, count = first - second, len(both)
+        half = stdtrit(count - 1, (1 + LEVEL) / 2) * difference.std() / math.sqrt(count)
+        mean = difference.mean()
+        rows.append((quantity, first.mean(), second.mean(), mean, mean - half, mean + half, count))
+    return pd.DataFrame(rows, columns=["quantity", "a", "b", "difference", "low", "high", "images"])
+
+
+def by_prompt(a: pd.DataFrame, b: pd.DataFrame, quantity: str) -> pd.Series:
+    """Mean difference a - b of one quantity for each prompt, largest first."""
+    both = a.merge(b, on=KEYS, suffixes=(" a", " b"))
+    difference = both[f"{quantity} a"].astype(float) - both[f"{quantity} b"].astype(float)
+    return difference.groupby(both.prompt).mean().sort_values(ascending=False, kind="stable")
+
+
+def print_prompts(experiment: Experiment, a: str, b: str, seed: int | None) -> None:
+    """Print the paired differences of two students and the prompts with the largest ones."""
+    from tabulate import tabulate
+
+    seed = experiment.training.seeds[0] if seed is None else seed
+    tables = [read_per_image(experiment, name, seed) for name in (a, b)]
+    rows = paired(*tables)
+    if rows.empty:
+        raise UserError(f"{a} and {b} have no quantity of the same images in common", "no-overlap")
+    headers = ("quantity", a, b, "difference", "low", "high", "images")
+    print(tabulate(rows.itertuples(index=False), headers, tablefmt="github", floatfmt=".4g"))
+    print(
+        f"\nDifference: {a} - {b}, with its {LEVEL:.0%} interval over pairs of images with the "
+        f"same noise and prompt; training seed {seed} (the training error is not included)."
+    )
+    texts = datasets.load(experiment.paths.data, images=False).evaluation_prompts.texts
+    quantity = rows.quantity.iloc[0]
+    order = by_prompt(*tables, quantity)
+    best = {a: order.head(LISTED_PROMPTS), b: order.tail(LISTED_PROMPTS)[::-1]}
+    for name, prompts in best.items():
+        print(f"\n{quantity}, prompts with the largest lead of {name}:")
+        for prompt, difference in prompts.items():
+            print(f"  {difference:+.3g}  {texts[prompt]}")

@@ -24,22 +24,18 @@ LATEX = {
 }
 
 
-def is_known(value: object) -> bool:
-    return value is not None and not pd.isna(value)
-
-
 def spread_text(value: float | None, std: float | None = None) -> str:
     """A value to three significant digits and its spread to the same decimals."""
-    if not is_known(value):
+    if not pd.notna(value):
         return MISSING
     decimals = max(0, 2 - math.floor(math.log10(abs(value or 1))))
     text = f"{value:.{decimals}f}"
-    return f"{text} ± {std:.{decimals}f}" if is_known(std) else text
+    return f"{text} ± {std:.{decimals}f}" if pd.notna(std) else text
 
 
 def number_text(value: object, form: str = ".3g", scale: float = 1) -> str:
     """A number in a format, divided by `scale`; "–" if unknown."""
-    return format(value / scale, form) if is_known(value) else MISSING
+    return format(value / scale, form) if pd.notna(value) else MISSING
 
 
 def minus(text: str) -> str:
@@ -50,13 +46,12 @@ def minus(text: str) -> str:
 def interval_text(row) -> tuple[str, str]:
     """A row's difference and its interval (low, high), rounded to the decimals that the width of
     the interval supports."""
-    if not is_known(row.difference):
+    if not pd.notna(row.difference):
         return "", ""
-    bounded = is_known(row.low) and is_known(row.high) and row.high > row.low
-    size = (row.high - row.low) / 2 if bounded else abs(row.difference) / 10
+    size = (row.high - row.low) / 2 if row.high > row.low else abs(row.difference) / 10
     decimals = max(0, 1 - math.floor(math.log10(size))) if size else 2
     form = f"+.{decimals}f" if decimals <= 6 else "+.1e"
-    bounds = [minus(format(bound, form)) for bound in (row.low, row.high) if is_known(bound)]
+    bounds = [minus(format(bound, form)) for bound in (row.low, row.high) if pd.notna(bound)]
     return minus(format(row.difference, form)), f"({' to '.join(bounds)})" if bounds else ""
 
 
@@ -96,7 +91,4 @@ def write_table(
 def latex(table: pd.DataFrame, comment: str, column_format: str) -> str:
     """A booktabs table (requires \\usepackage{booktabs}) after a comment line."""
     body = table.to_latex(index=False, escape=True, column_format=column_format)
-    body = f"% {comment}\n{body}"
-    for symbol, command in LATEX.items():
-        body = body.replace(symbol, command)
-    return body
+    return f"% {comment}\n{body}".translate(str.maketrans(LATEX))

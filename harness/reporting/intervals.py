@@ -1,15 +1,10 @@
 """Differences between students: intervals, ranks, and tables/pairwise.{csv,md}.
 
-A score has two independent errors. The *sampling error* comes from the noise that the images were
-generated from. Image i has the same noise in every student, so the error of a difference is
-estimated on pairs: a delete-d jackknife that leaves the same images out of both students. The
-*training error* comes from the training seed. A seed gives every student the same noise and labels
-to train with, so this error is also estimated on pairs: from the spread of the difference over the
-training seeds.
-
-Samples are never resampled with replacement: resampling adds the noise of a second draw to that of
-the first, and a Fréchet distance measures noise as distance. Its bootstrap distribution lies many
-standard errors above the estimate.
+A score has a *sampling error*, from the noise that the images were generated from, and a *training
+error*, from the training seed. Both are estimated on pairs: image i has the same noise in every
+student, and a training seed gives every student the same noise and labels. Samples are never
+resampled with replacement, because a Fréchet distance measures the noise of the second draw as
+distance: its bootstrap distribution lies many standard errors above the estimate.
 """
 
 import math
@@ -35,10 +30,9 @@ COLUMNS = (
 
 @dataclass
 class SeedScores:
-    """One student's scores in one column: T training seeds, R sampling seeds, G groups.
+    """One student's scores in one column: T training seeds, R sampling seeds, G groups of images.
 
-    values: `(T, R)`. leave_out: `(T, R, G)`, the score without each group of images; None for a
-    metric without such estimates. seeds: the T training seeds; sampling_seeds: the R others.
+    values: `(T, R)`. leave_out: `(T, R, G)`, the score without each group, if the metric has it.
     """
 
     values: np.ndarray
@@ -68,29 +62,25 @@ class Interval:
 def sampling_variance(a: SeedScores, b: SeedScores) -> tuple[float, float]:
     """Variance of a - b over the draw of the noise, and its degrees of freedom.
 
-    With d[r] the difference at sampling seed r, averaged over each student's training seeds (all of
-    which use the same noise), and d[r, -g] the same without the images of group g:
+    A delete-d jackknife on pairs, which leaves the same images out of both students: with d[r, -g]
+    the difference at sampling seed r without the images of group g, averaged over training seeds,
 
         v[r] = (G - 1) / G · Σ_g (d[r, -g] - mean_g d[r, -g])²,    v = Σ_r v[r] / R²
 
     because the R ranges of noise are disjoint; R (G - 1) degrees of freedom. For a metric without
     leave-out estimates: v = var_r(d[r]) / R with R - 1 degrees of freedom.
     """
-    if a.leave_out is not None and b.leave_out is not None:
-        left = a.leave_out.mean(axis=0) - b.leave_out.mean(axis=0)  # (R, G)
-        seeds, groups = left.shape
-        variance = (groups - 1) * left.var(axis=1).sum() / seeds**2
-        return float(variance), float(seeds * (groups - 1))
-    return _variance_of_mean(a.values.mean(axis=0) - b.values.mean(axis=0))
+    if a.leave_out is None or b.leave_out is None:
+        return _variance_of_mean(a.values.mean(axis=0) - b.values.mean(axis=0))
+    left = a.leave_out.mean(axis=0) - b.leave_out.mean(axis=0)  # (R, G)
+    seeds, groups = left.shape
+    variance = (groups - 1) * left.var(axis=1).sum() / seeds**2
+    return float(variance), float(seeds * (groups - 1))
 
 
 def training_variance(a: SeedScores, b: SeedScores) -> tuple[float, float]:
-    """Variance of a - b over T training seeds, `s² / T`, and its T - 1 degrees of freedom.
-
-    s is the standard deviation of the difference between the runs of one seed, where the score of a
-    run is its mean over sampling seeds. As in a paired t test, no assumption about the dependence
-    of the two students is needed; separate variances would require independence.
-    """
+    """Variance of a - b over T training seeds, `s² / T`, and its T - 1 degrees of freedom. s:
+    standard deviation of the difference between the runs of one seed, as in a paired t test."""
     return _variance_of_mean(a.values.mean(axis=1) - b.values.mean(axis=1))
 
 
@@ -106,12 +96,9 @@ def interval(a: SeedScores, b: SeedScores) -> Interval:
         difference ± sqrt(t(R (G - 1))² · v_noise + t(T - 1)² · v_training)
 
     v_noise: `sampling_variance`; v_training: `training_variance`; t(df): Student's quantile with
-    the degrees of freedom of its variance (without groups, t(R - 1)). The interval is exact if one
-    of the errors is 0 and conservative if both contribute. A single quantile for the sum with the
-    degrees of freedom of Welch and Satterthwaite would cover 92 % instead of 95 % at three training
-    seeds, because two degrees of freedom are too few to estimate others from. v_training also holds
-    a part of v_noise, the effect of the noise that differs between training seeds, which again
-    makes the interval rather too wide. With one training seed the interval is NaN.
+    the degrees of freedom of its variance. The interval is exact if one of the errors is 0, else
+    conservative; one quantile with the degrees of freedom of Welch and Satterthwaite would cover
+    92 % instead of 95 % at three training seeds. With one training seed the interval is NaN.
     """
     from scipy.special import stdtrit
 
@@ -139,8 +126,7 @@ def seed_scores(final: pd.DataFrame, column: str) -> dict[str, SeedScores]:
         counts, leave_out = set(map(len, estimates)), None
         if len(counts) == 1 and max(counts) > 1:
             leave_out = np.array(estimates, float).reshape(*values.shape, -1)
-        seeds = tuple(values.index), tuple(values.columns)
-        scores[student] = SeedScores(values.to_numpy(), leave_out, *seeds)
+        scores[student] = SeedScores(values.to_numpy(), leave_out, *map(tuple, values.axes))
     return scores
 
 
@@ -157,11 +143,8 @@ def verdict(result: Interval, higher_is_better: bool | None) -> str:
 
 
 def decide(scores: dict[str, SeedScores], a: str, b: str, higher_is_better: bool | None) -> dict:
-    """The fields of `Interval` and the verdict for two students, from their common training seeds.
-
-    A student without scores (a failed run, an unavailable network) or with other sampling seeds is
-    not ranked.
-    """
+    """The fields of `Interval` and the verdict for two students, from their common training seeds:
+    "not ranked" without scores (of a failed run) or with different sampling seeds."""
     result = Interval(*[math.nan] * 5, 0)
     if a in scores and b in scores and scores[a].sampling_seeds == scores[b].sampling_seeds:
         common = [seed for seed in scores[a].seeds if seed in scores[b].seeds]
@@ -185,10 +168,8 @@ def pairwise(experiment: Experiment, table: pd.DataFrame, columns: list[str]) ->
 
 def ranks(pairs: pd.DataFrame, column: str, students: list[str]) -> dict[str, str]:
     """Each student's rank in a column of `pairwise`: "2" if all its pairs are decided, "tie 2–4"
-    (its best and worst possible rank) if some are ties, "not ranked" with too few training seeds.
-
-    Students without a rank do not affect the ranks of the others.
-    """
+    (its best and worst possible rank) if some are ties, "not ranked" with too few training seeds:
+    such students do not affect the ranks of the others."""
     decided = pairs[(pairs.column == column) & (pairs.verdict != "not ranked")]
     swapped, rank_of = {"a better": "b better", "b better": "a better"}, {}
     for student in students:

@@ -1,5 +1,6 @@
 """manifest.json: the commit, configuration, versions and hashes behind an experiment's results."""
 
+import contextlib
 import json
 import platform
 import re
@@ -14,7 +15,7 @@ import joblib
 from harness.config.experiment import Experiment
 from harness.errors import UserError
 from harness.io.artifacts import sha256_file
-from harness.reporting.collect import feature_record, student_record
+from harness.reporting.collect import feature_record, training_record
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "safetensors", "open_clip_torch", "torch-fidelity"),
@@ -25,12 +26,10 @@ FEATURE_FACTS = {"sha256", "held_out_accuracy", "aesthetic", "unavailable"}
 
 
 def _git(*arguments: str) -> str | None:
-    try:
-        return subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    options = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", *arguments], **options).stdout.strip()
+    return None
 
 
 def _processor() -> str:
@@ -58,7 +57,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[P
     runs = {
         f"{student}/seed{seed}": record.model_dump(include={"run_id", "sha256", "stop", "device"})
         for student, seed in experiment.runs
-        if (record := student_record(experiment, student, seed))
+        if (record := training_record(experiment, student, seed))
     }
     features = {
         name: record.model_dump(include=FEATURE_FACTS, exclude_none=True)

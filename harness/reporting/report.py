@@ -1,17 +1,13 @@
 """The report stage: metrics.csv, the tables, the figures, report.html and manifest.json."""
 
-import sys
-
 from harness.config.experiment import Experiment
 from harness.io.artifacts import sha256_file, write_json, write_text
+from harness.reporting import tables
 from harness.reporting.claims import write_claims
 from harness.reporting.collect import COLUMNS, collect, is_unavailable
 from harness.reporting.formatting import markdown
 from harness.reporting.intervals import write_pairwise
 from harness.reporting.manifest import manifest
-from harness.reporting.summary import COLUMNS as SUMMARY_COLUMNS
-from harness.reporting.summary import summarise, wide
-from harness.reporting.tables import headline, text_table, to_latex, to_markdown
 
 
 def write_report(experiment: Experiment, partial: bool = False) -> None:
@@ -23,33 +19,32 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     root = experiment.paths.root
     (root / "manifest.json").unlink(missing_ok=True)
     table, protocols = collect(experiment, partial)
-    summary = summarise(experiment, table)
+    summary = tables.summarise(experiment, table)
     failed = (table.status != "ok") & ~is_unavailable(table.status)
     title = f"One-step students on {experiment.name}"
     if failed.any():
         count = int((table.seed.notna() & failed).sum())
         title += f" (incomplete: {count} of {len(experiment.runs)} runs failed)"
-    tables = experiment.paths.tables
     files = {
-        "comparison.csv": wide(summary).to_csv(index=False),
-        "comparison.md": to_markdown(summary, title),
-        "comparison.tex": to_latex(summary, title),
+        "comparison.csv": tables.wide(summary).to_csv(index=False),
+        "comparison.md": tables.to_markdown(summary, title),
+        "comparison.tex": tables.to_latex(summary, title),
         "metrics.csv": table[list(COLUMNS)].to_csv(index=False),
-        "headline.md": headline(experiment, summary),
-        "summary.csv": summary.scores[list(SUMMARY_COLUMNS)].to_csv(index=False),
+        "headline.md": tables.headline(experiment, summary),
+        "summary.csv": summary.scores[list(tables.COLUMNS)].to_csv(index=False),
     }
+    folder = experiment.paths.tables
     for name, text in files.items():
-        write_text(tables / name, text)
-    outputs = [tables / name for name in files]
-    # The agreement stage writes these, where there are real images.
-    outputs += sorted(tables.glob("agreement.*"))
-    outputs += write_pairwise(summary.pairs, tables, experiment.name)
+        write_text(folder / name, text)
+    # The agreement stage writes agreement.*, where there are real images.
+    outputs = [*(folder / name for name in files), *sorted(folder.glob("agreement.*"))]
+    outputs += write_pairwise(summary.pairs, folder, experiment.name)
     if experiment.claims:
-        outputs += write_claims(experiment, table, tables)
+        outputs += write_claims(experiment, table, folder)
     if experiment.paper:
         from harness.reporting.published.tables import write_paper
 
-        outputs += write_paper(experiment, table, tables)
+        outputs += write_paper(experiment, table, folder)
     from harness.reporting.figures import draw
     from harness.reporting.page.page import write_page
 
@@ -67,9 +62,9 @@ def print_summary(experiment: Experiment) -> None:
     if not (root / "manifest.json").exists():
         return
     table, _ = collect(experiment, partial=True)
-    summary = summarise(experiment, table)
+    summary = tables.summarise(experiment, table)
     columns = [name for name in summary.main if summary.columns.metric[name] != "recall"]
-    text = text_table(summary, columns).drop(columns="status", errors="ignore").T
+    text = tables.text_table(summary, columns).drop(columns="status", errors="ignore").T
     seeds, noise = experiment.training.seeds, experiment.evaluation.sampling_seeds
     print(f"\n{experiment.name}: mean ± std over training seeds {seeds}, sampling seeds {noise}\n")
     print(markdown(text.rename_axis("student").reset_index(), tablefmt="simple"))
@@ -77,5 +72,4 @@ def print_summary(experiment: Experiment) -> None:
         print(f"\n{row.student}: {row.status}")
     print(f"\nTables:  {root / 'tables'}/comparison.md, .csv, .tex, summary.csv and metrics.csv")
     print(f"Figures: {root / 'figures'}/")
-    print(f"Report:  {root / 'report.html'}")
-    sys.stdout.flush()
+    print(f"Report:  {root / 'report.html'}", flush=True)

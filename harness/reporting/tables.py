@@ -1,26 +1,256 @@
-"""comparison.{md,tex}, headline.md and the terminal's table: pivots of the summary as text."""
+"""The summary of an experiment (tables/summary.csv) and its pivots: comparison.{csv,md,tex},
+headline.md and the terminal's table.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.data.registry import has_captions, has_texts
-from harness.evaluation.registry import METRICS
-from harness.reporting.collect import main_column, main_metric_in
-from harness.reporting.formatting import (
-    FLAGS,
-    MISSING,
-    flagged,
-    latex,
-    markdown,
-    number_text,
-    spread_text,
-)
-from harness.reporting.summary import Summary
+from harness.evaluation.checks import small_sample_warning
+from harness.evaluation.registry import FRECHET, METRICS
+from harness.features.base import FEATURES
+from harness.reporting import collect
+from harness.reporting.collect import is_unavailable, main_column, main_metric_in, training_record
+from harness.reporting.formatting import FLAGS, MISSING, flagged, latex, markdown, spread_text
+from harness.reporting.intervals import TRAINING_SEEDS, pairwise, ranks
 
+COLUMNS = (
+    *("student", "metric", "extractor", "num_samples", "mean", "std", "sampling_std", "stderr"),
+    *("best", "rank", "flag", "status"),
+)
+STUDENT_COLUMNS = (
+    *("student", "method", "seeds", "nfe", "parameters", "frozen", "data_free"),
+    *("images", "flops", "seconds", "flag", "status"),
+)
 # Metrics of the headline of text-to-image experiments, in any extractor.
 TEXT_METRICS = ("clip-score", "clip-score-100-plain", "aesthetic", "aesthetic-v2")
+FACTS = {  # heading -> column of `Summary.students`, format
+    "NFE": ("nfe", "{:,.0f}"),
+    "seeds": ("seeds", "{:,.0f}"),
+    "parameters": ("parameters", "{:,.0f}"),
+    "frozen": ("frozen", "{:.0%}"),
+    "data-free": ("data_free", "{}"),
+    "images": ("images", "{:,.0f}"),
+    "TFLOPs": ("flops", "{:.3g}"),
+    "seconds": ("seconds", "{:,.0f}"),
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of an experiment's last snapshots.
+
+    scores: COLUMNS and `column`, the name of the column in wide tables. `mean` and `std` are over
+    training seeds, whose score is the mean over sampling seeds; `sampling_std` is over the sampling
+    seeds of one training seed (root of the mean variance), `stderr` the mean standard error of one
+    evaluation, `best`, for main metrics, the mean of the best sampling seeds. students:
+    STUDENT_COLUMNS, costs as means over training seeds. columns: metric, extractor and num_samples
+    by name of the column, in order, with `main` (at the largest sample count that the metric
+    accepts, or a main metric) and `ranked` (the main metric of its extractor). pairs: `pairwise` in
+    the main columns. notes: lines for below the table.
+    """
+
+    scores: pd.DataFrame
+    students: pd.DataFrame
+    columns: pd.DataFrame
+    pairs: pd.DataFrame
+    sampling_seeds: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def main(self) -> list[str]:
+        return list(self.columns.index[self.columns.main])
+
+
+def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
+    """Summarise `collect`'s table."""
+    final, students = table[table.final], list(experiment.students)
+    columns = _columns(experiment, final)
+    pairs = pairwise(experiment, table, list(columns.index[columns.main]))
+    rows_of = dict(iter(final.groupby("student")))
+    names = [name for name in [*experiment.reference_rows, *students] if name in rows_of]
+    scores = student_scores(final, columns, names)
+    scores["rank"] = None
+    for column in columns.index[columns.ranked]:
+        rows = scores.column == column
+        scores.loc[rows, "rank"] = scores.student[rows].map(ranks(pairs, column, students))
+    facts = [_student(experiment, name, rows_of[name]) for name in names]
+    costs = pd.DataFrame(facts, columns=list(STUDENT_COLUMNS))
+    seeds = len(experiment.evaluation.sampling_seeds)
+    return Summary(scores, costs, columns, pairs, seeds, list(_notes(experiment, table)))
+
+
+def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
+    """`Summary.columns`: those at the main sample count first."""
+    most = experiment.evaluation.num_samples
+    columns = final[final.column != ""].drop_duplicates("column").set_index("column")
+    columns = columns[["metric", "extractor", "num_samples"]]
+    columns = columns.sort_values("num_samples", key=lambda n: n != most, kind="stable")
+    rows = list(columns.itertuples())
+    main = [METRICS[row.metric] == main_metric_in(experiment, row.extractor) for row in rows]
+    largest = [row.num_samples == METRICS[row.metric].count(most) for row in rows]
+    facts = pd.DataFrame({"main": main, "largest": largest}, columns.index, dtype=bool)
+    return columns.assign(main=facts.main | facts.largest, ranked=facts.main & facts.largest)
+
+
+def seed_means(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """`mean` and `std` of the scores over training seeds, for each group of rows."""
+    by_seed = rows.groupby([*keys, "seed"], dropna=False, sort=False).value.mean()
+    return by_seed.groupby(keys, sort=False).agg(mean=pd.Series.mean, std=pd.Series.std)
+
+
+def student_scores(final: pd.DataFrame, columns: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """`Summary.scores` without ranks from final rows, in the order of `names` and `columns`."""
+    keys = ["student", "column"]
+    rows = final[final.column != ""].astype({"value": float, "stderr": float})
+    grouped, by_seed = rows.groupby(keys), rows.groupby([*keys, "seed"], dropna=False).value
+    extremes = by_seed.agg(["min", "max", "var"]).groupby(keys).agg(pd.Series.mean)
+    scores = seed_means(rows, keys).assign(
+        sampling_std=extremes["var"] ** 0.5,
+        stderr=grouped.stderr.agg(pd.Series.mean),
+        flag=grouped.flag.agg(_flags, "trained-on-extractor", "shares-pretraining"),
+        status=grouped.status.agg(lambda s: next(iter(s[is_unavailable(s)]), "ok")),
+    )
+    scores = scores.join(columns, on="column")
+    higher = scores.metric.map(lambda name: METRICS[name].higher_is_better is True)
+    best = extremes["max"].where(higher, extremes["min"])
+    scores["best"] = best.where(scores.ranked & (grouped.sample_seed.nunique() > 1))
+    order = pd.MultiIndex.from_product([names, columns.index], names=keys)
+    scores = scores.reindex(order[order.isin(scores.index)]).reset_index()
+    return scores.reindex(columns=["column", *COLUMNS])
+
+
+def _flags(flags: pd.Series, *names: str) -> str:
+    """The given flags that any of the rows has, separated by spaces."""
+    present = set(" ".join(flags.dropna()).split())
+    return " ".join(name for name in names if name in present)
+
+
+def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
+    """STUDENT_COLUMNS of one student or reference row."""
+    seeds = sorted(rows.seed.dropna().unique())
+    student = {"student": name, "method": rows.method.iloc[0] or "", "seeds": len(seeds) or None}
+    student["nfe"] = next(iter(rows.nfe.dropna()), None)
+    teacher = experiment.reference_rows.get(name)
+    jobs = [(teacher,)] if teacher else [(name, int(seed)) for seed in seeds]
+    if records := list(filter(None, (training_record(experiment, *job) for job in jobs))):
+        student["parameters"] = records[0].parameters
+        student["frozen"] = getattr(records[0], "frozen_fraction", 0.0)
+        student["data_free"] = "yes" if getattr(records[0], "data_free", False) else "no"
+        if records[0].ledger:
+            for unit in ("images", "flops", "seconds"):
+                student[unit] = sum(getattr(r.ledger, unit) for r in records) / len(records)
+    student["flag"] = _flags(rows.flag, "contended")
+    failed = rows[(rows.status != "ok") & ~is_unavailable(rows.status)]
+    share = f"{len(failed)} of {len(seeds)} " if len(seeds) > 1 else ""
+    student["status"] = "ok" if failed.empty else share + failed.status.iloc[0]
+    return student
+
+
+# -- notes --------------------------------------------------------------------------------------
+
+
+def _notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
+    yield from _protocol_notes(experiment, table)
+    yield from _student_notes(experiment)
+    yield from _extractor_notes(experiment, table)
+    for flag, (mark, meaning) in FLAGS.items():
+        flagged = table[table.flag.fillna("").str.contains(flag)]
+        who = [
+            ", ".join(rows.student.unique()) + (f" in {extractor}" if flag != "contended" else "")
+            for extractor, rows in flagged.groupby("extractor", sort=False)
+        ]
+        if who:
+            yield f"{mark} {flag} ({'; '.join(dict.fromkeys(who))}): {meaning}."
+
+
+def _protocol_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
+    training, sampling = experiment.training, experiment.evaluation.sampling_seeds
+    budget, *own = (
+        ", ".join(f"{limit.amount:g} {limit.unit}" for limit in section.budget)
+        for section in (training, *experiment.students.values())
+    )
+    own = zip(experiment.students, own, strict=True)
+    budgets = "".join(f"; {name}: {text}" for name, text in own if text != budget)
+    references = ", ".join(table.reference.dropna().unique()) or "missing"
+    floor = (
+        " `_n…` is the sample count. At the size of the held-out part, scores are means over "
+        "disjoint subsets; `floor` is the score of the real held-out images."
+    )
+    yield (
+        f"Mean ± std over {len(training.seeds)} training seeds; the score of a training seed is "
+        f"its mean over sampling seeds {', '.join(map(str, sampling))} (their std is "
+        "`sampling_std` in summary.csv). EMA weights at the end of the budget "
+        f"({budget}{budgets}); reference {references}."
+        f"{floor if (table.student == 'floor').any() else ''}"
+    )
+    yield (
+        "`rank`: from the intervals in pairwise.csv, not corrected for multiple comparisons; "
+        "`tie 1–3` if some intervals contain 0, `not ranked` with fewer than "
+        f"{TRAINING_SEEDS} training seeds."
+    )
+    if len(sampling) > 1:
+        yield (
+            f"`best of {len(sampling)}`: the best sampling seed, as papers often publish it. It "
+            "improves with the number of seeds; compare it only with such numbers."
+        )
+
+
+def _student_notes(experiment: Experiment) -> Iterator[str]:
+    seed, trained_against = experiment.training.seeds[0], {}
+    for name, student in experiment.students.items():
+        if (record := training_record(experiment, name, seed)) is None:
+            continue
+        for network in record.trained_against:
+            trained_against.setdefault(network, []).append(name)
+        changed = ", ".join(f"{k} {v}" for k, v in record.changed_settings.items())
+        frozen = f"; {record.frozen_fraction:.0%} frozen" if record.frozen_fraction else ""
+        skipped = sum(record.skipped_steps.values())
+        yield (
+            f"{name}: method {student.method} ({record.paper}){frozen}. "
+            f"{'; '.join(record.deviations)}. "
+            f"Settings that differ from the method's defaults: {changed or 'none'}."
+            + (f" {skipped} non-finite steps skipped (seed {seed})." if skipped else "")
+        )
+    # Networks trained here share the images and labels. Flags mark those of pretrained networks.
+    trained = [n for n, item in experiment.features.items() if FEATURES[item.type].trained]
+    for network, students in trained_against.items():
+        scoring = [n for n in experiment.evaluation.extractors if n in trained and n != network]
+        if network in trained and scoring:
+            yield (
+                f"{network}, which {', '.join(students)} were trained against, was trained on the "
+                f"same labelled images as the networks that score ({', '.join(scoring)})."
+            )
+
+
+def _extractor_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
+    for name in experiment.evaluation.extractors:
+        record = collect.feature_record(experiment, name)
+        if record and record.unavailable:
+            folder = experiment.paths.features(name)
+            yield f"{name} is unavailable: {record.reason}; then delete {folder}."
+    distances = table[table.final & table.metric.isin(FRECHET)].drop_duplicates("column")
+    floor = table[table.student == "floor"].num_samples.max()
+    floor = None if pd.isna(floor) else int(floor)
+    for row in distances[distances.num_samples <= distances.features].itertuples():
+        note = small_sample_warning(row.extractor, row.features, row.num_samples, floor)
+        yield f"{row.column}: {note}."
+
+
+# -- pivots --------------------------------------------------------------------------------------
+
+
+def wide(summary: Summary) -> pd.DataFrame:
+    """comparison.csv: STUDENT_COLUMNS and, for each column, the mean and `<column>_std`."""
+    table = summary.students.set_index("student")
+    values = summary.scores.pivot(index="student", columns="column", values=["mean", "std"])
+    for column in summary.columns.index:
+        table[column] = values["mean", column]
+        table[f"{column}_std"] = values["std", column]
+    return table.dropna(axis="columns", how="all").assign(status=table.status).reset_index()
 
 
 def score_text(row) -> str:
@@ -44,35 +274,24 @@ def text_table(
     the status. ranked: with ranks and the best sampling seed. score, label: as `score_text` and
     `column_label`."""
     students = summary.students.set_index("student")
+    students["flops"] = students.flops.astype(float) / 1e12
     table = pd.DataFrame(index=students.index)
     for name in columns:
         column = summary.columns.loc[name]
-        rows = summary.scores[summary.scores.column == name].set_index("student")
-        texts = [score(row) for row in rows.reset_index().itertuples()]
-        table[label(column)] = pd.Series(texts, rows.index, dtype=object)
+        rows = summary.scores[summary.scores.column == name].set_index("student", drop=False)
+        table[label(column)] = pd.Series(map(score, rows.itertuples()), rows.index, dtype=object)
         if ranked and column.ranked:
             table[label(column, "rank")] = rows["rank"]
             if summary.sampling_seeds > 1:
                 best = label(column, f"best of {summary.sampling_seeds}")
                 table[best] = rows.best.map(spread_text)
-    for heading, unit, form, scale in (
-        ("NFE", "nfe", ",.0f", 1),
-        ("seeds", "seeds", ",.0f", 1),
-        ("parameters", "parameters", ",.0f", 1),
-        ("frozen", "frozen", ".0%", 1),
-        ("data-free", "data_free", "", 1),
-        ("images", "images", ",.0f", 1),
-        ("TFLOPs", "flops", ".3g", 1e12),
-        ("seconds", "seconds", ",.0f", 1),
-    ):
-        values = students[unit]
-        if form:
-            values = values.map(lambda v, f=form, s=scale: number_text(v, f, s))
-        table[heading] = values
+    for heading, (fact, form) in FACTS.items():
+        table[heading] = students[fact].map(form.format, na_action="ignore")
+    table = table.astype(object).where(table.notna(), MISSING)
     table["seconds"] = list(map(flagged, table.seconds, students.flag))
     if (students.status != "ok").any():
         table["status"] = students.status
-    return table.astype(object).where(table.notna(), MISSING)
+    return table
 
 
 def comparison_columns(summary: Summary) -> list[str]:

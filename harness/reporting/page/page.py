@@ -24,7 +24,7 @@ from harness.reporting.collect import (
     is_unavailable,
     main_column,
     main_metric_in,
-    student_record,
+    training_record,
 )
 from harness.reporting.figures import charts, health, quality, samples
 from harness.reporting.formatting import (
@@ -33,14 +33,12 @@ from harness.reporting.formatting import (
     as_text,
     flagged,
     interval_text,
-    is_known,
     minus,
     number_text,
     spread_text,
 )
 from harness.reporting.page.parts import ENVIRONMENT, NUMBER, csv_text, hash_code, html, spaced
-from harness.reporting.summary import Summary
-from harness.reporting.tables import text_table
+from harness.reporting.tables import Summary, text_table
 
 
 @dataclass
@@ -203,8 +201,8 @@ def students_table(content: Content, columns: list[str]) -> pd.DataFrame:
         if row.status != "ok":
             return row.status
         text = flagged(minus(spread_text(row.mean, row.std)), row.flag)
-        error = row.sampling_std if is_known(row.sampling_std) else row.stderr
-        if text == MISSING or not is_known(error):
+        error = row.sampling_std if pd.notna(row.sampling_std) else row.stderr
+        if text == MISSING or not pd.notna(error):
             return text
         return html.noted(text, f"± {minus(format(error, '.1g' if error < 1 else '.3g'))}")
 
@@ -284,7 +282,7 @@ def training(content: Content) -> Iterator[Markup]:
         return
     rows = []
     for student, seed, log in [(s, *run) for s in logs for run in logs[s].groupby("seed")]:
-        record = student_record(content.experiment, student, seed)
+        record = training_record(content.experiment, student, seed)
         ledger, skipped = record.ledger, sum(record.skipped_steps.values())
         row = {
             "student": student,
@@ -397,7 +395,7 @@ def agreement(content: Content) -> Iterator[Markup]:
     compared, failed = table[table.agrees.isin(["yes", "no"])], table[table.agrees == "no"]
     text = f"{len(compared) - len(failed)} of {len(compared)} quantities agree within tolerance"
     largest = compared.relative_difference.astype(float).abs().max()
-    if is_known(largest):
+    if pd.notna(largest):
         text += f"; the largest relative difference is {largest:.1e}"
     yield html.text(f"{text}.", "")
     if len(failed):

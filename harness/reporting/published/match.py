@@ -13,12 +13,11 @@ from harness.config.jobs import Student
 from harness.config.schema import ImportedTeacher, PaperSection
 from harness.io.artifacts import read_json
 
-FOLDER = Path(__file__).parent
 PAPERS = ("DMD", "SiD", "SIM", "GDD")
 # Names of the methods here in the papers; other methods are baselines.
 OWN = {"dmd", "sid", "sim", "sim-dit-600m", "gdd", "gdd-i"}
-# (paper, method) -> which statistic its number is, and where that is documented. Other papers do
-# not document it.
+# (paper, method) -> which statistic its numbers are, and where that is documented. Other papers
+# do not document it.
 STATISTIC = {
     ("EDM", "edm"): ("the minimum of 3 evaluations", "NVlabs/edm README"),
     ("SiD", "sid"): ("the mean of 10 evaluations", "mingyuanzhou/SiD sid_metrics.py"),
@@ -26,32 +25,25 @@ STATISTIC = {
     ("GDD", "gdd"): ("of the checkpoint with the lowest FID", "Zyriix/GDD training code"),
     ("GDD", "gdd-i"): ("of the checkpoint with the lowest FID", "Zyriix/GDD training code"),
 }
-KEYS = (
-    *("paper", "arxiv", "table", "dataset", "conditioning", "method", "variant", "nfe", "metric"),
-    *("value", "std", "train_images", "evidence", "source", "note"),
-)
 # Settings that distinguish DMD from its ablations.
 DMD = {"regression": "lpips", "distribution_matching": True, "weighting": "eq8"}
-# Names of students in the published tables: method, the freeze and settings it must have, the
-# published method and its variants. The first line that fits counts. None: a row without a variant,
-# by which a table means the paper's own configuration.
+# Names of students in the published tables: method, the settings and freeze that the student must
+# have (and its method here, if its name differs), and variants. The first line that fits counts.
+# None: a row without a variant, by which a table means the paper's own configuration.
 NAMES = (
-    ("dmd", DMD | {"teacher_guidance": 3.0}, "dmd", ("SDv1.5, guidance 3",)),
-    ("dmd", DMD | {"teacher_guidance": 8.0}, "dmd", ("guidance 8, LAION-Aesthetic 6+",)),
-    ("dmd", DMD, "dmd", (None, "full", "sample weighting Eq. 8 (ours)")),
-    ("dmd", DMD | {"regression": "none"}, "dmd", ("w/o regression loss",)),
-    ("dmd", DMD | {"regression": "l2"}, "dmd", ("L2 instead of LPIPS in the regression loss",)),
-    (
-        *("dmd", DMD | {"distribution_matching": False}, "dmd"),
-        ("w/o distribution matching (regression only)",),
-    ),
-    ("dmd", DMD | {"weighting": "sigma/alpha"}, "dmd", ("sample weighting sigma_t/alpha_t",)),
-    ("dmd", DMD | {"weighting": "sigma^3/alpha"}, "dmd", ("sample weighting sigma_t^3/alpha_t",)),
-    ("sid", {"alpha": 1.2}, "sid", (None, "alpha=1.2")),
-    ("sid", {"alpha": 1.0}, "sid", ("alpha=1.0",)),
-    ("sim", {}, "sim", (None,)),
-    ("gdd", {"freeze": "innate"}, "gdd-i", (None,)),
-    ("gdd", {}, "gdd", (None,)),
+    ("dmd", DMD | {"teacher_guidance": 3.0}, "SDv1.5, guidance 3"),
+    ("dmd", DMD | {"teacher_guidance": 8.0}, "guidance 8, LAION-Aesthetic 6+"),
+    ("dmd", DMD, None, "full", "sample weighting Eq. 8 (ours)"),
+    ("dmd", DMD | {"regression": "none"}, "w/o regression loss"),
+    ("dmd", DMD | {"regression": "l2"}, "L2 instead of LPIPS in the regression loss"),
+    ("dmd", DMD | {"distribution_matching": False}, "w/o distribution matching (regression only)"),
+    ("dmd", DMD | {"weighting": "sigma/alpha"}, "sample weighting sigma_t/alpha_t"),
+    ("dmd", DMD | {"weighting": "sigma^3/alpha"}, "sample weighting sigma_t^3/alpha_t"),
+    ("sid", {"alpha": 1.2}, None, "alpha=1.2"),
+    ("sid", {"alpha": 1.0}, "alpha=1.0"),
+    ("sim", {}, None),
+    ("gdd-i", {"method": "gdd", "freeze": "innate"}, None),
+    ("gdd", {}, None),
 )
 # (method, data set) whose own configuration is a variant: SiD's script for AFHQv2 uses alpha 1.0.
 UNNAMED = {("sid", "AFHQv2-64"): "alpha=1.0"}
@@ -59,22 +51,20 @@ UNNAMED = {("sid", "AFHQv2-64"): "alpha=1.0"}
 STOCHASTIC = {("EDM", "ImageNet-64")}
 
 
+@functools.cache
 def _read(file: str) -> list[dict]:
+    """The entries of a file; each has all keys of the file, None where unknown."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
-    return yaml.load((FOLDER / file).read_text(encoding="utf-8"), loader)
+    entries = yaml.load((Path(__file__).parent / file).read_text(encoding="utf-8"), loader)
+    keys = dict.fromkeys(key for entry in entries for key in entry)
+    return [keys | entry for entry in entries]
 
 
-@functools.cache
-def published() -> tuple[dict, ...]:
-    """All entries in the order of the file; each has all of KEYS, None where unknown."""
-    return tuple(dict.fromkeys(KEYS) | entry for entry in _read("numbers.yaml"))
-
-
-@functools.cache
-def published_settings() -> list[dict]:
-    return _read("settings.yaml")
+def published() -> list[dict]:
+    """All published numbers."""
+    return _read("numbers.yaml")
 
 
 def base(method: str) -> str:
@@ -105,37 +95,30 @@ def concerning(paper: PaperSection) -> list[dict]:
 
 def _conditions(student: Student, entry: dict) -> dict | None:
     """The settings by which NAMES names a student, if an entry has this name."""
-    settings = student.settings.model_dump() | {"freeze": student.freeze, "lora": student.lora}
-    entry_name = base(entry["method"])
-    variant = entry["variant"] or UNNAMED.get((entry_name, entry["dataset"]))
-    for method, conditions, name, variants in NAMES:
-        required = {"method": method, "freeze": "none", "lora": None} | conditions
-        if required.items() <= (settings | {"method": student.method}).items():
-            return conditions if entry_name == name and variant in variants else None
+    facts = student.settings.model_dump()
+    facts |= {"method": student.method, "freeze": student.freeze, "lora": student.lora}
+    published_name = base(entry["method"])
+    variant = entry["variant"] or UNNAMED.get((published_name, entry["dataset"]))
+    for name, conditions, *variants in NAMES:
+        required = {"method": name, "freeze": "none", "lora": None} | conditions
+        if required.items() <= facts.items():
+            return conditions if published_name == name and variant in variants else None
     return None
 
 
-def _is_student(experiment: Experiment, student: Student, entry: dict) -> bool:
-    if entry["nfe"] not in (1, None):
-        return False
-    if student.name in experiment.paper.methods:
-        name = experiment.paper.methods[student.name]
-        return (entry["method"], entry["variant"]) == (name.method, name.variant)
-    return _conditions(student, entry) is not None
-
-
 def changed_settings(experiment: Experiment, name: str, entry: dict) -> list[str] | None:
-    """Settings in which a student differs from the published run of an entry: keys of its settings,
-    `budget`, `teacher`. None if the published settings are unknown."""
+    """Settings in which a row differs from the published run of an entry: of a student, keys of its
+    settings, `budget`, `teacher`; of a teacher, `network`. None if the published are unknown."""
+    if teacher := experiment.reference_rows.get(name):
+        return [] if official_network(experiment, teacher) else ["network"]
     student = experiment.students[name]
-    conditions, keys = _conditions(student, entry), ("dataset", "conditioning")
-    wanted = {"method": student.method} | {key: entry[key] for key in keys}
-    lines = [line for line in published_settings() if wanted.items() <= line.items()]
-    by_variant = {line.get("variant"): line for line in lines}
+    wanted = {"method": student.method} | {k: entry[k] for k in ("dataset", "conditioning")}
+    lines = [line for line in _read("settings.yaml") if wanted.items() <= line.items()]
+    by_variant = {line["variant"]: line for line in lines}
     original = by_variant.get(entry["variant"]) or by_variant.get(None)
+    conditions, settings = _conditions(student, entry), student.settings
     if conditions is None or original is None:
         return None
-    settings = student.settings
     expected = type(settings)(**original["settings"])
     changed = [k for k, v in settings if k not in conditions and v != getattr(expected, k)]
     limit, *more = student.budget
@@ -174,31 +157,33 @@ def same_network(experiment: Experiment, teacher: str, entry: dict) -> bool:
     return is_ve == (network(experiment, teacher) == "ve")
 
 
+def _has_name(experiment: Experiment, row: str, entry: dict, default: bool) -> bool:
+    """Whether an entry has the published name that the experiment sets for a row."""
+    name = experiment.paper.methods.get(row)
+    return (entry["method"], entry["variant"]) == (name.method, name.variant) if name else default
+
+
 def is_number_of(experiment: Experiment, teacher: str, entry: dict) -> bool:
     """Whether an entry is EDM's teacher with this teacher's network and sampler: the same number of
     evaluations (DMD counts 512 for 511) and both stochastic or both deterministic."""
-    sampler = experiment.teachers[teacher].sampler
-    name = experiment.paper.methods.get(experiment.teacher_row(teacher))
-    if name:
-        if (entry["method"], entry["variant"]) != (name.method, name.variant):
-            return False
-    elif base(entry["method"]) != "edm" or not same_network(experiment, teacher, entry):
-        return False
+    sampler, row = experiment.teachers[teacher].sampler, experiment.teacher_row(teacher)
+    is_edm = base(entry["method"]) == "edm" and same_network(experiment, teacher, entry)
     stochastic = "SDE" in entry["method"] or (entry["paper"], entry["dataset"]) in STOCHASTIC
     nfe = 2 * sampler.steps - 1  # guidance is not counted
-    counts = [entry["nfe"]]
-    if counts == [None]:  # then one of the counts of other teacher numbers on this data
-        same = [e for e in published() if e["dataset"] == entry["dataset"] and is_teacher(e)]
-        counts = [e["nfe"] for e in same]
-    return stochastic == (sampler.s_churn > 0) and bool({nfe, nfe + 1} & set(counts))
+    same = [e for e in published() if e["dataset"] == entry["dataset"] and is_teacher(e)]
+    # An unknown count is one of those of other teacher numbers on this data.
+    counts = {e["nfe"] for e in ([entry] if entry["nfe"] else same)}
+    same_sampler = stochastic == (sampler.s_churn > 0) and bool({nfe, nfe + 1} & counts)
+    return _has_name(experiment, row, entry, is_edm) and same_sampler
 
 
 def runs_of(experiment: Experiment, entry: dict) -> list[str]:
     """The table rows (students and teachers) of an experiment that measure the same as an entry."""
-    students = experiment.students.values()
-    names = [student.name for student in students if _is_student(experiment, student, entry)]
-    return names + [
-        experiment.teacher_row(teacher)
-        for teacher in experiment.teachers
-        if is_number_of(experiment, teacher, entry)
+    students = [
+        name
+        for name, student in experiment.students.items()
+        if entry["nfe"] in (1, None)
+        and _has_name(experiment, name, entry, _conditions(student, entry) is not None)
     ]
+    teachers = [t for t in experiment.teachers if is_number_of(experiment, t, entry)]
+    return [*students, *map(experiment.teacher_row, teachers)]

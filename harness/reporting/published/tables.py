@@ -1,11 +1,13 @@
-"""Tables of published numbers with those that this project's runs reproduce.
+"""Published numbers with those that this project reproduces: tables, and verify-teacher.
 
 `reported` comes from numbers.yaml, `reproduced` from an experiment's final scores in a metric `fid`
 or `fid-…`. Fréchet distances in other features than Inception's are never compared with FIDs.
 """
 
 import logging
+import math
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,23 +17,14 @@ from harness.config.experiment import Experiment
 from harness.config.loading import read_experiment
 from harness.errors import UserError
 from harness.evaluation.registry import column_name
-from harness.io.artifacts import write_text
+from harness.io.artifacts import digest, write_text
+from harness.io.records import TeacherRecord
 from harness.method import METHODS
-from harness.reporting.collect import collect
+from harness.reporting.collect import collect, current_scores
 from harness.reporting.formatting import as_text, latex, spread_text, write_table
 from harness.reporting.manifest import read_manifest
-from harness.reporting.published.match import (
-    PAPERS,
-    STATISTIC,
-    base,
-    changed_settings,
-    concerning,
-    is_own,
-    official_network,
-    published,
-    runs_of,
-    same_data,
-)
+from harness.reporting.published import match
+from harness.reporting.published.match import PAPERS, STATISTIC
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +35,7 @@ COLUMNS = (
 # A published table may cover several data sets.
 TABLE_COLUMNS = (*COLUMNS[:2], "dataset", "conditioning", *COLUMNS[2:])
 # The tables that `paper-tables` writes: paper -> prefixes of the tables' names.
-TABLES = {name: ("",) for name in PAPERS} | {
-    "DMD": ("Table 1", "Table 2", "Table 3", "Table 4", "Table 6")
-}
-FID_SAMPLES, COCO_SAMPLES = 50_000, 30_000
+TABLES = dict.fromkeys(PAPERS, "") | {"DMD": tuple(f"Table {i}" for i in (1, 2, 3, 4, 6))}
 # Published metrics that are not compared with columns of a similar name here, and why.
 NOT_COMPARED = {
     "CLIP-FID": "not compared: the source names neither the CLIP weights nor a library; Fréchet "
@@ -71,12 +61,9 @@ def is_fid(metric) -> bool:
 
 
 def fids_of(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.Series, str]:
-    """The FIDs of a table row, one per training seed (each the mean over its sampling seeds), and
-    the name of their column.
-
-    Final weights, the experiment's main sample count. If several FIDs were computed: EDM's
-    protocol, which all of PAPERS use.
-    """
+    """The final FIDs of a table row at the main sample count, one per training seed (the mean over
+    its sampling seeds), and the name of their column. If there are several: EDM's protocol, which
+    all of PAPERS use."""
     rows = table[table.final & (table.student == name) & table.metric.map(is_fid)]
     rows = rows[(rows.num_samples == experiment.evaluation.num_samples) & (rows.status == "ok")]
     if rows.empty:
@@ -91,10 +78,9 @@ def fids_of(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.
 
 def _row(entry: dict, reproduction: Mapping = NOT_REPRODUCED) -> dict:
     """A row of TABLE_COLUMNS. The notes of a reproduction precede those of the number."""
-    notes = [reproduction["note"]]
-    if statistic := STATISTIC.get((entry["paper"], base(entry["method"]))):
-        notes.append(f"reported is {statistic[0]} ({statistic[1]})")
-    notes += [entry["note"], NOT_COMPARED.get(entry["metric"])]
+    statistic = STATISTIC.get((entry["paper"], match.base(entry["method"])))
+    source = f"reported is {statistic[0]} ({statistic[1]})" if statistic else ""
+    notes = [reproduction["note"], source, entry["note"], NOT_COMPARED.get(entry["metric"])]
     note = "; ".join(filter(None, notes))
     return entry | {"reported": entry["value"]} | reproduction | {"note": note}
 
@@ -113,16 +99,13 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
         return NOT_REPRODUCED | {"note": f"{who}: no run has an FID"}
     setting, notes, deviations = experiment.paper.setting, [], ()
     if student := experiment.students.get(name):
-        changed = changed_settings(experiment, name, entry)
         deviations = METHODS[student.method].deviations_under(student.settings)
-    else:
-        official = official_network(experiment, experiment.reference_rows[name])
-        changed = [] if official else ["network"]
+    changed = match.changed_settings(experiment, name, entry)
     if changed is None:
         notes.append("the published settings are unknown")
     elif changed:
         notes.append(f"different from the published run: {', '.join(changed)}")
-    papers = COCO_SAMPLES if entry["dataset"].startswith("COCO-2014-30k") else FID_SAMPLES
+    papers = 30_000 if entry["dataset"].startswith("COCO-2014-30k") else 50_000
     if experiment.evaluation.num_samples != papers:
         notes.append(f"papers use {papers} samples; fewer raise the FID")
     if setting == "exact" and notes:
@@ -136,21 +119,17 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
 
 
 def _rows(experiment: Experiment, table: pd.DataFrame, entry: dict) -> list[dict]:
-    """A published number with each of its reproductions, or without one."""
-    names = runs_of(experiment, entry) if entry["metric"] == "FID" else []
-    rows = [_row(entry, _reproduction(experiment, table, name, entry)) for name in names]
-    return rows or [_row(entry)]
+    """A published number with each of its reproductions."""
+    names = match.runs_of(experiment, entry) if entry["metric"] == "FID" else []
+    return [_row(entry, _reproduction(experiment, table, name, entry)) for name in names]
 
 
 def paper_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     """The published numbers on an experiment's data with its own, from `collect`'s table. Columns:
     COLUMNS; one row for each run that reproduces a number, or one without a reproduction."""
-    entries = concerning(experiment.paper)
-    return _frame([row for entry in entries for row in _rows(experiment, table, entry)], COLUMNS)
-
-
-def _frame(rows: list[dict], columns: tuple) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=columns).astype({"nfe": "Int64"})
+    entries = match.concerning(experiment.paper)
+    rows = [row for e in entries for row in _rows(experiment, table, e) or [_row(e)]]
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"nfe": "Int64"})
 
 
 def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -166,15 +145,10 @@ def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> li
 # -- all experiments --------------------------------------------------------------------------
 
 
-def collect_all(
-    results: Path, configs: Path, parse: Callable[..., Experiment]
-) -> list[tuple[Experiment, pd.DataFrame]]:
+def collect_all(results: Path, configs: Path, parse: Callable[..., Experiment]) -> list[tuple]:
     """The experiments with a section `paper` and their tidy tables, complete or not: those of the
-    manifests in `results`, and those of the files in `configs` without a manifest.
-
-    parse: `harness.validation.parse_experiment`. Experiments that cannot be read are skipped with a
-    warning; their data and checkpoints need not exist.
-    """
+    manifests in `results`, and those of the files in `configs` without a manifest. Experiments that
+    cannot be read are skipped with a warning; their data and checkpoints need not exist."""
     tables = {}
     for path in [*sorted(results.glob("*/manifest.json")), *sorted(configs.glob("*.yaml"))]:
         try:
@@ -196,31 +170,26 @@ def write_paper_tables(
     configs: Path = Path("configs/paper"),
 ) -> None:
     """Write one file per published table of PAPERS, with the runs in `results`; print the cells
-    (FIDs of the methods here and their teachers) without a run. parse: of `collect_all`."""
+    (FIDs of the methods here and their teachers) without a run. parse: `parse_experiment`."""
     tables = collect_all(results, configs, parse)
     files: dict[str, list[dict]] = {}
     empty, cells, others = [], 0, 0
-    for entry in published():
-        if entry["paper"] not in PAPERS or not entry["table"].startswith(TABLES[entry["paper"]]):
+    for entry in match.published():
+        if not (entry["table"] or "").startswith(TABLES.get(entry["paper"], ())):
             continue
-        rows = [
-            row
-            for experiment, table in tables
-            if same_data(experiment.paper, entry)
-            for row in _rows(experiment, table, entry)
-            if row["reproduced"]
-        ]
+        concerned = [item for item in tables if match.same_data(item[0].paper, entry)]
+        rows = [row for e, t in concerned for row in _rows(e, t, entry) if row["reproduced"]]
         # Both halves of "Table 2 (left)" and "Table 2 (right)" are one file.
         title = f"{entry['paper']}, {entry['table'].split(' (')[0]}"
         files.setdefault(title, []).extend(rows or [_row(entry)])
-        if is_own(entry) and entry["metric"] == "FID":
+        if match.is_own(entry) and entry["metric"] == "FID":
             cells += 1
             empty += [] if rows else [entry]
-        elif is_own(entry):
+        elif match.is_own(entry):
             others += 1
     folder = results / "paper-tables"
     for title, rows in files.items():
-        table = _frame(rows, TABLE_COLUMNS)
+        table = pd.DataFrame(rows, columns=TABLE_COLUMNS).astype({"nfe": "Int64"})
         name = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
         write_table(table, folder, name, title, CAPTION.format("paper-tables"), as_text(table, ""))
     count = "1 experiment" if len(tables) == 1 else f"{len(tables)} experiments"
@@ -233,3 +202,59 @@ def write_paper_tables(
         name = " ".join(filter(None, [entry["method"], entry["variant"]]))
         table = f"{entry['paper']}, {entry['table']}: {entry['dataset']} {entry['conditioning']}"
         print(f"  {table}: {name}: {entry['value']:g}")
+
+
+# -- verify-teacher -----------------------------------------------------------------------------
+
+
+def check_inputs(experiment: Experiment, teacher: str, configfile: Path) -> None:
+    """Check that everything that a teacher's scores need exists and is up to date; a `UserError`
+    (code "missing-inputs") names a workflow target that trains no student."""
+    paths = experiment.paths
+    record = paths.teacher(teacher) / "teacher.json"
+    features = map(paths.features, experiment.evaluation.extractors)
+    inputs = [paths.data / "data.json", record, *(path / "features.json" for path in features)]
+    if missing := [path for path in inputs if not path.exists()]:
+        reason = f"{missing[0]} is missing"
+    elif TeacherRecord.read(record).fingerprint != digest(experiment.teacher_fingerprint(teacher)):
+        reason = f"teacher {teacher} was made with other settings than those of the experiment"
+    else:
+        return
+    target = str(paths.reference_scores(teacher))
+    command = ["snakemake", "--cores", "8", target, "--configfile", str(configfile)]
+    raise UserError(f"{reason}; make it with: {shlex.join(command)}", "missing-inputs")
+
+
+def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
+    """Lines `reported | measured`, one per number, from up-to-date scores. A measured value is the
+    mean over sampling seeds, whose samples are independent, with its standard error."""
+    entries = current_scores(experiment, teacher).entries
+    entry = next(entry for entry in entries if entry.student == "teacher")
+    table = pd.DataFrame([row.model_dump() for row in entry.rows])
+    table = table[table.num_samples == experiment.evaluation.num_samples]
+    fids, others = [], []
+    for key, rows in table.groupby(["metric", "num_samples", "extractor"], sort=False):
+        error = math.hypot(*rows.stderr.astype(float)) / len(rows)
+        text = spread_text(rows.value.astype(float).mean(skipna=False), error)
+        (fids if is_fid(key[0]) else others).append(f"{column_name(*key)} {text}")
+    sampler = experiment.teachers[teacher].sampler
+    lines = [
+        f"teacher {teacher}: {sampler.steps} Heun steps, {entry.nfe} network evaluations, "
+        f"S_churn {sampler.s_churn:g}",
+        "reported | measured",
+    ]
+    for number in match.concerning(experiment.paper) if experiment.paper else []:
+        if not match.is_teacher(number) or number["metric"] != "FID":
+            continue
+        if not fids:
+            measured = "no FID extractor in this experiment"
+        elif match.is_number_of(experiment, teacher, number):
+            measured = ", ".join(fids)
+        else:
+            same = match.same_network(experiment, teacher, number)
+            measured = "another sampler" if same else "another network"
+        facts = [number["method"], f"{number['nfe']} NFE" if number["nfe"] else "NFE not given"]
+        facts += STATISTIC.get((number["paper"], match.base(number["method"])), ())[:1]
+        source = f"{', '.join(facts)}; {number['paper']}, {number['table']}"
+        lines.append(f"FID {number['value']:g} ({source}) | {measured}")
+    return lines + [f"- | {text}" for text in fids + others]
