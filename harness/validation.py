@@ -158,8 +158,7 @@ def parse_experiment(
     if problems:
         raise ConfigError(source, problems)
     students = {
-        name: student_checks.resolve(name, section, file.training, file.teachers)
-        for name, section in file.students.items()
+        name: student_checks.resolve(name, section, file) for name, section in file.students.items()
     }
     return Experiment(
         **{key: getattr(file, key) for key in ("name", *SECTIONS, *ITEMS, "claims")}

@@ -445,3 +445,10 @@ def test_missing_logger_package_is_reported(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         fit(tmp_path, loggers=("wandb",))
     assert error.value.code == "missing-package"
+
+
+def test_phase_of_an_unknown_network_is_rejected(tmp_path):
+    with pytest.raises(
+        UserError, match="phase 'p' updates unknown network 'critic'; known: student"
+    ):
+        Trainer(run_of(tmp_path, phases=[Phase("p", "critic", loss, ADAM)]))

@@ -1,21 +1,15 @@
 """Checks of the section `students`, and the resolution of its entries."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
 
 from pydantic import ValidationError
 
+from harness.config import schema
 from harness.config.jobs import PairSet, Student
 from harness.config.loading import translate
-from harness.config.schema import (
-    ExperimentFile,
-    Names,
-    StudentSection,
-    TrainedTeacher,
-    TrainingSection,
-    micro_batch,
-)
+from harness.config.schema import ExperimentFile, Names, StudentSection, TrainingSection
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
 from harness.method import METHODS, MethodConfig, TeacherFacts
@@ -28,19 +22,16 @@ def method_settings(section: StudentSection, shared: dict[str, Any]) -> MethodCo
     return config_class(**common | section.settings)
 
 
-def resolve(
-    name: str, section: StudentSection, training: TrainingSection, teachers: Mapping[str, Any]
-) -> Student:
+def resolve(name: str, section: StudentSection, file: ExperimentFile) -> Student:
     """A student with its validated settings. Raises `ValidationError` or `UserError`."""
-    settings = method_settings(section, training.settings)
+    settings = method_settings(section, file.training.settings)
     requirements = METHODS[section.method].requirements(settings)
-    teacher = section.teacher or next(iter(teachers))
-    pairs = None
+    teacher, pairs = section.teacher or next(iter(file.teachers)), None
     if count := requirements.pairs:
         # The sampler is deterministic: an image is a function of the noise that the student sees.
         steps = requirements.pair_steps
         update = {"steps": steps, "s_churn": 0.0, "s_min": 0.0, "s_max": None, "s_noise": 1.0}
-        sampler = teachers[teacher].sampler.model_copy(update=update)
+        sampler = file.teachers[teacher].sampler.model_copy(update=update)
         pairs = PairSet(f"{teacher}_n{count}_steps{steps}", teacher, count, sampler)
     return Student(
         name=name,
@@ -50,91 +41,92 @@ def resolve(
         teacher=teacher,
         freeze=section.freeze,
         lora=section.lora,
-        budget=tuple(section.budget or training.budget),
+        budget=tuple(section.budget or file.training.budget),
         pairs=pairs,
     )
 
 
-def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
+def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
     """All errors in the section `students` (see `harness.validation.CHECKS`)."""
-    students, data, teachers, features = file.students, file.data, file.teachers, file.features
     # Students are checked without their budgets if `training` is invalid.
     training = file.training or TrainingSection.model_construct(seeds=[], budget=[])
-    problems = _check_shared_settings(students, training)
-
-    def report(key: str, code: str, message: str) -> None:
-        problems.append(Problem(key, code, message))
-
-    for name, section in students.items():
+    yield from _check_shared_settings(file, training)
+    for name, section in file.students.items():
         where = f"students.{name}"
         if section.lora is not None and section.freeze != "none":
-            report(f"{where}.lora", "conflict", "lora and freeze are mutually exclusive")
+            yield Problem(f"{where}.lora", "conflict", "lora and freeze are mutually exclusive")
         if section.teacher is not None and section.teacher not in names["teachers"]:
+            message = f"unknown teacher {section.teacher!r}"
             hint = did_you_mean(section.teacher, names["teachers"])
-            report(f"{where}.teacher", "unknown-name", f"unknown teacher {section.teacher!r}{hint}")
+            yield Problem(f"{where}.teacher", "unknown-name", message + hint)
         try:
-            method = METHODS[section.method]
             settings = method_settings(section, training.settings)
         except UserError as error:
-            report(f"{where}.method", error.code, str(error))
-            continue
+            yield Problem(f"{where}.method", error.code, str(error))
         except ValidationError as error:
-            for problem in translate(error, method.Config):
+            for problem in translate(error, METHODS[section.method].Config):
                 own = problem.key.split(".")[0] in section.settings
                 # A shared setting is reported once, where it is written.
                 place = f"{where}.settings" if own else "training.settings"
-                report(f"{place}.{problem.key}", problem.code, problem.message)
-            continue
-        needs = method.requirements(settings)
-        if (network := needs.features) is not None and network not in names["features"]:
-            hint = did_you_mean(network, names["features"])
-            message = f"unknown feature network {network!r}{hint}"
-            report(f"{where}.settings", "unknown-name", message)
-        elif network in features and not FEATURES[features[network].type].has_feature_maps:
-            message = f"feature network {network!r} has no feature maps"
-            report(f"{where}.settings", "unsupported", message)
-        if needs.real_images and data is not None:
-            if not data.has_images:
-                message = f"method {section.method} needs images; this data set has none"
-                report(where, "needs-images", message)
-            elif data.prompts is not None and not data.labels:
-                message = "needs the prompt of each image; data.labels is false"
-                report(where, "needs-images", f"method {section.method} {message}")
-        teacher = teachers.get(section.teacher or next(iter(names["teachers"]), None))
-        trained = isinstance(teacher, TrainedTeacher)
-        facts = TeacherFacts(unconditional=not trained or teacher.label_dropout > 0)
-        for setting, code, message in method.check(settings, facts):
-            report(f"{where}.settings.{setting}", code, message)
-        batch, largest = settings.batch, training.micro_batch
-        if 1 == micro_batch(batch, largest) < min(batch, largest or 1):
-            message = f"batch {batch} has no divisor above 1 up to training.micro_batch {largest}"
-            report(where, "batch", message)
-        budget = f"{where}.budget" if section.budget else "training.budget"
-        for i, limit in enumerate(section.budget or training.budget):
-            if limit.unit == "images" and limit.amount % batch:
-                low = int(limit.amount // batch) * batch
-                message = (
-                    f"{limit.amount:g} images is not a multiple of the batch {batch} of {where}; "
-                    f"the nearest multiples are {low} and {low + batch}"
-                )
-                report(f"{budget}.{i}.amount", "batch", message)
-    return problems
+                yield Problem(f"{place}.{problem.key}", problem.code, problem.message)
+        else:
+            yield from _check_method(where, section, settings, file, names)
+            yield from _check_batch(where, section, settings.batch, training)
 
 
-def _check_shared_settings(
-    students: Mapping[str, StudentSection], training: TrainingSection
-) -> list[Problem]:
+def _check_method(
+    where: str, section: StudentSection, settings: MethodConfig, file: ExperimentFile, names: Names
+) -> Iterator[Problem]:
+    """Errors in what a method needs: a feature network, data and a teacher."""
+    method, data = METHODS[section.method], file.data
+    needs = method.requirements(settings)
+    if (network := needs.features) is not None and network not in names["features"]:
+        message = f"unknown feature network {network!r}{did_you_mean(network, names['features'])}"
+        yield Problem(f"{where}.settings", "unknown-name", message)
+    elif network in (own := file.features) and not FEATURES[own[network].type].has_feature_maps:
+        message = f"feature network {network!r} has no feature maps"
+        yield Problem(f"{where}.settings", "unsupported", message)
+    if needs.real_images and data is not None:
+        if not data.has_images:
+            message = f"method {section.method} needs images; this data set has none"
+            yield Problem(where, "needs-images", message)
+        elif data.prompts is not None and not data.labels:
+            message = "needs the prompt of each image; data.labels is false"
+            yield Problem(where, "needs-images", f"method {section.method} {message}")
+    teacher = file.teachers.get(section.teacher or next(iter(names["teachers"]), None))
+    trained = isinstance(teacher, schema.TrainedTeacher)
+    facts = TeacherFacts(unconditional=not trained or teacher.label_dropout > 0)
+    for setting, code, message in method.check(settings, facts):
+        yield Problem(f"{where}.settings.{setting}", code, message)
+
+
+def _check_batch(
+    where: str, section: StudentSection, batch: int, training: TrainingSection
+) -> Iterator[Problem]:
+    """A batch must have micro-batches, and divide the images of a budget."""
+    largest = training.micro_batch
+    if 1 == schema.micro_batch(batch, largest) < min(batch, largest or 1):
+        message = f"batch {batch} has no divisor above 1 up to training.micro_batch {largest}"
+        yield Problem(where, "batch", message)
+    budget = f"{where}.budget" if section.budget else "training.budget"
+    for i, limit in enumerate(section.budget or training.budget):
+        if limit.unit == "images" and limit.amount % batch:
+            low = int(limit.amount // batch) * batch
+            multiples = f"the nearest multiples are {low} and {low + batch}"
+            message = f"{limit.amount:g} images is not a multiple of the batch {batch} of {where}"
+            yield Problem(f"{budget}.{i}.amount", "batch", f"{message}; {multiples}")
+
+
+def _check_shared_settings(file: ExperimentFile, training: TrainingSection) -> Iterator[Problem]:
     """A shared setting must exist in some method, of this experiment or another."""
-    used = {section.method for section in students.values()}
+    used = {section.method for section in file.students.values()}
     known: set[str] = set()
     for name in sorted(METHODS, key=lambda name: name not in used):
         # Do not import other methods without need: a file may be unfinished.
         if name in used or not known >= training.settings.keys():
             with nullcontext() if name in used else suppress(Exception):
                 known |= METHODS[name].Config.model_fields.keys()
-    message = "no method has this setting"
-    return [
-        Problem(f"training.settings.{key}", "unknown-key", message + did_you_mean(key, known))
-        for key in training.settings
-        if key not in known
-    ]
+    for key in training.settings:
+        if key not in known:
+            message = f"no method has this setting{did_you_mean(key, known)}"
+            yield Problem(f"training.settings.{key}", "unknown-key", message)

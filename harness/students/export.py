@@ -1,19 +1,12 @@
-"""Export students as diffusers pipelines with a model card, independent of their runs.
-
-A student with EDM's preconditioning becomes a `OneStepPipeline`. A student of a text-to-image
-pipeline becomes a pipeline of the same diffusers class, with a scheduler that gives the student's
-image in one step.
-"""
-
-from __future__ import annotations
+"""Export students as diffusers pipelines with a model card: as a `OneStepPipeline`, or, if the
+teacher is a text-to-image pipeline, as a pipeline of its class with a one-step scheduler."""
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
-from diffusers.utils import BaseOutput
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, ImagePipelineOutput
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from harness.config.jobs import StudentRun, TeacherJob
@@ -26,11 +19,6 @@ from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
 from harness.networks import BACKBONES, denoiser_record, load_denoiser
 from harness.networks.vp import VPDenoiser
 from harness.teachers.pipelines import PipelineFolder
-
-if TYPE_CHECKING:
-    import pandas
-
-OTHER_PARTS = ("text_encoder", "tokenizer", "vae")  # copied from the teacher's pipeline
 
 
 def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> EulerDiscreteScheduler:
@@ -46,18 +34,9 @@ def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> EulerDiscreteS
     )
 
 
-class OneStepOutput(BaseOutput):
-    """images: PIL images, or float `(B, C, H, W)` in [0, 1] with `output_type="pt"`."""
-
-    images: list | Tensor
-
-
 class OneStepPipeline(DiffusionPipeline):
-    """A one-step student with EDM's preconditioning: `pipe(class_labels=[3, 7]).images`.
-
-    sigma_init: the noise level at which the student is evaluated. The other arguments are of
-    `harness.denoiser.EDMDenoiser`.
-    """
+    """A one-step student with EDM's preconditioning: `pipe(class_labels=[3, 7]).images`. It is
+    evaluated at noise level `sigma_init`; the other arguments are those of `EDMDenoiser`."""
 
     def __init__(
         self,
@@ -81,8 +60,9 @@ class OneStepPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
-    ) -> OneStepOutput:
-        """Generate one image per class label, or `num_images` without labels.
+    ) -> ImagePipelineOutput:
+        """Generate one image per class label, or `num_images` without labels: PIL images, or float
+        `(B, C, H, W)` in [0, 1] with `output_type="pt"`.
 
         class_labels: random by default if the student has classes. latents: standard normal
         `(B, C, H, W)`, random by default.
@@ -109,14 +89,12 @@ class OneStepPipeline(DiffusionPipeline):
         images = (x / 2 + 0.5).clip(0, 1).cpu()
         if output_type != "pt":
             images = list(map(to_pil_image, (images * 255 + 0.5).clip(0, 255).to(torch.uint8)))
-        return OneStepOutput(images=images)
+        return ImagePipelineOutput(images=images)
 
 
 def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: Path) -> None:
     """Write a finished student and its model card to a new or empty folder, all or nothing.
-
-    `scores`: the run's score file, which need not exist.
-    """
+    `scores`: the run's score file, which need not exist."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists; choose a new or empty folder", "exists")
     model, record = run.folder / "model", StudentRecord.read(run.folder / "student.json")
@@ -126,16 +104,13 @@ def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: P
         if isinstance(denoiser, VPDenoiser):
             _write_stock(denoiser, sigma_init, teacher, temporary)
         elif denoiser.text_width:
-            raise UserError(
-                f"{run.student.name} needs the experiment's own text encoder, which is not part of "
-                "a pipeline; text-to-image students can be exported if their teacher is a pipeline",
-                "not-exportable",
-            )
+            encoder = "needs the experiment's own text encoder, which is not part of a pipeline"
+            message = "text-to-image students can be exported if their teacher is a pipeline"
+            raise UserError(f"{run.student.name} {encoder}; {message}", "not-exportable")
         else:
             pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
             pipeline.save_pretrained(temporary, safe_serialization=True)
-        card = model_card(run, teacher, record, scores)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        model_card(run, teacher, record, scores).save(temporary / "README.md")
 
 
 def _write_stock(student: VPDenoiser, sigma_init: float, teacher: TeacherJob, folder: Path) -> None:
@@ -144,14 +119,15 @@ def _write_stock(student: VPDenoiser, sigma_init: float, teacher: TeacherJob, fo
     source = PipelineFolder(Path(teacher.section.source).expanduser())
     imported = TeacherRecord.read(teacher.folder / "teacher.json").imported
     if source.sha256() != imported["sha256"]:
-        message = f"{source.folder} is not the pipeline that teacher {teacher.name} was "
-        raise UserError(f"{message}imported from", "checksum")
-    for part in OTHER_PARTS:
+        message = f"is not the pipeline that teacher {teacher.name} was imported from"
+        raise UserError(f"{source.folder} {message}", "checksum")
+    copied = ("text_encoder", "tokenizer", "vae")
+    for part in copied:
         shutil.copytree(source.folder / part, folder / part)
     student.backbone.save_pretrained(folder / source.network, safe_serialization=True)
     one_step_scheduler(student, sigma_init).save_pretrained(folder / "scheduler")
     index = read_json(source.folder / "model_index.json")
-    parts = (*OTHER_PARTS, source.network)
+    parts = (*copied, source.network)
     new = {key: value for key, value in index.items() if key.startswith("_") or key in parts}
     new["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
     if "safety_checker" in index:
@@ -208,55 +184,56 @@ Deviations from the paper: {{ record.deviations | join("; ") or "none" }}.
 """
 
 
-def model_card(run: StudentRun, teacher: TeacherJob, record: StudentRecord, scores: Path) -> str:
-    """README.md of an exported student: its origin, its cost, and its scores, which are also in
-    the machine-readable `model-index` of the Hugging Face hub."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+def model_card(
+    run: StudentRun, teacher: TeacherJob, record: StudentRecord, scores: Path
+) -> ModelCard:
+    """The model card of an exported student: its origin, its cost, and its scores, which are also
+    in the machine-readable `model-index` of the Hugging Face hub."""
+    from tabulate import tabulate
 
     dataset, data = datasets.load(run.data, images=False), teacher.data_section.name
-    name, origin = f"{run.experiment}-{run.student.name}", teacher.name
     task = "text-to-image" if dataset.prompts else "unconditional-image-generation"
-    table = _mean_scores(scores, record.sha256)
+    rows = _mean_scores(scores, record.sha256)
+    table = tabulate(rows, "keys", "pipe", floatfmt=".4g")
     results = [
         EvalResult(task, data, data, row.pop("metric"), row.pop("mean"), metric_args=row)
-        for row in table.to_dict("records")
+        for row in rows
     ]
     card_data = ModelCardData(
-        model_name=name,
+        model_name=f"{run.experiment}-{run.student.name}",
         library_name="diffusers",
         pipeline_tag=task,
         tags=["one-step-diffusion", record.method],
         eval_results=results or None,
     )
+    origin = teacher.name
     if isinstance(teacher.section, ImportedTeacher):
         source = Path(teacher.section.source)
         origin += f" ({source.name})"
         card_data.base_model, readme = source.name, source.expanduser() / "README.md"
         if readme.is_file():
             card_data.license = ModelCard.load(readme, ignore_metadata_errors=True).data.license
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         card_data,
         template_str=CARD,
-        name=name,
+        name=card_data.model_name,
         teacher=origin,
         record=record,
         dataset=dataset,
         data=data,
-        scores=table.to_markdown(index=False, floatfmt=".4g") if len(table) else "",
+        scores=table,
     )
-    return str(card)
 
 
-def _mean_scores(path: Path, sha256: str) -> pandas.DataFrame:
+def _mean_scores(path: Path, sha256: str) -> list[dict]:
     """Final scores of weights `sha256`: mean, smallest and largest value over sampling seeds."""
     import pandas
 
     columns = ["metric", "extractor", "num_samples", "protocol"]
-    record = ScoreRecord.read_optional(path)
-    rows = []
+    record, rows = ScoreRecord.read_optional(path), []
     if record is not None and record.weights == sha256:
         rows = next(entry for entry in record.entries if entry.final).rows
     frame = pandas.DataFrame([row.model_dump() for row in rows], columns=[*columns, "value"])
     groups = frame.dropna(subset="value").groupby(columns, sort=False).value
     table = groups.agg(["mean", "min", "max", "count"]).reset_index()
-    return table.rename(columns={"count": "sampling_seeds"})
+    return table.rename(columns={"count": "sampling_seeds"}).to_dict("records")

@@ -17,12 +17,9 @@ from harness.training.ledger import Ledger
 
 @dataclass
 class Inputs:
-    """Inputs of a student's training.
-
-    features: the networks that the method requires. embeddings: map prompt numbers to
+    """features: the networks that the method requires. embeddings: map prompt numbers to
     conditions. ledger: the cost of the teacher pairs. hashes: of what came from files.
-    shared_machine: other work ran while the pairs' seconds were measured.
-    """
+    shared_machine: other work ran while the pairs' seconds were measured."""
 
     dataset: Dataset
     teacher: Denoiser

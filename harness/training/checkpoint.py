@@ -19,23 +19,18 @@ def save_checkpoint(run: TrainingRun, state: dict) -> None:
 
 
 def load_checkpoint(run: TrainingRun) -> dict | None:
-    """Read the saved state, if there is one.
-
-    A state that is damaged, belongs to another run or has another format is a `UserError`.
-    """
+    """Read the saved state, if there is one. A state that is damaged, belongs to another run or has
+    another format is a `UserError`."""
     folder, path = run.folder, run.folder / "state.json"
     if not path.exists():
         return None
     state = read_json(path, owner=folder)
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise UserError(
-            f"{path} was written by another version; delete {folder} to start over", "format"
-        )
+        message = f"{path} was written by another version; delete {folder} to start over"
+        raise UserError(message, "format")
     if state["run_id"] != run.run_id:
-        raise UserError(
-            f"{path} belongs to another run ({state['run']}, {state['run_id']}); "
-            f"delete {folder} to start {run.name} over",
-            "other-run",
-        )
+        other = f"another run ({state['run']}, {state['run_id']})"
+        message = f"{path} belongs to {other}; delete {folder} to start {run.name} over"
+        raise UserError(message, "other-run")
     file = folder / state["file"]
     return state | {"tensors": load_tensors(file, state["sha256"], run.device, owner=folder)}

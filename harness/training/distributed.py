@@ -1,14 +1,6 @@
-"""Data parallelism over the processes that torchrun starts.
-
-Each process works on its share of every batch, with the random numbers that one process would draw
-for it. Gradients are averaged over the processes, so that all take the same step. Only the first
-process writes files, takes locks and logs progress.
-
-Gradients are averaged in one message after the backward passes of a phase. torch's
-`DistributedDataParallel` overlaps communication and backward pass, but needs one forward pass per
-backward pass: phases share generated images and pass through networks that another phase trains,
-and R1 differentiates twice.
-"""
+"""Data parallelism over the processes that torchrun starts: each works on its share of every batch,
+with the random numbers that one process would draw for it, and all average their gradients. Only
+the first process writes files, takes locks and logs progress."""
 
 import contextlib
 import os
@@ -22,14 +14,9 @@ from torch import Tensor
 
 from harness.errors import UserError
 
-# A process may wait as long as the first one scores, or waits for a lock.
-TIMEOUT = timedelta(days=7)
-
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank, and the number of processes."""
-
     rank: int = 0
     size: int = 1
 
@@ -40,14 +27,15 @@ class Processes:
     def share(self, batch: int) -> range:
         """The consecutive samples of a batch that this process works on; all shares are equal."""
         if batch % self.size:
-            raise UserError(
-                f"batch {batch} is not divisible by the {self.size} processes", "batch-size"
-            )
+            message = f"batch {batch} is not divisible by the {self.size} processes"
+            raise UserError(message, "batch-size")
         own = batch // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 
     def sum_(self, tensors: list[Tensor], factor: float = 1.0) -> None:
         """Replace float tensors by `factor` times their sums over processes; shapes must agree."""
+        # For gradients, torch's `DistributedDataParallel` needs one forward pass per backward pass,
+        # but phases share generated images and other phases' networks; R1 differentiates twice.
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.flatten() for t in tensors])
@@ -65,7 +53,6 @@ class Processes:
         return tensor.item()
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
         if self.size > 1:
             torch.distributed.barrier()
 
@@ -97,9 +84,8 @@ def processes() -> Processes:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Processes()
-    if torch.cuda.is_available():
+    if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
-    else:
-        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    timeout = timedelta(days=7)  # a process waits while the first one scores or waits for a lock
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     return Processes(torch.distributed.get_rank(), size)

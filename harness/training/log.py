@@ -2,19 +2,17 @@
 
 import contextlib
 import csv
-import io
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.io.artifacts import write_text
+from harness.io.artifacts import atomic_path
 from harness.training.distributed import Processes
 from harness.training.run import TrainingRun
 
@@ -22,10 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 class RunningMeans(Mapping[str, Tensor]):
-    """Means of named scalars since the last `collect`, accumulated on the device.
-
-    Non-finite values are left out. Adding a value and looking up a mean do not wait for the device.
-    """
+    """Means of the finite values of named scalars since the last `collect`, on the device: adding a
+    value and looking up a mean do not wait for it."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
@@ -48,47 +44,43 @@ class RunningMeans(Mapping[str, Tensor]):
     def collect(self, processes: Processes) -> dict[str, float]:
         """Read the means over all processes (NaN without a finite value) and start anew. All
         processes call it together; it waits for the device."""
-        names = list(self._sums)
         totals = torch.stack([*self._sums.values(), *self._counts.values()]).float()
         processes.sum_([totals])
-        sums, counts = totals.view(2, -1).tolist()
+        rows = zip(self._sums, *totals.view(2, -1).tolist(), strict=True)
+        means = {name: total / count if count else math.nan for name, total, count in rows}
         self._sums.clear()
         self._counts.clear()
-        return {
-            name: total / count if count else math.nan
-            for name, total, count in zip(names, sums, counts, strict=True)
-        }
+        return means
 
 
 class CsvLogger:
-    """`train.csv`: one row per tick."""
+    """`train.csv`: one row per tick. Rows after `step` are dropped: they were written after the
+    state that is resumed."""
 
     def __init__(self, path: Path, step: int):
-        """Rows after `step` are dropped: they were written after the state that is resumed."""
-        self.path, self.columns = path, []
+        self.path, self.columns = path, {}
         if path.exists():
-            rows = [row for row in self._read() if None not in row.values()]  # None: cut off
-            self._rewrite([row for row in rows if int(row["step"]) <= step])
+            self._rewrite([row for row in self._rows() if int(row["step"]) <= step])
 
-    def _read(self) -> list[dict]:
+    def _rows(self) -> list[dict]:
+        """The rows of the file that are not cut off."""
         with open(self.path, newline="") as file:
-            return list(csv.DictReader(file))
+            return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def _rewrite(self, rows: list[dict]) -> None:
-        self.columns = list(dict.fromkeys(chain.from_iterable(rows)))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
+        self.columns = {name: None for row in rows for name in row}
+        with atomic_path(self.path) as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row; a column that appears late (of a phase that runs seldom) is added."""
-        if row.keys() <= set(self.columns):
+        if row.keys() <= self.columns.keys():
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         else:
-            self._rewrite([*(self._read() if self.columns else ()), row])
+            self._rewrite([*(self._rows() if self.columns else ()), row])
 
 
 def tensorboard(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
@@ -117,13 +109,9 @@ def wandb(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
 
 
 @contextlib.contextmanager
-def training_log(
-    run: TrainingRun, step: int, images: int
-) -> Iterator[Callable[[dict[str, float], float], None]]:
+def training_log(run: TrainingRun, step: int, images: int) -> Iterator[Callable]:
     """Yield a function that logs a tick, given its row and the spent fraction of the budget.
-
-    `step` and `images`: where the run starts or resumes.
-    """
+    `step` and `images`: where the run starts or resumes."""
     run.folder.mkdir(parents=True, exist_ok=True)
     writers, bar = [CsvLogger(run.folder / "train.csv", step).write], None
     with contextlib.ExitStack() as stack:
@@ -133,11 +121,8 @@ def training_log(
             try:
                 write, close = start(run, images)
             except ImportError as error:
-                raise UserError(
-                    f"training.loggers: {name} is not installed ({error}): "
-                    "pip install -e '.[loggers]'",
-                    "missing-package",
-                ) from None
+                message = f"{name} is not installed ({error}): pip install -e '.[loggers]'"
+                raise UserError(f"training.loggers: {message}", "missing-package") from None
             writers.append(write)
             stack.callback(close)
         if sys.stderr.isatty():

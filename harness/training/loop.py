@@ -1,7 +1,6 @@
-"""Train a run to the end of its budget: ticks, snapshots, checkpoints and exact resume.
-
-`run_id` hashes everything that decides the weights, except where the run stops. So a longer budget
-continues a run, and any other change starts a new run. The folder of a run holds
+"""Train a run to the end of its budget, with snapshots and exact resume. `run_id` hashes everything
+that decides the weights, except where the run stops: a longer budget continues a run, and any other
+change starts a new run. The folder of a run holds
 
     state.json, state-<step>.safetensors    the state to resume from
     snapshots/images-<n>/                   exported averaged weights, snapshot.json
@@ -19,7 +18,7 @@ from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, write_json
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
 from harness.training.distributed import processes
-from harness.training.ledger import UNITS, Ledger, peak_memory
+from harness.training.ledger import Ledger, peak_memory
 from harness.training.log import training_log
 from harness.training.run import Outcome, TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
@@ -48,16 +47,16 @@ class TrainingLoop:
         tick_seconds, tick_images = ledger.seconds, ledger.images
         saved, position, done = time.monotonic(), self._grid_position(), False
         while not done:
-            started, seconds = time.perf_counter(), ledger.seconds
-            before = {unit: ledger.amount(unit) for unit in UNITS}
+            started = time.perf_counter()
+            before = ledger.model_dump(include={"images", "flops", "seconds"})
             trainer.step()
-            self._count_seconds(seconds, started)
+            self._count_seconds(before["seconds"], started)
             ticked = trainer.iteration % tick_steps == 0
             if ticked or self._grid_position() != position or ledger.reached(run.budget):
                 added = ledger.images - before["images"]
-                self._settle()
+                trainer.settle()
                 before["images"] = min(before["images"], ledger.images - added)
-                self._count_seconds(seconds, started)
+                self._count_seconds(before["seconds"], started)
             now, done = self._grid_position(), ledger.reached(run.budget) is not None
             crossed = [unit for unit in now if now[unit] > position[unit]]
             position = now
@@ -74,14 +73,6 @@ class TrainingLoop:
                     save_checkpoint(run, trainer.state_dict() | {"snapshots": self.snapshots})
                 saved = time.monotonic()
 
-    def _settle(self) -> None:
-        """Correct the counts by the skipped steps; this waits for the device."""
-        try:
-            self.trainer.settle()
-        except NonFiniteError as error:
-            path = self.run.snapshot(self.snapshots[-1]["name"]) if self.snapshots else "none yet"
-            raise NonFiniteError(f"{error}; last good snapshot: {path}", error.code) from None
-
     def _count_seconds(self, before: float, started: float) -> None:
         """Add the time since `started`; by the first process's clock if a limit is in seconds."""
         self.ledger.seconds = before + time.perf_counter() - started
@@ -89,21 +80,20 @@ class TrainingLoop:
             self.ledger.seconds = self.processes.agree(self.ledger.seconds)
 
     def _row(self, elapsed: float, images: int) -> dict[str, float]:
-        """One row of train.csv: counts, and the metrics since the last tick."""
-        rate = images / elapsed if elapsed > 0 else 0.0
+        """A row of train.csv; `elapsed` and `images` since the last one."""
         return {
             "step": self.trainer.iteration,
             "images": self.ledger.images,
             "flops": self.ledger.flops,
             "seconds": round(self.ledger.seconds, 3),
-            "images_per_second": round(rate, 2),
+            "images_per_second": round(images / elapsed, 2) if elapsed > 0 else 0.0,
             **{f"nonfinite/{name}": count for name, count in self.trainer.nonfinite.items()},
             **self.trainer.metrics.collect(self.processes),
         }
 
     def _grid_position(self) -> dict[str, int]:
         return {
-            unit: grid_index(self.ledger.amount(unit), grid.first, grid.per_octave)
+            unit: grid_index(getattr(self.ledger, unit), grid.first, grid.per_octave)
             for unit, grid in self.run.snapshot_grid.items()
         }
 
@@ -149,17 +139,12 @@ def _outcome_at_snapshot(run: TrainingRun, state: dict) -> Outcome | None:
 
 
 def train(run: TrainingRun) -> Outcome:
-    """Train to the end of the budget, continuing from the saved state if there is one.
-
-    If the budget was shortened to a point without a snapshot, the run is trained again from the
-    start, which gives the weights of that budget.
-    """
+    """Train to the end of the budget, continuing from the saved state if there is one; again from
+    the start if the budget was shortened to a point without a snapshot."""
     if limit := run.ledger.reached(run.budget):
-        raise UserError(
-            f"{run.name}: the charge for teacher pairs already spends the budget of "
-            f"{limit['amount']:g} {limit['unit']}; raise it or use fewer pairs",
-            "budget",
-        )
+        spent = f"already spends the budget of {limit['amount']:g} {limit['unit']}"
+        message = f"the charge for teacher pairs {spent}; raise it or use fewer pairs"
+        raise UserError(f"{run.name}: {message}", "budget")
     first, state = processes().first, load_checkpoint(run)
     processes().wait()  # all processes have read the state before the first writes another
     if state is not None and Ledger(**state["ledger"]).reached(run.budget):
@@ -180,5 +165,9 @@ def train(run: TrainingRun) -> Outcome:
             logger.info("resumed at %d images from %s", trainer.ledger.images, run.folder)
     start = trainer.iteration, trainer.ledger.images
     with training_log(run, *start) if first else contextlib.nullcontext() as log:
-        TrainingLoop(trainer, snapshots).finish(log)
+        try:
+            TrainingLoop(trainer, snapshots).finish(log)
+        except NonFiniteError as error:
+            path = run.snapshot(snapshots[-1]["name"]) if snapshots else "none yet"
+            raise NonFiniteError(f"{error}; last good snapshot: {path}", error.code) from None
     return _outcome(run, snapshots, trainer.nonfinite)

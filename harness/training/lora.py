@@ -1,9 +1,6 @@
-"""LoRA: train low-rank adapters of a student or fake score instead of its weights.
-
-Hu et al. 2021 (arXiv 2106.09685), by peft: `W + (alpha / rank) B A` in the projections of attention
-and feed-forward layers, with B = 0 at initialisation. The networks of an experiment share the
-teacher's tensors W, so that they fit on one GPU.
-"""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), by peft: train `W + (alpha / rank) B A` in attention and
+feed-forward layers, with B = 0 at initialisation. The networks of an experiment share the teacher's
+tensors W, so that they fit on one GPU."""
 
 import copy
 
@@ -13,10 +10,8 @@ from harness.denoiser import Denoiser
 from harness.errors import UserError
 
 # Projections in diffusers' transformer blocks: linear layers, some of them 1 x 1 convolutions.
-TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0"),
-    *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 
 
 def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float) -> None:
@@ -24,9 +19,8 @@ def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float)
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError(
-            "lora: peft is not installed: pip install -e '.[text-to-image]'", "missing-package"
-        ) from None
+        message = "lora: peft is not installed: pip install -e '.[text-to-image]'"
+        raise UserError(message, "missing-package") from None
     owners = dict(teacher.backbone.named_modules())
     for name, module in denoiser.backbone.named_modules():
         for key in module._parameters:
@@ -36,11 +30,8 @@ def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float)
     try:
         inject_adapter_in_model(settings, denoiser.backbone)
     except ValueError:
-        raise UserError(
-            f"lora: {type(denoiser.backbone).__name__} has no attention layers to adapt "
-            f"({', '.join(TARGETS)})",
-            "lora-targets",
-        ) from None
+        network = f"{type(denoiser.backbone).__name__} has no attention layers to adapt"
+        raise UserError(f"lora: {network} ({', '.join(TARGETS)})", "lora-targets") from None
 
 
 def parameter_count(network: nn.Module) -> int:

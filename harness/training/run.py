@@ -17,18 +17,15 @@ from harness.training.ledger import Ledger
 
 def loop_settings(training: LoopSettings, switches: Switches, tick_images: int) -> LoopSettings:
     """The experiment's settings with the switches of one teacher or feature network."""
-    own = switches.model_dump(include=set(Switches.model_fields))
+    own = {name: getattr(switches, name) for name in Switches.model_fields}
     return training.model_copy(update={**own, "tick_images": tick_images})
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A training: networks, phases, data and budget.
-
-    networks: trained; `main` is the one that is averaged and exported. frozen: networks that
-    losses only pass through. ledger: charges before training. export: write the averaged network
-    to a folder and return the sha256 of the weights.
-    """
+    """A training. networks: trained; `main` is the one that is averaged and exported. frozen:
+    networks that losses only pass through. ledger: charges before training. export: write the
+    averaged network to a folder and return the sha256 of the weights."""
 
     name: str  # for messages: "sid/seed0"
     folder: Path  # named by `run_id`
@@ -50,7 +47,6 @@ class TrainingRun:
     device: str = "cpu"
 
     def snapshot(self, name: str) -> Path:
-        """The folder of a snapshot."""
         return self.folder / "snapshots" / name
 
 

@@ -1,12 +1,4 @@
-"""One iteration of training, for students, teachers and feature networks alike.
-
-The trainer runs the phases of a method and owns their optimisers, mixed precision, accumulation,
-non-finite steps, the weight average and the ledger.
-
-The host never waits for the device within an iteration. Only the device knows whether a step was
-finite; the optimiser skips a non-finite step there. The host counts all steps as taken, and
-`settle` corrects its counts before anything is decided by them.
-"""
+"""One iteration of training, for students, teachers and feature networks alike."""
 
 import contextlib
 import copy
@@ -15,11 +7,12 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
 
 from harness.config.schema import micro_batch
 from harness.context import Context
 from harness.denoiser import Denoiser
-from harness.errors import UserError
+from harness.errors import UserError, did_you_mean
 from harness.method import OptimizerConfig, Phase
 from harness.streams import Stream
 from harness.training.distributed import processes
@@ -33,11 +26,15 @@ class NonFiniteError(UserError):
 
 
 class Trainer:
-    """Trains the networks of a `TrainingRun`, one iteration per `step()`.
+    """Trains the networks of a `TrainingRun` in phases, one iteration per `step()`.
 
     networks, frozen: on the device. ema: the averaged main network. ledger: costs up to now.
     metrics: losses, gradient norms and the methods' own values since the last tick. iteration: the
     number of iterations. updates: optimiser steps per network. nonfinite: skipped steps per phase.
+
+    The host never waits for the device within an iteration. Only the device knows whether a step
+    was finite; the optimiser skips a non-finite step there. The host counts all steps as taken, and
+    `settle` corrects its counts before anything is decided by them.
 
     Hooks for other kinds of loop: `build_optimizer`, `update`, `apply_gradients`, `optimizer_step`
     and `update_ema`.
@@ -47,41 +44,34 @@ class Trainer:
         self.run, self.loop, self.device = run, run.loop, run.device
         self.processes = processes()
         self.share = self.processes.share(run.batch)
-        self.networks = {name: self._place(net) for name, net in run.networks.items()}
-        self.frozen = {name: self._place(net).eval() for name, net in run.frozen.items()}
+        frozen = {name: self._place(net).eval() for name, net in run.frozen.items()}
+        self.frozen = {name: net.requires_grad_(False) for name, net in frozen.items()}
+        self.networks = {name: self._place(net).train() for name, net in run.networks.items()}
         self.all_networks = {**self.frozen, **self.networks}
-        for net in self.frozen.values():
-            net.requires_grad_(False)
-        for net in self.networks.values():
-            net.train()
-        # Weights that never change are shared with the average and not part of the state.
-        main = self.networks[run.main]
-        constant = {id(p): p for p in main.parameters() if not p.requires_grad}
-        self.ema = copy.deepcopy(main, constant).requires_grad_(False).eval()
-        if self.loop.compile:
-            for net in self.all_networks.values():
-                if isinstance(net, Denoiser):  # R1 differentiates the other networks twice
-                    net.compile(dynamic=False)
-        pairs = zip(self.ema.parameters(), main.parameters(), strict=True)
-        self._averaged = tuple(zip(*[pair for pair in pairs if pair[1].requires_grad], strict=True))
-        self._constant = {
-            f"{name}/{key}"
-            for name, net in [*self.networks.items(), ("ema", main)]
-            for key, parameter in net.named_parameters()
-            if not parameter.requires_grad
-        }
         self.trainable = {
             name: [p for p in net.parameters() if p.requires_grad]
             for name, net in self.networks.items()
         }
+        # Weights that never change are shared with the average and not part of the state.
+        parameters = [p for net in self.networks.values() for p in net.parameters()]
+        self._constant = {id(p): p for p in parameters if not p.requires_grad}
+        self.ema = copy.deepcopy(self.networks[run.main], dict(self._constant))
+        self.ema.requires_grad_(False).eval()
+        self._averaged = [p for p in self.ema.parameters() if id(p) not in self._constant]
+        if self.loop.compile:
+            for net in self.all_networks.values():
+                if isinstance(net, Denoiser):  # R1 differentiates the other networks twice
+                    net.compile(dynamic=False)
+        self.optimizers: dict[str, Optimizer] = {}
         configs = {phase.network: phase.optimizer for phase in run.phases}
         for phase in run.phases:
-            if configs[phase.network] != phase.optimizer:
-                raise ValueError(f"phases give network {phase.network!r} two optimisers")
-        self.optimizers = {
-            name: self.build_optimizer(self.trainable[name], config)
-            for name, config in configs.items()
-        }
+            if (name := phase.network) not in self.networks:
+                message = f"{run.name}: phase {phase.name!r} updates unknown network {name!r}"
+                raise UserError(message + did_you_mean(name, self.networks), "unknown-name")
+            if configs[name] != phase.optimizer:
+                raise ValueError(f"phases give network {name!r} two optimisers")
+            if name not in self.optimizers:
+                self.optimizers[name] = self.build_optimizer(self.trainable[name], configs[name])
         self.iteration, self.ledger = 0, copy.deepcopy(run.ledger)
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.nonfinite = {phase.name: 0 for phase in run.phases}
@@ -93,8 +83,6 @@ class Trainer:
         bf16 = self.loop.precision == "bf16"
         self._precision = torch.autocast(kind, torch.bfloat16, enabled=bf16)
 
-    # -- building -------------------------------------------------------------------------------
-
     def _place(self, net: nn.Module) -> nn.Module:
         """Put a network on the device; convolutions follow the memory format of their weights."""
         if self.loop.gradient_checkpointing:
@@ -105,24 +93,20 @@ class Trainer:
             return net.to(self.device, memory_format=torch.channels_last)
         return net.to(self.device)
 
-    def build_optimizer(
-        self, parameters: list[Tensor], config: OptimizerConfig
-    ) -> torch.optim.Optimizer:
+    def build_optimizer(self, parameters: list[Tensor], config: OptimizerConfig) -> Optimizer:
         """Fused Adam, or AdamW with weight decay."""
-        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+        kind = AdamW if config.weight_decay else Adam
         settings = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
         return kind(parameters, **settings, fused=True)
 
-    # -- state ----------------------------------------------------------------------------------
-
     def _tensors(self) -> dict[str, Tensor]:
         """The weights and buffers that training changes."""
-        tensors = {
-            f"{name}/{key}": tensor
+        return {
+            f"{name}/{key}": tensor.detach()
             for name, net in [*self.networks.items(), ("ema", self.ema)]
-            for key, tensor in net.state_dict().items()
+            for key, tensor in net.state_dict(keep_vars=True).items()
+            if id(tensor) not in self._constant
         }
-        return {name: tensor for name, tensor in tensors.items() if name not in self._constant}
 
     def state_dict(self) -> dict:
         """Everything that training continues from: `tensors` by name, and JSON-like counts. It
@@ -158,16 +142,13 @@ class Trainer:
         for name, count in state["consecutive"].items():
             self._counters[name][2] = count
 
-    # -- one iteration --------------------------------------------------------------------------
-
     def step(self) -> None:
         """Run one iteration: all phases that are due, and the update of the average."""
         run, step, images = self.run, self.iteration, self.ledger.images
         micro = math.gcd(micro_batch(run.batch, self.loop.micro_batch), len(self.share))
-        starts = [step * run.batch + start for start in self.share[::micro]]
         contexts = [
             Context(self.all_networks, run.data, run.seed, step, range(i, i + micro), self.device)
-            for i in starts
+            for i in (step * run.batch + start for start in self.share[::micro])
         ]
         due = [phase for phase in run.phases if step % phase.every == 0]
         updates = [
@@ -207,11 +188,8 @@ class Trainer:
     def update(
         self, phase: Phase, repeat: int, contexts: list[Context], variant: str, measuring: bool
     ) -> None:
-        """Compute the gradient of a phase's loss over the batch, and update its network.
-
-        contexts: one per micro-batch. variant: names the cost of this update in the ledger;
-        `measuring`: measure it.
-        """
+        """Compute the gradient of a phase's loss over the micro-batches, and update its network.
+        variant: names the cost of this update in the ledger; `measuring`: measure it."""
         run = self.run
         for name, parameters in self.trainable.items():
             # The student stays trainable: another network's phase may generate its images.
@@ -227,17 +205,16 @@ class Trainer:
         torch.manual_seed(stream.key[0])
         total = torch.zeros((), device=self.device)
         with contextlib.ExitStack() as stack:
+            if measuring and self.loop.compile:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if measuring:
-                if self.loop.compile:
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
                 cost = stack.enter_context(measure(self.all_networks, self.processes.size))
+                self.ledger.costs.setdefault(variant, cost)
             for context in contexts:
                 with self._precision:
                     loss = phase.loss(context) / len(contexts)
                 loss.backward()
                 total += loss.detach()
-        if variant not in self.ledger.costs:
-            self.ledger.costs[variant] = cost
         self.ledger.add(self.ledger.costs[variant])
         self.apply_gradients(phase, total)
         for context in contexts:
@@ -267,16 +244,14 @@ class Trainer:
         self.metrics.add(f"loss/{phase.name}", loss)
         self.metrics.add(f"grad_norm/{phase.name}", norm)
 
-    def optimizer_step(self, optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    def optimizer_step(self, optimizer: Optimizer, skipped: Tensor) -> None:
         """Step where `skipped` is 0, do nothing where it is 1; the fused kernel reads it."""
         optimizer.found_inf = skipped
         optimizer.step()
 
     def settle(self) -> None:
-        """Read the counters and take skipped steps out of the host's counts.
-
-        Raises `NonFiniteError` after too many consecutive skipped steps of a phase.
-        """
+        """Read the counters and take skipped steps out of the host's counts. Raises
+        `NonFiniteError` after too many consecutive skipped steps of a phase."""
         counts = torch.stack(list(self._counters.values())).tolist()
         for phase, row in zip(self.run.phases, counts, strict=True):
             skipped, longest, _ = map(int, row)
@@ -286,22 +261,19 @@ class Trainer:
             if phase.network == self.run.main:
                 self.ledger.images -= skipped * self.run.batch
             if longest > self.loop.max_nonfinite:
-                raise NonFiniteError(
-                    f"{self.run.name}: {longest} consecutive non-finite steps in phase "
-                    f"{phase.name!r} up to step {self.iteration - 1} ({self.ledger.images} images)",
-                    "not-finite",
-                )
+                steps = f"{longest} consecutive non-finite steps in phase {phase.name!r}"
+                place = f"up to step {self.iteration - 1} ({self.ledger.images} images)"
+                raise NonFiniteError(f"{self.run.name}: {steps} {place}", "not-finite")
 
     def ema_decay(self, images: int) -> float:
         """Decay of the average over an iteration that added `images`, including skipped steps."""
-        run = self.run
-        half_life = min(run.ema_half_life, self.ledger.images * run.ema_ramp_up)
+        half_life = min(self.run.ema_half_life, self.ledger.images * self.run.ema_ramp_up)
         return 0.5 ** (images / half_life) if half_life > 0 else 0.0
 
     def update_ema(self, images: int) -> None:
         """Move the average by the images that the iteration added."""
+        main, weight = self.run.main, 1 - self.ema_decay(images)
         with torch.no_grad():
-            torch._foreach_lerp_(*self._averaged, 1 - self.ema_decay(images))
-            main = self.networks[self.run.main]
-            for a, b in zip(self.ema.buffers(), main.buffers(), strict=True):
+            torch._foreach_lerp_(self._averaged, self.trainable[main], weight)
+            for a, b in zip(self.ema.buffers(), self.networks[main].buffers(), strict=True):
                 a.copy_(b)
