@@ -17,9 +17,9 @@ from harness.training.ledger import Ledger
 
 @dataclass
 class Inputs:
-    """features: the networks that the method requires. embeddings: map prompt numbers to
-    conditions. ledger: the cost of the teacher pairs. hashes: of what came from files.
-    shared_machine: other work ran while the pairs' seconds were measured."""
+    """What a student trains with. features: the networks that the method requires. embeddings: map
+    prompt numbers to conditions. ledger: the cost of the teacher pairs. hashes: of what came from
+    files. shared_machine: other work ran while the pairs' seconds were measured."""
 
     dataset: Dataset
     teacher: Denoiser
