@@ -129,7 +129,7 @@ def features(experiment, args):
 
 @stage("train or import a teacher", "teacher", many=True)
 def teacher(experiment, args):
-    call("teachers.train.make_teacher", experiment.teacher_job(args.teacher))
+    call("teachers.stage.make_teacher", experiment.teacher_job(args.teacher))
 
 
 @stage("generate a set of teacher pairs", "pairs", slot=False, many=True)

@@ -9,8 +9,7 @@ from harness.data import captioned_digits
 from harness.data import datasets as data
 from harness.data.captioned_digits import ATTRIBUTES, COPIES, captions, draw, measure
 from harness.data.digits import read_digits
-from harness.data.prompts import Prompts
-from harness.data.registry import AttributeChecker, data_source
+from harness.data.registry import AttributeChecker, Prompts, data_source
 from harness.errors import UserError
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.references import Reference

@@ -17,7 +17,7 @@ from harness.data import cifar10 as cifar10_module
 from harness.data import datasets as data
 from harness.data.cifar10 import Cifar10
 from harness.data.fashion_mnist import FashionMnist
-from harness.data.registry import ImageArchive, data_source
+from harness.data.registry import DescribedSet, data_source
 from harness.errors import UserError
 from tools import dataset_from_package as package_tool
 
@@ -118,7 +118,7 @@ def test_all_sources_of_cifar10_give_the_same_images(
         for images, (pixels, labels) in zip(found, parts, strict=True):
             np.testing.assert_array_equal(images.pixels.numpy(), pixels)
             np.testing.assert_array_equal(images.labels.numpy(), labels)
-    assert type(cifar10(tmp_path / "cifar10.zip")) is ImageArchive
+    assert type(cifar10(tmp_path / "cifar10.zip")) is DescribedSet
 
 
 def test_other_archive_is_rejected_before_it_is_unpickled(small, official, monkeypatch):

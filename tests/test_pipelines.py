@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from harness.data.prompts import read_prompts
+from harness.data.registry import read_prompts
 from harness.denoiser import GuidedDenoiser, guided
 from harness.errors import UserError
 from harness.networks import load_denoiser, save_denoiser

@@ -9,7 +9,7 @@ import torch
 
 from harness.config.jobs import FeatureJob
 from harness.data.datasets import Dataset, Images
-from harness.data.prompts import Prompts
+from harness.data.registry import Prompts
 from harness.errors import ConfigError, UserError
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.references import Reference

@@ -8,7 +8,7 @@ import torch
 from harness.config.schema import TrainedTeacher
 from harness.context import Context, TrainingData
 from harness.errors import UserError
-from harness.teachers.train import assemble, teacher_phase
+from harness.teachers.stage import assemble, teacher_phase
 from harness.validation import parse_experiment
 from tests.test_config import mistakes, put
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from harness.data.cifar10 import CONVERTED, Cifar10
-from harness.data.official import Part
+from harness.data.registry import Part
 from harness.errors import UserError
 from harness.io.artifacts import save_tensors
 from harness.io.downloads import fetch

@@ -1,9 +1,6 @@
-"""Coloured digits with captions: a text-to-image data set whose images a program can check.
-
-Each image shows one of scikit-learn's handwritten digits, 10 of the 16 pixels high, in one of four
-ink colours, on a black or white ground, on the left or on the right. A caption names all four
-attributes in one of three wordings. Each digit is drawn eight times, with fixed random attributes.
-"""
+"""Coloured digits with captions: a text-to-image data set whose images a program can check. Each of
+scikit-learn's digits is drawn eight times, in one of four inks, on a black or white ground, on the
+left or on the right. A caption names the four attributes in one of three wordings."""
 
 from itertools import product
 
@@ -39,12 +36,11 @@ def _colours(table: dict[str, tuple[int, int, int]]) -> Tensor:
 
 def captions() -> tuple[tuple[str, ...], AttributeChecker]:
     """All captions: each combination of attributes in each wording; and their checker."""
-    texts, rows = [], []
-    for row in product(*(range(len(values)) for values in ATTRIBUTES.values())):
-        words = {n: values[i] for (n, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
-        texts += [wording.format(**words) for wording in WORDINGS]
-        rows += [row] * len(WORDINGS)
-    return tuple(texts), AttributeChecker(torch.tensor(rows), tuple(ATTRIBUTES)[1:], measure)
+    words = [dict(zip(ATTRIBUTES, row, strict=True)) for row in product(*ATTRIBUTES.values())]
+    texts = tuple(wording.format(**row) for row in words for wording in WORDINGS)
+    values = torch.cartesian_prod(*(torch.arange(len(v)) for v in ATTRIBUTES.values()))
+    values = values.repeat_interleave(len(WORDINGS), dim=0)
+    return texts, AttributeChecker(values, tuple(ATTRIBUTES)[1:], measure)
 
 
 @DATASETS.register("captioned-digits")

@@ -23,8 +23,8 @@ def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
         message = "not allowed together with labels: false"
         problems.append(Problem("data.num_classes", "not-allowed", message))
     if section.source is not None:
-        places = {"sha256_key": "data.sha256", "required": files, "folder": True}
-        problems += source_problems("data.source", section.source, section.sha256, **places)
+        where = {"sha256_key": "data.sha256", "required": files, "folder": True}
+        problems += source_problems("data.source", section.source, section.sha256, **where)
         if section.sha256 and Path(section.source).expanduser().is_dir():
             problems.append(Problem("data.sha256", "not-allowed", "not allowed for a folder"))
     return problems

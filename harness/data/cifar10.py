@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from harness.data.official import OfficialSet, Part
-from harness.data.registry import DATASETS
+from harness.data.registry import DATASETS, OfficialSet
 from harness.io.artifacts import load_tensors
 from harness.io.downloads import fetch
 
@@ -25,9 +24,8 @@ CONVERTED = "images.safetensors"  # written by tools/dataset_from_package.py
 @DATASETS.register("cifar10")
 class Cifar10(OfficialSet):
     image_shape = (3, 32, 32)
-    class_names = (
-        *("airplane", "automobile", "bird", "cat", "deer"),
-        *("dog", "frog", "horse", "ship", "truck"),
+    class_names = tuple(
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     )
     hashes = (
         "72271e0eaae021dd9568260927404c4fff87e7e0bfa04c843b94150b01b9bc26",
@@ -40,22 +38,19 @@ class Cifar10(OfficialSet):
         return path.name.endswith(ARCHIVE) or any(file.is_file() for file in files)
 
     def read_parts(self, path):
+        from torchvision.datasets import CIFAR10
+
         if path and (path / CONVERTED).is_file():
-            tensors = load_tensors(path / CONVERTED)
-            parts = ("train", "test")
-            return tuple((tensors[f"{part}_pixels"], tensors[f"{part}_labels"]) for part in parts)
+            stored = load_tensors(path / CONVERTED)
+            return [(stored[f"{n}_pixels"], stored[f"{n}_labels"]) for n in ("train", "test")]
         with tempfile.TemporaryDirectory() as root:
             if path and path.is_dir():
                 Path(root, FOLDER).symlink_to(path.resolve())
             else:
                 with tarfile.open(fetch(str(path or URL), SHA256)) as archive:
                     archive.extractall(root, filter="data")
-            return _part(root, train=True), _part(root, train=False)
-
-
-def _part(root: str, train: bool) -> Part:
-    from torchvision.datasets import CIFAR10
-
-    data = CIFAR10(root, train)  # checks the md5 of each file before unpickling it
-    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return pixels, torch.tensor(data.targets, dtype=torch.uint8)
+            # The md5 of each file is checked before it is unpickled.
+            parts = [CIFAR10(root, train) for train in (True, False)]
+        pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+        labels = [torch.tensor(part.targets, dtype=torch.uint8) for part in parts]
+        return list(zip(pixels, labels, strict=True))

@@ -1,9 +1,6 @@
-"""Prepare data sets, store them, and load them.
-
-The split into training and held-out part is fixed. Generators and feature networks train on the
-training part, which is also the reference of all distances. The held-out part is for accuracies and
-for the score of real images.
-"""
+"""Prepare data sets, store them, and load them. Generators and feature networks train on the
+training part, which is also the reference of all distances; the held-out part is for accuracies and
+for the score of real images."""
 
 import logging
 import shutil
@@ -14,8 +11,8 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import PROMPT_SETS, DataSection
-from harness.data.prompts import Prompts, read_prompts
-from harness.data.registry import DATASETS, AttributeChecker, DataSource, Images, data_source
+from harness.data import registry
+from harness.data.registry import DATASETS, DataSource, Images, Prompts
 from harness.errors import UserError
 from harness.io.artifacts import digest, sha256_file, verify, write_text
 from harness.io.downloads import fetch
@@ -24,6 +21,7 @@ from harness.io.shards import TensorShards
 
 logger = logging.getLogger(__name__)
 SHARD, HEADER = 60_000_000, 10_000  # maximum bytes of a file of images, and of its header
+IMAGES = "images"  # their folder, below a data set's
 ON_DEVICE = 4 << 30  # bytes of images up to which a run keeps all of them on its device
 
 
@@ -36,7 +34,7 @@ class Dataset:
     held_out: Images
     class_names: tuple[str, ...]
     sha256: str  # of images and prompts
-    attributes: AttributeChecker | None = None
+    attributes: registry.AttributeChecker | None = None
     prompts: Prompts | None = None  # the texts that labels number, in a text-to-image data set
     evaluation_prompts: Prompts | None = None  # for scoring
     images_sha256: str = ""
@@ -66,24 +64,27 @@ class Dataset:
 
 
 def check_sizes(dataset: Dataset, minimum: tuple[int, int]) -> None:
-    """Raise an error if the training or the held-out part has fewer images than the metrics need.
-    Empty parts are allowed."""
-    parts = {"training": dataset.train, "held-out": dataset.held_out}
-    for (part, images), least in zip(parts.items(), minimum, strict=True):
+    """Raise an error if the training or held-out part is smaller than the metrics need, but not
+    empty."""
+    hints = {"training": "", "held-out": "; data.held_out: 0 holds none out"}
+    parts = zip(hints.items(), (dataset.train, dataset.held_out), minimum, strict=True)
+    for (part, hint), images, least in parts:
         if 0 < len(images) < least:
-            none = "" if part == "training" else "; data.held_out: 0 holds none out"
-            raise UserError(
-                f"data: {dataset.name} has {len(images)} {part} images, but the metrics need at "
-                f"least {least}{none}",
-                "too-few-images",
-            )
+            message = f"{len(images)} {part} images, but the metrics need at least {least}{hint}"
+            raise UserError(f"data: {dataset.name} has {message}", "too-few-images")
 
 
 def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1)) -> DataRecord:
     """Read a data set, split it and write it to `folder`; returns the content of `data.json`.
     `minimum`: see `check_sizes`."""
-    source = data_source(section)
-    prompts = _copy_prompts(section, folder)
+    source, prompts = registry.data_source(section), {}
+    for key, (file, sha256) in section.prompt_files.items():
+        texts, copy = registry.read_prompts(fetch(file, sha256)).texts, folder / f"{key}.txt"
+        if repeated := len(texts) - len(set(texts)):
+            message = "%s: %d of %d prompts repeat an earlier one; each line counts separately"
+            logger.warning(message, file, repeated, len(texts))
+        write_text(copy, "\n".join(texts) + "\n")
+        prompts[key] = PromptFile(prompts=len(texts), sha256=sha256_file(copy))
     if section.has_images:
         train, held, class_names = source.read()
         check_sizes(Dataset(section.name, train, held, class_names, ""), minimum)
@@ -100,42 +101,25 @@ def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1
         held_out_images=len(held),
         image_shape=list(shape),
         images_sha256=sha256,
-        sha256=digest([sha256, {k: p.model_dump() for k, p in prompts.items()}]),
+        sha256=digest([sha256, {key: copy.model_dump() for key, copy in prompts.items()}]),
         **prompts,
     )
     record.write(folder / "data.json")
     return record
 
 
-def _copy_prompts(section: DataSection, folder: Path) -> dict[str, PromptFile]:
-    """Copy the prompt files next to the data."""
-    copies = {}
-    for key, (source, sha256) in section.prompt_files.items():
-        texts, path = read_prompts(fetch(source, sha256)).texts, folder / f"{key}.txt"
-        if repeated := len(texts) - len(set(texts)):
-            message = "%s: %d of %d prompts repeat an earlier one; each line counts separately"
-            logger.warning(message, source, repeated, len(texts))
-        write_text(path, "\n".join(texts) + "\n")
-        copies[key] = PromptFile(prompts=len(texts), sha256=sha256_file(path))
-    return copies
-
-
-def _images(folder: Path) -> TensorShards:
-    return TensorShards(folder / "images", owner=folder)
-
-
 def _write_images(folder: Path, train: Images, held: Images) -> str:
     """Write the images, in files of at most `SHARD` bytes; returns their sha256."""
-    shards = _images(folder)
+    shards = TensorShards(folder / IMAGES)
     shutil.rmtree(shards.folder, ignore_errors=True)
     per_image = train.pixels[0].numel() + train.labels.element_size()
     size = max(1, (SHARD - HEADER) // per_image)
-    for number, start in enumerate(range(0, len(train) + len(held), size)):
+    for start in range(0, len(train) + len(held), size):
         tensors = {}
         for name, part, before in (("train", train, 0), ("held_out", held, len(train))):
             rows = slice(max(0, start - before), max(0, start + size - before))
             tensors |= {f"{name}_pixels": part.pixels[rows], f"{name}_labels": part.labels[rows]}
-        shards.write(number, tensors)
+        shards.write(start // size, tensors)
     return shards.finish()["sha256"]
 
 
@@ -144,27 +128,24 @@ def load(folder: Path, images: bool = True) -> Dataset:
     record = DataRecord.read(folder / "data.json")
     source = DATASETS[record.name] if record.registered else DataSource
     if record.train_images and images:
-        stored = _images(folder).load()
-        train = Images(stored["train_pixels"], stored["train_labels"])
-        held = Images(stored["held_out_pixels"], stored["held_out_labels"])
+        stored = TensorShards(folder / IMAGES, owner=folder).load()
+        parts = [(stored[f"{p}_pixels"], stored[f"{p}_labels"]) for p in ("train", "held_out")]
     else:
         empty = torch.empty(0, *record.image_shape, dtype=torch.uint8)
-        train = held = Images(empty, torch.empty(0, dtype=torch.int64))
-    prompts, (texts, attributes) = {}, source.captions() or (None, None)
-    if texts:
-        prompts["prompts"] = Prompts(texts, digest(texts))
+        parts = [(empty, torch.empty(0, dtype=torch.int64))] * 2
+    texts, attributes = source.captions() or (None, None)
+    prompts = {"prompts": Prompts(texts, digest(texts))} if texts else {}
     for key in PROMPT_SETS:
         if file := getattr(record, key):
             verify(folder / f"{key}.txt", file.sha256, owner=folder)
-            prompts[key] = read_prompts(folder / f"{key}.txt")
+            prompts[key] = registry.read_prompts(folder / f"{key}.txt")
     if prompts:
         prompts.setdefault("evaluation_prompts", prompts["prompts"])
     return Dataset(
-        name=record.name,
-        train=train,
-        held_out=held,
-        class_names=tuple(record.class_names),
-        sha256=record.sha256,
+        record.name,
+        *(Images(*part) for part in parts),
+        tuple(record.class_names),
+        record.sha256,
         attributes=attributes,
         images_sha256=record.images_sha256,
         caption_templates=source.caption_templates,

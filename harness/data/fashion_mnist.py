@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.data.official import OfficialSet
-from harness.data.registry import DATASETS
+from harness.data.registry import DATASETS, OfficialSet
 from harness.io.downloads import fetch
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"

@@ -1,8 +1,8 @@
 """Image files in the layout of EDM's dataset tool (Karras et al. 2022, arXiv 2206.00364).
 
-A zip or a folder of square PNG files of one size, grey or RGB, such as `00000/img00000000.png`, and
-`dataset.json` (or `labels`) with `{"labels": [["00000/img00000000.png", 6], ...]}`, or null for
-labels. Images are sorted by name; hidden files are ignored. Nothing is extracted to disk.
+A zip or a folder of square PNG files of one size, grey or RGB, and `dataset.json` or `labels` with
+`{"labels": [["00000/img00000000.png", 6], ...]}`, or null. Images are sorted by name; hidden files
+are ignored. Nothing is extracted to disk.
 """
 
 import io
@@ -23,8 +23,7 @@ from harness.errors import UserError
 logger = logging.getLogger(__name__)
 INDEXES = ("dataset.json", "labels")
 MAX_SIDE = 2048
-MAX_IMAGE_BYTES = 1 << 25  # unpacked, as the next
-MAX_INDEX_BYTES = 1 << 30
+MAX_IMAGE_BYTES, MAX_INDEX_BYTES = 1 << 25, 1 << 30  # unpacked
 MAX_CLASSES = 1 << 16
 
 
@@ -82,9 +81,9 @@ def _labels(files: Files, names: list[str], num_classes: int) -> Tensor:
         if not 0 <= label < num_classes:
             message = f"{where}: label {label} of {name} is not in 0..{num_classes - 1}"
             raise UserError(message, "label-range")
-    labels = dict(entries)
     if len(entries) != len(names):
         raise UserError(f"{where} has {len(entries)} labels for {len(names)} images", "labels")
+    labels = dict(entries)
     if missing := sorted(set(names) - labels.keys()):
         raise UserError(f"{where} has no label for {missing[0]}", "labels")
     return torch.tensor([labels[name] for name in names])
@@ -97,31 +96,28 @@ def _decode(files: Files, name: str) -> np.ndarray:
     where, data = f"{files.path}: {name}", files.read(name, MAX_IMAGE_BYTES)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            depth = data[24]  # of IHDR, the first chunk: PIL would truncate 16-bit RGB
-            right_mode = image.mode in ("L", "RGB") and depth == 8
-            if right_mode and image.width == image.height <= MAX_SIDE:
-                return np.asarray(image).reshape(image.height, image.width, -1)
-            raise UserError(
-                f"{where} is {image.width} x {image.height}, {image.mode} with {depth} bits; "
-                f"expected 8-bit RGB or grey, square, at most {MAX_SIDE} pixels wide",
-                "image-format",
-            )
+            # The depth in IHDR, the first chunk: PIL would truncate 16-bit RGB.
+            (width, height), mode, depth = image.size, image.mode, data[24]
+            if mode in ("L", "RGB") and depth == 8 and width == height <= MAX_SIDE:
+                return np.asarray(image).reshape(height, width, -1)
     except UnidentifiedImageError:
         raise UserError(f"{where} is not a PNG file", "image-format") from None
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{where} is a damaged PNG file ({error})", "damaged") from None
+    expected = f"expected 8-bit RGB or grey, square, at most {MAX_SIDE} pixels wide"
+    found = f"{width} x {height}, {mode} with {depth} bits"
+    raise UserError(f"{where} is {found}; {expected}", "image-format")
 
 
 def read_images(
     path: Path, labelled: bool = True, num_classes: int | None = None, resolution: int | None = None
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 `(N, C, H, H)`, labels int64 `(N,)` and class names ("0", "1", ...) of a zip or
-    a folder.
+    """Images uint8 `(N, C, H, H)`, labels int64 `(N,)` and class names ("0", "1", ...).
 
     labelled: False ignores labels: all are 0, without class names. num_classes: default: the
     largest label + 1. resolution: the required H. Errors name the file.
     """
-    from joblib import cpu_count
+    import joblib
 
     files = Files(path)
     names = sorted(name for name in files.sizes if name not in INDEXES)
@@ -133,8 +129,8 @@ def read_images(
         class_names = tuple(map(str, range(num_classes or int(labels.max()) + 1)))
     side, _, channels = _decode(files, names[0]).shape
     if resolution not in (None, side):
-        message = f"{names[0]} is {side} pixels wide, but data.resolution is {resolution}"
-        raise UserError(f"{path}: {message}", "shape")
+        message = f"{path}: {names[0]} is {side} pixels wide, but data.resolution is {resolution}"
+        raise UserError(message, "shape")
     pixels = np.empty((len(names), channels, side, side), np.uint8)
 
     def read_into_place(i: int) -> None:
@@ -145,7 +141,7 @@ def read_images(
         pixels[i] = image.transpose(2, 0, 1)
 
     step = max(1024, -(-len(names) // 20))
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
         for start in range(0, len(names), step):
             stop = min(start + step, len(names))
             list(pool.map(read_into_place, range(start, stop)))

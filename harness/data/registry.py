@@ -1,8 +1,9 @@
-"""The registry of data sets, and their base class.
+"""The registry of data sets, and their base classes.
 
 A data set is a subclass of `DataSource` in this package or a plug-in, registered as `data.name`.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from harness.config.schema import PROMPT_KEYS, DataSection
 from harness.data.image_archive import read_images
-from harness.data.prompts import read_prompts
 from harness.errors import Problem, UserError, did_you_mean
+from harness.io.artifacts import sha256_file
 from harness.io.downloads import fetch
 from harness.registry import Registry
 from harness.streams import Stream
 
 FILE_KEYS = frozenset({"source", "sha256", "labels"})
+Part = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W) and labels uint8 (N,) of an official set
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,35 @@ class AttributeChecker:
         return self.values.unique(dim=0, return_inverse=True)[1]
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Texts by number, which is the line; `sha256` of their file, or of themselves."""
+
+    texts: tuple[str, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_prompts(path: Path) -> Prompts:
+    """Read a prompt file. Empty lines are errors; prompts may repeat, as COCO's captions do."""
+    try:
+        # Not splitlines: captions from the web contain other characters that it splits at.
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "missing-file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}", "encoding") from None
+    texts = tuple(line.strip() for line in lines)
+    if texts == ("",):
+        raise UserError(f"{path} is empty; expected one prompt per line", "no-prompts")
+    if empty := [number for number, text in enumerate(texts, 1) if not text]:
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        raise UserError(f"{path}: line {empty[0]}{more} is empty", "empty-prompt")
+    return Prompts(texts, sha256_file(path))
+
+
 class DataSource:
     """A data set as configured by the `data` section.
 
@@ -73,9 +104,7 @@ class DataSource:
     image_shape: tuple[int, int, int] | None = None  # (C, H, W); None if unknown before reading
     class_names: tuple[str, ...] = ()
     # Captions of a class, for networks that compare images with texts; the first is for scoring.
-    caption_templates: ClassVar[tuple[str, ...]] = (
-        *("a photo of a {}", "a {}", "a small picture of the {}"),
-    )
+    caption_templates = ("a photo of a {}", "a {}", "a small picture of the {}")
 
     def __init__(self, section: DataSection):
         self.section = section
@@ -109,46 +138,79 @@ class DataSource:
         ]
 
 
-class ImageArchive(DataSource):
-    """A `data.source` of image files. With prompts, labels are line numbers of prompts."""
+class OfficialSet(DataSource):
+    """Base class of data sets with official files: their test set is the held-out part. hashes: of
+    labels and pixels of both parts, verified so that every source gives the same data."""
+
+    description, keys = "a data set with a test set", FILE_KEYS
+    hashes: ClassVar[tuple[str, str]]
+
+    def read_parts(self, path: Path | None) -> tuple[Part, Part]:
+        """The training and the test part from a `data.source`; None: download it."""
+        raise NotImplementedError
+
+    def read(self):
+        path = self.local_source() if self.section.source else None
+        try:
+            parts = self.read_parts(path)
+        except UserError as error:
+            hint = "" if path else "; or set data.source to a local copy"
+            raise UserError(f"{self.section.name}: {error}{hint}", error.code) from None
+        except Exception as error:  # of any of the libraries that read the files
+            reason = str(error) or type(error).__name__
+            message = f"{path}: {self.section.name} could not be read ({reason})"
+            raise UserError(message, "damaged") from None
+        self.verify(path, parts)
+        labelled = self.section.labels
+        train, test = (Images(pixels, labels.long() * labelled) for pixels, labels in parts)
+        return train, test, self.class_names if labelled else ()
+
+    @classmethod
+    def verify(cls, path: Path | None, parts: tuple[Part, Part]) -> None:
+        """Raise an error if images or labels differ from the official ones."""
+        names = ("training", "test")
+        for part, (pixels, labels), sha256 in zip(names, parts, cls.hashes, strict=True):
+            found = hashlib.sha256(labels.numpy())
+            found.update(pixels.contiguous().numpy())
+            if found.hexdigest() != sha256:
+                message = f"{path}: these are not the {part} images of {cls.__name__}"
+                raise UserError(message, "checksum")
+
+
+class DescribedSet(DataSource):
+    """A data set that is not registered: image files, or only the shape of images. With prompts,
+    labels are line numbers of prompts."""
 
     def __init__(self, section: DataSection):
-        self.section, texts, side = section, section.prompts is not None, section.resolution
-        self.description = "prompts with a source" if texts else "a source of image files"
-        self.keys = FILE_KEYS | {"held_out", "resolution"}
+        self.section, side, texts = section, section.resolution, section.prompts is not None
+        if section.source is not None:
+            self.description = "prompts with a source" if texts else "a source of image files"
+            self.keys = FILE_KEYS | {"held_out", "resolution"}
+        else:
+            self.description = "prompts without images" if texts else "a data set without images"
+            self.keys = frozenset({"image_shape"})
         self.keys |= PROMPT_KEYS if texts else {"num_classes"}
-        self.image_shape = (3, side, side) if side else None
+        self.image_shape = section.image_shape or ((3, side, side) if side else None)
         self.num_classes = (section.num_classes or 0) if section.labels else 0
 
     def read(self):
-        section, count = self.section, self.section.num_classes
+        section, count, classes = self.section, self.section.num_classes, None
         if section.prompts is not None:
             count = len(read_prompts(fetch(section.prompts, section.prompts_sha256)))
-        pixels, labels, names = read_images(
-            self.local_source(), section.labels, count, section.resolution
-        )
+        path, side = self.local_source(), section.resolution
+        pixels, labels, names = read_images(path, section.labels, count, side)
         if section.prompts is not None:  # the split ignores them
-            return *split(pixels, labels, section.held_out, torch.zeros_like(labels)), ()
-        return *split(pixels, labels, section.held_out), names
-
-
-class NoImages(DataSource):
-    """A data set without images: their shape, and classes or prompts."""
-
-    def __init__(self, section: DataSection):
-        self.section, texts = section, section.prompts is not None
-        self.description = "prompts without images" if texts else "a data set without images"
-        self.keys = {"image_shape"} | (PROMPT_KEYS if texts else {"num_classes"})
-        self.image_shape, self.num_classes = section.image_shape, section.num_classes or 0
+            names, classes = (), torch.zeros_like(labels)
+        return *split(pixels, labels, section.held_out, classes), names
 
     def check(self) -> list[Problem]:
-        key, shape = "data.image_shape", self.image_shape
-        if shape is None:
-            return [Problem(key, "missing-key", "required for prompts without a source")]
-        if shape[1] == shape[2]:
-            return super().check()
-        message = f"expected (channels, height, width) of square images, got {list(shape)}"
-        return [*super().check(), Problem(key, "invalid-value", message)]
+        problems, key, shape = super().check(), "data.image_shape", self.section.image_shape
+        if self.section.source is None and shape is None:
+            problems.append(Problem(key, "missing-key", "required for prompts without a source"))
+        elif self.section.source is None and shape[1] != shape[2]:
+            message = f"expected (channels, height, width) of square images, got {list(shape)}"
+            problems.append(Problem(key, "invalid-value", message))
+        return problems
 
 
 DATASETS: Registry[type[DataSource]] = Registry("data set", "harness.data")
@@ -162,18 +224,15 @@ def data_source(section: DataSection) -> DataSource:
     """
     if section.name in DATASETS:
         known = DATASETS[section.name]
+        fits = section.image_shape is None or "source" not in known.keys
         if section.source is not None:
             fits = known.accepts(Path(section.source).expanduser())
-        else:
-            fits = section.image_shape is None or "source" not in known.keys
         if fits:
             return known(section)
-    if section.source is not None:
-        return ImageArchive(section)
-    if section.image_shape is not None or section.prompts is not None:
-        return NoImages(section)
-    hint = did_you_mean(section.name, DATASETS)
-    raise UserError(f"unknown data set {section.name!r} without a source{hint}", "unknown-name")
+    if section.source is section.image_shape is section.prompts is None:
+        hint = did_you_mean(section.name, DATASETS)
+        raise UserError(f"unknown data set {section.name!r} without a source{hint}", "unknown-name")
+    return DescribedSet(section)
 
 
 def has_captions(section: DataSection) -> bool:
@@ -198,14 +257,11 @@ def attribute_names() -> list[str]:
 def stratified_split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     """Indices of the training and the held-out part, which is a fraction of each class. They depend
     on the labels only."""
-    rank = Stream(0, "split").uniform(torch.arange(len(labels)))
-    chosen = []
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        order = members[rank[members].argsort()]
-        chosen.append(order[: round(held_out * len(order))])
+    order = Stream(0, "split").uniform(torch.arange(len(labels))).argsort(stable=True)
     mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[torch.cat(chosen)] = True
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        mask[members[: round(held_out * len(members))]] = True
     if mask.all():
         raise UserError(f"data.held_out: {held_out} leaves no image for training", "too-few-images")
     return (~mask).nonzero().flatten(), mask.nonzero().flatten()

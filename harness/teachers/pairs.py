@@ -34,20 +34,18 @@ def make_pairs(job: PairJob) -> PairRecord | None:
     with group.leading(run_lock(job.folder)), group.leading(slot) as exclusive:
         sha256 = TeacherRecord.read(job.teacher / "teacher.json").sha256
         teacher = load_denoiser(job.teacher, sha256, job.device)
-        num_conditions = datasets.load(job.data, images=False).num_conditions
         embeddings = load_embeddings(job.teacher)
+        conditions = datasets.load(job.data, images=False).num_conditions, embeddings
         inputs = [sha256, pipeline_sha256(job.teacher), embeddings and embeddings.sha256]
         run_id = digest([job.fingerprint, *inputs])
         shards, size = TensorShards(job.folder / run_id, owner=job.folder), SHARD * job.block
         # Processes take turns at the shards.
         for number in range(group.rank, -(-pairs.count // size), group.size):
-            start = number * size
-            count = min(size, pairs.count - start)
+            rows = range(pairs.count)[number * size : (number + 1) * size]
             if not shards.has(number):
-                conditions = num_conditions, embeddings
-                tensors, cost = _make_shard(job, teacher, conditions, start, count)
+                tensors, cost = _make_shard(job, teacher, conditions, rows)
                 shards.write(number, tensors, **cost)
-            logger.info("generated %d of %d pairs", start + count, pairs.count)
+            logger.info("generated %d of %d pairs", rows.stop, pairs.count)
         group.wait()
         if not group.first:
             return None
@@ -58,8 +56,7 @@ def make_pairs(job: PairJob) -> PairRecord | None:
             pairs=pairs.count,
             sampler=pairs.sampler.model_dump(),
             evaluations=pairs.count * pairs.sampler.nfe,
-            flops=sum(shard["flops"] for shard in shards.records),
-            seconds=sum(shard["seconds"] for shard in shards.records),
+            **{key: sum(shard[key] for shard in shards.records) for key in ("flops", "seconds")},
             contended=not exclusive,
             sha256=shards.finish()["sha256"],
         )
@@ -68,22 +65,20 @@ def make_pairs(job: PairJob) -> PairRecord | None:
 
 
 @torch.no_grad()
-def _make_shard(
-    job: PairJob, teacher: Denoiser, conditions: tuple, start: int, count: int
-) -> tuple[dict[str, Tensor], dict]:
-    """Pairs `start` to `start + count - 1`, and their cost. `conditions`: the number of classes or
-    prompts (0: unconditional), and the prompts' embeddings or None."""
-    (num_conditions, embeddings), sampler, device = conditions, job.pairs.sampler, job.device
+def _make_shard(job: PairJob, teacher: Denoiser, conditions: tuple, rows: range) -> tuple:
+    """Tensors of the pairs with numbers `rows`, and their cost. conditions: the number of classes
+    or prompts (0: unconditional), and the prompts' embeddings or None."""
+    num_conditions, embeddings = conditions
+    sampler, device = job.pairs.sampler, job.device
     images, labels, seconds, flops_per_image = [], [], 0.0, 0.0
-    for first in range(start, start + count, job.block):
+    for first in rows[:: job.block]:
         index = torch.arange(first, first + job.block)
-        valid = min(job.block, start + count - first)
         z, condition = PAIR_NOISE.normal(index, teacher.image_shape).to(device), None
         if num_conditions:
             numbers = balanced_labels(index, num_conditions, PAIR_NOISE.child("label"))
             condition = embeddings(numbers) if embeddings else numbers
             condition = map_condition(lambda part: part.to(device), condition)
-            labels.append(numbers[:valid])
+            labels.append(numbers)
         if not flops_per_image:
             with measure({}) as cost:
                 teacher(z, torch.ones(job.block, device=device), condition)
@@ -92,9 +87,10 @@ def _make_shard(
         x = heun(teacher, z, condition, **sampler.model_dump()).float().cpu()
         seconds += time.perf_counter() - started
         check_finite(x)
-        images.append(x[:valid])
-    tensors = {"x": torch.cat(images)} | ({"condition": torch.cat(labels)} if labels else {})
-    return tensors, {"seconds": seconds, "flops": round(flops_per_image * count)}
+        images.append(x)
+    blocks = {"x": images} | ({"condition": labels} if labels else {})
+    tensors = {name: torch.cat(parts)[: len(rows)] for name, parts in blocks.items()}
+    return tensors, {"seconds": seconds, "flops": round(flops_per_image * len(rows))}
 
 
 def load_pairs(folder: Path) -> tuple[PairRecord, dict[str, Tensor]]:

@@ -1,24 +1,16 @@
 """diffusers text-to-image pipelines in local folders, as the parts of a teacher."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from harness.config.jobs import TeacherJob
 from harness.config.schema import ImportedTeacher
 from harness.errors import UserError, did_you_mean
 from harness.io.artifacts import digest, read_json, sha256_file
-from harness.networks import BACKBONES
-from harness.networks.vp import (
-    PREDICTIONS,
-    SCHEDULE_KEYS,
-    Codec,
-    EmptyPrompt,
-    VPDenoiser,
-    schedule_sigmas,
-)
+from harness.networks import BACKBONES, vp
 
 # The autoencoder of the supported pipelines: 8 x 8 pixels per latent.
 STABLE_DIFFUSION_VAE = {
@@ -39,52 +31,55 @@ def is_pipeline(section: ImportedTeacher) -> bool:
     return kind in BACKBONES and BACKBONES[kind].pipeline is not None
 
 
-def build_pipeline_denoiser(network: dict) -> VPDenoiser:
+def build_pipeline_denoiser(network: dict) -> vp.VPDenoiser:
     """A pipeline's denoiser with random weights and an empty prompt of zeros. `network`: the
     backbone's class name under `type`, and its arguments."""
-    settings = dict(network)
-    backbone = BACKBONES[settings.pop("type")]
+    backbone = BACKBONES[network["type"]]
+    settings = {key: value for key, value in network.items() if key != "type"}
     denoiser = backbone.denoiser("vp")(backbone.model_class()(**settings), {})
     null = {"embeddings": torch.zeros(1, backbone.pipeline.tokens, denoiser.text_width)}
     if backbone.pipeline.masked:
         null["mask"] = torch.ones(1, backbone.pipeline.tokens, dtype=torch.uint8)
-    denoiser.null = EmptyPrompt(null)
+    denoiser.null = vp.EmptyPrompt(null)
     return denoiser
 
 
-@dataclass
 class PipelineTextEncoder:
-    """The tokenizer and text encoder of a pipeline (a `harness.features.base.TextEncoder`).
+    """The tokenizer and text encoder of a pipeline (a `harness.features.base.TextEncoder`). As in
+    diffusers, PixArt's pipeline has its own limit and lower-cases the texts."""
 
-    limit: tokens per text. masked: whether the denoiser masks padding. prepare: applied to texts.
-    """
+    def __init__(self, folder: "PipelineFolder", device: str):
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-    tokenizer: Callable
-    network: nn.Module
-    limit: int
-    masked: bool
-    sha256: str
-    prepare: Callable[[str], str] = str
+        pipeline = folder.backbone.pipeline
+        self.clip = pipeline.text_encoder == "clip"
+        # transformers would keep float16 weights, in which T5 overflows.
+        network_class = CLIPTextModel if self.clip else T5EncoderModel
+        network = folder.load(network_class, "text_encoder", dtype=torch.float32)
+        self.network, self.device = network.to(device), device
+        tokenizer_class = CLIPTokenizer if self.clip else T5Tokenizer
+        self.tokenizer = tokenizer_class.from_pretrained(folder.folder / "tokenizer")
+        self.limit = self.tokenizer.model_max_length if self.clip else pipeline.tokens
+        self.masked = not self.clip or getattr(network.config, "use_attention_mask", False)
+        self.sha256 = folder.sha256("text_encoder", "tokenizer")
+
+    def _tokens(self, texts: Sequence[str], **options):
+        texts = list(texts) if self.clip else [text.lower().strip() for text in texts]
+        return self.tokenizer(texts, **options)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`embeddings` float `(B, L, D)` and, if masked, `mask` int `(B, L)`, on the host."""
-        tokens = self.tokenizer(
-            [self.prepare(text) for text in texts],
-            padding="max_length",
-            max_length=self.limit,
-            truncation=True,
-            return_tensors="pt",
-        )
-        device = next(self.network.parameters()).device
-        mask = tokens.attention_mask.to(device) if self.masked else None
-        embeddings = self.network(tokens.input_ids.to(device), attention_mask=mask)[0].cpu()
-        return {"embeddings": embeddings} | ({"mask": tokens.attention_mask} if self.masked else {})
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        tokens = self._tokens(texts, max_length=self.limit, **options)
+        mask = tokens.attention_mask.to(self.device) if self.masked else None
+        output = self.network(tokens.input_ids.to(self.device), attention_mask=mask)
+        masks = {"mask": tokens.attention_mask} if self.masked else {}
+        return {"embeddings": output[0].cpu(), **masks}
 
     def truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than `limit`."""
-        ids = self.tokenizer([self.prepare(text) for text in texts]).input_ids
-        return sum(len(tokens) > self.limit for tokens in ids)
+        return sum(len(tokens) > self.limit for tokens in self._tokens(texts).input_ids)
 
 
 class PipelineFolder:
@@ -96,8 +91,8 @@ class PipelineFolder:
             message = f"{folder} is not a pipeline's folder: it has no model_index.json"
             raise UserError(message, "missing-file")
         self.kind = read_json(self.folder / "model_index.json").get("_class_name", "")
-        backbones = [name for name in BACKBONES if BACKBONES[name].pipeline]
-        known = {BACKBONES[name].pipeline.name: name for name in backbones}
+        pipelines = {name: BACKBONES[name].pipeline for name in BACKBONES}
+        known = {pipeline.name: name for name, pipeline in pipelines.items() if pipeline}
         if self.kind not in known:
             hint = did_you_mean(self.kind, known)
             raise UserError(f"{folder}: unknown pipeline {self.kind!r}{hint}", "unknown-name")
@@ -109,10 +104,10 @@ class PipelineFolder:
                 message = f"{folder}: {part}/ is missing; download the whole {self.kind}"
                 raise UserError(message, "missing-file")
         self.scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
-        # The keys that decide the noise levels.
-        self.schedule = {key: self.scheduler[key] for key in SCHEDULE_KEYS if key in self.scheduler}
+        keys = [key for key in vp.SCHEDULE_KEYS if key in self.scheduler]
+        self.schedule = {key: self.scheduler[key] for key in keys}
 
-    def _load(self, model_class, part: str, **options) -> nn.Module:
+    def load(self, model_class, part: str, **options) -> nn.Module:
         try:
             folder = self.folder / part
             return model_class.from_pretrained(folder, use_safetensors=True, **options).eval()
@@ -120,20 +115,21 @@ class PipelineFolder:
             message = f"{self.folder / part}: {' '.join(str(error).split())}"
             raise UserError(message, "damaged") from None
 
-    def check(self, teacher: str, image_shape: tuple[int, ...] | None, sigma_max: float) -> None:
-        """Check the size of its images (unless `image_shape` is None) and the sampler's largest
-        noise level, before reading any weights."""
+    def check(self, job: TeacherJob, image_shape: tuple[int, ...]) -> None:
+        """Check the image size and the sampler's largest noise level, before reading weights."""
         vae, network = self.config("vae"), self.config(self.network)
         size = network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
         shape = (vae.get("out_channels", 3), size, size)
-        if image_shape and shape != tuple(image_shape):
+        # Real images may have another size: whatever compares the two resizes them.
+        if shape != tuple(image_shape) and not job.data_section.has_images:
             own, data = ("x".join(map(str, s)) for s in (shape, image_shape))
-            message = f"teacher {teacher} generates {own} images, but the data has {data} images"
+            message = f"teacher {job.name} generates {own} images, but the data has {data} images"
             raise UserError(message, "shape")
-        largest = schedule_sigmas(self.schedule)[-1].item()
+        largest = vp.schedule_sigmas(self.schedule)[-1].item()
+        sigma_max = job.section.sampler.sigma_max
         if sigma_max > 1.01 * largest:
             message = f"{sigma_max:g} exceeds the pipeline's largest noise level, {largest:.4g}"
-            raise UserError(f"teachers.{teacher}.sampler.sigma_max: {message}", "noise-level")
+            raise UserError(f"teachers.{job.name}.sampler.sigma_max: {message}", "noise-level")
 
     def sha256(self, *parts: str) -> str:
         """Hash of all files in these parts; by default, those that the teacher is made from."""
@@ -141,50 +137,32 @@ class PipelineFolder:
         files = sorted(path for part in parts for path in (self.folder / part).glob("*.*"))
         return digest([(str(path.relative_to(self.folder)), sha256_file(path)) for path in files])
 
-    def denoiser(self, null: dict[str, Tensor] | None = None) -> VPDenoiser:
+    def denoiser(self, null: dict[str, Tensor] | None = None) -> vp.VPDenoiser:
         """Load the denoiser. `null`: the embedding of the empty prompt."""
-        model = self._load(self.backbone.model_class(), self.network)
+        model = self.load(self.backbone.model_class(), self.network)
         prediction = self.scheduler.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
-            message = f"prediction_type {prediction!r}; supported: {', '.join(PREDICTIONS)}"
+        if prediction not in vp.PREDICTIONS:
+            message = f"prediction_type {prediction!r}; supported: {', '.join(vp.PREDICTIONS)}"
             raise UserError(f"{self.folder / 'scheduler'}: {message}", "unknown-name")
         denoiser = self.backbone.denoiser("vp")(model, self.schedule, prediction, null)
         config = self.config("text_encoder")
         width = config.get("hidden_size", config.get("d_model"))
         if width != denoiser.text_width:
-            own = f"its text encoder has width {width}, but its {self.network} expects"
-            message = f"{own} {denoiser.text_width}"
-            raise UserError(f"{self.folder}: {message}", "shape")
+            message = f"its text encoder has width {width}, but its {self.network} expects"
+            raise UserError(f"{self.folder}: {message} {denoiser.text_width}", "shape")
         return denoiser
 
     def text_encoder(self, device: str = "cpu") -> PipelineTextEncoder:
         """Load the text encoder and its tokenizer."""
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-        clip = self.backbone.pipeline.text_encoder == "clip"
-        # transformers would keep float16 weights, in which T5 overflows.
-        network_class, tokenizer_class = T5EncoderModel, T5Tokenizer
-        if clip:
-            network_class, tokenizer_class = CLIPTextModel, CLIPTokenizer
-        network = self._load(network_class, "text_encoder", dtype=torch.float32)
-        tokenizer = tokenizer_class.from_pretrained(self.folder / "tokenizer")
-        return PipelineTextEncoder(
-            tokenizer,
-            network.to(device),
-            # As in diffusers: PixArt's pipeline has its own limit and lower-cases the text.
-            limit=tokenizer.model_max_length if clip else self.backbone.pipeline.tokens,
-            masked=not clip or getattr(network.config, "use_attention_mask", False),
-            sha256=self.sha256("text_encoder", "tokenizer"),
-            prepare=str if clip else lambda text: text.lower().strip(),
-        )
+        return PipelineTextEncoder(self, device)
 
     def config(self, part: str) -> dict:
         """The config of a part, without diffusers' private keys."""
         config = read_json(self.folder / part / "config.json")
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
-    def codec(self) -> Codec:
+    def codec(self) -> vp.Codec:
         """Load the autoencoder."""
         from diffusers import AutoencoderKL
 
-        return Codec(self._load(AutoencoderKL, "vae"))
+        return vp.Codec(self.load(AutoencoderKL, "vae"))

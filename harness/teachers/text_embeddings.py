@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.data.prompts import Prompts
+from harness.data.datasets import Dataset
+from harness.data.registry import Prompts
 from harness.errors import UserError
 from harness.features.base import TextEncoder
 from harness.io.artifacts import digest
 from harness.io.locks import run_lock
-from harness.io.records import File, TeacherRecord
+from harness.io.records import TeacherRecord
 from harness.io.shards import TensorShards
 
 logger = logging.getLogger(__name__)
@@ -20,20 +21,25 @@ SHARD = 256  # prompts per file
 
 
 class TextEmbeddings(TensorShards):
-    """Stored embeddings of a prompt set, by the number of the prompt: its line in the file."""
+    """Stored embeddings of a prompt set. A call with numbers of prompts `(B,)`, lines of the file,
+    returns `embeddings` float16 `(B, L, D)` and, if masked, `mask` uint8 `(B, L)`, on the host."""
+
+    __call__ = TensorShards.rows
 
     @property
     def sha256(self) -> str:
         return self.index["sha256"]
 
-    def __call__(self, numbers: Tensor) -> dict[str, Tensor]:
-        """`embeddings` float16 `(B, L, D)` and, if padding is masked, `mask` uint8 `(B, L)` of
-        prompts `numbers` `(B,)`, on the host."""
-        return self.rows(numbers)
 
-    def record(self, teacher: Path) -> File:
-        """The entry of `teacher.json` in a teacher's folder."""
-        return File(file=str(self.folder.relative_to(teacher)), sha256=self.sha256)
+def embed_dataset(
+    encoder: TextEncoder, dataset: Dataset, root: Path
+) -> tuple[dict[str, TextEmbeddings], dict[str, Tensor]]:
+    """Embeddings of a data set's prompts, by their field in `teacher.json`, and of the empty
+    prompt."""
+    texts = {"text": embed_prompts(encoder, dataset.prompts, root)}
+    if dataset.evaluation_prompts is not dataset.prompts:
+        texts["evaluation_text"] = embed_prompts(encoder, dataset.evaluation_prompts, root)
+    return texts, embed(encoder, ("",))
 
 
 def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> TextEmbeddings:
@@ -56,14 +62,11 @@ def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> TextEmb
 def embed(encoder: TextEncoder, texts: tuple[str, ...]) -> dict[str, Tensor]:
     """Embeddings of texts as they are stored: float16, and the mask in bytes."""
     tensors = encoder.encode(texts)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            message = f"the text encoder's {name} contain NaN or infinity; run it in float32"
-            raise UserError(message, "not-finite")
-    return {
-        name: tensor.half() if tensor.is_floating_point() else tensor.to(torch.uint8)
-        for name, tensor in tensors.items()
-    }
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        message = "the text encoder's output contains NaN or infinity; run it in float32"
+        raise UserError(message, "not-finite")
+    types = {True: torch.float16, False: torch.uint8}
+    return {name: part.to(types[part.is_floating_point()]) for name, part in tensors.items()}
 
 
 def load_embeddings(teacher: Path, evaluation: bool = False) -> TextEmbeddings | None:

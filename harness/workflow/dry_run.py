@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from harness.config.experiment import Experiment
 from harness.config.schema import ImportedTeacher
 from harness.data.datasets import Dataset
-from harness.data.prompts import Prompts
-from harness.data.registry import Images, data_source
+from harness.data.registry import Images, Prompts, data_source
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.features.base import FeatureMaps, new_extractor

@@ -1,0 +1,187 @@
+"""The stage that makes a teacher: it trains one, or imports a denoiser folder, an EDM pickle or a
+diffusers pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from harness import networks
+from harness.augment import LABELS
+from harness.config.jobs import TeacherJob
+from harness.config.schema import ImportedTeacher, TrainedTeacher
+from harness.context import Context, TrainingData
+from harness.data import datasets
+from harness.data.datasets import Dataset, placed
+from harness.denoiser import Denoiser
+from harness.errors import UserError
+from harness.fake_score import augmented_loss
+from harness.io.artifacts import atomic_folder, digest, link, sha256_file
+from harness.io.downloads import fetch
+from harness.io.locks import run_lock
+from harness.io.records import File, TeacherRecord
+from harness.method import OptimizerConfig, Phase
+from harness.schedules import edm_weight, lognormal_sigma
+from harness.streams import seeded
+from harness.teachers.edm_pickle import read_edm_pickle
+from harness.teachers.pipelines import PipelineFolder
+from harness.teachers.text_embeddings import TextEmbeddings, embed_dataset
+from harness.training.distributed import processes
+from harness.training.loop import train
+from harness.training.run import TrainingRun, loop_settings
+
+
+def make_teacher(job: TeacherJob) -> TeacherRecord | None:
+    """Train or import a teacher and write its folder with `teacher.json`; the first process returns
+    the record."""
+    if isinstance(job.section, ImportedTeacher):
+        return _import(job)
+    dataset, texts, null = datasets.load(job.data), {}, None
+    if job.text_encoder is not None:
+        from harness.features.base import load_extractor
+
+        encoder = load_extractor(job.text_encoder, dataset)
+        texts, null = embed_dataset(encoder, dataset, job.folder / "text")
+    embeddings = texts.get("text")
+    run_id = digest([job.fingerprint, dataset.sha256, embeddings and embeddings.sha256])
+    group = processes()
+    with group.leading(run_lock(job.folder)):
+        run = assemble(job, dataset, run_id, embeddings, null)
+        outcome = train(run)
+        if not group.first:
+            return None
+        link(job.folder / "train.csv", run.folder / "train.csv")
+        folder, network = run.snapshot(outcome.snapshots[-1]["name"]), run.networks["teacher"]
+        facts = {"device": job.device, **outcome.record(run_id)}
+        return _write_record(job, folder, network, texts, **facts)
+
+
+def teacher_phase(section: TrainedTeacher) -> Phase:
+    """EDM's training (Karras et al. 2022): denoise real images at lognormal noise levels.
+
+    With `label_dropout` the network also learns the unconditional score, for guidance.
+    """
+
+    def loss(context: Context) -> Tensor:
+        clean, condition = context.real()
+        sigma = lognormal_sigma(context.normal("sigma"), section.p_mean, section.p_std)
+        weight = edm_weight(sigma, section.sigma_data)
+        network, rates = context.networks["teacher"], (section.augment, section.label_dropout)
+        return augmented_loss(context, network, clean, condition, sigma, weight, *rates)
+
+    decay_steps = -(-section.images // section.batch) if section.lr_schedule == "cosine" else 0
+    rates = {"warmup_steps": section.warmup_steps, "decay_steps": decay_steps}
+    optimizer = OptimizerConfig(lr=section.lr, betas=section.betas, **rates)
+    return Phase("denoise", "teacher", loss, optimizer)
+
+
+def assemble(
+    job: TeacherJob,
+    dataset: Dataset,
+    run_id: str,
+    embeddings: TextEmbeddings | None = None,
+    null: dict[str, Tensor] | None = None,
+) -> TrainingRun:
+    """Build a teacher's training. With captions: their embeddings, and the empty prompt's."""
+    section, shape = job.section, dataset.image_shape
+    with seeded(section.seed):
+        classes, scale = dataset.num_classes, section.sigma_data
+        network = networks.build_denoiser(section.network, shape, classes, scale, null=null)
+    if section.augment and network.augment_labels != LABELS:
+        found = f"the network takes {network.augment_labels} augmentation labels, not {LABELS}"
+        message = f"{found}; a SongUNet with augment_dim: {LABELS} does"
+        raise UserError(f"teachers.{job.name}.augment: {message}", "augment-labels")
+    images = placed(dataset.train, "cpu" if embeddings else job.device)
+    conditions = {"sigma_init": 0.0, "embeddings": embeddings}
+    return TrainingRun(
+        name=f"teacher {job.name}",
+        folder=job.folder / "runs" / run_id,
+        run_id=run_id,
+        seed=section.seed,
+        networks={"teacher": network},
+        main="teacher",
+        phases=[teacher_phase(section)],
+        data=TrainingData(shape, dataset.num_conditions, **conditions, **images),
+        batch=section.batch,
+        budget=[{"unit": "images", "amount": section.images}],
+        export=networks.save_denoiser,
+        ema_half_life=section.ema_half_life,
+        ema_ramp_up=section.ema_ramp_up,
+        loop=loop_settings(job.training, section, max(section.images // 50, 1)),
+        device=job.device,
+    )
+
+
+def _import(job: TeacherJob) -> TeacherRecord:
+    """Import a teacher whose section has a `source`."""
+    section, texts = job.section, {}
+    dataset, path = datasets.load(job.data, images=False), Path(section.source).expanduser()
+    if section.pipeline:
+        pipeline = PipelineFolder(path)
+        pipeline.check(job, dataset.image_shape)
+        encoder = pipeline.text_encoder(job.device)
+        texts, null = embed_dataset(encoder, dataset, job.folder / "text")
+        del encoder  # a T5 would fill the host's memory together with the other networks
+        denoiser = pipeline.denoiser(null)
+        source = {"pipeline": pipeline.kind, "sha256": pipeline.sha256()}
+    elif path.is_dir():
+        denoiser = networks.load_denoiser(path, section.sha256)
+        source = {"sha256": sha256_file(path / networks.WEIGHTS)}
+    else:
+        file = fetch(section.source, section.sha256)
+        denoiser, source = read_edm_pickle(file), {"sha256": sha256_file(file)}
+    _check_import(job, denoiser, dataset)
+    source = {"source": section.source} | source
+    run_id, codec = digest([job.fingerprint, source]), None
+    folder = job.folder / "runs" / run_id
+    with run_lock(job.folder):
+        with atomic_folder(folder) as temporary:
+            sha256 = networks.save_denoiser(denoiser, temporary, {"imported": source})
+            if section.pipeline:
+                decoder = temporary / networks.CODEC
+                pipeline.codec().vae.save_pretrained(decoder, safe_serialization=True)
+                codec = {"sha256": sha256_file(decoder / networks.WEIGHTS)}
+        facts = {"run_id": run_id, "sha256": sha256, "imported": source, "codec": codec}
+        return _write_record(job, folder, denoiser, texts, **facts)
+
+
+def _check_import(job: TeacherJob, denoiser: Denoiser, dataset: Dataset) -> None:
+    """Compare the imported network with the teacher's key `network`, and the images and classes of
+    one that is not a pipeline's with the data set's."""
+    config = {"type": type(denoiser.backbone).__name__, **denoiser.backbone.config}
+    for key, expected in (job.section.network or {}).items():
+        value = config.get(key)
+        if (list(value) if isinstance(value, tuple) else value) != expected:
+            message = f"the imported network has {value!r}, not {expected!r}"
+            raise UserError(f"teachers.{job.name}.network.{key}: {message}", "network")
+    if job.section.pipeline:
+        return
+    teacher = (*denoiser.image_shape, denoiser.num_classes)
+    data = (*dataset.image_shape, dataset.num_classes)
+    if teacher != data:
+        own, other = ("{}x{}x{} images in {} classes".format(*facts) for facts in (teacher, data))
+        message = f"teacher {job.name} generates {own}, but data {dataset.name} has {other}"
+        raise UserError(message, "shape")
+
+
+def _write_record(
+    job: TeacherJob, run: Path, denoiser: Denoiser, texts: dict[str, TextEmbeddings], **facts: Any
+) -> TeacherRecord:
+    """Link the network's files in the folder `run`, and write `teacher.json`. texts: embeddings of
+    prompts, by their field in the record."""
+    for file in (*networks.FILES, networks.NULL, networks.CODEC):
+        if (run / file).exists():
+            link(job.folder / file, run / file)
+    files = {
+        field: File(file=str(stored.folder.relative_to(job.folder)), sha256=stored.sha256)
+        for field, stored in texts.items()
+    }
+    record = TeacherRecord(
+        teacher=job.name,
+        fingerprint=digest(job.fingerprint),
+        parameters=sum(p.numel() for p in denoiser.parameters()),
+        **files,
+        **facts,
+    )
+    record.write(job.folder / "teacher.json")
+    return record
