@@ -4,7 +4,6 @@ Text and axes take the colour of their surroundings, so a chart serves light, da
 """
 
 import math
-from pathlib import Path
 
 import altair as alt
 import pandas as pd
@@ -16,31 +15,20 @@ SHAPES = ("circle", "cross", "square", "triangle-up", "diamond", "triangle-down"
 GLYPHS = "●✚■▲◆▼◀"  # of the shapes, in the page's legend
 SOLID, DASHED, DOTTED, MIXED = [1, 0], [6, 4], [1, 3], [6, 3, 1, 3]
 DASHES = (SOLID, DASHED, SOLID, MIXED, SOLID, DASHED, DOTTED, MIXED)
-AXIS = {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"}
-AXIS |= {"gridColor": "currentColor", "domainColor": "currentColor", "tickColor": "currentColor"}
-AXIS |= {"gridOpacity": 0.1, "domainOpacity": 0.4, "tickOpacity": 0.4, "labelLimit": 160}
+AXIS = {f"{part}Color": "currentColor" for part in ("label", "title", "grid", "domain", "tick")}
+AXIS |= {"gridOpacity": 0.1, "domainOpacity": 0.4, "tickOpacity": 0.4}
+AXIS |= {"titleFontWeight": "normal", "labelLimit": 160}
 CONFIG = {"background": None, "font": "inherit", "view": {"stroke": None}, "axis": AXIS}
 CONFIG |= {"legend": {"disable": True}}  # the page has its own
 LEGEND = {"orient": "bottom", "title": None, "columns": 8, "labelLimit": 0, "symbolOpacity": 1}
+STATIC = {"background": "white", "font": "sans-serif", "legend": LEGEND}  # CONFIG of files
+STATIC |= {"title": {"fontSize": 11, "anchor": "start"}}
 # The page's legend sets this parameter to a student's name.
 HIGHLIGHT = {"name": "highlight", "value": None}
 
 
 def specification(chart: alt.TopLevelMixin, **config) -> dict:
     return chart.to_dict() | {"config": CONFIG | config, "params": [HIGHLIGHT]}
-
-
-def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> list[Path]:
-    """Write a chart as PNG and PDF; returns their paths."""
-    import vl_convert
-
-    text = {"fontSize": 11, "anchor": "start"}
-    static = {"background": "white", "font": "sans-serif", "title": text, "legend": LEGEND}
-    static = specification(chart, **static)
-    png, pdf = (folder / f"{name}.{kind}" for kind in ("png", "pdf"))
-    png.write_bytes(vl_convert.vegalite_to_png(static, scale=2))
-    pdf.write_bytes(vl_convert.vegalite_to_pdf(static))
-    return [png, pdf]
 
 
 def data(table: pd.DataFrame) -> alt.Data:
@@ -74,8 +62,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     values themselves if there are fewer than two such ticks."""
     steps = (1, 2, 5) if high < 200 * low else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = [t for decade in decades for step in steps if low <= (t := step * 10.0**decade) <= high]
     return ticks if len(ticks) > 1 else sorted({low, *ticks, high})
 
 
@@ -89,8 +76,7 @@ def lines_across(values: dict[str, float], axis: str, **text) -> list[alt.Chart]
     chart = alt.Chart(data(pd.DataFrame(values.items(), columns=["label", "value"])))
     rule = chart.mark_rule(strokeDash=[1, 2], color="currentColor", opacity=0.7)
     label = chart.mark_text(color="currentColor", opacity=0.8, fontSize=10, **text)
-    end = {"y": {"x": alt.value("width")}, "x": {"y": alt.value(0)}}[axis]
-    at = {axis: "value:Q"}
+    at, end = {axis: "value:Q"}, {"x": alt.value("width")} if axis == "y" else {"y": alt.value(0)}
     return [rule.encode(**at), label.encode(text="label:N", **at, **end)] if values else []
 
 

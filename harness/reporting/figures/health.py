@@ -5,7 +5,6 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.reporting.figures import charts
-from harness.reporting.figures.samples import scored_runs
 
 # Column prefixes of train.csv -> title.
 PANELS = {"loss/": "loss", "grad_norm/": "gradient norm", "nonfinite/": "non-finite steps"}
@@ -16,12 +15,13 @@ MAX_POINTS = 300  # of one line
 
 def training_logs(experiment: Experiment, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """train.csv of each student's runs with scores in the table, with a column `seed`."""
-    logs: dict[str, list] = {student: [] for student in experiment.students}
-    for student, seed in sorted(scored_runs(table)):
+    scored = table[table.status == "ok"].groupby(["student", "seed"]).groups
+    logs: dict[str, list] = {}
+    for student, seed in experiment.runs:
         path = experiment.paths.run(student, seed) / "train.csv"
-        if path.exists():
-            logs[student].append(pd.read_csv(path).assign(seed=seed))
-    return {student: pd.concat(runs) for student, runs in logs.items() if runs}
+        if (student, seed) in scored and path.exists():
+            logs.setdefault(student, []).append(pd.read_csv(path).assign(seed=seed))
+    return {student: pd.concat(runs) for student, runs in logs.items()}
 
 
 def phases_of(logs: dict[str, pd.DataFrame]) -> list[str]:
@@ -59,15 +59,9 @@ def chart(student: str, log: pd.DataFrame, phases: list[str], prefix: str) -> al
 def figure(experiment: Experiment, table: pd.DataFrame) -> alt.VConcatChart:
     """One column per student with a run, one row per entry of PANELS."""
     logs = training_logs(experiment, table)
-    phases = phases_of(logs)
-    rows = [
-        alt.hconcat(
-            *(
-                chart(student, log, phases, prefix).properties(width=180, title=[student, title])
-                for student, log in logs.items()
-            )
-        )
-        for prefix, title in PANELS.items()
-        if phases
-    ]
+    phases, rows = phases_of(logs), []
+    for prefix, title in PANELS.items() if phases else ():
+        panels = {student: chart(student, log, phases, prefix) for student, log in logs.items()}
+        titled = [p.properties(width=180, title=[name, title]) for name, p in panels.items()]
+        rows.append(alt.hconcat(*titled))
     return alt.vconcat(*rows or [charts.message("no run")])

@@ -6,14 +6,14 @@ import altair as alt
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.evaluation.registry import FRECHET, METRICS, column_name
-from harness.reporting.collect import main_column, main_metric_in
+from harness.evaluation.registry import FRECHET, METRICS
+from harness.reporting.collect import column_of, main_column, main_metric_in
 from harness.reporting.figures import charts
 from harness.reporting.formatting import number_text
 
-AXES = {
-    "images": "images that received a generator update",
-    "flops": "training compute, teacher pairs included (TFLOPs)",
+AXES = {  # column of the table -> title, unit
+    "images": ("images that received a generator update", 1),
+    "flops": ("training compute, teacher pairs included (TFLOPs)", 1e12),
 }
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: "no preferred direction"}
 
@@ -26,43 +26,26 @@ def drawn_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[str
     """The (metric, extractor) pairs that are drawn if scored: main metrics, then accuracies."""
     scored = set(zip(table.metric, table.extractor, strict=True))
     extractors = experiment.evaluation.extractors
-    candidates = [(main_metric_in(experiment, name).name, name) for name in extractors]
-    candidates += [("accuracy", name) for name in extractors]
-    return [pair for pair in dict.fromkeys(candidates) if pair in scored]
+    pairs = [(main_metric_in(experiment, name).name, name) for name in extractors]
+    pairs += [("accuracy", name) for name in extractors]
+    return [pair for pair in dict.fromkeys(pairs) if pair in scored]
 
 
 def curves(experiment: Experiment, table: pd.DataFrame, axis: str, column: str) -> pd.DataFrame:
-    """The curves of a column against "images" or "flops": student, x, mean, low, high.
-
-    mean, low and high are over training seeds, whose scores are means over their sampling seeds.
-    The snapshots are those on the axis's own grid, and the last; FLOPs are in units of 1e12.
+    """The curves of a column against an axis of AXES: student, x; mean, low and high over training
+    seeds, whose scores are means over sampling seeds. Snapshots: the axis's own grid, and the last.
     """
-    rows = table[(table.column == column) & (table.grid.str.contains(axis) | table.final)]
-    rows = rows[rows.student.isin(list(experiment.students))]
-    rows = rows.astype({"value": float, "images": float, "flops": float})
-    keys = ["student", "snapshot", "seed"]
-    per_seed = rows.groupby(keys)[["images", "flops", "value"]].mean().reset_index()
-    points = per_seed.groupby(["student", "images"], sort=True)
-    x = points[axis].mean() / (1 if axis == "images" else 1e12)
-    result = points.value.agg(mean="mean", low="min", high="max").assign(x=x).reset_index()
-    result = result[["student", "x", "mean", "low", "high"]]
-    order = list(experiment.students)
+    order, numbers = list(experiment.students), ["images", "flops", "value"]
+    rows = table[(table.column == column) & table.student.isin(order)]
+    rows = rows[rows.grid.str.contains(axis) | rows.final].astype(dict.fromkeys(numbers, float))
+    per_seed = rows.groupby(["student", "snapshot", "seed"])[numbers].mean().reset_index()
+    points = per_seed.groupby(["student", "images"])
+    result = points.value.agg(mean="mean", low="min", high="max")
+    result = result.assign(x=points[axis].mean() / AXES[axis][1]).reset_index("student")
     return result.sort_values("student", key=lambda s: s.map(order.index), kind="stable")
 
 
-def per_training_seed(final: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One row per student and training seed: student, seed, value, stderr of the mean over the
-    sampling seeds, whose draws are independent."""
-    rows = final[(final.column == column) & (final.status == "ok")]
-    rows = rows.astype({"value": float, "stderr": float})
-    grouped = rows.groupby(["student", "seed"], dropna=False, sort=False, as_index=False)
-    errors = ("stderr", lambda e: math.sqrt((e**2).sum(min_count=1)) / len(e))
-    return grouped.agg(value=("value", "mean"), stderr=errors)
-
-
-def reference_lines(
-    experiment: Experiment, table: pd.DataFrame, column: str, log: bool
-) -> dict[str, float]:
+def reference_lines(experiment: Experiment, table: pd.DataFrame, column: str, log: bool) -> dict:
     """Label -> value of the teachers, with many steps and with one, and of the floor. log: without
     values that a logarithmic axis cannot show."""
     lines = {}
@@ -81,9 +64,8 @@ def chart(
 ) -> alt.LayerChart:
     """One metric against a budget, at the largest sample count that the metric accepts. Lines:
     means over training seeds; bands: from the lowest to the highest seed."""
-    count = METRICS[metric].count(experiment.evaluation.num_samples)
-    column, log = column_name(metric, count, extractor), metric in FRECHET
-    names, x_title = list(experiment.students), AXES[axis]
+    column, log = column_of(experiment, METRICS[metric], extractor), metric in FRECHET
+    names, x_title = list(experiment.students), AXES[axis][0]
     lines = curves(experiment, table, axis, column)
     reference = reference_lines(experiment, table, column, log)
     last = lines.groupby("student", sort=False)["mean"].last()
@@ -91,14 +73,12 @@ def chart(
     title = f"{METRICS[metric].label} in {extractor} ({direction(metric)})"
     text = f"{title} against {x_title}; at the end: {', '.join(ends)}"
 
-    values = [*lines.low, *lines.high, *reference.values()]
-    y = charts.numbers(alt.Y, "mean", None, log, values)
+    y = charts.numbers(alt.Y, "mean", None, log, [*lines.low, *lines.high, *reference.values()])
+    seeds = {"mean": "mean", "low": "lowest seed", "high": "highest seed"}
     base = alt.Chart().encode(
         x=charts.numbers(alt.X, "x", x_title, True, lines.x),
         color=charts.categories(alt.Color, "student", names, charts.COLOURS),
-        tooltip=charts.tooltips(
-            "student:N", x=x_title, mean="mean", low="lowest seed", high="highest seed"
-        ),
+        tooltip=charts.tooltips("student:N", x=x_title, **seeds),
     )
     opaque = charts.when_highlighted(1.0)
     bands = base.mark_area().encode(y="low:Q", y2="high:Q", opacity=charts.when_highlighted(0.15))
@@ -116,18 +96,23 @@ def final_chart(
     experiment: Experiment, final: pd.DataFrame, extractor: str
 ) -> alt.LayerChart | None:
     """The final score of every training seed in an extractor's main column, with two standard
-    errors of its sampling to each side; None without scores."""
+    errors of the mean over its sampling seeds to each side; None without scores."""
     names, column = list(experiment.students), main_column(experiment, extractor)
     metric = main_metric_in(experiment, extractor)
-    scores = per_training_seed(final, column)
-    if not scores.student.isin(names).any():
-        return None
+    rows = final[(final.column == column) & (final.status == "ok")]
+    rows = rows.astype({"value": float, "stderr": float})
+    by_seed = rows.groupby(["student", "seed"], dropna=False, sort=False, as_index=False)
+    # The draws of different sampling seeds are independent.
+    stderr = ("stderr", lambda errors: math.sqrt((errors**2).sum(min_count=1)) / len(errors))
+    scores = by_seed.agg(value=("value", "mean"), stderr=stderr)
     by_student = scores.groupby("student", sort=False).value
     listed = [f"{name} {', '.join(map(number_text, values))}" for name, values in by_student]
     text = f"Final {metric.label} ({column}): {'; '.join(listed)}"
     error = 2 * scores.stderr.fillna(0)
     scores = scores.assign(low=scores.value - error, high=scores.value + error)
     scores = scores[scores.student.isin(names)]
+    if scores.empty:
+        return None
     # The teacher's single step is far off and would squeeze the students together.
     near = final[~final.student.str.startswith("teacher-1step")]
     reference = reference_lines(experiment, near, column, metric.name in FRECHET)

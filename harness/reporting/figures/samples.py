@@ -1,7 +1,6 @@
 """Samples of every student from the same noise, and those nearest to training images."""
 
 import textwrap
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -21,53 +20,44 @@ CLASS_COLUMNS = 20  # columns of a grid of classes
 
 
 class ScoredSamples(NamedTuple):
-    """The images that scoring saved of a row: tensors `pixels`, `labels` and those of the nearest
-    neighbours (`closest…`), and the record that describes them."""
+    """Tensors that scoring saved of a row (`pixels`, `labels`, `closest…`), and their record."""
 
     tensors: dict[str, np.ndarray]
     record: Samples
 
 
 class Neighbours(NamedTuple):
-    """Samples `(N, C, H, W)`, nearest first, their nearest training images, and the distances
-    `(N,)`."""
+    """Samples, nearest first, and their nearest training images."""
 
-    images: np.ndarray
-    training: np.ndarray
-    distance: np.ndarray
-
-
-def scored_runs(table: pd.DataFrame) -> set[tuple[str, int]]:
-    """The (student, seed) with scores in the table; folders of other runs may be out of date."""
-    ok = table[(table.status == "ok") & table.seed.notna()]
-    return set(zip(ok.student, ok.seed.astype(int), strict=True))
+    images: np.ndarray  # (N, C, H, W)
+    training: np.ndarray  # (N, C, H, W)
+    distance: np.ndarray  # (N,)
 
 
 def read_samples(experiment: Experiment, table: pd.DataFrame) -> dict[str, ScoredSamples]:
     """The kept samples of the teachers and of each student's first training seed, by row."""
-    paths, seed = experiment.paths, experiment.training.seeds[0]
-    scored, runs = set(table.student[table.status == "ok"]), scored_runs(table)
+    paths, seed, samples = experiment.paths, experiment.training.seeds[0], {}
     files = {experiment.teacher_row(t): paths.reference_scores(t) for t in experiment.teachers}
-    files = {row: path for row, path in files.items() if row in scored}
-    files |= {s: paths.scores(s, seed) for s in experiment.students if (s, seed) in runs}
-    samples = {}
-    for row, path in files.items():
-        record = ScoreRecord.read(path).samples
-        tensors = load_tensors(path.parent / record.file, record.sha256)
+    files |= {student: paths.scores(student, seed) for student in experiment.students}
+    # Files of rows without scores may be out of date. The teachers' rows have no training seed.
+    scored = set(table.student[(table.status == "ok") & (table.seed.fillna(seed) == seed)])
+    for row in (row for row in files if row in scored):
+        record = ScoreRecord.read(files[row]).samples
+        tensors = load_tensors(files[row].parent / record.file, record.sha256)
         samples[row] = ScoredSamples({k: t.numpy() for k, t in tensors.items()}, record)
     return samples
 
 
 def select_samples(
-    samples: dict[str, ScoredSamples], texts: tuple[str, ...] = ()
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The images `(N, C, H, W)` uint8 of a grid by row, and their N conditions: classes or, from
-    `texts`, prompts (empty for unconditional data). Image i has the same noise in all rows.
-
-    Equally many images of each class, of the first classes if there are many; one of each of
-    PROMPTS prompts, evenly spaced.
-    """
-    images, conditions = {}, []
+    experiment: Experiment, samples: dict[str, ScoredSamples]
+) -> tuple[dict[str, np.ndarray], str, list[str]]:
+    """The images `(N, C, H, W)` uint8 of a grid by row, the kind of their conditions ("class" or
+    "prompt"), and the conditions (empty for unconditional data). Image i has the same noise in all
+    rows. Equally many images of each class, of the first classes if there are many; one of each of
+    PROMPTS prompts, evenly spaced."""
+    images, texts, conditions = {}, (), []
+    if has_texts(experiment.data) and (experiment.paths.data / "data.json").exists():
+        texts = load(experiment.paths.data, images=False).evaluation_prompts.texts
     for row, kept in samples.items():
         labels = kept.tensors["labels"]
         classes = np.unique(labels)
@@ -78,28 +68,20 @@ def select_samples(
         images[row] = kept.tensors["pixels"][chosen]
         names = [texts[i] if texts else str(i) for i in labels[chosen]]
         conditions = names if len(classes) > 1 else []
-    return images, conditions
-
-
-def prompt_texts(experiment: Experiment) -> tuple[str, ...]:
-    """The evaluation prompts that sample labels index; empty for data without texts."""
-    if not has_texts(experiment.data) or not (experiment.paths.data / "data.json").exists():
-        return ()
-    return load(experiment.paths.data, images=False).evaluation_prompts.texts
+    return images, "prompt" if texts else "class", conditions
 
 
 def nearest_neighbours(samples: dict[str, ScoredSamples]) -> tuple[dict[str, Neighbours], str]:
     """The samples nearest to training images by row, first those of real held-out images, and a
     description of the distances; empty if there are no training images."""
     neighbours: dict[str, Neighbours] = {}
-    for name, kept in samples.items():
-        for row, prefix in (("floor", "floor_"), (name, "")):
-            if f"{prefix}closest" in kept.tensors and row not in neighbours:
-                parts = (f"{prefix}closest{part}" for part in ("", "_training", "_distance"))
-                neighbours[row] = Neighbours(*(kept.tensors[part] for part in parts))
-    records = (kept.record for kept in samples.values())
-    record = next((record for record in records if record.neighbour_extractor), None)
-    if record is None:
+    for name, (tensors, _) in samples.items():
+        for row, prefix in (("floor", "floor_closest"), (name, "closest")):
+            if prefix in tensors and row not in neighbours:
+                parts = (tensors[prefix + part] for part in ("", "_training", "_distance"))
+                neighbours[row] = Neighbours(*parts)
+    records = (kept.record for kept in samples.values() if kept.record.neighbour_extractor)
+    if (record := next(records, None)) is None:
         return {}, ""
     unit = "" if record.neighbour_unit == "features" else ", as a multiple of the held-out median"
     return neighbours, (
@@ -121,10 +103,10 @@ def tile(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _show(axes, rows: list[np.ndarray], names: list[str], columns: list[str]) -> None:
-    """Draw images with the names of their rows and columns."""
+    """Draw rows of images with the names of the rows and columns."""
     image = tile(rows)
-    height, width = image.shape[:2]
     axes.imshow(image, interpolation="nearest")
+    height, width = image.shape[:2]
     for axis, labels, size in ((axes.yaxis, names, height), (axes.xaxis, columns, width)):
         axis.set_ticks((np.arange(len(labels)) + 0.5) * size / max(1, len(labels)), labels)
     axes.tick_params(length=0)
@@ -138,25 +120,21 @@ def _message(text: str) -> Figure:
     return figure
 
 
-def sample_grid(samples: dict[str, ScoredSamples], texts: tuple[str, ...] = ()) -> Figure:
+def sample_grid(experiment: Experiment, samples: dict[str, ScoredSamples]) -> Figure:
     """Rows: the teachers and each student (first seed). Columns: one noise and one condition."""
-    images, conditions = select_samples(samples, texts)
+    images, kind, conditions = select_samples(experiment, samples)
     if not images:
         return _message("no samples")
-    cell, head = (0.8, 2.6) if texts else (0.5, 0.7)
-    columns = max(map(len, images.values()))
-    size = (cell * columns + 1.2, (cell + 0.02) * len(images) + head)
+    cell, head = (0.8, 2.6) if kind == "prompt" else (0.5, 0.7)
+    size = (cell * max(map(len, images.values())) + 1.2, (cell + 0.02) * len(images) + head)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     _show(axes, list(images.values()), list(images), [textwrap.fill(c, 26) for c in conditions])
     axes.xaxis.tick_top()
-    if texts:
-        for label in axes.get_xticklabels():
-            label.set(rotation=60, ha="left", rotation_mode="anchor")
-    caption = "the noise is the same down each column"
-    if conditions:
-        caption = f"{'prompt' if texts else 'class'} (top); {caption}"
-    axes.set_xlabel(caption, labelpad=8)
+    for label in axes.get_xticklabels() if kind == "prompt" else ():
+        label.set(rotation=60, ha="left", rotation_mode="anchor")
+    top = f"{kind} (top); " if conditions else ""
+    axes.set_xlabel(f"{top}the noise is the same down each column", labelpad=8)
     return figure
 
 
@@ -176,11 +154,3 @@ def neighbour_grid(samples: dict[str, ScoredSamples]) -> Figure:
         axes.tick_params(axis="x", labelsize=8)
     panels[-1].set_xlabel(description, fontsize=9, labelpad=6)
     return figure
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and PDF, with the same bytes every time; returns their paths."""
-    png, pdf = (folder / f"{name}.{kind}" for kind in ("png", "pdf"))
-    figure.savefig(png)
-    figure.savefig(pdf, metadata={"CreationDate": None})
-    return [png, pdf]

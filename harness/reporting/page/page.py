@@ -4,149 +4,171 @@ Each section is a generator of HTML parts, which the macros of parts.html.j2 mak
 charts and images. A section without parts is left out.
 """
 
+import base64
+import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
+import jinja2
+import numpy as np
 import pandas as pd
 import yaml
 from markupsafe import Markup, escape
 
 from harness.config.experiment import Experiment
-from harness.errors import UserError
 from harness.evaluation.registry import METRICS, column_name
-from harness.io.artifacts import write_text
+from harness.io.artifacts import damaged, write_text
+from harness.reporting import collect, formatting
 from harness.reporting.claims import multiplicity_note
-from harness.reporting.collect import (
-    flatten,
-    is_unavailable,
-    main_column,
-    main_metric_in,
-    training_record,
-)
 from harness.reporting.figures import charts, health, quality, samples
-from harness.reporting.formatting import (
-    FLAGS,
-    MISSING,
-    as_text,
-    flagged,
-    interval_text,
-    minus,
-    number_text,
-    spread_text,
-)
-from harness.reporting.page.parts import ENVIRONMENT, NUMBER, csv_text, hash_code, html, spaced
+from harness.reporting.formatting import MISSING, minus, number_text, spread_text
 from harness.reporting.tables import Summary, text_table
 
+NUMBER = re.compile(r"(tie )?[-−+]?\d")
+THUMBNAIL = 96  # pixels: larger sample images are scaled down
 
-@dataclass
+
 class Content:
-    """What the sections show: the rows of `collect`'s table with numbers, and what follows from
-    them."""
+    """The rows of `collect`'s table with numbers, and what follows from them."""
 
-    experiment: Experiment
-    table: pd.DataFrame
-    summary: Summary
-    manifest: dict
-
-    def __post_init__(self):
-        e = self.experiment
+    def __init__(self, e: Experiment, table: pd.DataFrame, summary: Summary, manifest: dict):
+        self.experiment, self.summary, self.manifest = e, summary, manifest
+        self.table = table[~collect.is_unavailable(table.status)]
         self.final = self.table[self.table.final]
-        self.main = {name: main_column(e, name) for name in e.evaluation.extractors}
+        self.main = {name: collect.main_column(e, name) for name in e.evaluation.extractors}
         self.samples = samples.read_samples(e, self.table)
-        self.is_ranked = self.summary.scores["rank"].astype(str).str.match(NUMBER).any()
+        self.is_ranked = summary.scores["rank"].astype(str).str.match(NUMBER).any()
 
 
-def write_page(
-    experiment: Experiment, table: pd.DataFrame, summary: Summary, manifest: dict
-) -> Path:
+def write_page(experiment: Experiment, table: pd.DataFrame, summary: Summary, record: dict) -> Path:
     """Write report.html from `collect`'s table, its summary and the manifest; returns its path."""
     import vl_convert
 
-    content = Content(experiment, table[~is_unavailable(table.status)], summary, manifest)
-    sections = [
-        (make.__name__, title, Markup("\n").join(make(content))) for title, make in SECTIONS
-    ]
-    text = ENVIRONMENT.get_template("page.html.j2").render(
-        name=experiment.name,
-        introduction=introduction(experiment),
-        finding=finding(content),
-        students=summary.students,
-        facts=html.facts(facts(content)),
-        sections=[section for section in sections if section[2]],
-        missing=MISSING,
-        javascript=Markup(vl_convert.javascript_bundle().replace("</script", "<\\/script")),
-    )
-    path = experiment.paths.root / "report.html"
+    content, sections = Content(experiment, table, summary, record), []
+    for title, make in SECTIONS:
+        tables = [read_table(experiment, make)] if make in TABLES else []
+        parts = list(make(content, *tables)) if all(map(len, tables)) else []
+        if parts:
+            sections.append((make.__name__, title, Markup("\n").join(parts)))
+    start = Markup("\n").join(header(content))
+    script = Markup(vl_convert.javascript_bundle().replace("</script", "<\\/script"))
+    template, path = ENVIRONMENT.get_template("page.html.j2"), experiment.paths.root / "report.html"
+    text = template.render(name=experiment.name, header=start, sections=sections, script=script)
     write_text(path, text)
     return path
 
 
-# -- header -------------------------------------------------------------------------------------
+def read_table(experiment: Experiment, section: Callable) -> pd.DataFrame:
+    """The table of a section of TABLES; empty if it does not exist."""
+    path, columns = experiment.paths.tables / f"{section.__name__}.csv", TABLES[section].split()
+    try:
+        table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
+        table[columns]
+    except (ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
+        raise damaged(path, str(error), owner=path) from None
+    return table
 
 
-def introduction(experiment: Experiment) -> str:
+def is_numeric(table: pd.DataFrame) -> list[bool]:
+    """For each column whether its first known text is a number."""
+    first = [next((str(v) for v in values if v != MISSING), "") for _, values in table.items()]
+    return [bool(NUMBER.match(text)) for text in first]
+
+
+def png(images: np.ndarray) -> str:
+    """Images `(N, C, H, W)` uint8 side by side as a data URL."""
+    from PIL import Image
+
+    picture = Image.fromarray(samples.tile([images]))
+    picture.thumbnail((picture.width, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=None)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
+ENVIRONMENT = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined)
+ENVIRONMENT.trim_blocks = ENVIRONMENT.lstrip_blocks = True
+ENVIRONMENT.filters |= {"numeric": is_numeric, "png": png, "specification": charts.specification}
+ENVIRONMENT.globals["missing"] = MISSING
+html = ENVIRONMENT.get_template("parts.html.j2").module
+
+
+def spaced(key: str) -> str:
+    return key.replace("_", " ").replace(".", " ")
+
+
+def csv_table(table: pd.DataFrame, caption: str = "") -> Markup:
+    """All columns of a CSV table, without empty ones."""
+    table = table.dropna(axis="columns", how="all").rename(columns=spaced)
+    return html.datatable(formatting.as_text(table), caption)
+
+
+def header(content: Content) -> Iterator[Markup]:
+    """What was compared, the leader in each feature space, how reliable the lead is, and facts."""
+    experiment, final, m = content.experiment, content.final, content.manifest
     training, evaluation = experiment.training, experiment.evaluation
     students, seeds = len(experiment.students), len(training.seeds)
     budget = ", ".join(f"{limit.amount:,.0f} {limit.unit}" for limit in training.budget)
     own = any(list(s.budget) != training.budget for s in experiment.students.values())
-    return (
+    yield html.text(
         f"{students} one-step student{'s' * (students != 1)} of the teacher "
         f"{' and '.join(experiment.teachers)}, trained for {budget}"
         f"{' unless noted otherwise' * own} with {seeds} training seed{'s' * (seeds != 1)}, scored "
         f"on {evaluation.num_samples:,} samples in the features of "
-        f"{' and '.join(evaluation.extractors)}."
+        f"{' and '.join(evaluation.extractors)}.",
+        "",
     )
 
-
-def finding(content: Content) -> Markup | None:
-    """The leader in each feature space, and how reliable the lead is."""
     leaders: dict[str, list[Markup]] = {}
     scores = content.summary.scores.dropna(subset="mean")
-    scores = scores[scores.student.isin(content.experiment.students)]
+    scores = scores[scores.student.isin(experiment.students)]
     for extractor, column in content.main.items():
-        metric = main_metric_in(content.experiment, extractor)
-        higher, rows = metric.higher_is_better, scores[scores.column == column]
-        title = f"{'Highest' if higher else 'Lowest'} {metric.label}"
-        for row in rows.sort_values("mean", ascending=not higher, kind="stable")[:1].itertuples():
+        metric = collect.main_metric_in(experiment, extractor)
+        title = f"{'Highest' if metric.higher_is_better else 'Lowest'} {metric.label}"
+        rows = scores[scores.column == column]
+        rows = rows.sort_values("mean", ascending=not metric.higher_is_better, kind="stable")
+        for row in rows[:1].itertuples():
             value = minus(spread_text(row.mean, row.std))
             text = Markup("<strong>{}</strong> in {} ({})").format(row.student, extractor, value)
             leaders.setdefault(title, []).append(text)
-    if not leaders:
-        return None
     reliability = (
         "The ranks show which leads exceed the noise."
         if content.is_ranked
         else "No ranks are given: they need at least three training seeds and intervals of the "
         "differences that exclude zero."
     )
-    texts = [Markup("{}: {}.").format(k, Markup(" and ").join(v)) for k, v in leaders.items()]
-    return Markup(" ").join([*texts, reliability])
+    if leaders:
+        texts = [Markup("{}: {}.").format(k, Markup(" and ").join(v)) for k, v in leaders.items()]
+        yield html.text(Markup(" ").join([*texts, reliability]), "")
+    yield html.banner(content.summary.students)
 
-
-def facts(content: Content) -> dict[str, str]:
-    m, device, final = content.manifest, content.manifest["device"], content.final
-    seeds = sorted(final.sample_seed.dropna().unique())
+    device, noise = m["device"], sorted(final.sample_seed.dropna().unique())
     processor = device["processor"] if device["used"] == "cpu" else device["used"]
-    return {
+    facts = {
         "Reference": ", ".join(final.reference.dropna().unique()) or "missing",
-        "Training seeds": ", ".join(map(str, sorted(content.experiment.training.seeds))),
-        "Sampling seeds": ", ".join(map(str, seeds)) or "none",
+        "Training seeds": ", ".join(map(str, sorted(training.seeds))),
+        "Sampling seeds": ", ".join(map(str, noise)) or "none",
         "Device": f"{processor}, {device['usable_cpus']} CPUs",
         "Commit": f"{(m['commit'] or 'unknown')[:10]}{', modified' * bool(m['dirty'])}",
         "Written": m["written"][:16].replace("T", " ") + " UTC",
     }
-
-
-# -- sections -----------------------------------------------------------------------------------
+    yield html.facts(facts)
 
 
 def scores(content: Content) -> Iterator[Markup]:
-    fixed = int(content.summary.students.student.isin(content.experiment.reference_rows).sum())
-    every = students_table(content, list(content.summary.columns.index))
-    table = students_table(content, summary_columns(content))
+    experiment, columns = content.experiment, content.summary.columns
+    fixed = int(content.summary.students.student.isin(experiment.reference_rows).sum())
+    # Shown: main columns; recall, accuracy and the floor's column of the first available extractor.
+    scored, count = set(content.table.extractor), experiment.evaluation.num_samples
+    first = next((name for name in content.main if name in scored), next(iter(content.main)))
+    names = [column_name(m, METRICS[m].count(count), first) for m in ("recall", "accuracy")]
+    floor = content.final[(content.final.student == "floor") & (content.final.extractor == first)]
+    floor = floor[floor.metric == collect.main_metric_in(experiment, first).name]
+    names = dict.fromkeys([*content.main.values(), *names, *floor.column])
+    table = students_table(content, [name for name in names if name in columns.index])
     hidden = [h for h in table if "best of" in h or h in ("seeds", "parameters", "frozen")]
     caption = (
         "Mean ± standard deviation over training seeds; below it the sampling error of one "
@@ -156,35 +178,21 @@ def scores(content: Content) -> Iterator[Markup]:
     )
     yield html.datatable(table.drop(columns=hidden), caption, fixed)
     present = " ".join(content.final.flag.dropna().unique())
-    for flag, (mark, meaning) in FLAGS.items():
+    for flag, (mark, meaning) in formatting.FLAGS.items():
         if flag in present:
             yield html.text(f"{mark} {meaning}.")
-    caption = "All columns of tables/summary.csv."
-    yield html.details("All metrics", html.datatable(every, caption, fixed))
-    finals = [
-        (extractor, "", chart)
-        for extractor in content.main
-        if (chart := quality.final_chart(content.experiment, content.final, extractor))
-    ]
-    if finals:
+    every = students_table(content, list(columns.index))
+    every = html.datatable(every, "All columns of tables/summary.csv.", fixed)
+    yield html.details("All metrics", every)
+
+    drawn = [(x, "", quality.final_chart(experiment, content.final, x)) for x in content.main]
+    if drawn := [drawing for drawing in drawn if drawing[2]]:
         yield html.heading("Final score of every training seed")
         yield html.text(
             "One mark per seed, with two standard errors of the sampling to each side. The spread "
             "of the marks in a row is the spread of training."
         )
-        yield html.charts(finals)
-
-
-def summary_columns(content: Content) -> list[str]:
-    """The main columns; recall, accuracy and the floor's column of the first extractor that is
-    available."""
-    scored, count = set(content.table.extractor), content.experiment.evaluation.num_samples
-    first = next((name for name in content.main if name in scored), next(iter(content.main)))
-    names = [column_name(m, METRICS[m].count(count), first) for m in ("recall", "accuracy")]
-    floor = content.final[(content.final.student == "floor") & (content.final.extractor == first)]
-    floor = floor[floor.metric == main_metric_in(content.experiment, first).name]
-    names = dict.fromkeys([*content.main.values(), *names, *floor.column])
-    return [name for name in names if name in content.summary.columns.index]
+        yield html.charts(drawn)
 
 
 def students_table(content: Content, columns: list[str]) -> pd.DataFrame:
@@ -194,15 +202,14 @@ def students_table(content: Content, columns: list[str]) -> pd.DataFrame:
         metric, count = METRICS[column.metric], column.num_samples
         size = f", n {count:,}" if count != content.experiment.evaluation.num_samples else ""
         label = part or metric.label + metric.arrow.replace(" ", "\u00a0")
-        note = f"{metric.label}, {column.extractor}" if part else column.extractor
-        return html.noted(label, note + size)
+        return html.noted(label, f"{metric.label}, " * bool(part) + column.extractor + size)
 
     def score(row) -> str:
         if row.status != "ok":
             return row.status
-        text = flagged(minus(spread_text(row.mean, row.std)), row.flag)
+        text = formatting.flagged(minus(spread_text(row.mean, row.std)), row.flag)
         error = row.sampling_std if pd.notna(row.sampling_std) else row.stderr
-        if text == MISSING or not pd.notna(error):
+        if text == MISSING or pd.isna(error):
             return text
         return html.noted(text, f"± {minus(format(error, '.1g' if error < 1 else '.3g'))}")
 
@@ -238,15 +245,13 @@ def curves(content: Content) -> Iterator[Markup]:
 
 
 def sample_rows(content: Content) -> Iterator[Markup]:
-    texts = samples.prompt_texts(content.experiment)
-    images, conditions = samples.select_samples(content.samples, texts)
+    images, kind, conditions = samples.select_samples(content.experiment, content.samples)
     if not images:
         return
-    kind, seed = "prompt" if texts else "class", content.experiment.training.seeds[0]
     yield html.text(
         f"The noise{f' and the {kind}' if conditions else ''} are the same down each column, so "
-        f"the differences are those of the methods. Training seed {seed}; the samples are not "
-        "selected."
+        "the differences are those of the methods. Training seed "
+        f"{content.experiment.training.seeds[0]}; the samples are not selected."
     )
     rows = [(kind, kind, conditions, {})] if conditions else []
     rows += [(n, "", [], {f"{len(row)} images by {n}": row}) for n, row in images.items()]
@@ -267,22 +272,19 @@ def neighbours(content: Content) -> Iterator[Markup]:
     note, rows = Markup("above: samples<br>below: training images"), []
     for name, row in found.items():
         distances = [f"{distance:.2f}" for distance in row.distance]
-        alt = (
-            f"The {len(row.images)} images of {name} nearest to a training image, at distances "
-            f"{distances[0]} to {distances[-1]}"
-        )
+        alt = f"The {len(row.images)} images of {name} nearest to a training image, at distances "
+        alt += f"{distances[0]} to {distances[-1]}"
         images = {alt: row.images, "The nearest training images": row.training}
         rows.append((html.noted(name, note), "", distances, images))
     yield html.strips(rows, count)
 
 
 def training(content: Content) -> Iterator[Markup]:
-    logs = health.training_logs(content.experiment, content.table)
+    logs, rows = health.training_logs(content.experiment, content.table), []
     if not logs:
         return
-    rows = []
     for student, seed, log in [(s, *run) for s in logs for run in logs[s].groupby("seed")]:
-        record = training_record(content.experiment, student, seed)
+        record = collect.training_record(content.experiment, student, seed)
         ledger, skipped = record.ledger, sum(record.skipped_steps.values())
         row = {
             "student": student,
@@ -295,7 +297,7 @@ def training(content: Content) -> Iterator[Markup]:
             "seconds": f"{ledger.seconds:,.0f}",
             "peak GiB": number_text(ledger.peak_memory, ".2f", 2**30),
             "device": record.device,
-            "weights (sha256)": hash_code(record.sha256),
+            "weights (sha256)": html.hash(record.sha256),
         }
         rows.append(row)
     caption = "One row per run. Non-finite steps are skipped and counted."
@@ -316,28 +318,7 @@ def training(content: Content) -> Iterator[Markup]:
     yield html.charts(drawn, "small")
 
 
-def read_table(content: Content, name: str, columns: str) -> pd.DataFrame:
-    """tables/<name>.csv of another stage, which must have some columns; empty if it does not
-    exist."""
-    path = content.experiment.paths.tables / f"{name}.csv"
-    if not path.exists():
-        return pd.DataFrame()
-    try:
-        table = pd.read_csv(path)
-        table[columns.split()]
-    except (ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(
-            f"{path} cannot be read ({error}); delete it and run the workflow again", "damaged"
-        ) from None
-    return table
-
-
-def claims(content: Content) -> Iterator[Markup]:
-    table = read_table(
-        content, "claims", "claim source reported better worse column difference low high verdict"
-    )
-    if table.empty:
-        return
+def claims(content: Content, table: pd.DataFrame) -> Iterator[Markup]:
     counts = ", ".join(f"{count} {name}" for name, count in table.verdict.value_counts().items())
     yield html.text(
         "What each paper reports, and the difference between the same two students here, with its "
@@ -345,77 +326,63 @@ def claims(content: Content) -> Iterator[Markup]:
     )
     marks, rows = {"supported": "✓", "contradicted": "✗"}, []
     for row in table.itertuples():
-        verdict = html.marked(f"{marks.get(row.verdict, '?')} {row.verdict}", row.verdict)
-        note = f"{row.better} − {row.worse}, {row.column}"
-        difference = html.noted(" ".join(interval_text(row)), note)
+        mark, note = marks.get(row.verdict, "?"), f"{row.better} − {row.worse}, {row.column}"
+        verdict = html.marked(f"{mark} {row.verdict}", row.verdict)
+        difference = html.noted(" ".join(formatting.interval_text(row)), note)
         rows.append((row.claim, verdict, difference, f"{row.reported} ({row.source})"))
     columns = ["claim", "verdict", "difference here", "reported"]
     yield html.datatable(pd.DataFrame(rows, columns=columns), kind="sortable wrap")
 
 
-def pairwise(content: Content) -> Iterator[Markup]:
-    table = read_table(content, "pairwise", "column a b difference low high verdict")
-    if table.empty:
-        return
+def pairwise(content: Content, table: pd.DataFrame) -> Iterator[Markup]:
     yield html.text(
         "Row minus column, with the interval of the difference, which includes the sampling and "
         "the training error. ▲ the row is better, ▼ it is worse; all other pairs are ties or have "
         "too few training seeds."
     )
-    columns = [column for column in content.main.values() if (table.column == column).any()]
-    for column in columns or table.column.unique()[:1]:
+    compared = table.column.unique()
+    for column in [c for c in content.main.values() if c in compared] or compared[:1]:
         yield html.heading(column)
         yield html.datatable(difference_matrix(table[table.column == column]), kind="matrix")
-    yield html.details("All pairs and columns", html.datatable(csv_text(table)))
+    yield html.details("All pairs and columns", csv_table(table))
 
 
 def difference_matrix(pairs: pd.DataFrame) -> pd.DataFrame:
     """Row minus column of every two students, with the verdict."""
-    verdict = pairs.verdict.replace({"a better": "b better", "b better": "a better"})
-    swapped = pairs.rename(columns={"a": "b", "b": "a"}).assign(verdict=verdict)
-    swapped = swapped.assign(difference=-pairs.difference, low=-pairs.high, high=-pairs.low)
-    marks = {"a better": ("▲ ", "better"), "b better": ("▼ ", "worse")}
-    both, cells = pd.concat([pairs, swapped]), []
-    for row in both.itertuples():
-        (mark, kind), (difference, bounds) = marks.get(row.verdict, ("", "")), interval_text(row)
-        cells.append(html.marked(html.noted(mark + difference, bounds), kind))
     names = list(dict.fromkeys([*pairs.a, *pairs.b]))
-    matrix = both.assign(cell=cells).pivot(index="a", columns="b", values="cell")
-    matrix = matrix.reindex(index=names, columns=names).fillna("")
+    matrix = pd.DataFrame("", names, names, dtype=object)
+    marks = {"a better": ("▲ ", "better"), "b better": ("▼ ", "worse")}
+    swapped = pairs.assign(a=pairs.b, b=pairs.a, low=-pairs.high, high=-pairs.low)
+    verdict = pairs.verdict.replace({"a better": "b better", "b better": "a better"})
+    swapped = swapped.assign(difference=-pairs.difference, verdict=verdict)
+    for row in pd.concat([pairs, swapped]).itertuples():
+        mark, kind = marks.get(row.verdict, ("", ""))
+        difference, bounds = formatting.interval_text(row)
+        matrix.at[row.a, row.b] = html.marked(html.noted(mark + difference, bounds), kind)
     return matrix.rename_axis("row − column").reset_index()
 
 
-def agreement(content: Content) -> Iterator[Markup]:
-    table = read_table(
-        content, "agreement", "quantity extractor library relative_difference agrees"
-    )
-    if table.empty:
-        return
+def agreement(content: Content, table: pd.DataFrame) -> Iterator[Markup]:
     # Other values of `agrees` give the reason for a missing number.
     compared, failed = table[table.agrees.isin(["yes", "no"])], table[table.agrees == "no"]
-    text = f"{len(compared) - len(failed)} of {len(compared)} quantities agree within tolerance"
     largest = compared.relative_difference.astype(float).abs().max()
-    if pd.notna(largest):
-        text += f"; the largest relative difference is {largest:.1e}"
-    yield html.text(f"{text}.", "")
+    most = f"; the largest relative difference is {largest:.1e}" if pd.notna(largest) else ""
+    agreed, count = len(compared) - len(failed), len(compared)
+    yield html.text(f"{agreed} of {count} quantities agree within tolerance{most}.", "")
     if len(failed):
         names = [f"{r.quantity} in {r.extractor} ({r.library})" for r in failed.itertuples()]
         yield html.text(f"✗ Different: {', '.join(names)}.", "warning")
-    marks = table.agrees.map({"yes": "✓ yes", "no": "✗ no"}).fillna(table.agrees)
-    caption = "The same images, scored here and by each library."
-    yield html.datatable(csv_text(table.assign(agrees=marks)), caption)
+    table = table.assign(agrees=table.agrees.replace({"yes": "✓ yes", "no": "✗ no"}))
+    yield csv_table(table, "The same images, scored here and by each library.")
 
 
-def paper(content: Content) -> Iterator[Markup]:
-    table = read_table(content, "paper", "paper method metric reported reproduced")
-    if not table.empty:
-        caption = "Reported: as in each source. Difference: reproduced minus reported."
-        yield html.datatable(csv_text(table), caption)
+def paper(content: Content, table: pd.DataFrame) -> Iterator[Markup]:
+    yield csv_table(table, "Reported: as in each source. Difference: reproduced minus reported.")
 
 
 def protocol(content: Content) -> Iterator[Markup]:
     """The notes, what all columns' protocols share, and a table of their differences."""
-    students = {}
+    students, protocols = {}, content.manifest["protocols"]
     for text in content.summary.notes:
         note = Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
         name, _, rest = note.partition(": ")
@@ -423,11 +390,11 @@ def protocol(content: Content) -> Iterator[Markup]:
             students[name] = rest
         else:
             yield html.text(note, "")
-    protocols = content.manifest["protocols"]
-    used = content.final[content.final.protocol.isin(protocols)].drop_duplicates("column")
-    hashes = used.set_index("column").protocol.reindex(content.summary.columns.index).dropna()
-    records = {column: flatten(protocols[value]) for column, value in hashes.items()}
-    table = as_text(pd.DataFrame.from_dict(records, orient="index", dtype=object))
+
+    hashes = content.final.drop_duplicates("column").set_index("column").protocol
+    hashes = hashes[hashes.isin(protocols)].reindex(content.summary.columns.index).dropna()
+    records = {column: collect.flatten(protocols[value]) for column, value in hashes.items()}
+    table = formatting.as_text(pd.DataFrame.from_dict(records, orient="index", dtype=object))
     shared = [key for key in table if table[key].nunique() == 1]
     yield html.facts({spaced(key): table[key].iloc[0] for key in shared})
     table = table.drop(columns=[*shared, "metric", "extractor", "num_samples"], errors="ignore")
@@ -438,15 +405,16 @@ def protocol(content: Content) -> Iterator[Markup]:
         "; ".join(f"{spaced(k[9:])} {v}" for k, v in row.items() if v != MISSING) or MISSING
         for row in settings.to_dict("records")
     ]
-    table["protocol"] = hashes.map(hash_code)
+    table["protocol"] = hashes.map(html.hash)
     caption = "Each column has one protocol; its hash is in every row of metrics.csv."
     yield html.datatable(table.rename_axis("column").reset_index(), caption)
+
     features = [
         {
             "network": name,
             "role": "scores" if name in content.main else "trains students",
             "held-out accuracy, %": number_text(record.get("held_out_accuracy"), scale=0.01),
-            "weights (sha256)": hash_code(record.get("sha256")),
+            "weights (sha256)": html.hash(record.get("sha256")),
         }
         for name, record in content.manifest["features"].items()
     ]
@@ -473,7 +441,7 @@ def provenance(content: Content) -> Iterator[Markup]:
     yield html.details("Files of the results, with their sha256", html.facts(m["outputs"]))
 
 
-SECTIONS = (  # a generator `Content` -> HTML parts, whose name is the section's id
+SECTIONS = (  # title, generator of HTML parts, whose name is the section's id
     ("Summary", scores),
     ("Quality against budget", curves),
     ("Samples", sample_rows),
@@ -486,3 +454,9 @@ SECTIONS = (  # a generator `Content` -> HTML parts, whose name is the section's
     ("Protocol", protocol),
     ("Provenance", provenance),
 )
+TABLES = {  # sections that show tables/<name>.csv -> the columns that they need
+    claims: "claim source reported better worse column difference low high verdict",
+    pairwise: "column a b difference low high verdict",
+    agreement: "quantity extractor library relative_difference agrees",
+    paper: "paper method metric reported reproduced",
+}
