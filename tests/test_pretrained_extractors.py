@@ -24,8 +24,8 @@ from harness.features.base import (
     provides,
     reading_weights,
 )
-from harness.features.dinov2 import DINOv2Extractor
 from harness.features.openclip import OpenCLIPExtractor
+from harness.features.timm_extractors import DINOv2Extractor
 from harness.io.artifacts import sha256_file
 from harness.io.records import FeatureRecord
 from harness.validation import parse_experiment

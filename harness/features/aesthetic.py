@@ -1,11 +1,6 @@
-"""Aesthetic heads on normalised CLIP image embeddings: LAION's, and one trained on the data set.
-
-LAION's heads predict how much people like a picture. The trained head predicts legibility: training
-images are degraded in known ways by a known strength, and the target is 10 (1 - strength). Other
-degradations, on held-out images, measure how well this generalises.
-"""
-
-from __future__ import annotations
+"""Aesthetic heads on normalised CLIP image embeddings. LAION's predict how much people like a
+picture. One trained on the data set predicts legibility: images are degraded by a known strength,
+and the target is 10 (1 - strength); other degradations measure how well this generalises."""
 
 from pathlib import Path
 
@@ -17,14 +12,14 @@ from torch.special import ndtr
 from harness.data.datasets import Dataset, Images
 from harness.denoiser import to_model_space, to_pixels
 from harness.features.base import load_in_order
-from harness.io.artifacts import load_tensors, save_tensors
+from harness.io.artifacts import save_tensors
 from harness.io.downloads import fetch, load_pickled
-from harness.streams import Stream
+from harness.streams import Stream, seeded
 
 WEIGHTS = "aesthetic.safetensors"
 SCALE = 10.0
 ROUNDS, STEPS = 3, 400  # degradations of each image, and updates, in training
-
+HEAD_IMAGES = 4096  # the first of each part; enough for such a small head
 
 # Version -> address and sha256. The heads belong to OpenAI's ViT-L/14.
 LAION_HEADS = {
@@ -92,7 +87,6 @@ def _shuffle(x: Tensor, s: Tensor, n: Tensor) -> Tensor:
     return torch.where(ndtr(n) < s, moved, x)
 
 
-HEAD_IMAGES = 4096  # the first of each part; enough for such a small head
 KNOWN = {
     "noise": lambda x, s, n: x + 1.5 * s * n,
     "blur": _blur,
@@ -106,14 +100,16 @@ UNSEEN = {
 }
 
 
-def _degraded(images: Images, kind: str, degrade, round: int) -> tuple[Tensor, Tensor]:
-    """Degraded images, quantised like all scored images, and their target ratings."""
+@torch.no_grad()
+def _embedded(clip: nn.Module, images: Images, kind: str, number: int) -> tuple[Tensor, Tensor]:
+    """Embeddings of degraded images, quantised like all scored images, and their target ratings."""
     index = torch.arange(min(len(images), HEAD_IMAGES))
-    stream = Stream(round, "legibility", kind)
+    stream = Stream(number, "legibility", kind)
     strength = stream.child("strength").uniform(index)
     x = to_model_space(images.pixels[: len(index)])
-    x = degrade(x, strength.view(-1, 1, 1, 1), stream.normal(index, tuple(x.shape[1:])))
-    return to_model_space(to_pixels(x)), SCALE * (1 - strength)
+    noise = stream.normal(index, tuple(x.shape[1:]))
+    x = (KNOWN | UNSEEN)[kind](x, strength.view(-1, 1, 1, 1), noise)
+    return clip.features(to_model_space(to_pixels(x))), SCALE * (1 - strength)
 
 
 def train_head(clip: nn.Module, dataset: Dataset, folder: Path) -> dict:
@@ -121,16 +117,9 @@ def train_head(clip: nn.Module, dataset: Dataset, folder: Path) -> dict:
     rank correlations on held-out images (none if nothing is held out) and the file's sha256."""
     from scipy.stats import spearmanr
 
-    with torch.no_grad():
-        parts = [
-            _degraded(dataset.train, kind, degrade, r)
-            for r in range(ROUNDS)
-            for kind, degrade in KNOWN.items()
-        ]
-        embeddings = torch.cat([clip.features(x) for x, _ in parts])
-        targets = torch.cat([t for _, t in parts])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    parts = [_embedded(clip, dataset.train, kind, n) for n in range(ROUNDS) for kind in KNOWN]
+    embeddings, targets = map(torch.cat, zip(*parts, strict=True))
+    with seeded(0):
         head = new_head(embeddings.shape[1])
     nn.init.constant_(head.layers[-1].bias, SCALE / 2)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
@@ -141,18 +130,11 @@ def train_head(clip: nn.Module, dataset: Dataset, folder: Path) -> dict:
         loss.backward()
         optimizer.step()
         schedule.step()
-    record: dict = {"rank_correlation_known": {}, "rank_correlation_unseen": {}}
-    with torch.no_grad():
-        for group, kinds in (("known", KNOWN), ("unseen", UNSEEN)):
-            for kind, degrade in kinds.items() if len(dataset.held_out) else ():
-                x, target = _degraded(dataset.held_out, kind, degrade, ROUNDS)
-                correlation = spearmanr(head(clip.features(x)), target).statistic
-                record[f"rank_correlation_{group}"][kind] = round(float(correlation), 4)
+    head.requires_grad_(False)
+    record: dict = {}
+    for group, kinds in (("known", KNOWN), ("unseen", UNSEEN)):
+        correlations = record.setdefault(f"rank_correlation_{group}", {})
+        for kind in kinds if len(dataset.held_out) else ():
+            x, target = _embedded(clip, dataset.held_out, kind, ROUNDS)
+            correlations[kind] = round(float(spearmanr(head(x), target).statistic), 4)
     return record | {"sha256": save_tensors(folder / WEIGHTS, head.state_dict())}
-
-
-def load_head(folder: Path, sha256: str, dim: int) -> AestheticHead:
-    """The head that `train_head` wrote, frozen."""
-    head = new_head(dim)
-    head.load_state_dict(load_tensors(folder / WEIGHTS, sha256, owner=folder))
-    return head.eval().requires_grad_(False)

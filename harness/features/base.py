@@ -1,9 +1,6 @@
-"""The base classes of feature networks and their registry.
-
-A kind of feature network is one file, in this package or a plug-in. It registers a subclass of
-`PretrainedExtractor` (published weights) or `harness.features.train.TrainedExtractor` (weights
-trained in the workflow) under the `type` by which experiments name it.
-"""
+"""The base classes of feature networks and their registry. A kind of network is a subclass of
+`PretrainedExtractor` (published weights) or `train.TrainedExtractor` (trained in the workflow), in
+this package or a plug-in, registered under the `type` by which experiments name it."""
 
 import contextlib
 import logging
@@ -54,27 +51,25 @@ class FeatureExtractor(ABC):
 
     Settings: ClassVar[type[FeatureSettings]]  # its keys in an experiment, with `type` as a literal
     trained: ClassVar[bool] = False  # in the workflow, on the experiment's data
-    # The network has `maps(x)` and `map_channels` for discriminators.
-    has_feature_maps: ClassVar[bool] = False
+    has_feature_maps: ClassVar[bool] = False  # `maps(x)` and `map_channels`, for discriminators
 
     # All others may be properties.
     # What metrics may require: names of outputs, the name of its Fréchet distance ("fd", or
     # "fid-..." for Inception), and the traits "data-classes" (probabilities of the data set's
     # classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP of this data set).
     provided: frozenset[str]
-    known_sha256: str | None = None  # what the hash of the weights must be
     unavailable: str | None = None  # why there are no weights; `missing`: the same per output
     resize: str = "none"  # how images are brought to the network's input size
     pretraining: tuple[str, ...] = ()  # data sets of the published weights' training
-    # Its name in the records of students that were trained against it, if not `name`.
-    alias: str | None = None
-    # Tokens and width of its text embeddings, if it is a `TextEncoder`, too.
-    text_shape: tuple[int, int] | None = None
+    alias: str | None = None  # another name of it in the records of students trained against it
+    text_shape: tuple[int, int] | None = None  # tokens and width, if it is a `TextEncoder`, too
+    sha256: str  # of the weights
+    hashes: dict[str, str]  # of all weights that its outputs depend on
 
     def __init__(self, name: str, settings: FeatureSettings):
         self.name, self.settings = name, settings
         self.network: nn.Module | None = None
-        self.sha256 = self.known_sha256 or "unknown"
+        self.known_sha256 = getattr(settings, "sha256", None)  # required, of the weights
         self.missing: dict[str, str] = {}
         self.details: dict[str, Any] = {}  # other settings of the protocol of its numbers
 
@@ -93,15 +88,8 @@ class FeatureExtractor(ABC):
     @abstractmethod
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Outputs per image, on the host: "features" `(B, D)` and whatever else it provides.
-
         pixels: uint8 `(B, C, H, W)` at the data set's resolution. labels: the requested class or
-        prompt of each image, int64 `(B,)`, if known.
-        """
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """Hashes of all weights that its outputs depend on."""
-        return {"weights": self.sha256}
+        prompt of each image, int64 `(B,)`, if known."""
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +127,8 @@ def load_extractor(folder: Path, dataset: Dataset, device: str = "cpu") -> Featu
     """The extractor in `features/<name>/`."""
     record = FeatureRecord.read(folder / "features.json")
     extractor = new_extractor(record.name, parse_settings(record.settings))
-    extractor.sha256 = record.sha256 or extractor.sha256
+    extractor.sha256 = record.sha256 or extractor.known_sha256 or "unknown"
+    extractor.hashes = {"weights": extractor.sha256}
     extractor.load(record, folder, dataset, device)
     return extractor
 
@@ -169,25 +158,18 @@ class PretrainedSettings(FeatureSettings):
 
 
 class PretrainedExtractor(FeatureExtractor):
-    """A feature network with published weights, frozen, with a fixed input size.
-
-    By default it fetches the file in its settings, and its inputs are resized and normalised.
-    """
+    """A feature network with published weights, frozen, with a fixed input size. By default it
+    fetches the file in its settings, and its inputs are resized and normalised."""
 
     size: int  # height and width of the input
     resize = "before the network, bicubic with antialiasing, 8 bits"
-
-    @property
-    def known_sha256(self) -> str | None:
-        return getattr(self.settings, "sha256", None)
 
     def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
         if self.settings.weights is None:
             return ()
         key, source = f"features.{self.name}", (self.settings.weights, self.known_sha256)
-        return source_problems(
-            f"{key}.weights", *source, sha256_key=f"{key}.sha256", required=files
-        )
+        options = {"sha256_key": f"{key}.sha256", "required": files}
+        return source_problems(f"{key}.weights", *source, **options)
 
     def fetch(self) -> Path:
         """The file of the weights, downloaded if necessary; a `UserError` if that fails."""
@@ -253,17 +235,15 @@ def reading_weights(path: Path, network: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a foreign file may fail in any way
-        text = str(error).strip() or repr(error)
         # torch's list of differences comes after a title.
+        text = str(error).strip() or repr(error)
         reason = re.sub(r"^Error\(s\).*\n\s*", "", text).splitlines()[0]
-        # torch's own messages recommend to load the file unsafely.
-        if "TorchScript" in reason:
+        if "TorchScript" in reason:  # torch's own messages recommend to load the file unsafely
             reason = "it is a TorchScript archive; use a file in the format safetensors"
         elif "weights_only" in reason:
             reason = "it holds other objects than tensors"
-        raise UserError(
-            f"{path} does not hold the weights of {network}: {reason[:200]}", "weights"
-        ) from None
+        message = f"{path} does not hold the weights of {network}: {reason[:200]}"
+        raise UserError(message, "weights") from None
 
 
 def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -293,6 +273,5 @@ def fetch_from_hub(repository: str, file: str, instead: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file))
     except OSError:
-        raise UserError(
-            f"could not download {file} of {repository} (Hugging Face); {instead}", "download"
-        ) from None
+        message = f"could not download {file} of {repository} (Hugging Face); {instead}"
+        raise UserError(message, "download") from None

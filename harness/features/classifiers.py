@@ -15,11 +15,8 @@ from harness.features.train import TrainedExtractor, TrainedSettings, augmented
 
 
 class Classifier(nn.Module):
-    """A classifier of images `(B, C, H, W)` in [-1, 1].
-
-    `maps(x)`: feature maps `(B, C_i, H_i, W_i)` from fine to coarse; `features(x)`: `(B, D)`;
-    `logits(features)`: `(B, num_classes)`.
-    """
+    """A classifier of images `(B, C, H, W)` in [-1, 1]. `maps(x)`: maps `(B, C_i, H_i, W_i)` from
+    fine to coarse; `features(x)`: `(B, D)`; `logits(features)`: `(B, num_classes)`."""
 
     feature_dim = 64
     map_channels: tuple[int, ...]
@@ -39,11 +36,10 @@ class PlainCNN(Classifier):
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int):
         super().__init__()
-        channels, height, _ = image_shape
         self.map_channels = (width, 2 * width)
-        widths = (channels, width, width, 2 * width, 2 * width)
+        widths = (image_shape[0], width, width, 2 * width, 2 * width)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
-        self.hidden = nn.Linear(2 * width * (height // 4) ** 2, self.feature_dim)
+        self.hidden = nn.Linear(2 * width * (image_shape[1] // 4) ** 2, self.feature_dim)
         self.head = nn.Linear(self.feature_dim, num_classes)
 
     def maps(self, x: Tensor) -> list[Tensor]:
@@ -98,10 +94,9 @@ class ClassifierExtractor(TrainedExtractor):
     """Features and class probabilities of a classifier."""
 
     class Settings(TrainedSettings):
-        """Label smoothing and weight decay bound the features. Without them, confidence grows as
-        long as training lasts and the features of one class grow faster than the others', so that
-        a Fréchet distance depends on that class and the sampling seed more than on the generator.
-        """
+        """Label smoothing and weight decay bound the features. Without them, the features of one
+        class outgrow the others', so that a Fréchet distance depends on that class and the sampling
+        seed more than on the generator."""
 
         type: Literal["cnn", "resnet"]
         label_smoothing: float = Field(0.1, ge=0, lt=1)
@@ -111,19 +106,19 @@ class ClassifierExtractor(TrainedExtractor):
     provided = frozenset({"features", "probabilities", "data-classes", "fd"})
 
     def build(self, dataset: Dataset) -> Classifier:
-        architecture = PlainCNN if self.settings.type == "cnn" else ResNet
+        architecture = {"cnn": PlainCNN, "resnet": ResNet}[self.settings.type]
         return architecture(dataset.image_shape, dataset.num_classes, self.settings.width)
 
-    def training_images(self, dataset: Dataset) -> Images:
-        return Images(dataset.train.pixels, dataset.classes(dataset.train.labels))
+    def labelled(self, images: Images, dataset: Dataset) -> Images:
+        return Images(images.pixels, dataset.classes(images.labels))
 
     def loss(self, context: Context) -> Tensor:
         x, labels = context.real()
         logits = context.networks["features"](augmented(context, x))
         return cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
 
-    def correct(self, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
-        return self.network(x).argmax(dim=1) == dataset.classes(labels)
+    def correct(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.network(x).argmax(dim=1) == labels
 
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         features = self.network.features(x)

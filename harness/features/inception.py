@@ -1,11 +1,9 @@
-"""Inception of 2015-12-05, the network of all published FIDs: type `inception`.
-
-The network and its converted TensorFlow weights are torch-fidelity's.
-"""
+"""Inception of 2015-12-05, the network of all published FIDs: type `inception`. The network and its
+converted TensorFlow weights are torch-fidelity's."""
 
 import io
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +23,9 @@ DIM = 2048
 TENSORFLOW = "to 299 x 299 inside the network, bilinear as TensorFlow 1"
 RESIZES = {
     "edm": TENSORFLOW,
+    "clean": "to 299 x 299 before the network, PIL's bicubic, not quantised (clean-fid)",
     # clean-fid leaves the resize to the network, as EDM does; on 8-bit images the FIDs are equal.
     "legacy-tensorflow": f"{TENSORFLOW} (clean-fid's legacy_tensorflow)",
-    "clean": "to 299 x 299 before the network, PIL's bicubic, not quantised (clean-fid)",
     "coco": "to 256 x 256 by PIL's Lanczos, 8 bits, then as clean (text-to-image papers, COCO)",
     "patch": "none: the 299 x 299 pixels in the middle",
 }
@@ -43,10 +41,10 @@ class InceptionExtractor(PretrainedExtractor):
         256 pixels first), or none (patch FID)."""
 
         type: Literal["inception"]
-        resize: Literal["edm", "clean", "legacy-tensorflow", "coco", "patch"] = "edm"
+        resize: Literal[*RESIZES] = "edm"
+        sha256: ClassVar[str] = SHA256
 
     pretraining = ("imagenet-1k",)
-    known_sha256 = SHA256
 
     def __init__(self, name: str, settings: FeatureSettings):
         super().__init__(name, settings)
@@ -78,42 +76,25 @@ class InceptionExtractor(PretrainedExtractor):
         """Pixels from 0 to 255, `(B, 3, 299, 299)`, by the protocol's resize."""
         rgb, protocol = pixels.expand(-1, 3, -1, -1), self.settings.resize
         if protocol in ("clean", "coco"):
-            return clean_resize(rgb, protocol == "coco").to(self.device)
+            from cleanfid.resize import make_resizer  # Parmar et al. 2022
+
+            images = rgb.movedim(1, -1).cpu().numpy()
+            if protocol == "coco":  # this leaves images of 256 x 256 unchanged
+                images = map(make_resizer("PIL", True, "lanczos", (256, 256)), images)
+            images = map(make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images)
+            return torch.stack(list(map(torch.from_numpy, images))).movedim(-1, 1).to(self.device)
         if protocol == "patch":
-            rgb = centre_crop(rgb)
-        return tensorflow_resize(rgb.to(self.device))
+            height, width = rgb.shape[2:]
+            if min(height, width) < SIZE:
+                needed = f"at least {SIZE} x {SIZE} pixels, not {height} x {width}"
+                raise UserError(f"resize: patch needs images of {needed}", "image-size")
+            top, left = (height - SIZE) // 2, (width - SIZE) // 2
+            rgb = rgb[:, :, top : top + SIZE, left : left + SIZE]
+        from torch_fidelity import interpolate_compat_tensorflow as compatible
+
+        resize = compatible.interpolate_bilinear_2d_like_tensorflow1x  # without antialiasing
+        return resize(rgb.to(self.device).float(), size=(SIZE, SIZE), align_corners=False)
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         features, logits = self.network(x)
         return {"features": features, "probabilities": logits.softmax(dim=1)}
-
-
-def tensorflow_resize(pixels: Tensor) -> Tensor:
-    """uint8 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)`, bilinear without antialiasing as in
-    TensorFlow 1."""
-    from torch_fidelity import interpolate_compat_tensorflow as compatible
-
-    resize = compatible.interpolate_bilinear_2d_like_tensorflow1x
-    return resize(pixels.float(), size=(SIZE, SIZE), align_corners=False)
-
-
-def clean_resize(pixels: Tensor, coco: bool) -> Tensor:
-    """uint8 `(B, 3, H, W)` -> float32 `(B, 3, 299, 299)` by clean-fid (Parmar et al. 2022).
-    `coco`: first to 256 x 256, which leaves images of that size unchanged."""
-    from cleanfid.resize import make_resizer
-
-    images = pixels.movedim(1, -1).cpu().numpy()
-    if coco:
-        images = map(make_resizer("PIL", True, "lanczos", (256, 256)), images)
-    resized = map(make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images)
-    return torch.stack(list(map(torch.from_numpy, resized))).movedim(-1, 1)
-
-
-def centre_crop(pixels: Tensor) -> Tensor:
-    """The 299 x 299 pixels in the middle."""
-    height, width = pixels.shape[2:]
-    if min(height, width) < SIZE:
-        needed = f"at least {SIZE} x {SIZE} pixels, not {height} x {width}"
-        raise UserError(f"resize: patch needs images of {needed}", "image-size")
-    top, left = (height - SIZE) // 2, (width - SIZE) // 2
-    return pixels[:, :, top : top + SIZE, left : left + SIZE]

@@ -1,8 +1,6 @@
-"""LPIPS with VGG16 (Zhang et al. 2018, arXiv 1801.03924, version 0.1), as a loss.
-
-The network and its calibrated heads come from the package `lpips`; the ImageNet trunk is downloaded
-and verified by its hash. Both are read with `weights_only`.
-"""
+"""LPIPS with VGG16 (Zhang et al. 2018, arXiv 1801.03924, version 0.1), as a loss. The network and
+its calibrated heads come from the package `lpips`; the ImageNet trunk is downloaded and verified by
+its hash. Both are read with `weights_only`."""
 
 import warnings
 from pathlib import Path

@@ -14,21 +14,15 @@ from harness.config.jobs import FeatureJob
 from harness.config.schema import DataSection, Sha256
 from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError
+from harness.features import base
 from harness.features.aesthetic import laion_head
-from harness.features.base import (
-    BLOCK,
-    FEATURES,
-    NO_WEIGHTS,
-    PretrainedExtractor,
-    PretrainedSettings,
-    fetch_from_hub,
-)
 from harness.io.downloads import fetch
 from harness.io.records import FeatureRecord
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "A photo depicts "  # before each caption in CLIPScore (Hessel et al. 2021)
+SIMILARITIES = {"text_similarity": "", "prefixed_similarity": PREFIX}
 # OpenAI's weights, converted to safetensors by the authors of timm: model -> repository of the hub.
 OPENAI = {
     "ViT-B-32-quickgelu": "timm/vit_base_patch32_clip_224.openai",
@@ -38,21 +32,17 @@ OPENAI = {
 AESTHETIC = "vit-l-14-quickgelu-openai"  # the network of LAION's heads
 
 
-@FEATURES.register("open-clip")
-class OpenCLIPExtractor(PretrainedExtractor):
-    """Image embeddings of length 1 `(B, D)`. With captions (one per class, or the prompts) also
-    each image's similarity to its own caption, plain and after Hessel's prefix; with LAION's
-    heads also their ratings."""
+@base.FEATURES.register("open-clip")
+class OpenCLIPExtractor(base.PretrainedExtractor):
+    """Image embeddings of length 1 `(B, D)`; with captions (of classes, or the prompts) also the
+    similarity to the own one, plain and after Hessel's prefix; with LAION's heads also ratings."""
 
-    class Settings(PretrainedSettings):
+    class Settings(base.PretrainedSettings):
         """pretrained: open_clip's name of the weights. OpenAI's are downloaded; others are a file
         or an address with its sha256. caption: of a class, by its name."""
 
         type: Literal["open-clip"]
-        model: Literal[
-            *("ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu"),
-            *("ViT-H-14", "ViT-g-14", "ViT-bigG-14"),
-        ]
+        model: Literal[*OPENAI, "ViT-H-14", "ViT-g-14", "ViT-bigG-14"]
         pretrained: str = "openai"
         sha256: Sha256 | None = None
         caption: str = Field("a photo of a {}", pattern=r"^[^{}]*\{\}[^{}]*$")
@@ -60,8 +50,8 @@ class OpenCLIPExtractor(PretrainedExtractor):
 
     @property
     def provided(self) -> frozenset[str]:
-        outputs = {"features", "text_similarity", "prefixed_similarity", "image-text", "fd"}
-        return frozenset(outputs | {f"aesthetic_{version}" for version in self.settings.aesthetic})
+        heads = (f"aesthetic_{version}" for version in self.settings.aesthetic)
+        return frozenset({"features", "image-text", "fd", *SIMILARITIES, *heads})
 
     def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
         yield from super().check(data, files)
@@ -81,8 +71,8 @@ class OpenCLIPExtractor(PretrainedExtractor):
     def fetch(self) -> Path:
         if self.settings.weights is not None:
             return super().fetch()
-        repository, file = OPENAI[self.settings.model], "open_clip_model.safetensors"
-        path = fetch_from_hub(repository, file, "name a local copy under weights")
+        file = OPENAI[self.settings.model], "open_clip_model.safetensors"
+        path = base.fetch_from_hub(*file, "name a local copy under weights")
         return fetch(str(path), self.known_sha256)
 
     def make(self, job: FeatureJob) -> FeatureRecord:
@@ -92,7 +82,7 @@ class OpenCLIPExtractor(PretrainedExtractor):
                 laion_head(version)
             except UserError as error:
                 logger.warning("%s: head %s is unavailable: %s", job.name, version, error)
-                record.missing[f"aesthetic_{version}"] = NO_WEIGHTS
+                record.missing[f"aesthetic_{version}"] = base.NO_WEIGHTS
         record.write(job.folder / "features.json")
         return record
 
@@ -117,11 +107,9 @@ class OpenCLIPExtractor(PretrainedExtractor):
         self.embed_block = cache(self.embed_block)
         outputs = {f"aesthetic_{version}": version for version in settings.aesthetic}
         self.heads = {o: laion_head(v) for o, v in outputs.items() if o not in self.missing}
-        self.captions: list[str] = []
-        if prompts:
-            self.captions = list(prompts.texts)
-        elif not any(name.isdigit() for name in names):  # a number is not a description
-            self.captions = [settings.caption.format(name) for name in names]
+        numbered = any(map(str.isdigit, names))  # a number is not a description
+        captions = () if numbered else map(settings.caption.format, names)
+        self.captions = list(prompts.texts if prompts else captions)
         if self.captions:
             for key, prefix in (("truncated_captions", ""), ("truncated_after_prefix", PREFIX)):
                 self.details[key] = f"{self.truncated(prefix)} of {len(self.captions)}"
@@ -141,7 +129,7 @@ class OpenCLIPExtractor(PretrainedExtractor):
     def embed_block(self, prefix: str, number: int) -> Tensor:
         """Embeddings of a fixed block of captions, computed once, so that their rounding does not
         depend on the batch."""
-        block = self.captions[number * BLOCK : (number + 1) * BLOCK]
+        block = self.captions[number * base.BLOCK :][: base.BLOCK]
         tokens = self.tokenizer([prefix + caption for caption in block])
         return self.network.encode_text(tokens.to(self.device), normalize=True).cpu()
 
@@ -151,9 +139,10 @@ class OpenCLIPExtractor(PretrainedExtractor):
         features = outputs["features"]  # on the host, like the heads
         outputs |= {name: head(features) for name, head in self.heads.items()}
         if self.captions and labels is not None:
-            for name, prefix in (("text_similarity", ""), ("prefixed_similarity", PREFIX)):
-                texts = [self.embed_block(prefix, i // BLOCK)[i % BLOCK] for i in labels.tolist()]
-                outputs[name] = (features * torch.stack(texts)).sum(dim=1)
+            places = [divmod(label, base.BLOCK) for label in labels.tolist()]
+            for name, prefix in SIMILARITIES.items():
+                texts = torch.stack([self.embed_block(prefix, n)[row] for n, row in places])
+                outputs[name] = (features * texts).sum(dim=1)
         return outputs
 
     def truncated(self, prefix: str = "") -> int:

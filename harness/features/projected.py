@@ -1,10 +1,6 @@
 """The projected discriminator: trained heads on random mixtures of frozen pretrained features.
-
 Written from Sauer et al. 2021 (Projected GANs, arXiv 2111.01007), as in GDD. Docstrings name our
-choices where the paper leaves them open.
-"""
-
-from __future__ import annotations
+choices where the paper leaves them open."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,13 +16,11 @@ from harness.features.timm_backbones import STRIDES, Backbone
 
 class RandomPyramid(nn.Module):
     """Random mixing across channels (CCM), then across scales (CSM), of one backbone's four maps.
-
     CCM: a 1x1 convolution per map, to `cout * (1, 2, 4, 8)` channels from fine to coarse
     ("expand"). CSM, from coarse to fine: add the result of the coarser scale, apply a 3x3
     convolution to the channels of the next finer map (the finest map keeps its own), and upsample
     by two bilinearly. Kaiming-normal weights, no bias. Maps `(B, C_i, S/s_i, S/s_i)` for s_i = 4,
-    8, 16, 32 become `(B, cout * (1, 1, 2, 4)[i], 2S/s_i, 2S/s_i)`.
-    """
+    8, 16, 32 become `(B, cout * (1, 1, 2, 4)[i], 2S/s_i, 2S/s_i)`."""
 
     def __init__(self, channels: Sequence[int], cout: int):
         super().__init__()
@@ -52,14 +46,12 @@ class RandomPyramid(nn.Module):
 
 
 class ProjectedFeatures(nn.Module):
-    """The frozen part: backbones and their random pyramids.
+    """The frozen part: backbones and their random pyramids. `forward(pixels)`: `(B, 1 or 3, H, W)`
+    in [-1, 1], resized bilinearly to `resolution` -> four maps per backbone from fine to coarse,
+    one backbone after the other. Twice differentiable. Only trained networks are saved: a resumed
+    run draws the mixing weights again under the same seed."""
 
-    `forward(pixels)`: `(B, 1 or 3, H, W)` in [-1, 1], resized bilinearly to `resolution` -> four
-    maps per backbone from fine to coarse, one backbone after the other. Twice differentiable. Only
-    trained networks are saved: a resumed run draws the mixing weights again under the same seed.
-    """
-
-    def __init__(self, backbones: Sequence[Backbone], cout: int = 64, resolution: int = 224):
+    def __init__(self, backbones: Sequence[Backbone], cout: int, resolution: int = 224):
         super().__init__()
         self.resolution = resolution
         self.backbones = nn.ModuleList(backbones)
@@ -70,8 +62,7 @@ class ProjectedFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        size = (self.resolution, self.resolution)
-        x = interpolate(pixels.expand(-1, 3, -1, -1), size, mode="bilinear")
+        x = interpolate(pixels.expand(-1, 3, -1, -1), (self.resolution,) * 2, mode="bilinear")
         networks = zip(self.backbones, self.pyramids, strict=True)
         return [m for backbone, pyramid in networks for m in pyramid(backbone(x))]
 
@@ -86,7 +77,7 @@ class TextEmbedding(nn.Linear):
         return super().forward(mean)
 
 
-def condition_embedding(num_classes: int, size: int, text_width: int = 0) -> nn.Module:
+def condition_embedding(num_classes: int, size: int, text_width: int) -> nn.Module:
     """A learned embedding `(B, size)` of labels int64 `(B,)`, or of texts with token embeddings of
     width `text_width`."""
     return TextEmbedding(text_width, size) if text_width else nn.Embedding(num_classes, size)
@@ -94,19 +85,13 @@ def condition_embedding(num_classes: int, size: int, text_width: int = 0) -> nn.
 
 class ProjectedHead(nn.Module):
     """One discriminator: a map `(B, C, H, W)` and labels -> logits `(B, H', W')`.
-
     Blocks of a spectrally normalised 4x4 convolution with stride 2, GroupNorm and LeakyReLU reduce
     the map to 1/32 of the image size; a last 4x4 convolution gives the logit. With labels it also
     gives a vector per position, whose product with a learned class embedding is added to the logit
-    (Miyato and Koyama 2018).
+    (Miyato and Koyama 2018). Ours: GroupNorm (groups of about 16 channels) instead of batch
+    normalisation, so that a logit depends on one image only; widths double as the size halves."""
 
-    Ours: GroupNorm (groups of about 16 channels) instead of batch normalisation, so that a logit
-    depends on one image only; widths that double as the size halves.
-    """
-
-    def __init__(
-        self, channels: int, widths: Sequence[int], num_classes: int, size: int, text_width: int = 0
-    ):
+    def __init__(self, channels: int, widths: list[int], classes: int, size: int, text_width: int):
         super().__init__()
         blocks = [
             nn.Sequential(
@@ -117,8 +102,8 @@ class ProjectedHead(nn.Module):
             for a, b in pairwise([channels, *widths])
         ]
         self.blocks = nn.Sequential(*blocks)
-        conditional = num_classes or text_width
-        self.embed = condition_embedding(num_classes, size, text_width) if conditional else None
+        conditional = classes or text_width
+        self.embed = condition_embedding(classes, size, text_width) if conditional else None
         outputs = 1 + size if conditional else 1
         self.output = spectral_norm(nn.Conv2d(widths[-1], outputs, 4, padding=1))
 
@@ -135,9 +120,7 @@ class ProjectedHead(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """One head per map of `ProjectedFeatures`; the logits of all heads have one low resolution."""
 
-    def __init__(
-        self, features: ProjectedFeatures, num_classes: int, cout: int = 64, text_width: int = 0
-    ):
+    def __init__(self, features: nn.Module, num_classes: int, cout: int, text_width: int = 0):
         super().__init__()
         widths = [cout * 2**i for i in range(len(STRIDES))]
         self.heads = nn.ModuleList(

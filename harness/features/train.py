@@ -16,6 +16,7 @@ from harness.data import datasets
 from harness.data.datasets import Dataset, Images, placed
 from harness.denoiser import to_model_space
 from harness.errors import Problem
+from harness.features.aesthetic import train_head
 from harness.features.base import FeatureExtractor, full_precision
 from harness.io.artifacts import damaged, digest, link, load_tensors, save_tensors
 from harness.io.locks import run_lock
@@ -38,17 +39,16 @@ class TrainedSettings(FeatureSettings):
 
 
 class TrainedExtractor(FeatureExtractor):
-    """A feature network trained on the training part of the data set."""
+    """A network trained on the training part; one that provides "aesthetic" also gets a head."""
 
     trained = True
 
     def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
-        key = f"features.{self.name}"
         if data is None:
             return
+        key = f"features.{self.name}"
         if not data.has_images:
-            message = "needs images for training; this data set has none"
-            yield Problem(key, "needs-images", message)
+            yield Problem(key, "needs-images", "needs images for training; this data set has none")
         elif not data.labels:
             yield Problem(key, "needs-labels", "needs labels for training; data.labels is false")
         elif data.prompts is not None:
@@ -59,21 +59,17 @@ class TrainedExtractor(FeatureExtractor):
     def build(self, dataset: Dataset) -> nn.Module:
         """The network with random weights. One with feature maps works on the meta device, too."""
 
-    def training_images(self, dataset: Dataset) -> Images:
-        """Images with the labels that the loss needs."""
-        return dataset.train
+    def labelled(self, images: Images, dataset: Dataset) -> Images:
+        """A part of the data set with the labels that `loss` and `correct` need."""
+        return images
 
     @abstractmethod
     def loss(self, context: Context) -> Tensor:
         """The training loss of `context.networks["features"]`."""
 
     @abstractmethod
-    def correct(self, x: Tensor, labels: Tensor, dataset: Dataset) -> Tensor:
+    def correct(self, x: Tensor, labels: Tensor) -> Tensor:
         """Whether the network recognises each of the images `x` in [-1, 1], bool `(B,)`."""
-
-    def train_head(self, dataset: Dataset, folder: Path) -> dict | None:
-        """Train a head on the finished network, write its weights and return its record."""
-        return None
 
     @abstractmethod
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
@@ -92,6 +88,7 @@ class TrainedExtractor(FeatureExtractor):
         with seeded(settings.seed):
             network = self.build(dataset)
         optimizer = OptimizerConfig(lr=settings.lr, weight_decay=settings.weight_decay)
+        images = placed(self.labelled(dataset.train, dataset), job.device)
         run = TrainingRun(
             name=f"features {job.name}",
             folder=folder / "runs" / run_id,
@@ -101,12 +98,7 @@ class TrainedExtractor(FeatureExtractor):
             main="features",
             # The phase's name belongs to the random streams.
             phases=[Phase("classify", "features", self.loss, optimizer)],
-            data=TrainingData(
-                dataset.image_shape,
-                dataset.num_conditions,
-                sigma_init=0.0,
-                **placed(self.training_images(dataset), job.device),
-            ),
+            data=TrainingData(dataset.image_shape, dataset.num_conditions, 0.0, **images),
             batch=settings.batch,
             budget=[{"unit": "images", "amount": settings.images}],
             export=lambda ema, to: save_tensors(to / WEIGHTS, ema.state_dict()),
@@ -116,17 +108,13 @@ class TrainedExtractor(FeatureExtractor):
         )
         with run_lock(folder):
             outcome = train(run)
-            final = run.snapshot(outcome.snapshots[-1]["name"])
-            link(folder / WEIGHTS, final / WEIGHTS)
-            facts = outcome.record(run_id)
-            self.load_network(folder, facts["sha256"], dataset)
-            record = FeatureRecord(
-                name=job.name,
-                settings=settings.model_dump(),
-                held_out_accuracy=self.held_out_accuracy(dataset),
-                aesthetic=self.train_head(dataset, folder),
-                **facts,
-            )
+            link(folder / WEIGHTS, run.snapshot(outcome.snapshots[-1]["name"]) / WEIGHTS)
+            facts = {"settings": settings.model_dump(), **outcome.record(run_id)}
+            record = FeatureRecord(name=job.name, **facts)
+            TrainedExtractor.load(self, record, folder, dataset, "cpu")  # without a head
+            record.held_out_accuracy = self.held_out_accuracy(dataset)
+            if "aesthetic" in self.provided:
+                record.aesthetic = train_head(self.network, dataset, folder)
             record.write(folder / "features.json")
         return record
 
@@ -135,24 +123,17 @@ class TrainedExtractor(FeatureExtractor):
         """Share of held-out images that the network recognises; None if nothing is held out."""
         if not len(dataset.held_out):
             return None
-        correct = [
-            self.correct(to_model_space(pixels), labels, dataset)
-            for pixels, labels in dataset.held_out.blocks(1024)
-        ]
+        blocks = self.labelled(dataset.held_out, dataset).blocks(1024)
+        correct = [self.correct(to_model_space(pixels), labels) for pixels, labels in blocks]
         return torch.cat(correct).double().mean().item()
 
-    def load_network(self, folder: Path, sha256: str, dataset: Dataset) -> None:
-        """Load the trained network in a folder, frozen, in evaluation mode."""
-        network = self.build(dataset)
-        try:
-            network.load_state_dict(load_tensors(folder / WEIGHTS, sha256, owner=folder))
-        except RuntimeError as error:
-            raise damaged(folder / WEIGHTS, str(error).splitlines()[-1].strip(), folder) from None
-        self.network = network.eval().requires_grad_(False)
-
     def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
-        self.load_network(folder, record.sha256, dataset)
-        self.network.to(device)
+        network, path = self.build(dataset), folder / WEIGHTS
+        try:
+            network.load_state_dict(load_tensors(path, record.sha256, owner=folder))
+        except RuntimeError as error:
+            raise damaged(path, str(error).splitlines()[-1].strip(), folder) from None
+        self.network = network.eval().requires_grad_(False).to(device)
 
 
 def augmented(context: Context, x: Tensor) -> Tensor:
