@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tabulate import tabulate
@@ -69,7 +70,15 @@ def random_extractor(name: str, size: int) -> FeatureExtractor:
     torch.manual_seed(0)
     raw = {"type": name} if name == "inception" else {"type": name, "images": 1}
     extractor = FEATURES[name](name, parse_settings(raw))
-    extractor.network = extractor.build(empty_dataset(size))
+    if name == "inception":  # no file: the library's network keeps its random weights
+        library = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3"
+        with (
+            mock.patch(f"{library}.load_state_dict"),
+            mock.patch("harness.features.inception.load_pickled", return_value={}),
+        ):
+            extractor.network = extractor.load_network(Path()).eval()
+    else:
+        extractor.network = extractor.build(empty_dataset(size))
     return extractor
 
 

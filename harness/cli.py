@@ -30,9 +30,10 @@ ARGUMENTS = {
 }
 KINDS = {"features": "feature network", "pairs": "pair set", "a": "student", "b": "student"}
 COMMANDS = {}
-OUT_OF_MEMORY = """
-For training, reduce training.micro_batch, or set gradient_checkpointing or lora; for sampling and
-pairs, reduce evaluation.block."""
+OUT_OF_MEMORY = (
+    "\nFor training, reduce training.micro_batch, or set gradient_checkpointing or lora; for "
+    "sampling and pairs, reduce evaluation.block."
+)
 
 
 def call(name: str, *args, **options):

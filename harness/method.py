@@ -170,7 +170,7 @@ METHODS = MethodRegistry("method")
 
 
 def _method_files() -> set[str]:
-    return {path.stem for path in FOLDER.glob("[!_]*.py")}
+    return {path.stem for path in FOLDER.glob("[!_.]*.py")}
 
 
 def method_source(name: str) -> tuple[Path, ...]:

@@ -1,5 +1,6 @@
 """Settings for speed change results by rounding only."""
 
+import copy
 import dataclasses
 import importlib.util
 
@@ -63,6 +64,19 @@ def test_channels_last(tmp_path):
         weight = next(p for p in network.parameters() if p.dim() == 4 and p.shape[1] > 1)
         assert weight.is_contiguous(memory_format=torch.channels_last)
     assert_equal_but_for_rounding(plain, switched)
+
+
+def test_resume_with_channels_last(tmp_path):
+    """Files hold contiguous tensors; the optimisers' moments must return to the weights' layout."""
+    trainer, resumed = (trained(tmp_path, "gdd", SONG, channels_last=True) for _ in "ab")
+    state = copy.deepcopy(trainer.state_dict())
+    state["tensors"] = {k: v.contiguous() for k, v in state["tensors"].items()}
+    resumed.load_state_dict(state)
+    for each in (trainer, resumed):
+        each.step()
+    after = resumed.state_dict()["tensors"]
+    for name, tensor in trainer.state_dict()["tensors"].items():
+        assert torch.equal(after[name], tensor), name
 
 
 def test_compile(tmp_path, monkeypatch):

@@ -259,10 +259,10 @@ def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
     network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
 
 
-def require(package: str) -> None:
+def require(package: str, user: str = "pretrained networks need") -> None:
     """Raise a `UserError` if an optional package is not installed."""
     if find_spec(package) is None:
-        message = f"this network needs {package}: pip install 'onestep-harness[pretrained]'"
+        message = f"{user} {package}: pip install 'onestep-harness[pretrained]'"
         raise UserError(message, "missing-package")
 
 

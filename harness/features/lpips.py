@@ -43,7 +43,7 @@ class PerceptualDistance(nn.Module):
 
 def trunk_file() -> Path:
     """The trunk's weights, downloaded if necessary; a `UserError` if that fails."""
-    require("lpips")
+    require("lpips", "LPIPS needs the package")
     return fetch(TRUNK, TRUNK_SHA256)
 
 

@@ -81,7 +81,7 @@ class OpenCLIPExtractor(base.PretrainedExtractor):
             try:
                 laion_head(version)
             except UserError as error:
-                logger.warning("%s: head %s is unavailable: %s", job.name, version, error)
+                logger.warning("%s: aesthetic_%s is unavailable: %s", job.name, version, error)
                 record.missing[f"aesthetic_{version}"] = base.NO_WEIGHTS
         record.write(job.folder / "features.json")
         return record

@@ -15,6 +15,8 @@ from harness.io.downloads import cache_dir, load_pickled
 
 STRIDES = (4, 8, 16, 32)
 LITE0 = "tf_efficientnet_lite0"
+# GDD's backbones (Zheng and Yang 2024), for messages; any timm network with four scales works.
+KNOWN = ("deit_base_distilled_patch16_224", LITE0, "vgg16_bn")
 LITE_SHA256 = (
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
@@ -34,7 +36,7 @@ def _published(name: str):
     import timm
 
     if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models())
+        hint = did_you_mean(name, KNOWN)
         raise UserError(f"timm has no network {name!r}{hint}", "unknown-name")
     config = timm.models.get_pretrained_cfg(name)
     if config and config.hf_hub_id:

@@ -171,7 +171,9 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
 def print_comparison(folders: list[Path], out: Path | None) -> None:
     """Print the comparison of results folders; `out`: a CSV file for all columns."""
     if len(folders) < 2:
-        raise UserError("give at least two folders, such as results/a results/b", "arguments")
+        raise UserError(
+            "compare needs at least two folders, such as results/a results/b", "arguments"
+        )
     text, table = compare_results([read_results(folder) for folder in folders])
     if out is not None:
         write_text(out, table.to_csv(index=False))

@@ -62,9 +62,10 @@ def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> TextEmb
 def embed(encoder: TextEncoder, texts: tuple[str, ...]) -> dict[str, Tensor]:
     """Embeddings of texts as they are stored: float16, and the mask in bytes."""
     tensors = encoder.encode(texts)
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        message = "the text encoder's output contains NaN or infinity; run it in float32"
-        raise UserError(message, "not-finite")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            message = f"the text encoder's {name} contain NaN or infinity; run it in float32"
+            raise UserError(message, "not-finite")
     types = {True: torch.float16, False: torch.uint8}
     return {name: part.to(types[part.is_floating_point()]) for name, part in tensors.items()}
 

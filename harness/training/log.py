@@ -60,7 +60,8 @@ class CsvLogger:
     def __init__(self, path: Path, step: int):
         self.path, self.columns = path, {}
         if path.exists():
-            self._rewrite([row for row in self._rows() if int(row["step"]) <= step])
+            rows = [row for row in self._rows() if row["step"].isdigit()]
+            self._rewrite([row for row in rows if int(row["step"]) <= step])
 
     def _rows(self) -> list[dict]:
         """The rows of the file that are not cut off."""

@@ -163,6 +163,7 @@ def train(run: TrainingRun) -> Outcome:
         snapshots = state["snapshots"]
         if first:
             logger.info("resumed at %d images from %s", trainer.ledger.images, run.folder)
+        state = None  # frees the memory of its tensors
     start = trainer.iteration, trainer.ledger.images
     with training_log(run, *start) if first else contextlib.nullcontext() as log:
         try:

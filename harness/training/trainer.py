@@ -133,6 +133,10 @@ class Trainer:
         for key, tensor in state["tensors"].items():
             if key.startswith("optimizer/"):
                 _, name, i, entry = key.split("/")
+                weight = self.trainable[name][int(i)]
+                if tensor.shape == weight.shape:
+                    # Fused optimisers read moments in the memory order of the weights.
+                    tensor = torch.empty_like(weight).copy_(tensor)
                 moments[name][int(i)][entry] = tensor
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments[name]})
