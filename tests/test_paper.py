@@ -9,7 +9,7 @@ import yaml
 from harness.cli import main
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.protocol import reference_fingerprint
+from harness.evaluation.fingerprints import reference_fingerprint
 from harness.io.artifacts import digest, write_json
 from harness.io.records import ScoreRecord, TeacherRecord
 from harness.reporting.published import tables as paper

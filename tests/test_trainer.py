@@ -268,7 +268,7 @@ def test_phases_count_non_finite_steps_separately(tmp_path):
 
 
 def test_rows_after_the_saved_state_are_dropped(tmp_path):
-    (tmp_path / "train.csv").write_text("step,images\n2,16\n4,")
+    (tmp_path / "train.csv").write_text("step,images\n2,16\n,\n4,")
     fit(tmp_path)
     with open(tmp_path / "train.csv") as file:
         steps = [row["step"] for row in csv.DictReader(file)]

@@ -15,7 +15,7 @@ from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
 from harness.evaluation.accumulator import stored_images
 from harness.evaluation.checks import minimum_samples
-from harness.evaluation.protocol import fingerprint, reference_fingerprint
+from harness.evaluation.fingerprints import fingerprint, reference_fingerprint
 from harness.evaluation.registry import column_name
 from harness.evaluation.scorer import Scorer
 from harness.io import artifacts, records

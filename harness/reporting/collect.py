@@ -8,7 +8,7 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.protocol import fingerprint, reference_fingerprint
+from harness.evaluation.fingerprints import fingerprint, reference_fingerprint
 from harness.evaluation.registry import Metric, column_name, main_metric
 from harness.features.base import provides
 from harness.io.artifacts import digest

@@ -56,6 +56,7 @@ def load_inputs(run: StudentRun) -> Inputs:
         hashes["prompts"] = inputs.embeddings.sha256
     if pipeline := pipeline_sha256(folder):
         hashes["pipeline"] = pipeline
+    # A method receives one of the next three.
     if needs.features:
         extractor = load_extractor(run.features, dataset)
         inputs.features, hashes["features"] = FeatureMaps(extractor.network), extractor.sha256

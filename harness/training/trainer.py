@@ -52,7 +52,7 @@ class Trainer:
             name: [p for p in net.parameters() if p.requires_grad]
             for name, net in self.networks.items()
         }
-        # Weights that never change are shared with the average and not part of the state.
+        # Frozen parameters by id: shared with the average and not part of the state.
         parameters = [p for net in self.networks.values() for p in net.parameters()]
         self._constant = {id(p): p for p in parameters if not p.requires_grad}
         self.ema = copy.deepcopy(self.networks[run.main], dict(self._constant))

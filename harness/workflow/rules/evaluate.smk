@@ -1,6 +1,10 @@
 # Scores: one job per run for all its snapshots, one per teacher (with the floor).
 from harness.config.experiment import local_files
-from harness.evaluation import protocol
+from harness.evaluation.fingerprints import (
+    agreement_fingerprint,
+    fingerprint,
+    reference_fingerprint,
+)
 
 SCORING = E.scoring()
 EXTRACTORS = expand(rules.features.output, features=E.evaluation.extractors)
@@ -19,7 +23,7 @@ use rule data as score_references with:
         gpu=GPU,
     params:
         command="score-references {teacher}",
-        spec=lambda w: spec(protocol.reference_fingerprint(SCORING, E.teachers[w.teacher].sampler)),
+        spec=lambda w: spec(reference_fingerprint(SCORING, E.teachers[w.teacher].sampler)),
 
 
 use rule score_references as score with:
@@ -34,7 +38,7 @@ use rule score_references as score with:
     priority: 1
     params:
         command="score {student} {seed}",
-        spec=spec(protocol.fingerprint(SCORING)),
+        spec=spec(fingerprint(SCORING)),
 
 
 # Scores of other libraries for the same images; needs real images.
@@ -51,4 +55,4 @@ use rule score_references as agreement with:
         f"{ROOT}/logs/agreement.log",
     params:
         command="agreement",
-        spec=spec(protocol.agreement_fingerprint(SCORING)),
+        spec=spec(agreement_fingerprint(SCORING)),
