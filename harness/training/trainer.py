@@ -75,8 +75,8 @@ class Trainer:
         self.iteration, self.ledger = 0, copy.deepcopy(run.ledger)
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.nonfinite = {phase.name: 0 for phase in run.phases}
-        # On the device, since the last `settle`: skipped steps, the longest row of them, and the
-        # present row.
+        # On the device, since the last `settle`: how many steps were skipped, and how many in the
+        # longest and in the current run of consecutive ones.
         self._counters = {name: torch.zeros(3, device=self.device) for name in self.nonfinite}
         self.metrics = RunningMeans()
         kind = "cuda" if self.device.startswith("cuda") else "cpu"  # not "meta"
@@ -241,10 +241,10 @@ class Trainer:
             group["lr"] = config.rate(self.updates[name])
         self.optimizer_step(optimizer, skipped)
         optimizer.zero_grad(set_to_none=True)
-        total, longest, present = self._counters[phase.name]
+        total, longest, current = self._counters[phase.name]
         total += skipped
-        present.add_(1).mul_(skipped)
-        torch.maximum(longest, present, out=longest)
+        current.add_(1).mul_(skipped)
+        torch.maximum(longest, current, out=longest)
         self.metrics.add(f"loss/{phase.name}", loss)
         self.metrics.add(f"grad_norm/{phase.name}", norm)
 
