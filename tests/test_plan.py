@@ -23,6 +23,8 @@ def test_every_student_has_a_row(tiny, tmp_path, capsys):
     sid, gdd = rows["sid"], rows["gdd-i"]
     assert sid["images"] == sid["PFLOPs"] == sid["hours"] == "–"
     assert sid["auxiliary (M)"] == sid["trained (M)"] == sid["parameters (M)"] == "0.02"
+    # Two points of the grid (64 and 128 images) and the end; 17,961 float32 weights.
+    assert sid["snapshots"] == "–" and gdd["snapshots"] == "3 x 71.8 kB"
     assert gdd["trained (M)"] == "0.01" and gdd["micro-batch"] == "16" and gdd["images"] == "160"
     work = 160 * float(gdd["GFLOPs/image"])
     assert float(gdd["PFLOPs"]) == pytest.approx(work / 1e6, rel=1e-3)

@@ -20,7 +20,7 @@ from harness.io.records import Cost
 from harness.method import OptimizerConfig, Phase
 from harness.training.checkpoint import load_checkpoint
 from harness.training.ledger import Ledger, measure
-from harness.training.loop import grid_index, train
+from harness.training.loop import train
 from harness.training.run import TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
 
@@ -161,9 +161,30 @@ def test_shortened_flops_budget_does_not_use_a_later_snapshot(tmp_path):
     assert fit(tmp_path, budget=budget).ledger.images == 40
 
 
-def test_grid_index():
-    assert [grid_index(x, 16, 1) for x in (0, 15, 16, 31, 32, 64)] == [0, 0, 1, 1, 2, 3]
-    assert [grid_index(16 * 2 ** (k / 4), 16, 4) for k in range(5)] == [1, 2, 3, 4, 5]
+def test_points_of_a_grid():
+    grid = Grid(first=16)
+    assert [grid.index(x) for x in (0, 15, 16, 31, 32, 64)] == [0, 0, 1, 1, 2, 3]
+    grid = Grid(first=16, per_octave=4)
+    assert [grid.index(grid.point(k)) for k in range(1, 6)] == [1, 2, 3, 4, 5]
+    grid = Grid(every=250_000)
+    assert [grid.index(x) for x in (0, 249_999, 250_000, 5_000_192)] == [0, 0, 1, 20]
+    assert [grid.point(k) for k in (1, 2, 20)] == [250_000, 500_000, 5_000_000]
+    assert Grid(every=1e17).index(3e17) == 3
+
+
+def test_a_linear_grid_has_a_snapshot_at_or_beyond_each_multiple(tmp_path):
+    """Multiples of 20 images lie between iterations of 8; two of 6 lie in one iteration."""
+    budget = [{"unit": "images", "amount": 64}]
+    for every, expected in ((20, [24, 40, 64]), (32, [32, 64]), (6, [*range(8, 65, 8)])):
+        grid = {"images": Grid(every=every)}
+        outcome = fit(tmp_path / str(every), snapshot_grid=grid, budget=budget)
+        assert [s["ledger"]["images"] for s in outcome.snapshots] == expected
+    grid = {"images": Grid(every=20)}
+    longer = [{"unit": "images", "amount": 88}]
+    extended = fit(tmp_path / "20", snapshot_grid=grid, budget=longer)
+    at_once = fit(tmp_path / "at-once", snapshot_grid=grid, budget=longer)
+    assert [s["ledger"]["images"] for s in extended.snapshots] == [24, 40, 64, 80, 88]
+    assert [s["sha256"] for s in extended.snapshots] == [s["sha256"] for s in at_once.snapshots]
 
 
 def test_phases_repeat_skip_and_share_generated_images(tmp_path):

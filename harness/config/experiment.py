@@ -172,7 +172,8 @@ class Experiment:
             "teacher": self.teacher_fingerprint(student.teacher),
             "pairs": self.pairs_fingerprint(student.pairs.name) if student.pairs else None,
             "features": self.features_fingerprint(features) if features else None,
-            **self.training.model_dump(include={"snapshots", *schema.Switches.model_fields}),
+            "snapshots": {unit: grid.model_dump() for unit, grid in student.snapshots.items()},
+            **self.training.model_dump(include={*schema.Switches.model_fields}),
         }
 
     def report_fingerprint(self) -> list:

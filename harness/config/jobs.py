@@ -31,6 +31,7 @@ class Student:
     freeze: str
     lora: schema.LoraSection | None
     budget: tuple[schema.Limit, ...]
+    snapshots: schema.Snapshots
     pairs: PairSet | None
 
 

@@ -1,10 +1,11 @@
 """The keys of an experiment file, as pydantic classes."""
 
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 
@@ -57,10 +58,42 @@ class Limit(Section):
 
 
 class Grid(Section):
-    """Snapshots at first * 2**(k / per_octave)."""
+    """Snapshots at the multiples of `every`, or at first * 2**(k / per_octave), k = 0, 1, …"""
 
-    first: float = Field(gt=0)
+    every: float | None = Field(None, gt=0)
+    first: float | None = Field(None, gt=0)
     per_octave: float = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.every is None) == (self.first is None):
+            raise ValueError("set either every (a linear grid) or first (a logarithmic one)")
+        if self.every is not None and "per_octave" in self.model_fields_set:
+            raise ValueError("per_octave belongs to a logarithmic grid; remove it beside every")
+        return self
+
+    @model_serializer
+    def _own_keys(self) -> dict[str, float]:
+        """Only the keys of the grid's kind, which fingerprints contain."""
+        keys = ("first", "per_octave") if self.every is None else ("every",)
+        return {key: getattr(self, key) for key in keys}
+
+    def index(self, amount: float) -> int:
+        """How many points of the grid lie at or below an amount."""
+        if self.every is not None:
+            return int(amount // self.every)
+        if amount < self.first:
+            return 0
+        return math.floor(math.log2(amount / self.first) * self.per_octave + 1e-9) + 1
+
+    def point(self, number: int) -> float:
+        """The amount of a point; the first one has number 1."""
+        if self.every is not None:
+            return number * self.every
+        return self.first * 2 ** ((number - 1) / self.per_octave)
+
+
+Snapshots = dict[Literal["images", "flops"], Grid]  # the grid of each unit
 
 
 class Sampler(Section):
@@ -157,6 +190,7 @@ class StudentSection(Section):
     lora: LoraSection | None = None
     settings: dict[str, Any] = {}
     budget: list[Limit] | None = Field(None, min_length=1, description="default: training.budget")
+    snapshots: Snapshots | None = Field(None, description="default: training.snapshots")
 
 
 class LoopSettings(Switches):
@@ -175,7 +209,7 @@ class TrainingSection(LoopSettings):
     seeds: list[Seed] = Field(min_length=1)
     budget: list[Limit] = Field(min_length=1)
     settings: dict[str, Any] = {}
-    snapshots: dict[Literal["images", "flops"], Grid] = {}
+    snapshots: Snapshots = {}
 
 
 class EvaluationSection(Section):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from harness.errors import UserError
 
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
 
 def canonical(value) -> str:
     """JSON text with sorted keys: equal values have equal texts."""
@@ -93,6 +95,12 @@ def read_json(path: Path, owner: Path | None = None):
     """The value in a JSON file; `owner` as in `damaged`."""
     with _reading(path, owner, ValueError):  # not JSON, or not UTF-8
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def size_text(size: float) -> str:
+    """A number of bytes to three significant digits, such as "223 MB"."""
+    unit = next((unit for unit in ("TB", "GB", "MB") if size >= 0.9995 * UNITS[unit]), "kB")
+    return f"{size / UNITS[unit]:.3g} {unit}"
 
 
 def save_tensors(path: Path, tensors: dict) -> str:

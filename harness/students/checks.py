@@ -42,6 +42,7 @@ def resolve(name: str, section: StudentSection, file: ExperimentFile) -> Student
         freeze=section.freeze,
         lora=section.lora,
         budget=tuple(section.budget or file.training.budget),
+        snapshots=file.training.snapshots if section.snapshots is None else section.snapshots,
         pairs=pairs,
     )
 

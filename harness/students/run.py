@@ -67,7 +67,7 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
         ledger=inputs.ledger,
         ema_half_life=config.ema_half_life,
         ema_ramp_up=config.ema_ramp_up,
-        snapshot_grid=run.training.snapshots,
+        snapshot_grid=student.snapshots,
         loop=run.training,
         device=run.device,
     )

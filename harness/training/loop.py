@@ -9,7 +9,6 @@ change starts a new run. The folder of a run holds
 
 import contextlib
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -24,13 +23,6 @@ from harness.training.run import Outcome, TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
 
 logger = logging.getLogger(__name__)
-
-
-def grid_index(amount: float, first: float, per_octave: float) -> int:
-    """How many points of the grid `first * 2**(k / per_octave)` lie at or below `amount`."""
-    if amount < first:
-        return 0
-    return math.floor(math.log2(amount / first) * per_octave + 1e-9) + 1
 
 
 class TrainingLoop:
@@ -93,7 +85,7 @@ class TrainingLoop:
 
     def _grid_position(self) -> dict[str, int]:
         return {
-            unit: grid_index(getattr(self.ledger, unit), grid.first, grid.per_octave)
+            unit: grid.index(getattr(self.ledger, unit))
             for unit, grid in self.run.snapshot_grid.items()
         }
 

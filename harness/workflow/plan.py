@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from harness.config import schema
 from harness.config.experiment import Experiment
 from harness.config.schema import ImportedTeacher, micro_batch
 from harness.data.datasets import ON_DEVICE
+from harness.io.artifacts import size_text
 from harness.io.records import DataRecord
 from harness.students.run import assemble
 from harness.teachers.pipelines import is_pipeline
@@ -72,6 +74,21 @@ class Estimate:
         }
         self.images = min(images[limit.unit](limit.amount) for limit in student.budget)
         self.flops = self.flops_per_image * self.images + self.pair_flops
+        self.snapshots = self._snapshots(student.snapshots)  # None: unknown
+        self.snapshot_bytes = 4 * self.parameters
+
+    def _snapshots(self, grids: schema.Snapshots) -> int | None:
+        """How many snapshots a run writes: at the first iteration at or beyond each point of its
+        grids, and at its end."""
+        if not math.isfinite(self.images):
+            return None
+        steps = {math.ceil(self.images / self.batch)}
+        for unit, grid in grids.items():
+            scale, offset = (self.flops_per_image, self.pair_flops) if unit == "flops" else (1, 0)
+            first, last = grid.index(offset), grid.index(self.images * scale + offset)
+            points = map(grid.point, range(first + 1, last + 1))
+            steps |= {math.ceil((point - offset) / scale / self.batch) for point in points}
+        return len(steps)
 
     def fits(self, gibibytes: int) -> int:
         """The largest micro-batch that fits into a GPU's memory; 0 if none does."""
@@ -84,7 +101,7 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
     """Print one row per student; `tflops`: the sustained speed of the machine in TFLOP/s."""
     from tabulate import tabulate
 
-    rows = []
+    rows, disk, seeds = [], 0, len(experiment.training.seeds)
     for student in experiment.students:
         e = Estimate(experiment, student)
         hours = e.flops / (tflops * 1e12) / 3600
@@ -100,14 +117,19 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
             "memory (GiB)": f"{e.memory / 2**30:.3g}",
         }
         row |= {f"in {size} GB": e.fits(size) or "–" for size in GPUS}
+        size = size_text(e.snapshot_bytes)
+        row["snapshots"] = "–" if e.snapshots is None else f"{e.snapshots} x {size}"
+        disk += (e.snapshots or 1) * e.snapshot_bytes * seeds
         rows.append(row | {"hours": f"{hours:.3g}" if math.isfinite(hours) else "–"})
     print(tabulate(rows, "keys", tablefmt="github", disable_numparse=True))
     print(
-        f"\nEach run ({len(experiment.training.seeds)} per student), at {tflops:g} TFLOP/s. Memory "
+        f"\nEach run ({seeds} per student), at {tflops:g} TFLOP/s. Memory "
         "is an estimate for one GPU: float32 weights, gradients, Adam and EMA, tensors saved for "
         f"backward passes, and teacher pairs. Real images (at most {ON_DEVICE / 2**30:g} GiB on "
         "the device), the allocator and the kernels' workspaces come on top. `in 24 GB`: the "
-        "largest micro-batch that fits." + _embedding_sizes(experiment)
+        "largest micro-batch that fits."
+        f" The snapshots of all runs take {size_text(disk)}; `harness prune` removes all but the "
+        "best and the last of scored runs." + _embedding_sizes(experiment)
     )
 
 
