@@ -24,6 +24,7 @@ ARGUMENTS = {
     "b": {"help": "another student, or teacher: the first of the experiment"},
     "--seed": {"type": int, "help": "training seed; default: the first"},
     "--partial": {"action": "store_true", "help": "show missing runs as failed"},
+    "--dry-run": {"action": "store_true", "help": "remove nothing"},
     "--tflops": {"type": float, "default": 100.0, "help": "sustained TFLOP/s"},
     "--out": {"type": Path, "help": "write all columns to this CSV file"},
     "--configfile": {"type": Path, "default": "configs/digits.yaml", "help": "experiment file"},
@@ -200,6 +201,14 @@ def status(experiment, args):
 @tool("estimate the cost of every student", "--tflops", files=False)
 def plan(experiment, args):
     call("workflow.plan.print_plan", experiment, args.tflops)
+
+
+@tool("remove the weights of scored snapshots but the best and the last", "--dry-run", files=False)
+def prune(experiment, args):
+    runs = [
+        (experiment.student_run(*run), experiment.paths.scores(*run)) for run in experiment.runs
+    ]
+    call("evaluation.prune.prune", experiment.scoring(), runs, args.dry_run)
 
 
 @tool("compare two students prompt by prompt", "a b --seed")

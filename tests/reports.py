@@ -43,7 +43,7 @@ def tidy_table(
                 left = [value + 1e-6 * math.sin(g + len(student)) for g in range(10)]
                 seeds = [None] if student == "floor" else experiment.evaluation.sampling_seeds
                 for sample_seed in seeds:
-                    row = dict.fromkeys([*COLUMNS, "grid"]) | {
+                    row = dict.fromkeys([*COLUMNS, "grid", "selected"]) | {
                         "student": student, "method": None if is_reference else "sid",
                         "seed": None if is_reference else seed, "snapshot": "x",
                         "nfe": 35 if student == "teacher" else 1,
@@ -57,7 +57,7 @@ def tidy_table(
                         "leave_out": [] if text else left, "features": features, "column": column,
                     }  # fmt: skip
                     rows.append(row)
-    integers = ("seed", "nfe", "images", "sample_seed", "num_samples")
+    integers = ("seed", "nfe", "images", "sample_seed", "num_samples", "selected")
     return pd.DataFrame(rows).astype(dict.fromkeys(integers, "Int64"))
 
 

@@ -216,6 +216,7 @@ class EvaluationSection(Section):
     num_samples: Positive = 2000
     sampling_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     snapshot_seeds: Positive | None = Field(None, description="of snapshots before the last")
+    selection_seed: Seed | None = Field(None, description="compares snapshots; None: no selection")
     extractors: list[str] = Field(min_length=1)
     main_metric: str = "fd"
     statistics: str | None = Field(None, min_length=1, description=".npz with mu and sigma of FID")

@@ -59,6 +59,12 @@ def _check_samples(evaluation: EvaluationSection) -> Iterator[Problem]:
     if (evaluation.snapshot_seeds or 0) > len(seeds):
         message = f"{evaluation.snapshot_seeds} is more than the {len(seeds)} sampling_seeds"
         yield Problem("evaluation.snapshot_seeds", "too-many", message)
+    if evaluation.selection_seed in seeds:
+        message = f"{evaluation.selection_seed} is also a sampling seed; select by other noise"
+        yield Problem("evaluation.selection_seed", "duplicate", message)
+    if None not in (evaluation.selection_seed, evaluation.snapshot_seeds):
+        message = "not allowed together with selection_seed, which scores all snapshots"
+        yield Problem("evaluation.snapshot_seeds", "conflict", message)
 
 
 def _check_extractors(

@@ -1,11 +1,14 @@
-"""Fingerprints of scores: what decides them, as JSON-like values."""
+"""Fingerprints of scores: what decides them, as JSON-like values; and whether scores have them."""
 
+from pathlib import Path
 from typing import Any
 
-from harness.config.jobs import Scoring
+from harness.config.jobs import Scoring, StudentRun
 from harness.config.schema import Sampler
 from harness.evaluation.registry import METRICS, defined_for
 from harness.features.base import provides
+from harness.io.artifacts import digest
+from harness.io.records import ScoreRecord, StudentRecord
 
 
 def fingerprint(scoring: Scoring) -> dict[str, Any]:
@@ -19,6 +22,17 @@ def fingerprint(scoring: Scoring) -> dict[str, Any]:
 def reference_fingerprint(scoring: Scoring, sampler: Sampler) -> dict[str, Any]:
     """The same for a teacher with this sampler and the floor."""
     return fingerprint(scoring) | {"sampler": sampler.model_dump()}
+
+
+def run_scores(scoring: Scoring, job: StudentRun, path: Path) -> ScoreRecord | None:
+    """The scores of a run, if they are of its current weights and settings."""
+    run = StudentRecord.read_optional(job.folder / "student.json")
+    if run is None or run.fingerprint != digest([job.fingerprint, job.budget]):
+        return None
+    scores = ScoreRecord.read_optional(path)
+    expected = digest(fingerprint(scoring)), run.sha256
+    current = scores is not None and (scores.fingerprint, scores.weights) == expected
+    return scores if current else None
 
 
 def agreement_fingerprint(scoring: Scoring) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from harness.evaluation.checks import minimum_samples, small_sample_warning
 from harness.evaluation.feature_set import FeatureSet, mean_over_subsets
 from harness.evaluation.references import Reference, load_reference, published_statistics
 from harness.evaluation.registry import Metric, defined_for
+from harness.evaluation.selection import Criterion
 from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import digest
 from harness.io.records import ScoreRow
@@ -86,23 +87,26 @@ class Scorer:
         keep: int | None = None,
         per_image: bool = False,
         shards: TensorShards | None = None,
+        only: Criterion | None = None,
     ) -> Scores:
         """Score blocks of uint8 images with labels `(B,)`, at each of `counts`.
 
-        seed: the sampling seed, for the rows. final: whether they are of the last snapshot, which
-        gets every metric. trained_against: feature networks in the generator's losses, and
-        pretraining: the data sets of their training; rows of such extractors are flagged. keep: how
-        many images to return, and those nearest to training images; None: no images. per_image:
-        also return the values of each image. shards: unfinished work, to which `blocks` add.
+        seed: the sampling seed, for the rows. final: whether they are of the last or the selected
+        snapshot, which get every metric. trained_against: feature networks in the generator's
+        losses, and pretraining: the data sets of their training; rows of such extractors are
+        flagged. keep: how many images to return, and those nearest to training images; None: no
+        images. per_image: also return the values of each image. shards: unfinished work, to which
+        `blocks` add. only: the only row to compute.
         """
         if not self.first:
             deque(blocks, maxlen=0)
             return Scores()
         counts, search, logged = counts or self.counts, None, time.monotonic()
+        extractors = [e for e in self.extractors if only is None or e.name == only.extractor]
         if keep is not None and self.nearest_in is not None:
             reference = self.references[self.nearest_in]
             search = NearestImages(self.nearest_in, reference, self.dataset.train)
-        available = [extractor for extractor in self.extractors if not extractor.unavailable]
+        available = [extractor for extractor in extractors if not extractor.unavailable]
         options = keep or 0, search, shards, self.checkpoints
         accumulator = FeatureAccumulator(available, self.dataset.attributes, *options)
         for pixels, labels in blocks:
@@ -114,7 +118,7 @@ class Scorer:
                 logger.info("%d of %d samples", accumulator.count, max(counts))
         accumulator.save(ended=True)
         result = Scores(images=accumulator.images())
-        for extractor in self.extractors:
+        for extractor in extractors:
             name, features = extractor.name, None
             if extractor in available:
                 neighbours = self.scoring.evaluation.neighbours
@@ -127,12 +131,17 @@ class Scorer:
             flag = "shares-pretraining" if set(extractor.pretraining) & set(pretraining) else ""
             if {name, extractor.alias} & set(trained_against):
                 flag = "trained-on-extractor"
-            for row in self._rows(extractor, features, counts, final):
+            for row in self._rows(extractor, features, counts, final, only):
                 result.rows.append(ScoreRow(**row, sample_seed=seed, flag=flag))
         return result
 
     def _rows(
-        self, extractor: FeatureExtractor, features: FeatureSet | None, counts: list, final: bool
+        self,
+        extractor: FeatureExtractor,
+        features: FeatureSet | None,
+        counts: list,
+        final: bool,
+        only: Criterion | None,
     ) -> Iterator[dict[str, Any]]:
         """The number of each metric that applies to an extractor, at each of its sample counts, or
         a `status` if a network is unavailable (without features: for metrics that would apply)."""
@@ -155,7 +164,10 @@ class Scorer:
             metric
             for metric in defined_for([extractor.provided])
             if (final or not metric.final_only) and all(map(has, metric.needs))
+            if only is None or metric is only.metric
         ]
+        if only is not None:
+            counts = [only.num_samples]
         for metric, count in dict.fromkeys((m, m.count(n)) for n in counts for m in metrics):
             if count < metric.samples_per_dim * dim:
                 continue

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from harness.evaluation.accumulator import stored_images
 from harness.evaluation.checks import minimum_samples
 from harness.evaluation.fingerprints import fingerprint, reference_fingerprint
 from harness.evaluation.registry import column_name
-from harness.evaluation.scorer import Scorer
+from harness.evaluation.scorer import Scorer, Scores
+from harness.evaluation.selection import Criterion, best, check_available, criterion, scores_of
 from harness.io import artifacts, records
 from harness.io.shards import TensorShards
-from harness.networks import denoiser_record, load_codec, load_denoiser, pipeline_sha256
+from harness.networks import WEIGHTS, denoiser_record, load_codec, load_denoiser, pipeline_sha256
 from harness.sampling import Generator, heun, one_step_generator, pixels_of, sample
 from harness.teachers.text_embeddings import load_embeddings
 from harness.training.distributed import processes
@@ -64,24 +66,68 @@ class ScoreFile:
         keep: how many images of the first seed to keep, unless there are some already (None: none).
         per_image: keep the values of each image, if there are prompts. options: see `Scorer.score`.
         """
-        scorer, device, evaluation = self.scorer, self.scoring.device, self.scoring.evaluation
-        final, block = facts["final"], evaluation.block
-        data, pixels, rows = scorer.dataset, pixels_of(generate, self.codec), []
-        options |= {"final": final, "per_image": per_image and data.prompts is not None}
-        draw = partial(sample, pixels, max(scorer.counts), shape, data.num_evaluated)
-        key = [*self.hashes, *identity, block, data.sha256, torch.__version__, device]
-        for e in scorer.extractors:
-            key.append([e.name, e.hashes, e.settings.model_dump(), e.resize, e.details])
-        for seed in evaluation.sampling_seeds[: None if final else evaluation.snapshot_seeds]:
+        evaluation, rows = self.scoring.evaluation, []
+        full = facts["final"] or facts.get("selected") is not None
+        prompts = self.scorer.dataset.prompts is not None
+        options |= {"final": full, "per_image": per_image and prompts}
+        for seed in evaluation.sampling_seeds[: None if full else evaluation.snapshot_seeds]:
             kept = None if self.images else keep
-            shards = TensorShards(self.unfinished / artifacts.digest([*key, seed, kept]))
-            blocks = draw(seed, device, self.embeddings, block, stored_images(shards), processes())
-            scores = scorer.score(blocks, seed=seed, keep=kept, shards=shards, **options)
+            shards = self._shards(*identity, seed, kept)
+            scores = self._score(generate, shape, seed, shards, keep=kept, **options)
             rows += scores.rows
             self.images = self.images or scores.images
             self.per_image += [scores.per_image] if scores.per_image else []
         self.entries.append(records.ScoreEntry(**facts, rows=rows))
         logger.info("scored %s", facts["snapshot"] or facts["student"])
+
+    def add_selection(
+        self,
+        facts: dict[str, Any],
+        generate: Generator,
+        shape: tuple[int, int, int],
+        *identity: object,
+        only: Criterion,
+        **options: Any,
+    ) -> None:
+        """Add an entry with one row, for samples of the selection seed. The row is kept until the
+        score file is written, in place of the features, of which many snapshots would fill a disk.
+        """
+        seed = self.scoring.evaluation.selection_seed
+        shards = self._shards(*identity, seed, only.key, fingerprint(self.scoring))
+        path = shards.folder.with_suffix(".json")
+        if not processes().agree(path.exists()):
+            scores = self._score(generate, shape, seed, shards, only=only, **options)
+            if self.scorer.first:
+                artifacts.write_json(path, [row.model_dump() for row in scores.rows])
+                shutil.rmtree(shards.folder, ignore_errors=True)
+        if self.scorer.first:
+            rows = [records.ScoreRow.model_validate(row) for row in artifacts.read_json(path)]
+            self.entries.append(records.ScoreEntry(**facts, selection=True, rows=rows))
+        logger.info("scored %s with the selection seed", facts["snapshot"])
+
+    def _shards(self, *identity: object) -> TensorShards:
+        """The store of an interrupted stream of samples. identity: what decides them."""
+        data = self.scorer.dataset
+        key = [*self.hashes, self.scoring.evaluation.block, data.sha256]
+        key += [torch.__version__, self.scoring.device]
+        for e in self.scorer.extractors:
+            key.append([e.name, e.hashes, e.settings.model_dump(), e.resize, e.details])
+        return TensorShards(self.unfinished / artifacts.digest([*key, *identity]))
+
+    def _score(
+        self,
+        generate: Generator,
+        shape: tuple[int, int, int],
+        seed: int,
+        shards: TensorShards,
+        **options: Any,
+    ) -> Scores:
+        scorer, scoring = self.scorer, self.scoring
+        data, pixels = scorer.dataset, pixels_of(generate, self.codec)
+        inputs = shape, data.num_evaluated, seed, scoring.device, self.embeddings
+        done = stored_images(shards), processes()
+        blocks = sample(pixels, max(scorer.counts), *inputs, scoring.evaluation.block, *done)
+        return scorer.score(blocks, seed=seed, shards=shards, **options)
 
     def write(self, fingerprint: dict, **facts: Any) -> None:
         """Write the score file after the files that it names, then delete unfinished work.
@@ -119,27 +165,68 @@ class ScoreFile:
 
 
 def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
-    """Score every snapshot of a run and write its score file."""
+    """Score the snapshots of a run and write its score file: all of them or, with a selection seed,
+    the last one and the best of all by that seed."""
     run = records.StudentRecord.read(job.folder / "student.json")
+    check_weights(run, job.folder)
     file = ScoreFile(scoring, job.teacher, output)
-    for snapshot in run.snapshots:
-        folder, final = job.folder / "snapshots" / snapshot.name, snapshot is run.snapshots[-1]
+    networks = {"trained_against": run.trained_against, "pretraining": run.pretraining}
+
+    def stream(snapshot: records.Snapshot) -> tuple[dict[str, Any], Generator, tuple, str]:
+        """What an entry of a snapshot is made from."""
+        folder = job.folder / "snapshots" / snapshot.name
         denoiser = load_denoiser(folder, snapshot.sha256, scoring.device, owner=job.folder)
         facts = snapshot.model_dump(include={"grid", "sha256"}) | _costs(snapshot.ledger)
-        facts |= {"snapshot": snapshot.name, "final": final}
-        file.add(
-            facts | {"ema": snapshot.ema_half_life, "nfe": 1},
-            one_step_generator(denoiser, denoiser_record(folder)["sigma_init"]),
-            denoiser.image_shape,
-            snapshot.sha256,
-            keep=scoring.evaluation.grid_samples if final else None,
-            per_image=final,
-            trained_against=run.trained_against,
-            pretraining=run.pretraining,
-        )
+        facts |= {"snapshot": snapshot.name, "final": False, "ema": snapshot.ema_half_life}
+        generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
+        return facts | {"nfe": 1}, generate, denoiser.image_shape, snapshot.sha256
+
+    *earlier, last = run.snapshots
+    selected = None
+    if scoring.evaluation.selection_seed is not None:
+        selected, earlier = _select(file, run.snapshots, stream, networks), []
+        if selected != last.name:
+            earlier = [snapshot for snapshot in run.snapshots if snapshot.name == selected]
+    for snapshot in [*earlier, last]:
+        final, (facts, *inputs) = snapshot is last, stream(snapshot)
+        facts["final"] = final
+        if snapshot.name == selected:
+            facts["selected"] = len(run.snapshots)
+        keep = scoring.evaluation.grid_samples if final else None
+        file.add(facts, *inputs, keep=keep, per_image=final, **networks)
     facts = {"student": job.student.name, "seed": job.seed, "weights": run.sha256}
     facts |= {"method": run.method, "contended": run.contended}
     file.write(fingerprint(scoring), **facts)
+
+
+def _select(
+    file: ScoreFile, snapshots: list[records.Snapshot], stream: Callable, networks: dict[str, Any]
+) -> str:
+    """Score all snapshots with the selection seed; return the name of the best one. A single
+    snapshot is not scored. stream, networks: see `score_run`."""
+    chosen, group = criterion(file.scoring), processes()
+    check_available(chosen, {e.name: e.unavailable for e in file.scorer.extractors})
+    if len(snapshots) == 1:
+        return snapshots[0].name
+    for snapshot in snapshots:
+        file.add_selection(*stream(snapshot), only=chosen, **networks)
+    name = best(scores_of(file.entries, chosen), chosen) if group.first else snapshots[0].name
+    names = [snapshot.name for snapshot in snapshots]
+    name = names[int(group.agree(names.index(name)))]
+    logger.info("selected %s among %d snapshots by %s", name, len(names), chosen.metric.name)
+    return name
+
+
+def check_weights(run: records.StudentRecord, folder: Path) -> None:
+    """Raise a `UserError` if snapshots of a run have no weights."""
+    files = {s.name: folder / "snapshots" / s.name / WEIGHTS for s in run.snapshots}
+    if missing := [name for name, path in files.items() if not path.exists()]:
+        message = (
+            f"{len(missing)} of its {len(files)} snapshots have no weights ({missing[0]}, …): "
+        )
+        message += "they were removed by `harness prune`, and new scores need them; restore the "
+        message += f"settings of the earlier scores, or delete {folder} to train again"
+        raise UserError(f"{run.student}/seed{run.seed}: {message}", "pruned")
 
 
 def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:

@@ -68,7 +68,7 @@ class Snapshot(_Part):
     grid: list[str]  # the units whose grid the point lies on
     step: int
     before: dict[str, float]  # what was spent one step earlier
-    ledger: Costs
+    ledger: Costs | None = None  # None: trained elsewhere
     ema_half_life: float | None = None  # images
 
 
@@ -201,6 +201,8 @@ class ScoreEntry(_Part):
     images: int | None = None
     flops: int | None = None
     seconds: float | None = None
+    selection: bool | None = None  # scored with the selection seed, to be compared
+    selected: int | None = None  # the best of so many snapshots
     rows: list[ScoreRow]
 
 

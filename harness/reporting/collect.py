@@ -8,7 +8,7 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.fingerprints import fingerprint, reference_fingerprint
+from harness.evaluation.fingerprints import reference_fingerprint, run_scores
 from harness.evaluation.registry import Metric, column_name, main_metric
 from harness.features.base import provides
 from harness.io.artifacts import digest
@@ -127,17 +127,15 @@ def current_scores(
     experiment: Experiment, name: str, seed: int | None = None
 ) -> ScoreRecord | None:
     """The scores in `scores_path`, if they are of the current weights and settings."""
-    path, record = scores_path(experiment, name, seed), training_record(experiment, name, seed)
-    if seed is None:
-        training, sampler = experiment.teacher_fingerprint(name), experiment.teachers[name].sampler
-        expected = reference_fingerprint(experiment.scoring(), sampler)
-    else:
-        run, expected = experiment.student_run(name, seed), fingerprint(experiment.scoring())
-        training = [run.fingerprint, run.budget]
+    path, scoring = scores_path(experiment, name, seed), experiment.scoring()
+    if seed is not None:
+        return run_scores(scoring, experiment.student_run(name, seed), path)
+    record, training = training_record(experiment, name), experiment.teacher_fingerprint(name)
     if record is None or record.fingerprint != digest(training) or not path.exists():
         return None
     scores = ScoreRecord.read(path)
-    current = scores.fingerprint == digest(expected) and scores.weights == record.sha256
+    expected = digest(reference_fingerprint(scoring, experiment.teachers[name].sampler))
+    current = (scores.fingerprint, scores.weights) == (expected, record.sha256)
     return scores if current else None
 
 
@@ -148,6 +146,8 @@ def _score_rows(scores: ScoreRecord, names: dict[str | None, str]) -> Iterator[d
         facts |= {"method": scores.method, "seed": scores.seed, "grid": " ".join(entry.grid)}
         for row in entry.rows:
             flags = [row.flag, "contended" if scores.contended else ""]
+            flags += ["selection"] if entry.selection else []
+            flags += [f"selected-among-{entry.selected}"] if entry.selected else []
             facts["flag"] = " ".join(filter(None, flags))
             facts["reference"] = scores.protocols[row.protocol]["reference"]
             facts["features"] = scores.dimensions.get(row.extractor)
@@ -159,7 +159,9 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
 
     Columns beyond metrics.csv: `column`, the name of the number's column in a comparison; `final`,
     whether the row is of the run's last snapshot; `grid`, the snapshot grids that the row is on;
-    `leave_out`, the jackknife estimates; `features`, the extractor's feature dimension.
+    `selected`, for the best snapshot, how many were compared; `leave_out`, the jackknife estimates;
+    `features`, the extractor's feature dimension. Rows of the selection seed have the flag
+    `selection`, those of the best snapshot the flag `selected-among-<n>`.
 
     A run without valid scores raises a `UserError` (code "missing-scores"), or with `partial`
     becomes a row `failed (reason)`.
@@ -188,9 +190,10 @@ def collect(experiment: Experiment, partial: bool = False) -> tuple[pd.DataFrame
             if not partial:
                 raise
             rows.append(facts | {"status": status(experiment, *job), "final": True, "grid": ""})
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "final", "grid", "leave_out", "features"])
+    more = ("final", "grid", "selected", "leave_out", "features")
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *more])
     status = table.status.fillna("ok")
     table = table.assign(schema=SCHEMA, experiment=experiment.name, status=status)
-    integers = (*INTEGERS, "ema", "images", "flops", "features")
+    integers = (*INTEGERS, "ema", "images", "flops", "features", "selected")
     table = table.astype(dict.fromkeys(integers, "Int64"))
     return with_columns(table, experiment.paths.root / "scores"), protocols

@@ -49,6 +49,7 @@ def read_results(folder: Path) -> Results:
     # The rows of each run's last snapshot; teachers and the floor have no training images.
     last = table.groupby(["student", "seed"], dropna=False).images.transform("max")
     final = table[table.images.isna() | (table.images == last)]
+    final = final[~final.flag.fillna("").str.split().map(lambda flags: "selection" in flags)]
     protocol, status = final.protocol.fillna("unknown"), final.status.fillna("ok").astype(str)
     final = collect.with_columns(final.assign(protocol=protocol, status=status), path)
     manifest = folder / "manifest.json"

@@ -11,9 +11,16 @@ from harness.config.experiment import Experiment
 from harness.data.registry import has_captions, has_texts
 from harness.evaluation.checks import small_sample_warning
 from harness.evaluation.registry import FRECHET, METRICS
+from harness.evaluation.selection import criterion
 from harness.features.base import FEATURES
 from harness.reporting import collect
-from harness.reporting.collect import is_unavailable, main_column, main_metric_in, training_record
+from harness.reporting.collect import (
+    column_of,
+    is_unavailable,
+    main_column,
+    main_metric_in,
+    training_record,
+)
 from harness.reporting.formatting import FLAGS, MISSING, flagged, latex, markdown, spread_text
 from harness.reporting.intervals import TRAINING_SEEDS, pairwise, ranks
 
@@ -25,6 +32,7 @@ STUDENT_COLUMNS = (
     *("student", "method", "seeds", "nfe", "parameters", "frozen", "data_free"),
     *("images", "flops", "seconds", "flag", "status"),
 )
+SELECTED = ("student", "column", "mean", "std", "among")  # columns of `Summary.selected`
 # Metrics of the headline of text-to-image experiments, in any extractor.
 TEXT_METRICS = ("clip-score", "clip-score-100-plain", "aesthetic", "aesthetic-v2")
 FACTS = {  # heading -> column of `Summary.students`, format
@@ -50,7 +58,8 @@ class Summary:
     STUDENT_COLUMNS, costs as means over training seeds. columns: metric, extractor and num_samples
     by name of the column, in order, with `main` (at the largest sample count that the metric
     accepts, or a main metric) and `ranked` (the main metric of its extractor). pairs: `pairwise` in
-    the main columns. notes: lines for below the table.
+    the main columns. notes: lines for below the table. selected: student, column, `mean`, `std` and
+    `among` of the best snapshots in the ranked columns (see `harness.evaluation.selection`).
     """
 
     scores: pd.DataFrame
@@ -59,6 +68,7 @@ class Summary:
     pairs: pd.DataFrame
     sampling_seeds: int
     notes: list[str] = field(default_factory=list)
+    selected: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(SELECTED)))
 
     @property
     def main(self) -> list[str]:
@@ -80,7 +90,8 @@ def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
     facts = [_student(experiment, name, rows_of[name]) for name in names]
     costs = pd.DataFrame(facts, columns=list(STUDENT_COLUMNS))
     seeds = len(experiment.evaluation.sampling_seeds)
-    return Summary(scores, costs, columns, pairs, seeds, list(_notes(experiment, table)))
+    notes, selected = list(_notes(experiment, table)), selected_scores(table, columns)
+    return Summary(scores, costs, columns, pairs, seeds, notes, selected)
 
 
 def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
@@ -100,6 +111,17 @@ def seed_means(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """`mean` and `std` of the scores over training seeds, for each group of rows."""
     by_seed = rows.groupby([*keys, "seed"], dropna=False, sort=False).value.mean()
     return by_seed.groupby(keys, sort=False).agg(mean=pd.Series.mean, std=pd.Series.std)
+
+
+def selected_scores(table: pd.DataFrame, columns: pd.DataFrame) -> pd.DataFrame:
+    """`Summary.selected`. `among`: how many snapshots were compared, such as "20" or "18–20"."""
+    rows, keys = table[table.selected.notna()], ["student", "column"]
+    rows = rows[rows.column.isin(columns.index[columns.ranked])].astype({"value": float})
+    if rows.empty:
+        return pd.DataFrame(columns=list(SELECTED))
+    counts = rows.groupby(keys).selected.unique()
+    among = counts.map(lambda found: "–".join(str(n) for n in sorted({min(found), max(found)})))
+    return seed_means(rows, keys).assign(among=among).reset_index()
 
 
 def student_scores(final: pd.DataFrame, columns: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -155,6 +177,7 @@ def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
 
 def _notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     yield from _protocol_notes(experiment, table)
+    yield from _selection_notes(experiment, table)
     yield from _student_notes(experiment)
     yield from _extractor_notes(experiment, table)
     for flag, (mark, meaning) in FLAGS.items():
@@ -197,6 +220,24 @@ def _protocol_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str
             f"`best of {len(sampling)}`: the best sampling seed, as papers often publish it. It "
             "improves with the number of seeds; compare it only with such numbers."
         )
+
+
+def _selection_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
+    rows = table[table.selected.notna() & (table.column != "")]
+    if rows.empty:
+        return
+    chosen = criterion(experiment.scoring())
+    direction = "highest" if chosen.metric.higher_is_better else "lowest"
+    column = column_of(experiment, chosen.metric, chosen.extractor)
+    found = [
+        f"{row.student} seed {row.seed}: {row.snapshot}"
+        for row in rows.drop_duplicates(["student", "seed"]).itertuples()
+    ]
+    yield (
+        f"`selected`: the snapshot with the {direction} {column}, in parentheses of how many, by "
+        f"the noise of selection seed {experiment.evaluation.selection_seed}, scored with the "
+        f"sampling seeds ({'; '.join(found)}). Other columns are of the last snapshot."
+    )
 
 
 def _student_notes(experiment: Experiment) -> Iterator[str]:
@@ -250,6 +291,10 @@ def wide(summary: Summary) -> pd.DataFrame:
     for column in summary.columns.index:
         table[column] = values["mean", column]
         table[f"{column}_std"] = values["std", column]
+    for column, rows in summary.selected.groupby("column", sort=False):
+        rows, name = rows.set_index("student"), f"{column}_selected"
+        table[name], table[f"{name}_std"] = rows["mean"], rows["std"]
+        table[f"{name}_among"] = rows.among
     return table.dropna(axis="columns", how="all").assign(status=table.status).reset_index()
 
 
@@ -285,6 +330,11 @@ def text_table(
             if summary.sampling_seeds > 1:
                 best = label(column, f"best of {summary.sampling_seeds}")
                 table[best] = rows.best.map(spread_text)
+            selected = summary.selected[summary.selected.column == name].set_index("student")
+            if len(selected):
+                texts = map(spread_text, selected["mean"], selected["std"])
+                texts = [f"{text} (of {n})" for text, n in zip(texts, selected.among, strict=True)]
+                table[label(column, "selected")] = pd.Series(texts, selected.index, dtype=object)
     for heading, (fact, form) in FACTS.items():
         table[heading] = students[fact].map(form.format, na_action="ignore")
     table = table.astype(object).where(table.notna(), MISSING)

@@ -34,10 +34,13 @@ def drawn_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[str
 def curves(experiment: Experiment, table: pd.DataFrame, axis: str, column: str) -> pd.DataFrame:
     """The curves of a column against an axis of AXES: student, x; mean, low and high over training
     seeds, whose scores are means over sampling seeds. Snapshots: the axis's own grid, and the last.
+    With a selection seed, snapshots before the last have that seed's noise, the best one, too.
     """
     order, numbers = list(experiment.students), ["images", "flops", "value"]
     rows = table[(table.column == column) & table.student.isin(order)]
-    rows = rows[rows.grid.str.contains(axis) | rows.final].astype(dict.fromkeys(numbers, float))
+    last = rows.groupby(["student", "seed", "snapshot"], dropna=False).final.transform("any")
+    on_grid = rows.grid.str.contains(axis) & rows.selected.isna() & ~last.astype(bool)
+    rows = rows[on_grid | rows.final].astype(dict.fromkeys(numbers, float))
     per_seed = rows.groupby(["student", "snapshot", "seed"])[numbers].mean().reset_index()
     points = per_seed.groupby(["student", "images"])
     result = points.value.agg(mean="mean", low="min", high="max")
