@@ -31,6 +31,7 @@ from harness.context import Context
 from harness.errors import did_you_mean
 from harness.io import logs
 from harness.method import OptimizerConfig, Phase
+from harness.precision import set_precision
 from harness.students.run import assemble
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment
@@ -51,9 +52,10 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_peak(device: str, precision: str, repeats: int = 9) -> tuple[float, str]:
+def matmul_peak(device: str, section: TrainingSection, repeats: int = 9) -> tuple[float, str]:
     """Best rate of a square matrix product in operations per second, and its name."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    set_precision(device, section.tf32)
+    dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
     size = 8192 if device.startswith("cuda") else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
     best = 0.0
@@ -63,12 +65,14 @@ def matmul_peak(device: str, precision: str, repeats: int = 9) -> tuple[float, s
         a @ b
         synchronise(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best, f"{precision}, {size} x {size}"
+    name = "tf32" if section.tf32 and section.precision == "fp32" else section.precision
+    return best, f"{name}, {size} x {size}"
 
 
 # Choices of `--compare`: a key of `training`, its values off and on.
 SWITCHES = {
     "bf16": ("precision", "fp32", "bf16"),
+    "tf32": ("tf32", False, True),
     "channels_last": ("channels_last", False, True),
     "compile": ("compile", False, True),
 }
@@ -121,6 +125,7 @@ def measure(
 ) -> tuple[float, float]:
     """Images per second (median over iterations) and operations per image."""
     run = replace(experiment.student_run(student, 0), training=training)
+    set_precision(run.device, training.tf32, static_shapes=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = dry_run_inputs(experiment, student)
         trainer = kind(assemble(run, inputs, Path(folder), "benchmark"))
@@ -186,7 +191,7 @@ def main() -> None:
             measure(experiment, student, switched(section, switches, on=True), *counts)
             for switches in ([], *sets)
         ]
-        best, product = matmul_peak(experiment.device, section.precision)
+        best, product = matmul_peak(experiment.device, section)
         peak = max(peak, best)
         ratios = [other / rate for other, _ in others]
         if PLAIN in args.compare:

@@ -4,9 +4,9 @@ __version__ = "0.1.0"
 
 # Part of all fingerprints. Raise it when a change of code changes results: finished runs are then
 # repeated instead of compared with new ones.
-RESULTS_FORMAT = 3
+RESULTS_FORMAT = 4
 # The same for scores and the format of their files: everything is scored again, nothing retrained.
-SCORES_FORMAT = 5
+SCORES_FORMAT = 6
 
 # Public classes, which diffusers also looks up here when it loads an exported pipeline.
 _MODULES = {

@@ -1,7 +1,8 @@
 """Sampling in blocks of fixed size, with noise that depends on (seed, index) alone.
 
 All blocks have the same size, so that the same weights give the same bytes for image i in any call
-and with any number of processes. Noise and labels are drawn on the host.
+and with any number of processes (on a GPU up to rounding, since cuDNN times its algorithms in each
+process). Noise and labels are drawn on the host.
 """
 
 import math

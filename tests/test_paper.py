@@ -463,6 +463,7 @@ def write_teacher_scores(experiment, *rows: tuple) -> None:
         fingerprint=digest(
             reference_fingerprint(experiment.scoring(), experiment.teachers["edm"].sampler)
         ),
+        tf32=False,
         entries=[entry],
         protocols={},
         dimensions={},

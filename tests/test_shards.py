@@ -105,6 +105,7 @@ def _score_record() -> ScoreRecord:
     return ScoreRecord(
         weights="w",
         fingerprint="f",
+        tf32=False,
         entries=[entry],
         protocols={"p": {"settings": None}},
         dimensions={"cnn": 2},

@@ -154,7 +154,7 @@ class Experiment:
             "teacher": self.teacher_fingerprint(pair_set.teacher),
             "pairs": pair_set.count,
             "sampler": pair_set.sampler.model_dump(),
-            "block": self.evaluation.block,
+            **self.evaluation.model_dump(include={"block", "tf32"}),
         }
 
     def run_fingerprint(self, name: str, seed: int) -> dict:
@@ -225,7 +225,8 @@ class Experiment:
 
     def pair_job(self, name: str) -> jobs.PairJob:
         pairs = self.pair_sets[name]
-        facts = {"teacher": self.paths.teacher(pairs.teacher), "block": self.evaluation.block}
+        facts = self.evaluation.model_dump(include={"block", "tf32"})
+        facts["teacher"] = self.paths.teacher(pairs.teacher)
         return self._job(jobs.PairJob, "pairs", name, pairs=pairs, **facts)
 
     def scoring(self) -> jobs.Scoring:

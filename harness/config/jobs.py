@@ -85,6 +85,7 @@ class PairJob(Job):
     pairs: PairSet
     teacher: Path
     block: int
+    tf32: bool
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ class Switches(Section):
     """How a training loop computes; results differ by rounding only."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = Field(False, description="TensorFloat-32 where a GPU computes in fp32")
     channels_last: bool = Field(False, description="memory format of the networks' weights")
     compile: bool = Field(False, description="torch.compile for denoisers, static shapes")
     gradient_checkpointing: bool = Field(False, description="recompute activations (diffusers)")
@@ -224,6 +225,7 @@ class EvaluationSection(Section):
     neighbours: Positive = 3
     grid_samples: Positive = 100
     block: Positive = Field(256, description="images per sampling batch, also for teacher pairs")
+    tf32: bool = Field(False, description="TensorFloat-32 for sampling and teacher pairs on a GPU")
 
 
 class PublishedName(Section):

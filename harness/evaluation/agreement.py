@@ -25,6 +25,7 @@ from harness.evaluation.registry import FRECHET, METRICS
 from harness.features.base import FeatureExtractor, load_extractor
 from harness.io.artifacts import load_tensors, write_text
 from harness.io.records import ScoreRecord
+from harness.precision import set_precision
 from harness.streams import Stream
 
 TOLERANCE = 1e-4
@@ -40,6 +41,7 @@ def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
     import pandas as pd
     from tabulate import tabulate
 
+    set_precision(scoring.device)
     dataset, rows = datasets.load(scoring.data), []
     samples, train = ScoreRecord.read(scores).kept, dataset.train.pixels
     generated = load_tensors(scores.with_name(samples.file), samples.sha256)["pixels"]

@@ -185,7 +185,8 @@ class Scorer:
 
     def _protocol(self, metric: Metric, extractor: FeatureExtractor, count: int) -> dict[str, Any]:
         """The record that identifies a number. Its digest is the key in the score file and the
-        tables; numbers of two protocols never share a column."""
+        tables; numbers of two protocols never share a column. Without `sampling_precision` the
+        generating networks compute in float32, as feature networks always do."""
         data, settings = self.dataset, dict(metric.settings)
         library, reference = f"harness {__version__}", f"train{len(data.train)}"
         if "inception" in extractor.provided:
@@ -197,6 +198,8 @@ class Scorer:
             reference, sha256 = "statistics", self.published_sha256
         elif metric.limit and len(data.train) > metric.limit:
             extra["reference_draw"] = f"a fixed draw of {metric.limit} images"
+        if self.scoring.evaluation.tf32:
+            extra["sampling_precision"] = "float32, with TensorFloat-32 on GPUs"
         if data.evaluation_prompts:
             extra["prompts_sha256"] = data.evaluation_prompts.sha256
         return {

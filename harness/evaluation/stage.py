@@ -23,6 +23,7 @@ from harness.evaluation.selection import Criterion, best, check_available, crite
 from harness.io import artifacts, records
 from harness.io.shards import TensorShards
 from harness.networks import WEIGHTS, denoiser_record, load_codec, load_denoiser, pipeline_sha256
+from harness.precision import set_precision
 from harness.sampling import Generator, heun, one_step_generator, pixels_of, sample
 from harness.teachers.text_embeddings import load_embeddings
 from harness.training.distributed import processes
@@ -107,8 +108,8 @@ class ScoreFile:
 
     def _shards(self, *identity: object) -> TensorShards:
         """The store of an interrupted stream of samples. identity: what decides them."""
-        data = self.scorer.dataset
-        key = [*self.hashes, self.scoring.evaluation.block, data.sha256]
+        data, evaluation = self.scorer.dataset, self.scoring.evaluation
+        key = [*self.hashes, evaluation.block, evaluation.tf32, data.sha256]
         key += [torch.__version__, self.scoring.device]
         for e in self.scorer.extractors:
             key.append([e.name, e.hashes, e.settings.model_dump(), e.resize, e.details])
@@ -157,6 +158,7 @@ class ScoreFile:
             fingerprint=artifacts.digest(fingerprint),
             entries=self.entries,
             samples=samples,
+            tf32=self.scoring.evaluation.tf32,
             protocols=scorer.protocols,
             dimensions=scorer.dimensions,
             **facts,
@@ -167,6 +169,7 @@ class ScoreFile:
 def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
     """Score the snapshots of a run and write its score file: all of them or, with a selection seed,
     the last one and the best of all by that seed."""
+    set_precision(scoring.device, scoring.evaluation.tf32, static_shapes=True)
     run = records.StudentRecord.read(job.folder / "student.json")
     check_weights(run, job.folder)
     file = ScoreFile(scoring, job.teacher, output)
@@ -232,6 +235,7 @@ def check_weights(run: records.StudentRecord, folder: Path) -> None:
 def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
     """Score a teacher with its sampler and with one step, and the floor (real held-out images, if
     any); write the score file."""
+    set_precision(scoring.device, scoring.evaluation.tf32, static_shapes=True)
     teacher = records.TeacherRecord.read(job.folder / "teacher.json")
     file, sampler = ScoreFile(scoring, job.folder, output), job.section.sampler
     scorer, evaluation, settings = file.scorer, scoring.evaluation, sampler.model_dump()
@@ -273,6 +277,7 @@ def score_folder(scoring: Scoring, path: Path) -> list[records.ScoreRow]:
     Labels are required if the experiment has classes, and optional for prompts. The sample counts
     are the experiment's as far as there are enough images, otherwise the number of images.
     """
+    set_precision(scoring.device)
     scorer = Scorer(scoring)
     data = scorer.dataset
     # With prompts labels are optional, and pretrained networks resize the images.

@@ -22,15 +22,13 @@ from harness.errors import Problem, UserError
 from harness.io.artifacts import sha256_file
 from harness.io.downloads import fetch, source_problems
 from harness.io.records import FeatureRecord
+from harness.precision import full_precision, set_precision
 from harness.registry import Registry
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 64  # images per forward pass of a pretrained network
 NO_WEIGHTS = "no weights"  # status of metrics without their network
-
-# A decorator: no TensorFloat-32 convolutions, since features must not depend on the GPU.
-full_precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class TextEncoder(Protocol):
@@ -47,7 +45,8 @@ class TextEncoder(Protocol):
 
 
 class FeatureExtractor(ABC):
-    """A feature network of an experiment. It has no network until `load`."""
+    """A feature network of an experiment. It has no network until `load`. Features must not depend
+    on the GPU, so `load` and `extract` of every subclass compute in full precision."""
 
     Settings: ClassVar[type[FeatureSettings]]  # its keys in an experiment, with `type` as a literal
     trained: ClassVar[bool] = False  # in the workflow, on the experiment's data
@@ -65,6 +64,11 @@ class FeatureExtractor(ABC):
     text_shape: tuple[int, int] | None = None  # tokens and width, if it is a `TextEncoder`, too
     sha256: str  # of the weights
     hashes: dict[str, str]  # of all weights that its outputs depend on
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for name in {"load", "extract"} & vars(cls).keys():
+            setattr(cls, name, full_precision()(getattr(cls, name)))
 
     def __init__(self, name: str, settings: FeatureSettings):
         self.name, self.settings = name, settings
@@ -135,6 +139,7 @@ def load_extractor(folder: Path, dataset: Dataset, device: str = "cpu") -> Featu
 
 def make_features(job: FeatureJob) -> FeatureRecord:
     """Train or fetch a feature network: leaves `features/<name>/` with its `features.json`."""
+    set_precision(job.device, static_shapes=True)
     return new_extractor(job.name, job.settings).make(job)
 
 
@@ -221,7 +226,6 @@ class PretrainedExtractor(FeatureExtractor):
         """Outputs of the network for one block of inputs."""
 
     @torch.no_grad()
-    @full_precision
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         blocks = [self.outputs(self.inputs(block)) for block in pixels.split(BLOCK)]
         return {key: torch.cat([block[key] for block in blocks]).cpu() for key in blocks[0]}

@@ -17,7 +17,7 @@ from harness.data.datasets import Dataset, Images, placed
 from harness.denoiser import to_model_space
 from harness.errors import Problem
 from harness.features.aesthetic import train_head
-from harness.features.base import FeatureExtractor, full_precision
+from harness.features.base import FeatureExtractor
 from harness.io.artifacts import damaged, digest, link, load_tensors, save_tensors
 from harness.io.locks import run_lock
 from harness.io.records import FeatureRecord
@@ -76,7 +76,6 @@ class TrainedExtractor(FeatureExtractor):
         """Outputs for images in [-1, 1]."""
 
     @torch.no_grad()
-    @full_precision
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         outputs = self.outputs(to_model_space(pixels.to(self.device)), labels)
         return {name: output.cpu() for name, output in outputs.items()}

@@ -85,6 +85,7 @@ class TrainingFacts(Record):
     run_id: str | None = None  # a folder below `runs/`
     sha256: str | None = None
     stop: Stop | None = None  # the budget that ended the training
+    tf32: bool | None = None  # whether TensorFloat-32 was allowed where training used float32
     skipped_steps: dict[str, int] | None = None  # phase -> steps with a non-finite gradient
     ledger: Costs | None = None  # totals (`harness.training.ledger`)
 
@@ -140,6 +141,7 @@ class PairRecord(Record):
     pairs: int
     sampler: dict[str, Any]
     evaluations: int  # of the teacher's network
+    tf32: bool  # whether it was allowed TensorFloat-32
     flops: int
     seconds: float
     contended: bool  # other work ran meanwhile
@@ -223,6 +225,7 @@ class ScoreRecord(Record):
     weights: str  # sha256 of the network
     fingerprint: str
     contended: bool = False
+    tf32: bool  # whether sampling was allowed TensorFloat-32; feature networks never are
     entries: list[ScoreEntry]
     samples: Samples | None = None  # images for figures
     protocols: dict[str, dict[str, Any]]

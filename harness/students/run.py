@@ -11,6 +11,7 @@ from harness.io.artifacts import digest, link
 from harness.io.locks import machine_slot, run_lock
 from harness.io.records import StudentRecord
 from harness.method import METHODS
+from harness.precision import set_precision
 from harness.streams import seeded
 from harness.students.inputs import Inputs, load_inputs
 from harness.training.distributed import processes
@@ -107,6 +108,7 @@ def describe(run: StudentRun) -> dict:
 
 def train_student(run: StudentRun) -> StudentRecord | None:
     """Train a run to its budget and write `student.json`; the first process returns the record."""
+    set_precision(run.device, run.training.tf32, static_shapes=True)
     group, slot = processes(), machine_slot(exclusive=run.exclusive)
     with group.leading(run_lock(run.folder)), group.leading(slot) as exclusive:
         inputs = load_inputs(run)

@@ -17,6 +17,7 @@ from harness.io.locks import machine_slot, run_lock
 from harness.io.records import PairRecord, TeacherRecord
 from harness.io.shards import TensorShards
 from harness.networks import load_denoiser, pipeline_sha256
+from harness.precision import set_precision
 from harness.sampling import balanced_labels, check_finite, heun
 from harness.streams import PAIR_NOISE
 from harness.teachers.text_embeddings import load_embeddings
@@ -30,6 +31,7 @@ SHARD = 16  # blocks per file
 def make_pairs(job: PairJob) -> PairRecord | None:
     """Generate a pair set, continuing after its complete shards; the first process returns the
     record."""
+    set_precision(job.device, job.tf32, static_shapes=True)
     pairs, group, slot = job.pairs, processes(), machine_slot(exclusive=job.exclusive)
     with group.leading(run_lock(job.folder)), group.leading(slot) as exclusive:
         sha256 = TeacherRecord.read(job.teacher / "teacher.json").sha256
@@ -56,6 +58,7 @@ def make_pairs(job: PairJob) -> PairRecord | None:
             pairs=pairs.count,
             sampler=pairs.sampler.model_dump(),
             evaluations=pairs.count * pairs.sampler.nfe,
+            tf32=job.tf32,
             **{key: sum(shard[key] for shard in shards.records) for key in ("flops", "seconds")},
             contended=not exclusive,
             sha256=shards.finish()["sha256"],

@@ -21,6 +21,7 @@ from harness.io.downloads import fetch
 from harness.io.locks import run_lock
 from harness.io.records import File, TeacherRecord
 from harness.method import OptimizerConfig, Phase
+from harness.precision import set_precision
 from harness.schedules import edm_weight, lognormal_sigma
 from harness.streams import seeded
 from harness.teachers.edm_pickle import read_edm_pickle
@@ -35,7 +36,9 @@ def make_teacher(job: TeacherJob) -> TeacherRecord | None:
     """Train or import a teacher and write its folder with `teacher.json`; the first process returns
     the record."""
     if isinstance(job.section, ImportedTeacher):
+        set_precision(job.device)  # for text encoders
         return _import(job)
+    set_precision(job.device, job.section.tf32, static_shapes=True)
     dataset, texts, null = datasets.load(job.data), {}, None
     if job.text_encoder is not None:
         from harness.features.base import load_extractor

@@ -116,7 +116,8 @@ def _outcome(run: TrainingRun, snapshots: list[dict], nonfinite: dict[str, int])
     *earlier, last = snapshots
     ledger = Ledger(**last["ledger"])
     on_grid = [record for record in earlier if record["grid"]]
-    return Outcome(ledger.reached(run.budget), ledger, [*on_grid, last], nonfinite)
+    stop = ledger.reached(run.budget)
+    return Outcome(stop, ledger, [*on_grid, last], nonfinite, run.loop.tf32)
 
 
 def _outcome_at_snapshot(run: TrainingRun, state: dict) -> Outcome | None:

@@ -58,6 +58,7 @@ class Outcome:
     ledger: Ledger
     snapshots: list[dict]
     nonfinite: dict[str, int]
+    tf32: bool
 
     def record(self, run_id: str) -> dict[str, Any]:
         """The fields that the records of all trained networks share (`io.records`)."""
@@ -67,6 +68,7 @@ class Outcome:
             "run_id": run_id,
             "sha256": self.snapshots[-1]["sha256"],
             "stop": self.stop,
+            "tf32": self.tf32,
             "skipped_steps": self.nonfinite,
             "ledger": self.ledger.model_dump(),
         }
