@@ -6,8 +6,8 @@ discriminator has heads on random mixtures of frozen pretrained features (Sauer 
 projected GAN). GDD-I is this method with the student's option `freeze: innate`.
 
 Deviations:
-* The projected discriminator is written from its paper (`harness.features.projected`). Its heads
-  use GroupNorm and learn class embeddings; the authors embed ImageNet's classes.
+* The projected discriminator is written from its paper (`harness.discriminators.compact`). Its
+  heads use GroupNorm and learn class embeddings; the authors embed ImageNet's classes.
 * For images without a suitable pretrained backbone (8 x 8 digits), `features` names a feature
   network of the experiment: two convolutions on each of its maps, without random mixing. It should
   not be used for scoring.
@@ -18,11 +18,12 @@ Deviations:
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn, no_grad
-from torch.nn.functional import leaky_relu, softplus
+from torch.nn.functional import softplus
 
 from harness.context import Context
 from harness.denoiser import Condition, EDMDenoiser
-from harness.features import projected
+from harness.discriminators.compact import CompactDiscriminator, CompactFeatures
+from harness.discriminators.feature_maps import FeatureDiscriminator
 from harness.method import Method, MethodConfig, OptimizerConfig, Phase, Requirements, code, ours
 
 
@@ -42,33 +43,6 @@ def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> 
     total = sum(head.sum() for head in real_logits)
     (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
     return gamma / 2 * gradient.square().sum(dim=(1, 2, 3))
-
-
-class FeatureDiscriminator(nn.Module):
-    """A head per map of a frozen feature network, with a logit per position; conditioned on class
-    or text by projection (Miyato and Koyama 2018)."""
-
-    def __init__(self, features: nn.Module, num_classes: int, width: int, text_width: int = 0):
-        super().__init__()
-        channels = features.map_channels
-        self.hidden = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1) for c in channels)
-        self.embed = nn.ModuleList(
-            projected.condition_embedding(max(num_classes, 1), width, text_width) for _ in channels
-        )
-        self.output = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in channels)
-        for table in self.embed:
-            nn.init.normal_(table.weight, std=width**-0.5)
-
-    def forward(self, maps: list[Tensor], condition: Condition) -> list[Tensor]:
-        """Logits `(B, H_i, W_i)` per head."""
-        logits, heads = [], zip(maps, self.hidden, self.embed, self.output, strict=True)
-        for x, hidden, embed, output in heads:
-            h = leaky_relu(hidden(x), 0.2)
-            score = output(h).squeeze(1)
-            if condition is not None:
-                score = score + (h * embed(condition)[:, :, None, None]).sum(dim=1)
-            logits.append(score)
-        return logits
 
 
 class GDD(Method):
@@ -109,8 +83,8 @@ class GDD(Method):
             self.features = features
             self.discriminator = FeatureDiscriminator(features, *sizes)
         else:
-            self.features = projected.ProjectedFeatures(features, config.width, config.resolution)
-            self.discriminator = projected.ProjectedDiscriminator(self.features, *sizes)
+            self.features = CompactFeatures(features, config.width, config.resolution)
+            self.discriminator = CompactDiscriminator(self.features, *sizes)
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:

@@ -1,4 +1,4 @@
-"""The projected discriminator and its pretrained backbones."""
+"""The compact projected discriminator and its pretrained backbones."""
 
 import copy
 import json
@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from harness.discriminators.compact import CompactDiscriminator, CompactFeatures
 from harness.errors import UserError
 from harness.features import timm_backbones as backbones
 from harness.features.base import load_in_order
-from harness.features.projected import ProjectedDiscriminator, ProjectedFeatures
 from harness.features.timm_backbones import (
     LITE0,
     Backbone,
@@ -42,8 +42,8 @@ def untrained(name: str) -> Backbone:
 def projected(name: str, cout: int = 8, resolution: int = 64, seed: int = 0):
     backbone = load_backbone(name) if name == LITE0 else untrained(name)
     with seeded(seed):
-        features = ProjectedFeatures([backbone], cout, resolution)
-        return features, ProjectedDiscriminator(features, 10, cout)
+        features = CompactFeatures([backbone], cout, resolution)
+        return features, CompactDiscriminator(features, 10, cout)
 
 
 NETWORKS = ["resnet18", "vit_tiny_patch16_224", pytest.param(LITE0, marks=needs_lite0)]
@@ -64,8 +64,8 @@ def test_four_maps_and_four_heads_per_backbone(name, channels):
 
 def test_maps_at_the_published_size_and_heads_of_two_backbones():
     with seeded(0):
-        features = ProjectedFeatures([untrained("resnet18"), untrained("vit_tiny_patch16_224")], 4)
-        discriminator = ProjectedDiscriminator(features, 0, 4)
+        features = CompactFeatures([untrained("resnet18"), untrained("vit_tiny_patch16_224")], 4)
+        discriminator = CompactDiscriminator(features, 0, 4)
     maps = features(torch.randn(1, 3, 32, 32))
     assert [m.shape[-1] for m in maps] == [112, 56, 28, 14] * 2
     assert [m.shape[1] for m in maps] == [4, 4, 8, 16] * 2
@@ -163,8 +163,8 @@ def test_gdd_trains_the_heads_and_leaves_frozen_weights_unchanged(name, channels
     assert not any(module.training for module in features.modules())
     with torch.random.fork_rng():  # as run_method builds them
         torch.manual_seed(1)
-        again = ProjectedFeatures([backbone], 4, 64)
-        heads = ProjectedDiscriminator(again, 10, 4)
+        again = CompactFeatures([backbone], 4, 64)
+        heads = CompactDiscriminator(again, 10, 4)
     for a, b in zip(again.pyramids.parameters(), features.pyramids.parameters(), strict=True):
         assert torch.equal(a, b)
     trained = dict(run.networks["discriminator"].named_parameters())

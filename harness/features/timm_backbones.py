@@ -14,6 +14,7 @@ from harness.io.artifacts import sha256_file
 from harness.io.downloads import cache_dir, load_pickled
 
 STRIDES = (4, 8, 16, 32)
+_POOLING = (nn.MaxPool2d, nn.AvgPool2d)
 LITE0 = "tf_efficientnet_lite0"
 # GDD's backbones (Zheng and Yang 2024), for messages; any timm network with four scales works.
 KNOWN = ("deit_base_distilled_patch16_224", LITE0, "vgg16_bn")
@@ -84,25 +85,41 @@ def load_weights(name: str, path: Path, **options) -> nn.Module:
 
 
 class Backbone(nn.Module):
-    """Four feature maps `(B, C_i, H/s_i, W/s_i)` of a frozen timm network, for s_i in `STRIDES` and
-    inputs `(B, 3, H, W)` in [-1, 1], H and W multiples of 32, which are normalised as in its
-    training. Of a CNN: the last map of each scale (for VGG after the activation, before a pooling).
-    A plain transformer has one scale: the outputs of its blocks at 1/4, 1/2, 3/4 and the end,
-    without class tokens, are resampled bilinearly."""
+    """Four feature maps of a frozen timm network, from fine to coarse.
+
+    Calling it, with inputs `(B, 3, H, W)` in [-1, 1], H and W multiples of 32: maps
+    `(B, C_i, H/s_i, W/s_i)` for s_i in `STRIDES`; of a CNN the last map of each scale (for VGG the
+    last one is after the last pooling). A plain transformer has one scale: the outputs of its
+    blocks at 1/4, 1/2, 3/4 and the end, without class tokens, are resampled bilinearly.
+
+    `native_maps`, with inputs that `normalise` returned: nothing is resampled. Of a CNN the last
+    four scales, without levels that only pool (so VGG's strides are 2 to 16 and its maps are after
+    the activation, before the pooling); of a plain transformer the same blocks. native_channels:
+    of these maps. native_stride: of the last one, in pixels. is_transformer: all have this stride.
+    """
 
     def __init__(self, name: str, network: nn.Module, sha256: str = ""):
         super().__init__()
         self.name, self.sha256 = name, sha256
         info = list(network.feature_info)
         strides = [level["reduction"] for level in info]
+        self.is_transformer = len(set(strides)) == 1 and len(strides) >= len(STRIDES)
         if set(STRIDES) <= set(strides):
             self.levels = [len(strides) - 1 - strides[::-1].index(s) for s in STRIDES]
-        elif len(set(strides)) == 1 and len(strides) >= len(STRIDES):
+            modules = dict(network.named_modules())
+            pooled = [isinstance(modules.get(level.get("module")), _POOLING) for level in info]
+            last = {s: i for i, s in enumerate(strides) if not pooled[i]}  # level of each scale
+            self.native_levels = [last[s] for s in sorted(last)[-len(STRIDES) :]]
+        elif self.is_transformer:
             self.levels = [len(strides) * k // len(STRIDES) - 1 for k in range(1, 5)]
+            self.native_levels = self.levels
         else:
             raise UserError(f"{name!r} has no feature maps at four scales", "unsupported")
         self.map_channels = tuple(info[i]["num_chs"] for i in self.levels)
-        network.prune_intermediate_layers(self.levels, prune_norm=True, prune_head=True)
+        self.native_channels = tuple(info[i]["num_chs"] for i in self.native_levels)
+        self.native_stride = strides[self.native_levels[-1]]
+        kept = sorted({*self.levels, *self.native_levels})
+        network.prune_intermediate_layers(kept, prune_norm=True, prune_head=True)
         for module in network.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # R1 needs second derivatives; fused kernels have none
@@ -118,11 +135,21 @@ class Backbone(nn.Module):
         if hasattr(self.network, "set_input_size"):
             self.network.set_input_size((resolution, resolution))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x_normalised = (x - self.mean) / self.std
-        maps = self.network.forward_intermediates(
-            x_normalised, indices=self.levels, stop_early=True, intermediates_only=True
+    def normalise(self, x: Tensor) -> Tensor:
+        """Images `(B, 1 or 3, H, W)` in [-1, 1], normalised as in the network's training."""
+        return (x - self.mean) / self.std
+
+    def native_maps(self, x: Tensor) -> list[Tensor]:
+        """The four maps as the network computes them, of normalised images."""
+        return self._intermediates(x, self.native_levels)
+
+    def _intermediates(self, x: Tensor, levels: list[int]) -> list[Tensor]:
+        return self.network.forward_intermediates(
+            x, indices=levels, stop_early=True, intermediates_only=True
         )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self._intermediates(self.normalise(x), self.levels)
         sizes = [(x.shape[2] // s, x.shape[3] // s) for s in STRIDES]
         return [
             m if m.shape[2:] == size else interpolate(m, size, mode="bilinear")

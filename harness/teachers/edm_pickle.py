@@ -1,17 +1,9 @@
-"""Convert official EDM pickles (Karras et al. 2022, SiD, GDD) to denoiser folders, safely.
-
-Nothing in the file is executed: the unpickler rejects all names but those in `_ALLOWED`, each bound
-to a function of this module that builds inert data. These objects also reject state: set on a
-tensor it would bypass the checks of its bounds, and on a function or class affect the next file.
-"""
+"""Convert official EDM pickles (Karras et al. 2022, SiD, GDD) to denoiser folders. Nothing in the
+file is executed (`harness.io.pickles`)."""
 
 import inspect
-import io
-import math
 import os
-import pickle
 import reprlib
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +12,15 @@ from torch import Tensor
 from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, sha256_file
-from harness.io.downloads import load_pickled
+from harness.io.pickles import (
+    TENSORS,
+    Inert,
+    InertDict,
+    InertModule,
+    InertValue,
+    Rejected,
+    reading_pickle,
+)
 from harness.networks import BACKBONES, FILES, build_denoiser, denoiser_record, save_denoiser
 
 # Preconditioning classes and their `EDMDenoiser.epsilon`.
@@ -32,39 +32,6 @@ _UNUSED = ("use_fp16", "sigma_min", "sigma_max")
 _MAX_INTEGER = 4096  # among the arguments; the largest official one is 1000, ImageNet's classes
 
 
-class Rejected(pickle.UnpicklingError):
-    """The file contains something that an official pickle does not."""
-
-
-class Inert:
-    """An object whose state cannot be set, nor (the method is static) its class's."""
-
-    @staticmethod
-    def __setstate__(state) -> None:
-        raise Rejected("state for an object that has none")
-
-
-class InertFunction(Inert):
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *arguments):
-        return self.function(*arguments)
-
-
-class InertValue(Inert):
-    """A tensor, unwrapped when the whole file has been read."""
-
-    def __init__(self, value: Tensor):
-        self.value = value
-
-
-def _printable(error: Exception) -> str:
-    """The message of an error, safe for a terminal: names in it come from the file."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))
-    return " ".join(text.split())[:300]
-
-
 class _Record(Inert):
     """A pickled network: its class name and its `__dict__`. The source code is dropped."""
 
@@ -72,18 +39,6 @@ class _Record(Inert):
         if type(meta) is not dict or meta.get("type") != "class":
             raise Rejected("a persistent object that is not a class instance")
         self.class_name, self.state = meta["class_name"], meta["state"]
-
-
-class _ModuleDict:
-    def __setstate__(self, state: dict) -> None:
-        self.state = state
-
-
-class _Dict(dict):
-    """The items of a dict; other state is dropped."""
-
-    def __setstate__(self, state) -> None:
-        pass
 
 
 class _DType:
@@ -105,68 +60,19 @@ def _scalar(dtype: _DType, data: bytes):
     return numpy.frombuffer(data, "<" + dtype.code, count=1)[0].item()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise Rejected(f"text encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _storage(data: bytes) -> InertValue:
-    """Read an inner file, one storage in torch's legacy format, as a flat tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # typed storages are deprecated
-        try:
-            storage = load_pickled(io.BytesIO(data))
-        except pickle.UnpicklingError as error:
-            raise Rejected(f"unreadable tensor data: {error}") from None
-        is_storage = isinstance(storage, torch.storage.TypedStorage)
-        if not is_storage or not storage.dtype.is_floating_point:
-            raise Rejected("tensor data that is not a storage of floating-point numbers")
-        return InertValue(torch.tensor([], dtype=storage.dtype).set_(storage))
-
-
-def _tensor(storage: InertValue, offset: int, size: tuple, stride: tuple, *_) -> InertValue:
-    numbers = (offset, *size, *stride)
-    if type(storage) is not InertValue or any(type(n) is not int or n < 0 for n in numbers):
-        raise Rejected("a tensor with an impossible shape")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    count = math.prod(size)
-    if count > storage.value.numel() or (count and last >= storage.value.numel()):
-        raise Rejected("a tensor larger than its data")
-    return InertValue(storage.value.as_strided(size, stride, offset))
-
-
-_ALLOWED = {
+_ALLOWED = TENSORS | {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Record,
-    ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
-    ("collections", "OrderedDict"): _Dict,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch.nn.modules.container", "ModuleDict"): InertModule,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy", "dtype"): _DType,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("_codecs", "encode"): _encode,
-    ("dnnlib.util", "EasyDict"): _Dict,
+    ("dnnlib.util", "EasyDict"): InertDict,
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _ALLOWED:
-            raise Rejected(f"{module}.{name}, which official EDM pickles do not use")
-        target = _ALLOWED[module, name]
-        return target if isinstance(target, type) else InertFunction(target)
-
-    def persistent_load(self, pid):
-        raise Rejected("a persistent id")
 
 
 def _tensors(record, prefix: str) -> dict[str, Tensor]:
     """The tensors of a module and its children under the names of its state dict."""
-    if not isinstance(record, _Record | _ModuleDict):
+    if not isinstance(record, _Record | InertModule):
         raise Rejected(f"{prefix.rstrip('.')} of type {type(record).__name__}")
     tensors = {}
     named = record.state.get("_parameters", {}) | record.state.get("_buffers", {})
@@ -256,19 +162,10 @@ def _denoiser(network: _Record) -> EDMDenoiser:
 
 def read_edm_pickle(path: Path) -> EDMDenoiser:
     """Read the network `ema` of an official pickle. Other files raise a one-line `UserError`."""
-    try:
-        with open(path, "rb") as file:
-            content = _Unpickler(file).load()
+    with reading_pickle(path, _ALLOWED, "an EDM pickle") as content:
         if not isinstance(content, dict) or "ema" not in content:
             raise Rejected("no entry 'ema'")
         return _denoiser(content["ema"])
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "missing-file") from None
-    except Rejected as error:
-        raise UserError(f"{path} rejected: it contains {_printable(error)}", "rejected") from None
-    except Exception as error:  # a foreign file may fail in any way
-        reason = f"{type(error).__name__}: {_printable(error)}"
-        raise UserError(f"{path} is damaged or not an EDM pickle ({reason})", "damaged") from None
 
 
 def _is_import(path: Path) -> bool:

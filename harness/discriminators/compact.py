@@ -1,9 +1,10 @@
-"""The projected discriminator: trained heads on random mixtures of frozen pretrained features.
-Written from Sauer et al. 2021 (Projected GANs, arXiv 2111.01007), as in GDD. Docstrings name our
-choices where the paper leaves them open."""
+"""A compact projected discriminator: trained heads on random mixtures of frozen pretrained
+features, of any width, conditioned on class or text. Written from the text of Sauer et al. 2021
+(Projected GANs, arXiv 2111.01007); docstrings name our choices where it leaves them open. GDD's
+authors build another network: `harness.discriminators.projected`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.functional import interpolate
 from torch.nn.utils.parametrizations import spectral_norm
 
 from harness.denoiser import Condition
+from harness.discriminators.embeddings import condition_embedding
 from harness.features.timm_backbones import STRIDES, Backbone
 
 
@@ -45,7 +47,7 @@ class RandomPyramid(nn.Module):
         return mixed[::-1]
 
 
-class ProjectedFeatures(nn.Module):
+class CompactFeatures(nn.Module):
     """The frozen part: backbones and their random pyramids. `forward(pixels)`: `(B, 1 or 3, H, W)`
     in [-1, 1], resized bilinearly to `resolution` -> four maps per backbone from fine to coarse,
     one backbone after the other. Twice differentiable. Only trained networks are saved: a resumed
@@ -67,23 +69,7 @@ class ProjectedFeatures(nn.Module):
         return [m for backbone, pyramid in networks for m in pyramid(backbone(x))]
 
 
-class TextEmbedding(nn.Linear):
-    """A linear map of the mean token embedding of a text, without masked padding."""
-
-    def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
-        tokens = condition["embeddings"].to(self.weight)
-        mask = condition.get("mask", tokens.new_ones(tokens.shape[:2])).to(tokens)
-        mean = (tokens * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        return super().forward(mean)
-
-
-def condition_embedding(num_classes: int, size: int, text_width: int) -> nn.Module:
-    """A learned embedding `(B, size)` of labels int64 `(B,)`, or of texts with token embeddings of
-    width `text_width`."""
-    return TextEmbedding(text_width, size) if text_width else nn.Embedding(num_classes, size)
-
-
-class ProjectedHead(nn.Module):
+class CompactHead(nn.Module):
     """One discriminator: a map `(B, C, H, W)` and labels -> logits `(B, H', W')`.
     Blocks of a spectrally normalised 4x4 convolution with stride 2, GroupNorm and LeakyReLU reduce
     the map to 1/32 of the image size; a last 4x4 convolution gives the logit. With labels it also
@@ -117,14 +103,14 @@ class ProjectedHead(nn.Module):
         return logits + product / embedding.shape[1] ** 0.5
 
 
-class ProjectedDiscriminator(nn.Module):
-    """One head per map of `ProjectedFeatures`; the logits of all heads have one low resolution."""
+class CompactDiscriminator(nn.Module):
+    """One head per map of `CompactFeatures`; the logits of all heads have one low resolution."""
 
     def __init__(self, features: nn.Module, num_classes: int, cout: int, text_width: int = 0):
         super().__init__()
         widths = [cout * 2**i for i in range(len(STRIDES))]
         self.heads = nn.ModuleList(
-            ProjectedHead(channels, widths[i % len(STRIDES) :], num_classes, cout, text_width)
+            CompactHead(channels, widths[i % len(STRIDES) :], num_classes, cout, text_width)
             for i, channels in enumerate(features.map_channels)
         )
 

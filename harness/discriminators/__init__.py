@@ -1,0 +1,1 @@
+"""Discriminators on the feature maps of frozen networks."""
