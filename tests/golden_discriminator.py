@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from harness.discriminators.projected import (
     ProjectedDiscriminator,
@@ -68,6 +69,15 @@ class ConvolutionTrunk(nn.Module):
         return maps
 
 
+def convolution_trunks(name: str) -> list[ConvolutionTrunk]:
+    """Trunks with the map sizes of an official discriminator."""
+    maps = {t: fact["maps"] for t, fact in facts()[name]["trunks"].items()}
+    channels = {t: tuple(channels for _, channels, _ in maps[t]) for t in maps}
+    if DEIT in channels:
+        channels[DEIT] = (768,) * 4  # of the tokens, before the reassembly
+    return [ConvolutionTrunk(t, channels[t]) for t in facts()[name]["backbones"]]
+
+
 def fill(name: str, shape: tuple[int, ...], kind: str, init: str) -> Tensor:
     """The value of a tensor, by its official name and initialisation."""
     if kind == "buffer" and init in ("ones", "zeros"):
@@ -115,20 +125,14 @@ class Golden:
         self.arrays, self.name, self.inputs = arrays, name, inputs
         self.facts = facts()[name]
         self.trunks = self.facts["backbones"]
-        channels = [tuple(m[1] for m in self.facts["trunks"][t]["maps"]) for t in self.trunks]
-        self.features = ProjectedFeatures(
-            [
-                ConvolutionTrunk(t, (768,) * 4 if t == DEIT else c)
-                for t, c in zip(self.trunks, channels, strict=True)
-            ]
-        )
+        self.features = ProjectedFeatures(convolution_trunks(name))
         table = torch.zeros(1000, 320) if self.facts["conditional"] else None
         self.discriminator = ProjectedDiscriminator(self.features, self.facts["classes"], table)
         self.labels, self.initial = None, None
         if table is not None:
             self.labels = torch.from_numpy(arrays[f"labels/{name}"])
         official = [tuple(t) for t in self.facts["feature_network"]["tensors"]]
-        self.fill(self.features, official + [*self.trunk_tensors()])
+        self.fill(self.features, [*official, *self.trunk_tensors()])
 
     def trunk_tensors(self):
         for number, trunk in enumerate(self.trunks):
@@ -168,7 +172,9 @@ class Golden:
     def leaves(self, real: bool) -> list[Tensor]:
         """The tensors that gradients are computed for: the images, or all maps of all trunks."""
         if self.inputs == "images":
-            array = self.arrays[f"input/images{self.facts['image_resolution']}/{('fake', 'real')[real]}"]
+            array = self.arrays[
+                f"input/images{self.facts['image_resolution']}/{('fake', 'real')[real]}"
+            ]
             return [torch.from_numpy(array).float() / 127.5 - 1]
         return [m for trunk in self.trunks for m in self.maps(trunk, real)]
 
@@ -185,18 +191,18 @@ class Golden:
     def logits(self, leaves: list[Tensor]) -> list[Tensor]:
         return self.discriminator(self.projected(leaves), self.labels)
 
-    def by_trunk(self, logits: list[Tensor]) -> dict[str, Tensor]:
-        """Logits `(B, heads, K)` of each trunk."""
-        return {
-            t: torch.stack(logits[4 * i : 4 * i + 4], dim=1) for i, t in enumerate(self.trunks)
-        }
+    def by_trunk(self, stage: str, logits: list[Tensor]):
+        """Logits `(B, heads, K)` of each trunk, by their names in the file."""
+        for i, trunk in enumerate(self.trunks):
+            yield f"{stage}/{trunk}", torch.stack(logits[4 * i : 4 * i + 4], dim=1)
 
     def converge(self) -> None:
         """Set the vectors of the spectral norms to the first singular vectors."""
         for layer in self.convolutions():
-            left, _, right = torch.linalg.svd(layer.weight.detach().flatten(1), full_matrices=False)
-            layer.u.copy_(left[:, 0])
-            layer.v.copy_(right[0])
+            matrix = layer.weight.detach().flatten(1).double()
+            left = torch.linalg.eigh(matrix @ matrix.t()).eigenvectors[:, -1]
+            layer.u.copy_(left)
+            layer.v.copy_(normalize(matrix.t() @ left, dim=0))
 
     def convolutions(self) -> list[SpectralConv2d]:
         return [m for m in self.discriminator.modules() if isinstance(m, SpectralConv2d)]
@@ -224,6 +230,19 @@ def thinned(x: Tensor) -> Tensor:
 # -- quantities -----------------------------------------------------------------------------------
 
 
+def fill_quantities(golden: Golden):
+    """First value and sum of each filled tensor, in the official order."""
+    golden.fresh()
+    for part, network in (
+        ("feature_network", golden.features),
+        ("discriminator", golden.discriminator),
+    ):
+        own = network.state_dict()
+        tensors = [own[own_name(name, golden.trunks)] for name, *_ in golden.facts[part]["tensors"]]
+        rows = [[t.flatten()[0].double(), t.double().sum()] for t in tensors]
+        yield f"maps/{golden.name}/fill/{part}", torch.tensor(rows)
+
+
 def feature_quantities(golden: Golden):
     """Maps within and after the random projection, by their names in the file."""
     with torch.no_grad():
@@ -232,7 +251,10 @@ def feature_quantities(golden: Golden):
                 yield f"images/{golden.name}/projected/{golden.trunks[i // 4]}/{i % 4}", thinned(m)
             return
         for number, trunk in enumerate(golden.trunks):
-            maps, projection = golden.maps(trunk, real=False), golden.features.projections[0][number]
+            maps, projection = (
+                golden.maps(trunk, real=False),
+                golden.features.projections[0][number],
+            )
             for k, m in enumerate(projection(maps)):
                 moments = torch.stack([m.mean((0, 2, 3)), m.square().mean((0, 2, 3)).sqrt()])
                 yield f"maps/projected/{trunk}/{k}", thinned(m)
@@ -244,72 +266,81 @@ def feature_quantities(golden: Golden):
                 yield f"maps/channel_mixed/{trunk}/{k}", thinned(projection.across_channels[k](m))
 
 
-def quantities(golden: Golden):
-    """Logits, losses and gradients of one discriminator, by their names after `<set>/<name>/`."""
-    fake, real = golden.leaves(real=False), golden.leaves(real=True)
-    n = len(fake[0])
-
-    def logits(stage: str, inputs: list[Tensor]):
-        found = golden.logits(inputs)
-        for trunk, values in golden.by_trunk(found).items():
-            collected[f"{stage}/{trunk}"] = values
-        return found
-
-    collected: dict[str, Tensor | np.ndarray] = {}
-    # Generator's stage: the authors sum over images and average over a trunk's joined logits.
+def generator_stage(golden: Golden):
+    """The authors sum over the n images and average over a trunk's joined logits."""
     golden.fresh().requires_grad_(False)
+    fake = golden.leaves(real=False)
     inputs = [x.clone().requires_grad_() for x in fake]
-    loss = n / 4 * generator_loss(logits("logits_fake", inputs))
-    collected["generator_loss"] = loss
+    logits = golden.logits(inputs)
+    yield from golden.by_trunk("logits_fake", logits)
+    loss = len(fake[0]) / 4 * generator_loss(logits)
+    yield "generator_loss", loss
     if golden.inputs == "images":
         (gradient,) = torch.autograd.grad(loss, inputs)
-        collected["generator_loss_gradient"] = gradient[:1]
-        collected["generator_loss_gradient_squares"] = gradient.square().sum((1, 2, 3))
+        yield "generator_loss_gradient", gradient[:1]
+        yield "generator_loss_gradient_squares", gradient.square().sum((1, 2, 3))
     golden.discriminator.eval()
     with torch.no_grad():
-        logits("logits_eval", fake)
-    # Discriminator's stage.
+        yield from golden.by_trunk("logits_eval", golden.logits(fake))
+
+
+def discriminator_stage(golden: Golden):
     golden.fresh()
-    fake_logits, sigmas = golden.logits(fake), [golden.sigmas()]
-    real_logits = logits("logits_real_second", real)
-    collected["sigma"] = torch.stack([*sigmas, golden.sigmas()])
-    loss = n / 4 * discriminator_loss(real_logits, fake_logits)
+    fake, real = golden.leaves(real=False), golden.leaves(real=True)
+    fake_logits, sigmas = golden.logits(fake), golden.sigmas()
+    real_logits = golden.logits(real)
+    yield from golden.by_trunk("logits_real_second", real_logits)
+    yield "sigma", torch.stack([sigmas, golden.sigmas()])
+    loss = len(fake[0]) / 4 * discriminator_loss(real_logits, fake_logits)
     loss.backward()
-    collected["discriminator_loss"] = loss
-    collected["parameter_gradients_discriminator"] = golden.parameter_gradients()
-    # R1.
+    yield "discriminator_loss", loss
+    yield "parameter_gradients_discriminator", golden.parameter_gradients()
+
+
+def r1_stage(golden: Golden):
     golden.fresh()
-    inputs = [x.clone().requires_grad_() for x in real]
-    found = logits("logits_real", inputs)
-    penalty = sum(r1_penalty(found, x, 2.0) for x in inputs)
-    gradients = torch.autograd.grad(sum(head.sum() for head in found), inputs, retain_graph=True)
+    inputs = [x.clone().requires_grad_() for x in golden.leaves(real=True)]
+    logits = golden.logits(inputs)
+    yield from golden.by_trunk("logits_real", logits)
+    total = sum(head.sum() for head in logits)
+    gradients = torch.autograd.grad(total, inputs, retain_graph=True)
+    if golden.inputs == "images":
+        yield "sum_gradient", gradients[0][:1]
+    else:
+        yield (
+            "sum_gradient_squares",
+            torch.stack([g.square().sum((1, 2, 3)) for g in gradients], dim=1),
+        )
+        for i, g in enumerate(gradients):
+            yield f"sum_gradient/{golden.trunks[i // 4]}/{i % 4}", thinned(g)
+    penalty = sum(r1_penalty(logits, x, 2.0) for x in inputs)
     loss = penalty.mean() * float(golden.arrays["gamma"]) / 2 * int(golden.arrays["r1_every"])
     loss.backward()
-    collected |= {"r1_penalty": penalty, "r1_loss": loss}
-    collected["parameter_gradients_r1"] = golden.parameter_gradients()
-    if golden.inputs == "images":
-        collected["sum_gradient"] = gradients[0][:1]
-    else:
-        squares = torch.stack([g.square().sum((1, 2, 3)) for g in gradients], dim=1)
-        collected["sum_gradient_squares"] = squares
-        for i, g in enumerate(gradients):
-            collected[f"sum_gradient/{golden.trunks[i // 4]}/{i % 4}"] = thinned(g)
+    yield "r1_penalty", penalty
+    yield "r1_loss", loss
+    yield "parameter_gradients_r1", golden.parameter_gradients()
+
+
+def converged_stage(golden: Golden):
     if golden.labels is not None:
         golden.fresh()
         golden.converge()
         with torch.no_grad():
-            logits("logits_real_converged", real)
-    return collected
+            logits = golden.logits(golden.leaves(real=True))
+        yield from golden.by_trunk("logits_real_converged", logits)
 
 
-def error(name: str, value, expected: np.ndarray) -> float:
-    """The error of a quantity in units of its tolerance (`golden/README.md`)."""
+STAGES = (generator_stage, discriminator_stage, r1_stage, converged_stage)
+
+
+def error(quantity: str, value, expected: np.ndarray) -> float:
+    """The error of a quantity in units of its tolerance, which is at least three times what the
+    authors' code in another precision deviates by."""
     if isinstance(value, Tensor):
         value = value.detach().double().numpy()
-    assert value.shape == expected.shape, name
+    assert value.shape == expected.shape, quantity
     difference = np.abs(value - expected)
     relative = float(difference.max() / np.abs(expected).max())
-    quantity = name.split("/")[0]
     if quantity in ("sum_gradient", "generator_loss_gradient"):
         return np.linalg.norm(difference) / np.linalg.norm(expected) / 1e-2
     if quantity.startswith("parameter_gradients"):

@@ -28,8 +28,8 @@ def table_file(source: str) -> Path:
 
 def load_class_table(path: Path) -> tuple[Tensor, str]:
     """The table in a file, float32 `(1000, 320)`, and the sha256 of its values, which is
-    `CLASS_TABLE_SHA256` for the authors' table. The file is theirs, a pickled dict whose entry
-    `embed` is a torch embedding, or safetensors with one tensor. Raises a one-line `UserError`."""
+    `CLASS_TABLE_SHA256` for the authors' table. Formats: the authors', a pickled dict whose entry
+    `embed` is a torch embedding; safetensors with one tensor. Raises a one-line `UserError`."""
     path = Path(path)
     if path.suffix == ".safetensors":
         tensors = [*load_tensors(path).values()]
