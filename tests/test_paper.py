@@ -56,7 +56,7 @@ def paper_experiment(name: str, **overrides) -> Experiment:
 def scores(*rows: tuple) -> pd.DataFrame:
     """`collect`'s table of rows (student, seed, metric, value) and optional other columns."""
     common = {"extractor": "inception", "num_samples": 50_000, "final": True, "flag": ""}
-    common["status"] = "ok"
+    common |= {"status": "ok", "selected": None}
     keys = ("student", "seed", "metric", "value")
     return pd.DataFrame(
         [
@@ -259,14 +259,16 @@ def test_reproduced_is_mean_and_std_over_seeds(cifar):
     assert sid.difference == pytest.approx(2.5 - 1.71) and sid.setting_match == "changed"
     assert "different from the published run: batch, dropout, augment, budget, teacher" in sid.note
     assert "sid of tiny: fid-edm_n50000_inception" in sid.note
-    assert "the mean of 10 evaluations (mingyuanzhou/SiD sid_metrics.py)" in sid.note
+    assert "another statistic: 2 sampling seeds instead of 10, the last snapshot" in sid.note
+    assert sid.reported_is.startswith("the mean of 10 evaluations of the snapshot with the lowest")
+    assert (sid.reproduced_is, sid.snapshots) == ("one evaluation of the last snapshot", 1)
     teacher = rows_of(table, "EDM", "EDM (teacher)").iloc[0]
     assert teacher.reproduced == "1.80" and teacher.difference == pytest.approx(0.01)
     assert (
         teacher.setting_match == "changed"
         and "different from the published run: network" in teacher.note
     )
-    assert "the minimum of 3 evaluations" in teacher.note
+    assert teacher.reported_is == "the minimum of 3 evaluations (NVlabs/edm README)"
     assert rows_of(table, "SIM", "SIM").reproduced.item() == ""
     context = rows_of(table, "DMD", "StyleGAN-XL").iloc[0]
     assert context.reproduced == "" and context.setting_match == "" and context.reported == 1.85
@@ -296,7 +298,9 @@ EXACT = ["cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64"]
 def match_of(experiment) -> dict[str, set[str]]:
     """Student -> its setting matches, as if all were scored."""
     names = [*experiment.students, *experiment.reference_rows]
-    table = scores(*((name, 0, "fid-edm", 2.0) for name in names))
+    rows = [(name, 0, "fid-edm", 2.0) for name in names]
+    rows += [(*row, {"final": False, "selected": 20}) for row in rows]
+    table = scores(*rows)
     rows = paper.paper_table(experiment, table)
     rows = rows[rows.setting_match != ""]
     return {
@@ -400,7 +404,9 @@ def test_paper_tables_load_the_papers_experiments_without_their_files(
     """In a fresh clone with the results of one unfinished experiment."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    rows = scores(("sid", 0, "fid-edm", 1.9), ("sid", 1, "fid-edm", 2.1))
+    best = {"final": False, "selected": 100}
+    rows = [("sid", 0, "fid-edm", 1.9, best), ("sid", 1, "fid-edm", 2.1, best)]
+    rows = scores(*rows, *((*row[:3], row[3] + 0.1) for row in rows))
     nothing = scores(("none", 0, "fid-edm", 0.0))
 
     def collected(experiment, partial):
@@ -414,6 +420,7 @@ def test_paper_tables_load_the_papers_experiments_without_their_files(
     sid = pd.read_csv("results/paper-tables/sid-readme.csv").set_index(["dataset", "conditioning"])
     row = sid.loc[("CIFAR-10", "uncond")].squeeze()
     assert row.reproduced == "2.00 ± 0.14" and row.setting_match == "exact"
+    assert row["last"] == "2.10 ± 0.14"
     assert "SiD alpha=1.2: 1.923" not in output.out
 
 
@@ -438,12 +445,6 @@ def test_paper_tables_skip_unreadable_experiments(cifar, tmp_path, monkeypatch, 
     assert f"{configs}/broken.yaml" in skipped and f"{results}/damaged/manifest.json" in skipped
     row = pd.read_csv(results / "paper-tables" / "sim-abstract.csv").set_index("conditioning")
     assert row.difference["cond"] == pytest.approx(0.04) and row.setting_match["cond"] == "toy"
-
-
-def test_sampling_seeds_are_averaged_before_training_seeds(cifar):
-    rows = [("sid", seed, "fid-edm", value) for seed, value in ((0, 1.0), (0, 3.0), (1, 5.0))]
-    values, _ = paper.fids_of(parse_experiment(cifar, "x"), scores(*rows), "sid")
-    assert list(values) == [2.0, 5.0]
 
 
 # -- the teacher --------------------------------------------------------------------------------
@@ -498,6 +499,8 @@ def test_verify_teacher(cifar, tmp_path, monkeypatch, capsys):
     assert f"{reported} | fid-edm_n50000_inception 1.85 ± 0.02" in lines_of(cifar, 1.85)
     # The mean of two sampling seeds and its standard error.
     assert f"{reported} | fid-edm_n50000_inception 1.86 ± 0.01" in lines_of(cifar, 1.85, 1.87)
+    measured = "fid-edm_n50000_inception 1.86 ± 0.01, minimum of 3: 1.84"
+    assert f"{reported} | {measured}" in lines_of(cifar, 1.85, 1.84, 1.88, 1.87)
     cifar["teachers"]["edm"]["sampler"]["steps"] = 19
     assert f"{reported} | another sampler" in lines_of(cifar, 1.85)
     cifar["teachers"]["edm"]["sampler"]["steps"] = 18

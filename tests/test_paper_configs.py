@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 
 from harness.config.loading import read_experiment
 from harness.errors import ConfigError
+from harness.io.artifacts import size_text
 from harness.networks.vp import Codec
 from harness.students.run import assemble
 from harness.teachers.pipelines import STABLE_DIFFUSION_VAE as VAE
@@ -96,7 +97,29 @@ def test_the_plan_counts_the_official_networks():
     # In units of a forward pass: student and fake score in their own updates need 3 each (forward,
     # gradients of input and weights); teacher and fake score in the generator loss need 2 each.
     assert sid.flops_per_image == pytest.approx(10 * forward.flops, rel=0.02)
+    # As many float32 weights for each snapshot, every 5 million images.
+    assert (sid.snapshots, size_text(sid.snapshot_bytes)) == (100, "223 MB")
     assert sid.images == 5e8 and sid.flops == pytest.approx(5e8 * sid.flops_per_image)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_experiments_select_among_linear_snapshots(name):
+    exact, scaled = load(name), load(f"{name}-scaled")
+    for student in exact.students.values():
+        grid, (limit,) = student.snapshots["images"], student.budget
+        assert list(student.snapshots) == ["images"]
+        assert grid.every == (250_000 if student.method == "gdd" else 5_000_000)
+        if (name, student.name) == ("cifar10-uncond", "gdd"):
+            assert grid.index(limit.amount) == 20
+    evaluation = exact.evaluation
+    assert len(evaluation.sampling_seeds) == 10
+    assert evaluation.selection_seed not in (None, *evaluation.sampling_seeds)
+    assert scaled.evaluation.selection_seed is None
+    assert scaled.evaluation.sampling_seeds == [0, 1, 2]
+    grids = [student.snapshots for student in scaled.students.values()]
+    assert all(
+        grid == scaled.training.snapshots and set(grid) == {"images", "flops"} for grid in grids
+    )
 
 
 def test_a_graph_counts_until_its_backward_pass():

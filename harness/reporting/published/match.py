@@ -16,15 +16,6 @@ from harness.io.artifacts import read_json
 PAPERS = ("DMD", "SiD", "SIM", "GDD")
 # Names of the methods here in the papers; other methods are baselines.
 OWN = {"dmd", "sid", "sim", "sim-dit-600m", "gdd", "gdd-i"}
-# (paper, method) -> which statistic its numbers are, and where that is documented. Other papers
-# do not document it.
-STATISTIC = {
-    ("EDM", "edm"): ("the minimum of 3 evaluations", "NVlabs/edm README"),
-    ("SiD", "sid"): ("the mean of 10 evaluations", "mingyuanzhou/SiD sid_metrics.py"),
-    ("SiDA", "sida family"): ("the mean of 10 evaluations", "mingyuanzhou/SiD sid_metrics.py"),
-    ("GDD", "gdd"): ("of the checkpoint with the lowest FID", "Zyriix/GDD training code"),
-    ("GDD", "gdd-i"): ("of the checkpoint with the lowest FID", "Zyriix/GDD training code"),
-}
 # Settings that distinguish DMD from its ablations.
 DMD = {"regression": "lpips", "distribution_matching": True, "weighting": "eq8"}
 # Names of students in the published tables: method, the settings and freeze that the student must

@@ -1,7 +1,8 @@
 """Published numbers with those that this project reproduces: tables, and verify-teacher.
 
-`reported` comes from numbers.yaml, `reproduced` from an experiment's final scores in a metric `fid`
-or `fid-…`. Fréchet distances in other features than Inception's are never compared with FIDs.
+`reported` comes from numbers.yaml, `reproduced` from an experiment's scores in a metric `fid` or
+`fid-…`, in the same statistic (`published.statistic`). Fréchet distances in other features than
+Inception's are never compared with FIDs.
 """
 
 import logging
@@ -24,13 +25,22 @@ from harness.reporting.collect import collect, current_scores
 from harness.reporting.formatting import as_text, latex, spread_text, write_table
 from harness.reporting.manifest import read_manifest
 from harness.reporting.published import match
-from harness.reporting.published.match import PAPERS, STATISTIC
+from harness.reporting.published.match import PAPERS
+from harness.reporting.published.statistic import (
+    fid_rows,
+    is_fid,
+    measure,
+    of_best,
+    statistic_differences,
+    statistic_of,
+)
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    *("paper", "table", "method", "variant", "nfe", "metric", "reported", "evidence", "source"),
-    *("reproduced", "difference", "setting_match", "note"),
+    *("paper", "table", "method", "variant", "nfe", "metric", "reported", "reported_is"),
+    *("evidence", "source", "reproduced", "reproduced_is", "snapshots", "difference", "last"),
+    *("setting_match", "note"),
 )
 # A published table may cover several data sets.
 TABLE_COLUMNS = (*COLUMNS[:2], "dataset", "conditioning", *COLUMNS[2:])
@@ -45,57 +55,41 @@ NOT_COMPARED = {
     "LAION aesthetic score": "not compared: the source names neither LAION's predictor nor the "
     "prompts",
 }
-NOT_REPRODUCED = {"reproduced": "", "difference": None, "setting_match": "", "note": ""}
+TEXTS = ("reproduced", "reproduced_is", "last", "setting_match", "note")
+NOT_REPRODUCED = dict.fromkeys(TEXTS, "") | {"difference": None, "snapshots": None}
+INTEGERS = {"nfe": "Int64", "snapshots": "Int64"}
 CAPTION = (
-    "Reported: harness/reporting/published/numbers.yaml, as in each source. Reproduced: one FID "
-    "per training seed (the mean over sampling seeds), EMA weights at the end of the budget, "
-    "mean ± std over training seeds; one mean for a teacher. Difference: reproduced - reported. "
-    "Setting match: exact (settings, budget, teacher and sample count are the published ones), "
-    "changed (some differ), unknown (the published settings are unknown), scaled or toy (as the "
-    "experiment declares). Written by `python -m harness {}`."
+    "Reported: harness/reporting/published/numbers.yaml, as in each source; `reported_is`: its "
+    "statistic, if the source states it. Reproduced: one FID per training seed in the same "
+    "statistic, as far as it was measured (`reproduced_is`), mean ± std over training seeds; "
+    "`snapshots`: how many snapshots of a run were compared, by other noise than that of the "
+    "number. Difference: reproduced - reported. Last: the mean over sampling seeds at the end of "
+    "the budget. Setting match: exact (settings, budget, teacher, statistic and sample count are "
+    "the published ones), changed (some differ), unknown (the published settings are unknown), "
+    "scaled or toy (as the experiment declares), released (the authors' weights, not trained "
+    "here). Written by `python -m harness {}`."
 )
-
-
-def is_fid(metric) -> bool:
-    return isinstance(metric, str) and re.fullmatch(r"fid(-.*)?", metric) is not None
-
-
-def fids_of(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.Series, str]:
-    """The final FIDs of a table row at the main sample count, one per training seed (the mean over
-    its sampling seeds), and the name of their column. If there are several: EDM's protocol, which
-    all of PAPERS use."""
-    rows = table[table.final & (table.student == name) & table.metric.map(is_fid)]
-    rows = rows[(rows.num_samples == experiment.evaluation.num_samples) & (rows.status == "ok")]
-    if rows.empty:
-        return pd.Series(dtype=float), ""
-    columns = zip(rows.metric != "fid-edm", rows.metric, rows.extractor, strict=True)
-    _, metric, extractor = min(columns)
-    rows = rows[(rows.metric == metric) & (rows.extractor == extractor)]
-    label = column_name(metric, experiment.evaluation.num_samples, extractor)
-    values = rows.value.astype(float).groupby(rows.seed, dropna=False).mean()
-    return values, " ".join([label, *sorted(set(rows.flag) - {""})])
 
 
 def _row(entry: dict, reproduction: Mapping = NOT_REPRODUCED) -> dict:
     """A row of TABLE_COLUMNS. The notes of a reproduction precede those of the number."""
-    statistic = STATISTIC.get((entry["paper"], match.base(entry["method"])))
-    source = f"reported is {statistic[0]} ({statistic[1]})" if statistic else ""
-    notes = [reproduction["note"], source, entry["note"], NOT_COMPARED.get(entry["metric"])]
-    note = "; ".join(filter(None, notes))
-    return entry | {"reported": entry["value"]} | reproduction | {"note": note}
+    statistic = statistic_of(entry) if entry["metric"] == "FID" else None
+    reported = {"reported": entry["value"], "reported_is": str(statistic or "")}
+    notes = [reproduction["note"], entry["note"], NOT_COMPARED.get(entry["metric"])]
+    return entry | reported | reproduction | {"note": "; ".join(filter(None, notes))}
 
 
 def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry: dict) -> dict:
     """The columns that a run adds to the row of a published FID. The setting match is what the
     experiment declares, but `exact` only if all published settings are known and equal."""
-    values, label = fids_of(experiment, table, name)
+    fids, label = fid_rows(experiment, table, name)
     who = f"{name} of {experiment.name}"
     rows = table[table.final & (table.student == name)]
     # An unavailable network affects only its own metrics.
     failed = rows[(rows.status != "ok") & (rows.metric.isna() | rows.metric.map(is_fid))]
     if len(failed):
         who += f", {len(failed)} excluded: {failed.status.iloc[0]}"
-    if values.empty:
+    if fids.empty:
         return NOT_REPRODUCED | {"note": f"{who}: no run has an FID"}
     setting, notes, deviations = experiment.paper.setting, [], ()
     if student := experiment.students.get(name):
@@ -105,14 +99,25 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
         notes.append("the published settings are unknown")
     elif changed:
         notes.append(f"different from the published run: {', '.join(changed)}")
+    statistic = statistic_of(entry)
+    values, text, snapshots = measure(fids, statistic)
+    differences = statistic_differences(experiment, name, entry)
+    if not differences and of_best(experiment, name, statistic) and fids.selected.isna().all():
+        differences = ["no snapshot was selected"]
+    if differences:
+        notes.append(f"another statistic: {', '.join(differences)}")
     papers = 30_000 if entry["dataset"].startswith("COCO-2014-30k") else 50_000
     if experiment.evaluation.num_samples != papers:
         notes.append(f"papers use {papers} samples; fewer raise the FID")
     if setting == "exact" and notes:
         setting = "unknown" if changed is None else "changed"
+    last = measure(fids, None).values
     return {
         "reproduced": spread_text(values.mean(), values.std(ddof=1)),
+        "reproduced_is": text,
+        "snapshots": snapshots,
         "difference": round(values.mean() - entry["value"], 4),
+        "last": spread_text(last.mean(), last.std(ddof=1)),
         "setting_match": setting,
         "note": "; ".join([f"{who}: {label}", *notes, *deviations]),
     }
@@ -129,7 +134,7 @@ def paper_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     COLUMNS; one row for each run that reproduces a number, or one without a reproduction."""
     entries = match.concerning(experiment.paper)
     rows = [row for e in entries for row in _rows(experiment, table, e) or [_row(e)]]
-    return pd.DataFrame(rows, columns=COLUMNS).astype({"nfe": "Int64"})
+    return pd.DataFrame(rows, columns=COLUMNS).astype(INTEGERS)
 
 
 def write_paper(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -189,7 +194,7 @@ def write_paper_tables(
             others += 1
     folder = results / "paper-tables"
     for title, rows in files.items():
-        table = pd.DataFrame(rows, columns=TABLE_COLUMNS).astype({"nfe": "Int64"})
+        table = pd.DataFrame(rows, columns=TABLE_COLUMNS).astype(INTEGERS)
         name = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
         write_table(table, folder, name, title, CAPTION.format("paper-tables"), as_text(table, ""))
     count = "1 experiment" if len(tables) == 1 else f"{len(tables)} experiments"
@@ -227,16 +232,19 @@ def check_inputs(experiment: Experiment, teacher: str, configfile: Path) -> None
 
 def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
     """Lines `reported | measured`, one per number, from up-to-date scores. A measured value is the
-    mean over sampling seeds, whose samples are independent, with its standard error."""
+    mean over sampling seeds, whose samples are independent, with its standard error; beside a
+    number that is a minimum, also the minimum of as many sampling seeds."""
     entries = current_scores(experiment, teacher).entries
     entry = next(entry for entry in entries if entry.student == "teacher")
     table = pd.DataFrame([row.model_dump() for row in entry.rows])
     table = table[table.num_samples == experiment.evaluation.num_samples]
-    fids, others = [], []
+    fids, others, values_of = [], [], {}
     for key, rows in table.groupby(["metric", "num_samples", "extractor"], sort=False):
         error = math.hypot(*rows.stderr.astype(float)) / len(rows)
-        text = spread_text(rows.value.astype(float).mean(skipna=False), error)
-        (fids if is_fid(key[0]) else others).append(f"{column_name(*key)} {text}")
+        values, column = rows.value.astype(float), column_name(*key)
+        text = f"{column} {spread_text(values.mean(skipna=False), error)}"
+        (fids if is_fid(key[0]) else others).append(text)
+        values_of[text] = values
     sampler = experiment.teachers[teacher].sampler
     lines = [
         f"teacher {teacher}: {sampler.steps} Heun steps, {entry.nfe} network evaluations, "
@@ -246,15 +254,22 @@ def teacher_lines(experiment: Experiment, teacher: str) -> list[str]:
     for number in match.concerning(experiment.paper) if experiment.paper else []:
         if not match.is_teacher(number) or number["metric"] != "FID":
             continue
+        statistic = statistic_of(number)
         if not fids:
             measured = "no FID extractor in this experiment"
         elif match.is_number_of(experiment, teacher, number):
             measured = ", ".join(fids)
+            if statistic and statistic.kind == "minimum":
+                count = statistic.evaluations
+                lowest = [
+                    values_of[fid][:count].min() for fid in fids if len(values_of[fid]) >= count
+                ]
+                measured += "".join(f", minimum of {count}: {spread_text(x)}" for x in lowest)
         else:
             same = match.same_network(experiment, teacher, number)
             measured = "another sampler" if same else "another network"
         facts = [number["method"], f"{number['nfe']} NFE" if number["nfe"] else "NFE not given"]
-        facts += STATISTIC.get((number["paper"], match.base(number["method"])), ())[:1]
+        facts += [str(statistic).split(" (")[0]] if statistic else []
         source = f"{', '.join(facts)}; {number['paper']}, {number['table']}"
         lines.append(f"FID {number['value']:g} ({source}) | {measured}")
     return lines + [f"- | {text}" for text in fids + others]
