@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from harness.cli import main
+from harness.config.loading import read_yaml
 from harness.config.schema import micro_batch
 from harness.errors import ConfigError, Problem, UserError
 from harness.io.artifacts import canonical
@@ -211,6 +212,28 @@ def test_unreadable_file_is_one_clear_error(tmp_path, text, code):
         load_experiment(tmp_path / "x.yaml")
     assert error.value.code == code
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("name: café".encode("latin-1"), "at byte 9"),
+        ("name: a".encode("utf-16"), "at byte 0"),
+        ("name: a\n".encode("utf-16-le"), "a null character in line 1"),
+        (b"name: a\n\xef\xbb\xbfdata: b\n", "a byte-order mark in line 2"),
+    ],
+)
+def test_file_in_another_encoding_is_rejected(tmp_path, content, reason):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=reason) as error:
+        load_experiment(tmp_path / "x.yaml")
+    assert error.value.code == "encoding" and str(tmp_path / "x.yaml") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x.yaml", "x.json"])
+def test_byte_order_mark_of_a_file_is_ignored(tmp_path, name):
+    (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"name": "caf\xc3\xa9"}\r\n')
+    assert read_yaml(tmp_path / name) == {"name": "café"}
 
 
 def test_extends_merges_and_null_removes_a_key(tmp_path, tiny):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -19,6 +20,7 @@ from harness.data import image_archive
 from harness.data.registry import data_source, stratified_split
 from harness.errors import UserError
 from harness.evaluation.frechet import load_statistics
+from harness.io.artifacts import LFS_POINTER
 from harness.io.records import DataRecord
 from harness.validation import parse_experiment
 from tests.test_config import problems, put
@@ -86,6 +88,85 @@ def test_labels_file_name_and_hidden_files_are_accepted(tmp_path):
     files["labels"] = files.pop("dataset.json")
     source = write(tmp_path / "set", files | {".DS_Store": b"", "__MACOSX/._img.png": b""})
     assert image_archive.read_images(source)[1].tolist() == LABELS
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path):
+    pixels = images(count=7)
+    files = [png(image) for image in pixels]
+    for name, part in (("one", files[:3]), ("two", files[3:6]), ("disk", files[6:])):
+        write(tmp_path / name, {f"{i}.png": content for i, content in enumerate(part)})
+    source = tmp_path / "set"
+    (source / "b").mkdir(parents=True)
+    (source / "a").symlink_to(tmp_path / "one")
+    (source / "b" / "deep").symlink_to("../../two")
+    (source / "c.png").symlink_to(tmp_path / "disk" / "0.png")
+    (tmp_path / "linked").symlink_to(source)
+    assert np.array_equal(image_archive.read_images(tmp_path / "linked", False)[0].numpy(), pixels)
+    names = ["a/0.png", "a/1.png", "a/2.png", *(f"b/deep/{i}.png" for i in range(3)), "c.png"]
+    index = {"labels": [[name, i] for i, name in enumerate(names)]}
+    (source / "dataset.json").write_text(json.dumps(index))
+    assert image_archive.read_images(source)[1].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "code"),
+    [
+        ("00000/gone.png", "nowhere.png", "dangling-link"),
+        ("gone", "nowhere", "dangling-link"),
+        ("loop", "loop", "dangling-link"),
+        ("00000/cycle", "..", "link"),
+        ("00001/cycle", "../..", "link"),  # out of the data set and back
+        ("again", "00000", "link"),
+        ("00001/again.png", "../00000/img00000000.png", "link"),
+    ],
+)
+def test_link_that_is_broken_or_repeats_images_is_named(tmp_path, link, target, code):
+    source = write(tmp_path / "set", named(images()))
+    (source / link).symlink_to(target)
+    with pytest.raises(UserError) as error:
+        image_archive.read_images(source, labelled=False)
+    assert error.value.code == code and "\n" not in str(error.value)
+    assert str(source / link) in str(error.value)
+
+
+def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    source = write(tmp_path / "set", named(images()))
+    original = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("00001"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"00001 could not be read") as error:
+        image_archive.read_images(source, labelled=False)
+    assert error.value.code == "unreadable"
+
+
+def test_name_that_a_zip_contains_twice_is_an_error(tmp_path):
+    source = write(tmp_path / "set.zip", named(images()))
+    with zipfile.ZipFile(source, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(SECOND, png(images()[0]))
+    with pytest.raises(UserError, match=SECOND) as error:
+        image_archive.read_images(source, labelled=False)
+    assert error.value.code == "duplicate-name"
+
+
+@pytest.mark.parametrize("windows", ["labels", "images"])
+def test_backslashes_in_names_are_separators(tmp_path, windows):
+    files = with_labels(named(images()), LABELS)
+    if windows == "labels":
+        files["dataset.json"] = files["dataset.json"].replace(b"/", b"\\\\")
+    else:
+        files = {name.replace("/", "\\"): content for name, content in files.items()}
+    assert image_archive.read_images(write(tmp_path / "set.zip", files))[1].tolist() == LABELS
+
+
+def test_byte_order_mark_of_labels_is_ignored(tmp_path):
+    files = with_labels(named(images()), LABELS)
+    files["dataset.json"] = b"\xef\xbb\xbf" + files["dataset.json"]
+    assert image_archive.read_images(write(tmp_path / "set", files))[1].tolist() == LABELS
 
 
 def test_without_labels_there_are_no_classes(tmp_path):
@@ -157,6 +238,10 @@ def header(size: tuple[int, int] = (4, 4), depth: int = 8) -> bytes:
         (second(header(depth=16)), "image-format", SECOND),
         (second(png(images()[0], "JPEG")), "image-format", SECOND),
         (second(b""), "image-format", SECOND),
+        (second(LFS_POINTER + b"v1\n"), "lfs-pointer", SECOND),
+        (second(png(images()[1])) | {"00000/Thumbs.db": b""}, "labels", "00000/Thumbs.db"),
+        (dict(list(with_labels(named(images()), LABELS).items())[1:]), "labels", "00000/img00000000.png"),
+        ({f"top/{k}": v for k, v in with_labels(named(images()), LABELS).items()}, "no-labels", "top/dataset.json"),
         (second(png(images(side=32)[0])[:-40]), "damaged", SECOND),
         (second(header((2049, 2049))), "image-format", "2048"),
         (second(header((20000, 20000))), "damaged", SECOND),
@@ -312,6 +397,7 @@ def files(tmp_path, monkeypatch) -> Path:
         ({"name": "x", "image_shape": [3, 4, 4], "resolution": 3}, "data.resolution", "not-allowed"),
         ({"name": "x", "prompts": "s.npz"}, "data.image_shape", "missing-key"),
         ({"name": "x", "prompts": "none.txt", "image_shape": [3, 4, 4]}, "data.prompts", "missing-file"),
+        ({"name": "x", "prompts": "p.csv", "image_shape": [3, 4, 4]}, "data.prompts", "table"),
     ],
 )  # fmt: skip
 def test_errors_in_the_data_section_name_their_key(files, tiny, section, key, code):

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import Problem, UserError, did_you_mean
+from harness.io.artifacts import read_text
 
 
 def read_yaml(path: Path) -> dict:
@@ -28,7 +29,7 @@ def read_yaml(path: Path) -> dict:
             return super().construct_mapping(node, deep=True)
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         # JSON for snapshots: YAML 1.1 reads 1e-06 as text.
         value = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader)
     except OSError:

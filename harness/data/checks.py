@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from harness.config.schema import ExperimentFile, Names
+from harness.data.prompt_tables import table_format
 from harness.data.registry import data_source
 from harness.errors import Problem, UserError
 from harness.io.downloads import source_problems
@@ -19,6 +20,9 @@ def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
         return [Problem("data.name", error.code, str(error))]
     for key, (path, sha256) in section.prompt_files.items():
         problems += source_problems(f"data.{key}", path, sha256, required=files)
+        if reason := table_format(path):
+            message = f"{path} {reason}; expected one prompt per line, as plain text"
+            problems.append(Problem(f"data.{key}", "table", message))
     if not section.labels and section.num_classes is not None:
         message = "not allowed together with labels: false"
         problems.append(Problem("data.num_classes", "not-allowed", message))

@@ -2,11 +2,14 @@
 
 A zip or a folder of square PNG files of one size, grey or RGB, and `dataset.json` or `labels` with
 `{"labels": [["00000/img00000000.png", 6], ...]}`, or null. Images are sorted by name; hidden files
-are ignored. Nothing is extracted to disk.
+are ignored; links to files and folders are followed. Nothing is extracted to disk.
 """
 
+import codecs
 import io
 import logging
+import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -19,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.io.artifacts import LFS_POINTER
 
 logger = logging.getLogger(__name__)
 INDEXES = ("dataset.json", "labels")
@@ -31,21 +35,57 @@ class _Index(BaseModel):
     labels: list[tuple[str, int]] | None
 
 
+def _files_below(root: Path) -> dict[str, int]:
+    """Sizes of the files in a folder and in folders that it links to, by name relative to it. Every
+    folder and every file counts once: a link to another part of `root` is an error, as is a link
+    without a target, and a folder that cannot be read."""
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename} could not be read ({error.strerror})", "unreadable")
+
+    sizes, links, visited = {}, [], {}
+    for name, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        folder = Path(name)
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        first = visited.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            message = f"{folder} and {first} are the same folder, by a symbolic link"
+            raise UserError(f"{message}; the data set would contain its files twice", "link")
+        for path in (folder / name for name in files if not name.startswith(".")):
+            try:
+                status = path.stat()
+            except OSError as error:
+                target = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+                message = f"{path}{target} could not be read ({error.strerror})"
+                raise UserError(message, "dangling-link" if target else "unreadable") from None
+            if stat.S_ISREG(status.st_mode):
+                sizes[path.relative_to(root).as_posix()] = status.st_size
+                links += [path] if path.is_symlink() else []
+    for path in links:
+        target = path.resolve()
+        if target.parent in visited and not target.name.startswith("."):
+            message = f"{path} is a link to {target}, which is in the data set itself"
+            raise UserError(f"{message}; the data set would contain it twice", "link")
+    return sizes
+
+
 class Files:
     """The files in a zip or a folder, by name. Threads may read at the same time."""
 
     def __init__(self, path: Path):
         self.path, self._zip = path, None
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file()]
-            sizes = {p.relative_to(path).as_posix(): p.stat().st_size for p in files}
+            sizes = _files_below(path)
         else:
             try:
                 self._zip = zipfile.ZipFile(path)
             except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
                 message = f"{path} is not a zip file, or is incomplete ({error})"
                 raise UserError(message, "damaged") from None
-            sizes = {i.filename: i.file_size for i in self._zip.infolist() if not i.is_dir()}
+            entries = [entry for entry in self._zip.infolist() if not entry.is_dir()]
+            sizes = {entry.filename: entry.file_size for entry in entries}
+            if twice := [e.filename for e in entries if self._zip.getinfo(e.filename) is not e]:
+                raise UserError(f"{path} contains {twice[0]} more than once", "duplicate-name")
         self.sizes = {name: size for name, size in sizes.items() if "/." not in f"/{name}"}
 
     def read(self, name: str, limit: int) -> bytes:
@@ -54,9 +94,13 @@ class Files:
         if size > limit:
             raise UserError(f"{where} has {size} bytes, more than {limit}", "too-large")
         try:
-            return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+            content = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
         except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(f"{where} could not be read ({error})", "damaged") from None
+        if content.startswith(LFS_POINTER):
+            message = f"{where} is a pointer of Git LFS, not the file; run git lfs pull"
+            raise UserError(message, "lfs-pointer")
+        return content
 
 
 def has_labels(path: Path) -> bool:
@@ -70,22 +114,30 @@ def _labels(files: Files, names: list[str], num_classes: int) -> Tensor:
     where = f"{files.path}: {index}"
     try:
         content = files.read(index, MAX_INDEX_BYTES) if index else b'{"labels": null}'
+        content = content.removeprefix(codecs.BOM_UTF8)
         entries = _Index.model_validate_json(content, strict=True).labels
     except ValidationError as error:
         form = '{"labels": [[file name, class], ...]}'
         raise UserError(f"{where}: expected {form}; {error.errors()[0]['msg']}", "labels") from None
     if entries is None:
         message = f"{files.path} has no labels in {INDEXES[0]}; set data.labels: false"
+        if inner := [name for name in names if name.rpartition("/")[2] in INDEXES]:
+            message += f", or use the folder that contains {inner[0]} as data.source"
         raise UserError(message, "no-labels")
     for name, label in entries:
         if not 0 <= label < num_classes:
             message = f"{where}: label {label} of {name} is not in 0..{num_classes - 1}"
             raise UserError(message, "label-range")
-    if len(entries) != len(names):
-        raise UserError(f"{where} has {len(entries)} labels for {len(names)} images", "labels")
-    labels = dict(entries)
+    # As in EDM's reader: Windows writes backslashes.
+    names = [name.replace("\\", "/") for name in names]
+    labels = {name.replace("\\", "/"): label for name, label in entries}
     if missing := sorted(set(names) - labels.keys()):
-        raise UserError(f"{where} has no label for {missing[0]}", "labels")
+        found = f"{len(entries)} labels for {len(names)} images"
+        raise UserError(f"{where} has {found}, and none for {missing[0]}", "labels")
+    if len(entries) != len(names):
+        unused = sorted(labels.keys() - set(names)) or ["an image that has another"]
+        message = f"has {len(entries)} labels for {len(names)} images, and one for {unused[0]}"
+        raise UserError(f"{where} {message}", "labels")
     return torch.tensor([labels[name] for name in names])
 
 

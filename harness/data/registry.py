@@ -14,8 +14,9 @@ from torch import Tensor
 
 from harness.config.schema import PROMPT_KEYS, DataSection
 from harness.data.image_archive import read_images
+from harness.data.prompt_tables import table_format
 from harness.errors import Problem, UserError, did_you_mean
-from harness.io.artifacts import sha256_file
+from harness.io.artifacts import read_text, sha256_file
 from harness.io.downloads import fetch
 from harness.registry import Registry
 from harness.streams import Stream
@@ -76,14 +77,15 @@ class Prompts:
 
 
 def read_prompts(path: Path) -> Prompts:
-    """Read a prompt file. Empty lines are errors; prompts may repeat, as COCO's captions do."""
+    """Read a prompt file. Empty lines and tables are errors; prompts may repeat, as COCO's captions
+    do."""
     try:
         # Not splitlines: captions from the web contain other characters that it splits at.
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = read_text(path).removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "missing-file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}", "encoding") from None
+    if reason := table_format(path, lines):
+        raise UserError(f"{path} {reason}; expected one prompt per line, as plain text", "table")
     texts = tuple(line.strip() for line in lines)
     if texts == ("",):
         raise UserError(f"{path} is empty; expected one prompt per line", "no-prompts")

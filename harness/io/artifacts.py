@@ -16,6 +16,7 @@ from pathlib import Path
 from harness.errors import UserError
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def canonical(value) -> str:
@@ -44,6 +45,31 @@ def _reading(path: Path, owner: Path | None = None, errors: type | tuple = ()) -
         raise UserError(message, "missing-file") from None
     except errors as error:
         raise damaged(path, str(error), owner) from None
+
+
+def reject_lfs_pointer(path: Path) -> None:
+    """Raise an error for a pointer of Git LFS: a text of three lines in place of a file that was
+    not downloaded."""
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+        message = "is a pointer of Git LFS, not the file; run git lfs pull in its repository"
+        raise UserError(f"{path} {message}, or download the file", "lfs-pointer")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without its byte-order mark. Other encodings are errors, as are
+    null characters (UTF-16 without a mark) and marks inside the text (of joined files)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason} at byte {error.start}"
+    else:
+        marks = {"\0": "a null character", "\ufeff": "a byte-order mark"}
+        found = next((mark for mark in marks if mark in text), None)
+        if found is None:
+            return text
+        line = text[: text.index(found)].count("\n") + 1
+        reason = f"{marks[found]} in line {line}"
+    raise UserError(f"{path} is not UTF-8 text ({reason}); save it as UTF-8", "encoding")
 
 
 def sha256_file(path: Path) -> str:
@@ -123,6 +149,7 @@ def load_tensors(path: Path, sha256: str | None = None, device="cpu", owner=None
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    reject_lfs_pointer(Path(path))
     if sha256 is not None:
         verify(path, sha256, owner)
     with _reading(path, owner, (SafetensorError, OSError)):

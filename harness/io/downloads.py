@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from harness.errors import Problem, UserError
-from harness.io.artifacts import sha256_file
+from harness.io.artifacts import reject_lfs_pointer, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def fetch(source: str, sha256: str | None) -> Path:
                     _download(source, sha256, path)
     elif not path.is_file():
         raise UserError(f"{path} does not exist", "missing-file")
+    reject_lfs_pointer(path)
     if sha256 and (found := sha256_file(path)) != sha256:
         raise UserError(f"{path} has sha256 {found}, expected {sha256}{remedy}", "checksum")
     return path
