@@ -3,14 +3,14 @@
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 import harness
 from harness.denoiser import one_step
 from harness.io.artifacts import read_json
 from harness.networks import build_denoiser, load_denoiser
 from harness.sampling import noise_and_labels
-from harness.students.export import OneStepPipeline, one_step_scheduler
+from harness.students.export import OneStepPipeline, one_step_scheduler, write_pipeline
 from harness.teachers.pipelines import PipelineFolder
 from tests import pipelines
 
@@ -94,3 +94,30 @@ def test_stock_pipeline_matches_the_one_step_student(make, sigma_init, tmp_path)
         expected = one_step(student, z, encoder.encode(["a red seven"]), sigma_init)
     assert float((latents - expected).abs().max() / expected.abs().max()) < 1e-5
     assert student.level(sigma_init) == pytest.approx(sigma_init, rel=0.02)
+
+
+@pytest.mark.parametrize("sigma_init", [14.0, 318.0, 2250.0, 4096.0])
+def test_stock_pipeline_starts_at_every_level_of_a_zero_terminal_snr(sigma_init, tmp_path):
+    """The last level is that of an SNR of zero, where a scheduler's would be infinite."""
+    pipe = pipelines.stable_diffusion("v_prediction")
+    schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **schedule)
+    pipe.save_pretrained(tmp_path / "teacher")
+    source = PipelineFolder(tmp_path / "teacher")
+    student, encoder = source.denoiser(), source.text_encoder()
+    write_pipeline(student, sigma_init, source, tmp_path / "student")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    stock.set_progress_bar_config(disable=True)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
+    prompts = ["a red seven", "two dogs"]
+    images = stock(prompts, latents=z.clone(), **options).images
+    level = student.level(sigma_init)
+    with torch.no_grad():
+        latents = one_step(student, z, encoder.encode(prompts), level)
+        expected = (source.codec()(latents) / 2 + 0.5).clip(0, 1)
+    assert expected.std() > 0.01
+    assert float((images - expected).abs().max()) < 1e-5
+    alpha = float(stock.scheduler.alphas_cumprod[-1])
+    assert ((1 - alpha) / alpha) ** 0.5 == pytest.approx(level, rel=1e-4)
+    assert level == pytest.approx(sigma_init, rel=0.02)

@@ -224,6 +224,54 @@ def test_prompts_of_a_file(tmp_path):
         read_prompts(tmp_path / "none.txt")
 
 
+def test_byte_order_mark_is_not_part_of_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa café\r\na dog\r\n".encode())
+    assert read_prompts(file).texts == ("a café", "a dog")
+    for content in ("a café\n".encode("latin-1"), "a dog\n".encode("utf-16-le"), b"\xff\xfea\0"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="is not UTF-8 text") as error:
+            read_prompts(file)
+        assert error.value.code == "encoding" and str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", "a cat"),
+        ("p.TSV", "a cat"),
+        ("p.json", '["a cat"]'),
+        ("p.txt", "id,file,caption\n166963,COCO_val2014_000000278829.jpg,A field with players"),
+        ("p.txt", "1,2.jpg,A man\n3,4.jpg,A man, a dog\n5,6.jpg,A field"),
+        ("p.txt", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t"),
+        ("p.txt", "bond\tAbstract\tBasic\nlight\tAbstract\tBasic"),
+        ("p.txt", "caption\na cat\na dog"),
+        ("p.txt", '"A man, with a dog"\n"A cat"'),
+        ("p.txt", '[\n "a cat",\n "a dog"\n]'),
+        ("p.txt", '{"caption": "a cat"}\n{"caption": "a dog"}'),
+    ],
+)
+def test_prompts_in_a_table_are_rejected(tmp_path, name, text):
+    file = tmp_path / name
+    file.write_text(text + "\n")
+    with pytest.raises(UserError, match="one prompt per line") as error:
+        read_prompts(file)
+    assert error.value.code == "table" and str(file) in str(error.value)
+
+
+def test_prompts_that_resemble_tables_are_read(tmp_path):
+    file = tmp_path / "prompts.txt"
+    for text in (
+        "a cat, a dog\na man, a bench",
+        "7 ships, at sea\n1,000 lanterns\n2,500 candles, lit",
+        'the word "caption"\n"hello" says a sign that reads "hi"\nno quotes',
+        "[a cat]\n{a dog}",
+        "image\ntext",
+    ):
+        file.write_text(text + "\n")
+        assert read_prompts(file).texts == tuple(text.split("\n"))
+
+
 def test_embeddings_are_stored_once(both, tmp_path, monkeypatch, caplog):
     _, folder = both
     monkeypatch.setattr("harness.teachers.text_embeddings.SHARD", 4)

@@ -14,16 +14,68 @@ from harness.denoiser import Condition, Denoiser
 # Keys of a scheduler's config that decide σ at each timestep.
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 SCHEDULE_KEYS = ("num_train_timesteps", *_BETAS, "rescale_betas_zero_snr")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction")
+# diffusers' variance-preserving schedulers, and their defaults of `beta_start` and `beta_end`. The
+# other defaults are 1000 timesteps and a linear schedule.
+SCHEDULERS = {
+    **dict.fromkeys(
+        (
+            *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"),
+            *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+            *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+            *("DEISMultistepScheduler", "UniPCMultistepScheduler"),
+        ),
+        (0.0001, 0.02),
+    ),
+    **dict.fromkeys(
+        (
+            *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+            "DPMSolverSDEScheduler",
+        ),
+        (0.00085, 0.012),
+    ),
+}
+
+
+def read_scheduler(kind: str, config: dict) -> tuple[dict, str]:
+    """The schedule (`SCHEDULE_KEYS`) and the prediction of a network with this scheduler class and
+    config. The class's defaults replace absent keys. Raises a `ValueError` if the network is not
+    one that `VPDenoiser` describes."""
+    if kind not in SCHEDULERS:
+        raise ValueError(f"{kind!r} is not one of the supported ones: {', '.join(SCHEDULERS)}")
+    start, end = SCHEDULERS[kind]
+    schedule: dict = {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end}
+    schedule |= {key: config[key] for key in SCHEDULE_KEYS if key in config}
+    prediction, betas = config.get("prediction_type", "epsilon"), schedule.get("trained_betas")
+    if prediction not in PREDICTIONS:
+        message = f"prediction_type {prediction!r}; supported: {', '.join(PREDICTIONS)}"
+        raise ValueError(message)
+    for key, value in (("use_flow_sigmas", True), ("timestep_type", "continuous")):
+        if config.get(key) == value:
+            raise ValueError(f"{key}: {value} is not a variance-preserving schedule of timesteps")
+    name = schedule.setdefault("beta_schedule", "linear")
+    if betas is None and name not in BETA_SCHEDULES:
+        message = f"beta_schedule {name!r}; supported: {', '.join(BETA_SCHEDULES)}"
+        raise ValueError(message)
+    zero = schedule.get("rescale_betas_zero_snr") or (betas and betas[-1] >= 1)
+    if zero and prediction == "epsilon":
+        message = "at the last timestep of a schedule with zero terminal SNR, predicted noise says"
+        message += " nothing about the image; set rescale_betas_zero_snr: false if the network was"
+        raise ValueError(f"{message} trained without it, or prediction_type: v_prediction")
+    return schedule, prediction
 
 
 def schedule_sigmas(schedule: dict) -> Tensor:
-    """σ at timesteps 0, 1, … of a scheduler: float64 `(T,)`, increasing. A zero terminal
-    signal-to-noise ratio is clipped as in diffusers, so that σ is finite."""
+    """σ at timesteps 0, 1, … of a scheduler: float64 `(T,)`, increasing. With zero terminal SNR the
+    last one would be infinite; it is 4096, as in diffusers, or, if the one before is larger than
+    that, twice the one before."""
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     with torch.device("cpu"):  # values are needed even under the meta device
         alphas = EulerDiscreteScheduler(**schedule).alphas_cumprod.double()
+    if schedule.get("rescale_betas_zero_snr") or alphas[-1] == 0:  # 0: trained betas that end at 1
+        alphas[-1] = 2**-24 if alphas[-2] > 2**-24 else alphas[-2] / 4
     return ((1 - alphas) / alphas).sqrt()
 
 

@@ -1,15 +1,16 @@
 """Checks of the section `teachers` of an experiment."""
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 from harness.config import schema
 from harness.config.schema import ImportedTeacher, TrainedTeacher
 from harness.data.registry import has_captions, has_texts
-from harness.errors import Problem, did_you_mean
+from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import new_extractor
 from harness.io.downloads import source_problems
 from harness.networks.registry import BACKBONES, trainable_backbones
-from harness.teachers.pipelines import is_pipeline
+from harness.teachers.pipelines import PipelineFolder, is_pipeline
 
 
 def check(file: schema.ExperimentFile, names: schema.Names, files: bool) -> Iterator[Problem]:
@@ -37,6 +38,11 @@ def _check_imported(
     where = {"sha256_key": f"{key}.sha256", "required": files, "folder": True}
     yield from source_problems(f"{key}.source", teacher.source, teacher.sha256, **where)
     pipeline = is_pipeline(teacher)
+    if teacher.pipeline:
+        try:
+            PipelineFolder(Path(teacher.source).expanduser())
+        except UserError as error:
+            yield Problem(f"{key}.source", error.code, str(error))
     if pipeline and teacher.sha256 is not None:
         message = "not allowed for the folder of a pipeline"
         yield Problem(f"{key}.sha256", "not-allowed", message)

@@ -1,5 +1,6 @@
 """diffusers text-to-image pipelines in local folders, as the parts of a teacher."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from harness.config.jobs import TeacherJob
 from harness.config.schema import ImportedTeacher
 from harness.errors import UserError, did_you_mean
-from harness.io.artifacts import digest, read_json, sha256_file
+from harness.io.artifacts import digest, read_json, reject_lfs_pointer, sha256_file
 from harness.networks import BACKBONES, vp
+from harness.teachers.tokenizers import load_tokenizer
 
 # The autoencoder of the supported pipelines: 8 x 8 pixels per latent.
 STABLE_DIFFUSION_VAE = {
@@ -49,7 +51,7 @@ class PipelineTextEncoder:
     diffusers, PixArt's pipeline has its own limit and lower-cases the texts."""
 
     def __init__(self, folder: "PipelineFolder", device: str):
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+        from transformers import CLIPTextModel, T5EncoderModel
 
         pipeline = folder.backbone.pipeline
         self.clip = pipeline.text_encoder == "clip"
@@ -57,9 +59,12 @@ class PipelineTextEncoder:
         network_class = CLIPTextModel if self.clip else T5EncoderModel
         network = folder.load(network_class, "text_encoder", dtype=torch.float32)
         self.network, self.device = network.to(device), device
-        tokenizer_class = CLIPTokenizer if self.clip else T5Tokenizer
-        self.tokenizer = tokenizer_class.from_pretrained(folder.folder / "tokenizer")
-        self.limit = self.tokenizer.model_max_length if self.clip else pipeline.tokens
+        arguments = pipeline.text_encoder, network.config.vocab_size
+        self.tokenizer = load_tokenizer(folder.folder / "tokenizer", *arguments)
+        self.limit = pipeline.tokens
+        if self.clip:  # transformers' default of the tokenizer's limit is 1e30
+            positions = network.config.max_position_embeddings
+            self.limit = min(self.tokenizer.model_max_length, positions)
         self.masked = not self.clip or getattr(network.config, "use_attention_mask", False)
         self.sha256 = folder.sha256("text_encoder", "tokenizer")
 
@@ -90,7 +95,8 @@ class PipelineFolder:
         if not (self.folder / "model_index.json").is_file():
             message = f"{folder} is not a pipeline's folder: it has no model_index.json"
             raise UserError(message, "missing-file")
-        self.kind = read_json(self.folder / "model_index.json").get("_class_name", "")
+        index = read_json(self.folder / "model_index.json")
+        self.kind = index.get("_class_name", "")
         pipelines = {name: BACKBONES[name].pipeline for name in BACKBONES}
         known = {pipeline.name: name for name, pipeline in pipelines.items() if pipeline}
         if self.kind not in known:
@@ -103,17 +109,43 @@ class PipelineFolder:
             if not (self.folder / part).is_dir():
                 message = f"{folder}: {part}/ is missing; download the whole {self.kind}"
                 raise UserError(message, "missing-file")
-        self.scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
-        keys = [key for key in vp.SCHEDULE_KEYS if key in self.scheduler]
-        self.schedule = {key: self.scheduler[key] for key in keys}
+        for path in self.files():
+            if not path.exists():
+                message = f"{path} is a link to {os.readlink(path)}, which does not exist"
+                raise UserError(message, "dangling-link")
+            reject_lfs_pointer(path)
+        self.schedule, self.prediction = self._read_scheduler(index.get("scheduler"))
+
+    def _read_scheduler(self, named: Sequence[str] | None) -> tuple[dict, str]:
+        """The schedule and the prediction. diffusers uses the class that model_index.json names;
+        the config may come from another, which must be supported, too."""
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        config = read_json(path)
+        kinds = filter(None, (config.get("_class_name"), named and named[1]))
+        try:
+            return [vp.read_scheduler(kind, config) for kind in list(kinds) or [None]][-1]
+        except ValueError as error:
+            raise UserError(f"{path}: {error}", "scheduler") from None
+
+    def files(self, *parts: str) -> list[Path]:
+        """The files of these parts; by default, of those that the teacher is made from."""
+        parts = parts or (self.network, *PARTS)
+        paths = (path for part in parts for path in (self.folder / part).glob("*.*"))
+        return sorted(path for path in paths if not path.is_dir())
 
     def load(self, model_class, part: str, **options) -> nn.Module:
+        """Load a network. Weights that are missing would be random, so they are errors."""
+        from safetensors import SafetensorError
+
+        folder, options = self.folder / part, {**options, "output_loading_info": True}
         try:
-            folder = self.folder / part
-            return model_class.from_pretrained(folder, use_safetensors=True, **options).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            message = f"{self.folder / part}: {' '.join(str(error).split())}"
-            raise UserError(message, "damaged") from None
+            model, info = model_class.from_pretrained(folder, use_safetensors=True, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder}: {' '.join(str(error).split())}", "damaged") from None
+        if missing := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+            message = f"{len(missing)} weights of {model_class.__name__} are missing: {missing[0]}"
+            raise UserError(f"{folder}: {message}, …; download it again", "damaged")
+        return model.eval()
 
     def check(self, job: TeacherJob, image_shape: tuple[int, ...]) -> None:
         """Check the image size and the sampler's largest noise level, before reading weights."""
@@ -133,18 +165,13 @@ class PipelineFolder:
 
     def sha256(self, *parts: str) -> str:
         """Hash of all files in these parts; by default, those that the teacher is made from."""
-        parts = parts or (self.network, *PARTS)
-        files = sorted(path for part in parts for path in (self.folder / part).glob("*.*"))
+        files = self.files(*parts)
         return digest([(str(path.relative_to(self.folder)), sha256_file(path)) for path in files])
 
     def denoiser(self, null: dict[str, Tensor] | None = None) -> vp.VPDenoiser:
         """Load the denoiser. `null`: the embedding of the empty prompt."""
         model = self.load(self.backbone.model_class(), self.network)
-        prediction = self.scheduler.get("prediction_type", "epsilon")
-        if prediction not in vp.PREDICTIONS:
-            message = f"prediction_type {prediction!r}; supported: {', '.join(vp.PREDICTIONS)}"
-            raise UserError(f"{self.folder / 'scheduler'}: {message}", "unknown-name")
-        denoiser = self.backbone.denoiser("vp")(model, self.schedule, prediction, null)
+        denoiser = self.backbone.denoiser("vp")(model, self.schedule, self.prediction, null)
         config = self.config("text_encoder")
         width = config.get("hidden_size", config.get("d_model"))
         if width != denoiser.text_width:
