@@ -6,6 +6,7 @@ import shutil
 import struct
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -185,6 +186,15 @@ def test_unsupported_scheduler_is_rejected(sd, changes, named):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     code, message = fails(lambda: PipelineFolder(sd))
     assert code == "scheduler" and str(path) in message and named in message
+
+
+@pytest.mark.parametrize("betas", [[0.0, 0.1], [0.1, "x"], [0.1, 1.5, 0.1], [0.1, float("nan")]])
+def test_schedule_without_increasing_levels_is_rejected(sd, betas):
+    path = sd / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_betas": betas}))
+    job = SimpleNamespace(name="sd", data_section=SimpleNamespace(has_images=True))
+    code, message = fails(lambda: PipelineFolder(sd).check(job, (3, 16, 16)))
+    assert code == "scheduler" and str(path.parent) in message
 
 
 def test_scheduler_of_the_index_is_checked_too(sd, tiny):

@@ -65,7 +65,8 @@ def project(tmp_path_factory):
     """A folder in which every stage has run."""
     root = tmp_path_factory.mktemp("pictures")
     pipelines.stable_diffusion().save_pretrained(root / "sd")
-    (root / "sd" / "README.md").write_text("---\nlicense: openrail\n---\n")
+    # With a byte-order mark.
+    (root / "sd" / "README.md").write_text("\ufeff---\nlicense: openrail\n---\n")
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (root / "images").mkdir()
     random, labels = np.random.default_rng(0), []

@@ -58,7 +58,7 @@ def read_scheduler(kind: str, config: dict) -> tuple[dict, str]:
     if betas is None and name not in BETA_SCHEDULES:
         message = f"beta_schedule {name!r}; supported: {', '.join(BETA_SCHEDULES)}"
         raise ValueError(message)
-    zero = schedule.get("rescale_betas_zero_snr") or (betas and betas[-1] >= 1)
+    zero = schedule.get("rescale_betas_zero_snr") or (betas and betas[-1] == 1)
     if zero and prediction == "epsilon":
         message = "at the last timestep of a schedule with zero terminal SNR, predicted noise says"
         message += " nothing about the image; set rescale_betas_zero_snr: false if the network was"

@@ -20,7 +20,7 @@ from harness.config.schema import ImportedTeacher
 from harness.data import datasets
 from harness.denoiser import one_step
 from harness.errors import UserError
-from harness.io.artifacts import atomic_folder, read_json, write_json
+from harness.io.artifacts import atomic_folder, read_json, read_text, write_json
 from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
 from harness.networks import BACKBONES, denoiser_record, load_denoiser
 from harness.networks.vp import VPDenoiser
@@ -237,7 +237,8 @@ def model_card(
         origin += f" ({source.name})"
         card_data.base_model, readme = source.name, source.expanduser() / "README.md"
         if readme.is_file():
-            card_data.license = ModelCard.load(readme, ignore_metadata_errors=True).data.license
+            text = read_text(readme)
+            card_data.license = ModelCard(text, ignore_metadata_errors=True).data.license
     return ModelCard.from_template(
         card_data,
         template_str=CARD,

@@ -157,7 +157,15 @@ class PipelineFolder:
             own, data = ("x".join(map(str, s)) for s in (shape, image_shape))
             message = f"teacher {job.name} generates {own} images, but the data has {data} images"
             raise UserError(message, "shape")
-        largest = vp.schedule_sigmas(self.schedule)[-1].item()
+        try:
+            sigmas = vp.schedule_sigmas(self.schedule)
+        except (TypeError, ValueError, RuntimeError) as error:
+            message = f"{self.folder / 'scheduler'}: {' '.join(str(error).split())}"
+            raise UserError(message, "scheduler") from None
+        if not (sigmas[0] > 0 and (sigmas.diff() > 0).all()):
+            message = "noise levels are not positive and increasing, or not finite"
+            raise UserError(f"{self.folder / 'scheduler'}: {message}", "scheduler")
+        largest = sigmas[-1].item()
         sigma_max = job.section.sampler.sigma_max
         if sigma_max > 1.01 * largest:
             message = f"{sigma_max:g} exceeds the pipeline's largest noise level, {largest:.4g}"
