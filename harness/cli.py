@@ -183,6 +183,13 @@ def verify_teacher(experiment, args):
         print(*call("reporting.published.tables.teacher_lines", experiment, args.teacher), sep="\n")
 
 
+@stage("compare the training images with the published statistics of the FID")
+def verify_data(experiment, args):
+    scoring = experiment.scoring()
+    call("evaluation.verify_data.check_inputs", scoring, args.configfile)
+    print(call("evaluation.verify_data.verify_data", scoring))
+
+
 @tool("write tables, figures, report.html and manifest", "--partial")
 def report(experiment, args):
     call("reporting.report.write_report", experiment, args.partial)
