@@ -63,6 +63,7 @@ def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = 
                 if name is not None and name not in names:
                     hint = did_you_mean(name, names)
                     raise UserError(f"unknown {kind} {name!r}{hint}", "unknown-name")
+            _check_released(experiment, args)
             function(experiment, args)
 
         run.help, run.arguments = help, arguments.split() + ["--configfile"] * configfile
@@ -70,6 +71,16 @@ def tool(help: str, arguments: str = "", configfile: bool = True, files: bool = 
         return run
 
     return decorate
+
+
+def _check_released(experiment, args: argparse.Namespace) -> None:
+    """Released weights are only imported and scored; other students are trained."""
+    name, command = getattr(args, "student", None), args.command
+    if name in experiment.released and command in ("train", "export"):
+        message = "released weights are not trained here; use import-student and score"
+        raise UserError(f"students.{name}: {message}", "released")
+    if command == "import-student" and name not in experiment.released:
+        raise UserError(f"students.{name}: has no source to import; use train", "not-released")
 
 
 def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, many: bool = False):
@@ -142,6 +153,11 @@ def pairs(experiment, args):
 @stage("distil one student", "student seed", label="training", slot=False, many=True)
 def train(experiment, args):
     call("students.run.train_student", experiment.student_run(args.student, args.seed))
+
+
+@stage("import the released weights of a student", "student seed", label="import")
+def import_student(experiment, args):
+    call("students.released.import_student", experiment.student_run(args.student, args.seed))
 
 
 @stage("score every snapshot of a run", "student seed", label="scoring", many=True)

@@ -35,6 +35,11 @@ def _teacher_class(raw: Any) -> type[schema.TeacherSection]:
     return schema.ImportedTeacher if imported else schema.TrainedTeacher
 
 
+def _student_class(raw: Any) -> type[schema.Section]:
+    released = isinstance(raw, dict) and "source" in raw
+    return schema.ReleasedStudent if released else schema.StudentSection
+
+
 SECTIONS = {
     "data": schema.DataSection,
     "training": schema.TrainingSection,
@@ -45,7 +50,7 @@ SECTIONS = {
 ITEMS: dict[str, Callable[[Any], type[schema.Section]]] = {
     "features": settings_class,
     "teachers": _teacher_class,
-    "students": lambda raw: schema.StudentSection,
+    "students": _student_class,
 }
 
 

@@ -416,7 +416,7 @@ def test_paper_tables_load_the_papers_experiments_without_their_files(
     monkeypatch.setattr(paper, "collect", collected)
     assert main(["paper-tables"]) == 0
     output = capsys.readouterr()
-    assert "skipped" not in output.err and "from 12 experiments\n" in output.out
+    assert "skipped" not in output.err and "from 17 experiments\n" in output.out
     sid = pd.read_csv("results/paper-tables/sid-readme.csv").set_index(["dataset", "conditioning"])
     row = sid.loc[("CIFAR-10", "uncond")].squeeze()
     assert row.reproduced == "2.00 ± 0.14" and row.setting_match == "exact"

@@ -10,6 +10,7 @@ from harness.config.loading import read_experiment
 from harness.errors import ConfigError
 from harness.io.artifacts import size_text
 from harness.networks.vp import Codec
+from harness.reporting.published.match import concerning, runs_of
 from harness.students.run import assemble
 from harness.teachers.pipelines import STABLE_DIFFUSION_VAE as VAE
 from harness.teachers.pipelines import build_pipeline_denoiser
@@ -32,7 +33,8 @@ def load(name):
 
 def test_every_experiment_has_the_name_of_its_file():
     names = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert names == {*NAMES, *(f"{name}-scaled" for name in NAMES), *TEXT}
+    variants = (f"{name}-{kind}" for name in NAMES for kind in ("scaled", "released"))
+    assert names == {*NAMES, *variants, *TEXT}
     for name in names:
         assert load(name).name == name
 
@@ -46,6 +48,28 @@ def test_fids_use_the_published_statistics(name):
     with pytest.raises(ConfigError) as error:
         load_experiment(FOLDER / f"{name}.yaml")
     assert "evaluation.statistics" in {problem.key for problem in error.value.problems}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_released_experiments_train_nothing(name):
+    """They need the authors' files, the statistics and Inception, and compare with the papers."""
+    exact, experiment = load(name), load(f"{name}-released")
+    assert set(experiment.released) == set(experiment.students) and not experiment.teachers
+    assert not experiment.data.has_images and not experiment.pair_sets
+    assert experiment.data.num_classes == exact.data.num_classes
+    assert experiment.evaluation.statistics == exact.evaluation.statistics
+    assert experiment.paper.dataset == exact.paper.dataset
+    assert experiment.paper.conditioning == exact.paper.conditioning
+    found = {}
+    for entry in concerning(experiment.paper):
+        if entry["metric"] == "FID" and entry["paper"] in ("SiD", "GDD"):
+            for student in runs_of(experiment, entry):
+                found.setdefault(student, []).append(entry["value"])
+    assert set(found) == set(experiment.students)
+    for name, student in experiment.students.items():
+        expected = (2.5, 0.0) if student.method == "sid" else (80.0, 0.002)
+        settings = student.settings
+        assert (settings.sigma_init, getattr(settings, "epsilon", 0.0)) == expected, name
 
 
 @pytest.mark.parametrize("name", NAMES)

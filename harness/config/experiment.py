@@ -70,7 +70,18 @@ class Experiment:
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        return [(student, seed) for student in self.students for seed in self.training.seeds]
+        """Students and training seeds; released weights have one run, under the first seed."""
+        seeds = self.training.seeds
+        return [
+            (name, seed)
+            for name, student in self.students.items()
+            for seed in (seeds[:1] if student.source else seeds)
+        ]
+
+    @property
+    def released(self) -> list[str]:
+        """The students that are released weights: imported, not trained here."""
+        return [name for name, student in self.students.items() if student.source]
 
     @cached_property
     def pair_sets(self) -> dict[str, jobs.PairSet]:
@@ -161,6 +172,10 @@ class Experiment:
         """Everything that decides a run's weights except its stopping rule and the method's file,
         which enters a run's id by its hash."""
         student = self.students[name]
+        if student.source:
+            facts = {"method": student.method, "settings": student.settings.model_dump()}
+            facts |= {"freeze": student.freeze, "source": student.source, "sha256": student.sha256}
+            return {"student": name, "released": facts, "data": self.data_fingerprint}
         features = student.requirements.features
         return {
             "student": name,
@@ -207,7 +222,7 @@ class Experiment:
             experiment=self.name,
             student=student,
             seed=seed,
-            teacher=paths.teacher(student.teacher),
+            teacher=paths.teacher(student.teacher) if student.teacher else None,
             features=paths.features(features) if features else None,
             pairs=paths.pairs(student.pairs.name) if student.pairs else None,
             budget=[limit.model_dump() for limit in student.budget],
@@ -266,6 +281,12 @@ class Experiment:
             denoiser = source, source / "diffusion_pytorch_model.safetensors"
             files += sorted(source.glob("*/*.*")) if section.pipeline else denoiser
         return list(filter(Path.is_file, files))
+
+    def released_files(self, name: str) -> list[Path]:
+        """Local files of a student's released weights: those whose content is hashed."""
+        sources = local_files(self.students[name].source)
+        files = [path / "diffusion_pytorch_model.safetensors" for path in sources]
+        return list(filter(Path.is_file, [*sources, *files]))
 
     def write_snapshot(self) -> Path:
         """Write the resolved configuration under its digest for the jobs of a workflow, so that

@@ -21,18 +21,21 @@ class PairSet:
 
 @dataclass(frozen=True)
 class Student:
-    """A student of an experiment with its method's settings, validated and complete."""
+    """A student of an experiment with its method's settings, validated and complete. source,
+    sha256: of released weights, which have no teacher, budget, snapshots and requirements."""
 
     name: str
     method: str
     settings: MethodConfig
     requirements: Requirements
-    teacher: str
+    teacher: str | None
     freeze: str
     lora: schema.LoraSection | None
     budget: tuple[schema.Limit, ...]
     snapshots: schema.Snapshots
     pairs: PairSet | None
+    source: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class StudentRun(Job):
     experiment: str
     student: Student
     seed: int
-    teacher: Path
+    teacher: Path | None
     features: Path | None
     pairs: Path | None
     budget: list[dict]

@@ -194,6 +194,18 @@ class StudentSection(Section):
     snapshots: Snapshots | None = Field(None, description="default: training.snapshots")
 
 
+class ReleasedStudent(Section):
+    """One-step weights that others trained and released: an official pickle (file or URL) or a
+    denoiser folder. They are imported and scored, never trained here. method, freeze and settings:
+    of their training; the network is evaluated at `settings.sigma_init`."""
+
+    source: str = Field(min_length=1)
+    sha256: Sha256 | None = None
+    method: str
+    freeze: Literal["none", "innate"] = "none"
+    settings: dict[str, Any] = {}
+
+
 class LoopSettings(Switches):
     """How a training loop computes, saves its state and logs."""
 
@@ -265,8 +277,8 @@ class ExperimentFile(Section):
     plugins: list[str] = Field([], description="Python files that register more classes")
     data: DataSection
     features: dict[str, Any]
-    teachers: dict[str, Any] = Field(min_length=1)
-    students: dict[str, StudentSection] = Field(min_length=1)
+    teachers: dict[str, Any] = {}  # required to train students
+    students: dict[str, Any] = Field(min_length=1)
     training: TrainingSection
     evaluation: EvaluationSection
     paper: PaperSection | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.config.jobs import Scoring, StudentRun, TeacherJob
 from harness.data.datasets import Images
@@ -37,16 +37,18 @@ class ScoreFile:
     """The score file of a job: its entries, and images and values of single images for figures.
 
     codec: decoder of latents, or the identity. embeddings: of the evaluation prompts, if the
-    networks read prompts. A teacher shares both with its students.
+    networks read prompts. A teacher shares both with its students; released weights have neither.
     """
 
-    def __init__(self, scoring: Scoring, teacher: Path, path: Path):
+    def __init__(self, scoring: Scoring, teacher: Path | None, path: Path):
         self.scoring, self.path = scoring, path
         self.unfinished = path.with_suffix(".parts")  # folder of an interrupted job
         self.scorer = Scorer(scoring)
-        self.codec = load_codec(teacher, scoring.device)
-        self.embeddings = load_embeddings(teacher, evaluation=True)
-        self.hashes = pipeline_sha256(teacher), self.embeddings and self.embeddings.sha256
+        self.codec, self.embeddings, self.hashes = nn.Identity(), None, (None, None)
+        if teacher is not None:
+            self.codec = load_codec(teacher, scoring.device)
+            self.embeddings = load_embeddings(teacher, evaluation=True)
+            self.hashes = pipeline_sha256(teacher), self.embeddings and self.embeddings.sha256
         self.entries: list[records.ScoreEntry] = []
         self.images: dict[str, Tensor] = {}
         self.per_image: list[dict[str, Any]] = []  # columns of a table for each sampling seed
@@ -186,7 +188,7 @@ def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
 
     *earlier, last = run.snapshots
     selected = None
-    if scoring.evaluation.selection_seed is not None:
+    if scoring.evaluation.selection_seed is not None and run.released is None:
         selected, earlier = _select(file, run.snapshots, stream, networks), []
         if selected != last.name:
             earlier = [snapshot for snapshot in run.snapshots if snapshot.name == selected]
@@ -199,6 +201,7 @@ def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
         file.add(facts, *inputs, keep=keep, per_image=final, **networks)
     facts = {"student": job.student.name, "seed": job.seed, "weights": run.sha256}
     facts |= {"method": run.method, "contended": run.contended}
+    facts["released"] = None if run.released is None else True
     file.write(fingerprint(scoring), **facts)
 
 

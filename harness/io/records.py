@@ -104,14 +104,15 @@ class StudentRecord(TrainingFacts):
     changed_settings: dict[str, Any]
     freeze: str
     lora: dict[str, Any] | None = None
-    teacher: str
+    teacher: str | None = None
+    released: dict[str, str] | None = None  # source of weights not trained here, and its sha256
     trained_against: list[str]  # feature networks in the losses, whose metrics are flagged
     pretraining: list[str]  # data sets of the pretrained networks in the losses
     device: str
     processes: int
     nfe: int
     parameters: int
-    frozen_fraction: float
+    frozen_fraction: float | None = None  # None: trained elsewhere
     inputs: dict[str, Any]  # input -> sha256
     snapshots: list[Snapshot]  # averaged weights during training
     contended: bool  # other work ran during a run with a budget in seconds
@@ -225,6 +226,7 @@ class ScoreRecord(Record):
     weights: str  # sha256 of the network
     fingerprint: str
     contended: bool = False
+    released: bool | None = None  # weights that were not trained here
     tf32: bool  # whether sampling was allowed TensorFloat-32; feature networks never are
     entries: list[ScoreEntry]
     samples: Samples | None = None  # images for figures

@@ -146,6 +146,7 @@ def _score_rows(scores: ScoreRecord, names: dict[str | None, str]) -> Iterator[d
         facts |= {"method": scores.method, "seed": scores.seed, "grid": " ".join(entry.grid)}
         for row in entry.rows:
             flags = [row.flag, "contended" if scores.contended else ""]
+            flags += ["released"] if scores.released else []
             flags += ["selection"] if entry.selection else []
             flags += [f"selected-among-{entry.selected}"] if entry.selected else []
             facts["flag"] = " ".join(filter(None, flags))

@@ -16,11 +16,12 @@ FLAGS = {
         "the student was trained against a network pretrained on the same images as this column's "
         "(its lead may not hold in other features)",
     ),
+    "released": ("¶", "the authors' released weights, not trained here"),
     "contended": ("§", "other jobs shared the machine: do not compare its seconds"),
 }
 LATEX = {
     **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--"},
-    **{"†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}"},
+    **{"†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}", "¶": r"\P{}"},
 }
 
 

@@ -22,6 +22,7 @@ PACKAGES = (
     *("clean-fid", "scipy", "numpy", "pandas", "matplotlib", "altair", "snakemake", "pydantic"),
     "scikit-learn",
 )
+RUN_FACTS = {"run_id", "sha256", "stop", "device"}
 FEATURE_FACTS = {"sha256", "held_out_accuracy", "aesthetic", "unavailable"}
 
 
@@ -55,7 +56,8 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[P
     """The contents of manifest.json."""
     root, status = experiment.paths.root, _git("status", "--porcelain")
     runs = {
-        f"{student}/seed{seed}": record.model_dump(include={"run_id", "sha256", "stop", "device"})
+        f"{student}/seed{seed}": record.model_dump(include=RUN_FACTS)
+        | ({"released": record.released} if record.released else {})
         for student, seed in experiment.runs
         if (record := training_record(experiment, student, seed))
     }

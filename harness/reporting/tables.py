@@ -4,6 +4,7 @@ headline.md and the terminal's table.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 
@@ -32,6 +33,7 @@ STUDENT_COLUMNS = (
     *("student", "method", "seeds", "nfe", "parameters", "frozen", "data_free"),
     *("images", "flops", "seconds", "flag", "status"),
 )
+OF_EXTRACTORS = ("trained-on-extractor", "shares-pretraining")  # flags
 SELECTED = ("student", "column", "mean", "std", "among")  # columns of `Summary.selected`
 # Metrics of the headline of text-to-image experiments, in any extractor.
 TEXT_METRICS = ("clip-score", "clip-score-100-plain", "aesthetic", "aesthetic-v2")
@@ -133,7 +135,7 @@ def student_scores(final: pd.DataFrame, columns: pd.DataFrame, names: list[str])
     scores = seed_means(rows, keys).assign(
         sampling_std=extremes["var"] ** 0.5,
         stderr=grouped.stderr.agg(pd.Series.mean),
-        flag=grouped.flag.agg(_flags, "trained-on-extractor", "shares-pretraining"),
+        flag=grouped.flag.agg(_flags, "trained-on-extractor", "shares-pretraining", "released"),
         status=grouped.status.agg(lambda s: next(iter(s[is_unavailable(s)]), "ok")),
     )
     scores = scores.join(columns, on="column")
@@ -183,7 +185,7 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     for flag, (mark, meaning) in FLAGS.items():
         flagged = table[table.flag.fillna("").str.contains(flag)]
         who = [
-            ", ".join(rows.student.unique()) + (f" in {extractor}" if flag != "contended" else "")
+            ", ".join(rows.student.unique()) + (f" in {extractor}" if flag in OF_EXTRACTORS else "")
             for extractor, rows in flagged.groupby("extractor", sort=False)
         ]
         if who:
@@ -192,24 +194,28 @@ def _notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
 
 def _protocol_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     training, sampling = experiment.training, experiment.evaluation.sampling_seeds
+    trained = {name: s for name, s in experiment.students.items() if not s.source}
     budget, *own = (
         ", ".join(f"{limit.amount:g} {limit.unit}" for limit in section.budget)
-        for section in (training, *experiment.students.values())
+        for section in (training, *trained.values())
     )
-    own = zip(experiment.students, own, strict=True)
+    own = zip(trained, own, strict=True)
     budgets = "".join(f"; {name}: {text}" for name, text in own if text != budget)
     references = ", ".join(table.reference.dropna().unique()) or "missing"
     floor = (
         " `_n…` is the sample count. At the size of the held-out part, scores are means over "
         "disjoint subsets; `floor` is the score of the real held-out images."
     )
-    yield (
-        f"Mean ± std over {len(training.seeds)} training seeds; the score of a training seed is "
-        f"its mean over sampling seeds {', '.join(map(str, sampling))} (their std is "
-        "`sampling_std` in summary.csv). EMA weights at the end of the budget "
-        f"({budget}{budgets}); reference {references}."
-        f"{floor if (table.student == 'floor').any() else ''}"
-    )
+    seeds = f"{', '.join(map(str, sampling))} (their std is `sampling_std` in summary.csv)"
+    what = f"Scores are means over sampling seeds {seeds}"
+    if trained:
+        what = (
+            f"Mean ± std over {len(training.seeds)} training seeds; the score of a training seed "
+            f"is its mean over sampling seeds {seeds}. EMA weights at the end of the budget "
+            f"({budget}{budgets})"
+        )
+    floor = floor if (table.student == "floor").any() else ""
+    yield f"{what}; reference {references}.{floor}"
     yield (
         "`rank`: from the intervals in pairwise.csv, not corrected for multiple comparisons; "
         "`tie 1–3` if some intervals contain 0, `not ranked` with fewer than "
@@ -244,6 +250,13 @@ def _student_notes(experiment: Experiment) -> Iterator[str]:
     seed, trained_against = experiment.training.seeds[0], {}
     for name, student in experiment.students.items():
         if (record := training_record(experiment, name, seed)) is None:
+            continue
+        if record.released:
+            file, sha256 = Path(record.released["source"]).name, record.released["sha256"]
+            yield (
+                f"{name}: released weights of {student.method} ({record.paper}) from {file} "
+                f"(sha256 {sha256}), imported and not trained here."
+            )
             continue
         for network in record.trained_against:
             trained_against.setdefault(network, []).append(name)

@@ -9,10 +9,17 @@ from pydantic import ValidationError
 from harness.config import schema
 from harness.config.jobs import PairSet, Student
 from harness.config.loading import translate
-from harness.config.schema import ExperimentFile, Names, StudentSection, TrainingSection
+from harness.config.schema import (
+    ExperimentFile,
+    Names,
+    ReleasedStudent,
+    StudentSection,
+    TrainingSection,
+)
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
 from harness.method import METHODS, MethodConfig, TeacherFacts
+from harness.students import released
 
 
 def method_settings(section: StudentSection, shared: dict[str, Any]) -> MethodConfig:
@@ -22,8 +29,10 @@ def method_settings(section: StudentSection, shared: dict[str, Any]) -> MethodCo
     return config_class(**common | section.settings)
 
 
-def resolve(name: str, section: StudentSection, file: ExperimentFile) -> Student:
+def resolve(name: str, section: StudentSection | ReleasedStudent, file: ExperimentFile) -> Student:
     """A student with its validated settings. Raises `ValidationError` or `UserError`."""
+    if isinstance(section, ReleasedStudent):
+        return released.resolve(name, section)
     settings = method_settings(section, file.training.settings)
     requirements = METHODS[section.method].requirements(settings)
     teacher, pairs = section.teacher or next(iter(file.teachers)), None
@@ -52,8 +61,19 @@ def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
     # Students are checked without their budgets if `training` is invalid.
     training = file.training or TrainingSection.model_construct(seeds=[], budget=[])
     yield from _check_shared_settings(file, training)
+    if not names["teachers"] and not all(
+        isinstance(s, ReleasedStudent) for s in file.students.values()
+    ):
+        message = "missing; only an experiment whose students are all released needs no teacher"
+        yield Problem("teachers", "missing-key", message)
     for name, section in file.students.items():
         where = f"students.{name}"
+        if isinstance(section, ReleasedStudent):
+            yield from released.check(name, section, file.data, files)
+            continue
+        if name.endswith(released.SUFFIX):
+            message = f"names with {released.SUFFIX} are for released weights (with a source)"
+            yield Problem(where, "reserved-name", message)
         if section.lora is not None and section.freeze != "none":
             yield Problem(f"{where}.lora", "conflict", "lora and freeze are mutually exclusive")
         if section.teacher is not None and section.teacher not in names["teachers"]:

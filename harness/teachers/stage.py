@@ -127,12 +127,9 @@ def _import(job: TeacherJob) -> TeacherRecord:
         del encoder  # a T5 would fill the host's memory together with the other networks
         denoiser = pipeline.denoiser(null)
         source = {"pipeline": pipeline.kind, "sha256": pipeline.sha256()}
-    elif path.is_dir():
-        denoiser = networks.load_denoiser(path, section.sha256)
-        source = {"sha256": sha256_file(path / networks.WEIGHTS)}
     else:
-        file = fetch(section.source, section.sha256)
-        denoiser, source = read_edm_pickle(file), {"sha256": sha256_file(file)}
+        denoiser, sha256 = read_denoiser(section.source, section.sha256)
+        source = {"sha256": sha256}
     _check_import(job, denoiser, dataset)
     source = {"source": section.source} | source
     run_id, codec = digest([job.fingerprint, source]), None
@@ -148,6 +145,25 @@ def _import(job: TeacherJob) -> TeacherRecord:
         return _write_record(job, folder, denoiser, texts, **facts)
 
 
+def read_denoiser(source: str, sha256: str | None) -> tuple[Denoiser, str]:
+    """The denoiser in an official pickle (file or URL) or in a denoiser folder, and the sha256 of
+    the file or of the folder's weights."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return networks.load_denoiser(path, sha256), sha256_file(path / networks.WEIGHTS)
+    file = fetch(source, sha256)
+    return read_edm_pickle(file), sha256_file(file)
+
+
+def check_shapes(name: str, denoiser: Denoiser, dataset: Dataset) -> None:
+    """Raise a `UserError` if a network generates other images or classes than a data set's."""
+    network = (*denoiser.image_shape, denoiser.num_classes)
+    data = (*dataset.image_shape, dataset.num_classes)
+    if network != data:
+        own, other = ("{}x{}x{} images in {} classes".format(*facts) for facts in (network, data))
+        raise UserError(f"{name} generates {own}, but data {dataset.name} has {other}", "shape")
+
+
 def _check_import(job: TeacherJob, denoiser: Denoiser, dataset: Dataset) -> None:
     """Compare the imported network with the teacher's key `network`, and the images and classes of
     one that is not a pipeline's with the data set's."""
@@ -157,14 +173,8 @@ def _check_import(job: TeacherJob, denoiser: Denoiser, dataset: Dataset) -> None
         if (list(value) if isinstance(value, tuple) else value) != expected:
             message = f"the imported network has {value!r}, not {expected!r}"
             raise UserError(f"teachers.{job.name}.network.{key}: {message}", "network")
-    if job.section.pipeline:
-        return
-    teacher = (*denoiser.image_shape, denoiser.num_classes)
-    data = (*dataset.image_shape, dataset.num_classes)
-    if teacher != data:
-        own, other = ("{}x{}x{} images in {} classes".format(*facts) for facts in (teacher, data))
-        message = f"teacher {job.name} generates {own}, but data {dataset.name} has {other}"
-        raise UserError(message, "shape")
+    if not job.section.pipeline:
+        check_shapes(f"teacher {job.name}", denoiser, dataset)
 
 
 def _write_record(

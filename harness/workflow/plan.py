@@ -103,6 +103,8 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
 
     rows, disk, seeds = [], 0, len(experiment.training.seeds)
     for student in experiment.students:
+        if student in experiment.released:
+            continue
         e = Estimate(experiment, student)
         hours = e.flops / (tflops * 1e12) / 3600
         row = {
@@ -121,6 +123,10 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
         row["snapshots"] = "–" if e.snapshots is None else f"{e.snapshots} x {size}"
         disk += (e.snapshots or 1) * e.snapshot_bytes * seeds
         rows.append(row | {"hours": f"{hours:.3g}" if math.isfinite(hours) else "–"})
+    for name in experiment.released:
+        print(f"{name}: released weights ({experiment.students[name].source}), not trained here")
+    if not rows:
+        return
     print(tabulate(rows, "keys", tablefmt="github", disable_numparse=True))
     print(
         f"\nEach run ({seeds} per student), at {tflops:g} TFLOP/s. Memory "

@@ -15,15 +15,18 @@ from harness.workflow.machine import FAILURE
 def run_status(experiment: Experiment, student: str, seed: int) -> str:
     """Status of a run without scores: its first failed dependency, or "missing (…)"."""
     run = experiment.student_run(student, seed)
-    folders = filter(None, (run.features, run.pairs, run.folder))
-    return teacher_status(experiment, run.student.teacher, *folders)
+    return _status(experiment, run.teacher, run.features, run.pairs, run.folder)
 
 
-def teacher_status(experiment: Experiment, teacher: str, *more: Path) -> str:
-    """Status of a teacher without scores, likewise; `more`: further folders of dependencies."""
+def teacher_status(experiment: Experiment, teacher: str) -> str:
+    """Status of a teacher without scores, likewise."""
+    return _status(experiment, experiment.paths.teacher(teacher))
+
+
+def _status(experiment: Experiment, *folders: Path | None) -> str:
     paths = experiment.paths
     extractors = map(paths.features, experiment.evaluation.extractors)
-    for folder in (paths.data, *extractors, paths.teacher(teacher), *more):
+    for folder in filter(None, (paths.data, *extractors, *folders)):
         if (folder / FAILURE).exists():
             record = read_json(folder / FAILURE)
             return f"failed ({record['stage']}: {record['reason']})"
@@ -90,7 +93,11 @@ def print_status(experiment: Experiment) -> None:
     for student, seed in experiment.runs:
         folder, scores = paths.run(student, seed), paths.scores(student, seed)
         budget = experiment.students[student].budget
-        rows.append(_line(f"{student}/seed{seed}", folder, "student.json", budget, scores))
+        line = _line(f"{student}/seed{seed}", folder, "student.json", budget, scores)
+        if student in experiment.released:
+            line["state"] = line["state"].replace("trained", "imported")
+            line["spent"] = "released weights, not trained here"
+        rows.append(line)
         if (folder / FAILURE).exists():
             failed.append(f"{student}/seed{seed} {run_status(experiment, student, seed)}")
     print(tabulate(rows, headers="keys", disable_numparse=True), *failed, sep="\n")

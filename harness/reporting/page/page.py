@@ -110,14 +110,21 @@ def header(content: Content) -> Iterator[Markup]:
     """What was compared, the leader in each feature space, how reliable the lead is, and facts."""
     experiment, final, m = content.experiment, content.final, content.manifest
     training, evaluation = experiment.training, experiment.evaluation
-    students, seeds = len(experiment.students), len(training.seeds)
+    trained = [s for s in experiment.students.values() if not s.source]
+    students, seeds = len(trained), len(training.seeds)
     budget = ", ".join(f"{limit.amount:,.0f} {limit.unit}" for limit in training.budget)
-    own = any(list(s.budget) != training.budget for s in experiment.students.values())
+    own = any(list(s.budget) != training.budget for s in trained)
+    parts = []
+    if trained:
+        parts.append(
+            f"{students} one-step student{'s' * (students != 1)} of the teacher "
+            f"{' and '.join(experiment.teachers)}, trained for {budget}"
+            f"{' unless noted otherwise' * own} with {seeds} training seed{'s' * (seeds != 1)}"
+        )
+    if names := experiment.released:
+        parts.append(f"Released weights, imported and not trained here: {', '.join(names)}")
     yield html.text(
-        f"{students} one-step student{'s' * (students != 1)} of the teacher "
-        f"{' and '.join(experiment.teachers)}, trained for {budget}"
-        f"{' unless noted otherwise' * own} with {seeds} training seed{'s' * (seeds != 1)}, scored "
-        f"on {evaluation.num_samples:,} samples in the features of "
+        f"{'. '.join(parts)}, scored on {evaluation.num_samples:,} samples in the features of "
         f"{' and '.join(evaluation.extractors)}.",
         "",
     )

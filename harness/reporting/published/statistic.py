@@ -101,9 +101,10 @@ class Measurement(NamedTuple):
     snapshots: int
 
 
-def measure(rows: pd.DataFrame, statistic: Statistic | None) -> Measurement:
+def measure(rows: pd.DataFrame, statistic: Statistic | None, released: bool = False) -> Measurement:
     """A statistic of `fid_rows`, as far as they allow: the minimum of its first evaluations or the
-    mean of all, at the selected snapshot or the last one. None: the mean at the last one."""
+    mean of all, at the selected snapshot or the last one. None: the mean at the last one. released:
+    the only snapshot is one that the authors selected."""
     selected = rows.selected.notna()
     best = statistic is not None and statistic.every is not None and selected.any()
     rows = rows[selected if best else rows.final]
@@ -111,6 +112,7 @@ def measure(rows: pd.DataFrame, statistic: Statistic | None) -> Measurement:
     count = int(groups.size().min())
     looked = int(rows.selected.max()) if best else 1
     where = f"the best of {looked} snapshots" if best else "the last snapshot"
+    where = "the authors' released weights" if released else where
     wanted = statistic.evaluations if statistic else 1
     if statistic and statistic.kind == "minimum" and count >= wanted:
         values = groups.apply(lambda values: values.iloc[:wanted].min())
@@ -122,8 +124,7 @@ def measure(rows: pd.DataFrame, statistic: Statistic | None) -> Measurement:
 def of_best(experiment: Experiment, name: str, statistic: Statistic | None) -> bool:
     """Whether a statistic requires the selection of a snapshot of a student. The authors selected
     the released weights."""
-    student = experiment.students.get(name)
-    trained = student is not None and not getattr(student, "source", None)
+    trained = name in experiment.students and name not in experiment.released
     return trained and statistic is not None and statistic.every is not None
 
 

@@ -94,13 +94,14 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
     setting, notes, deviations = experiment.paper.setting, [], ()
     if student := experiment.students.get(name):
         deviations = METHODS[student.method].deviations_under(student.settings)
-    changed = match.changed_settings(experiment, name, entry)
+    is_released = name in experiment.released
+    changed = [] if is_released else match.changed_settings(experiment, name, entry)
     if changed is None:
         notes.append("the published settings are unknown")
     elif changed:
         notes.append(f"different from the published run: {', '.join(changed)}")
     statistic = statistic_of(entry)
-    values, text, snapshots = measure(fids, statistic)
+    values, text, snapshots = measure(fids, statistic, is_released)
     differences = statistic_differences(experiment, name, entry)
     if not differences and of_best(experiment, name, statistic) and fids.selected.isna().all():
         differences = ["no snapshot was selected"]
@@ -109,7 +110,9 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
     papers = 30_000 if entry["dataset"].startswith("COCO-2014-30k") else 50_000
     if experiment.evaluation.num_samples != papers:
         notes.append(f"papers use {papers} samples; fewer raise the FID")
-    if setting == "exact" and notes:
+    if is_released:
+        setting, deviations = "released", ["the authors' released weights, not trained here"]
+    elif setting == "exact" and notes:
         setting = "unknown" if changed is None else "changed"
     last = measure(fids, None).values
     return {
@@ -189,7 +192,8 @@ def write_paper_tables(
         files.setdefault(title, []).extend(rows or [_row(entry)])
         if match.is_own(entry) and entry["metric"] == "FID":
             cells += 1
-            empty += [] if rows else [entry]
+            trained = [row for row in rows if row["setting_match"] != "released"]
+            empty += [] if trained else [entry]
         elif match.is_own(entry):
             others += 1
     folder = results / "paper-tables"

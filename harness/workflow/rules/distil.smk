@@ -14,6 +14,22 @@ def student_spec(w):
     return spec([run.fingerprint, run.budget])
 
 
+# Released weights are imported instead.
+use rule data as import_student with:
+    input:
+        rules.data.output,
+        source=lambda w: E.released_files(w.student),
+    output:
+        f"{ROOT}/students/{{student}}/seed{{seed}}/student.json",
+    log:
+        f"{ROOT}/logs/students/{{student}}/seed{{seed}}.log",
+    wildcard_constraints:
+        student=one_of(E.released),
+    params:
+        command="import-student {student} {seed}",
+        spec=student_spec,
+
+
 use rule data as train with:
     input:
         unpack(student_inputs),
@@ -23,6 +39,8 @@ use rule data as train with:
         f"{ROOT}/logs/students/{{student}}/seed{{seed}}.log",
     benchmark:
         f"{ROOT}/benchmarks/students/{{student}}/seed{{seed}}.tsv"
+    wildcard_constraints:
+        student=one_of(name for name in E.students if name not in E.released),
     threads: EXCLUSIVE_THREADS
     resources:
         **EXCLUSIVE,

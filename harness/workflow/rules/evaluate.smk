@@ -41,13 +41,14 @@ use rule score_references as score with:
         spec=spec(fingerprint(SCORING)),
 
 
-# Scores of other libraries for the same images; needs real images.
-AGREEMENT = [f"{ROOT}/tables/agreement.{kind}" for kind in ("csv", "md") if E.data.has_images]
+# Scores of other libraries for the same images; needs real images, and a teacher's samples.
+AGREEMENT = [f"{ROOT}/tables/agreement.{kind}" for kind in ("csv", "md")]
+AGREEMENT = AGREEMENT if E.data.has_images and E.teachers else []
 
 
 use rule score_references as agreement with:
     input:
-        scores=E.paths.reference_scores(next(iter(E.teachers))),
+        scores=[E.paths.reference_scores(name) for name in list(E.teachers)[:1]],
         extractors=EXTRACTORS,
     output:
         AGREEMENT,

@@ -27,10 +27,10 @@ def in_report(path):
 # teachers and feature networks are inputs as well as the scores.
 use rule data as report with:
     input:
-        runs=expand(rules.train.output, student=E.students, seed=E.training.seeds),
+        runs=[E.paths.run(*run) / "student.json" for run in E.runs],
         teachers=expand(rules.teacher.output, teacher=E.teachers),
         features=EXTRACTORS,
-        scores=expand(rules.score.output, student=E.students, seed=E.training.seeds),
+        scores=[E.paths.scores(*run) for run in E.runs],
         references=expand(rules.score_references.output, teacher=E.teachers),
         agreement=AGREEMENT,
     output:
