@@ -1,13 +1,16 @@
 # `make all` runs the embedded benchmark, `make test` the fast tests; both set up .venv first.
 PYTHON ?= python3
 VENV := .venv
+MINIMUM := .venv-minimum
 BIN := $(VENV)/bin
 CORES ?= 8
 # Processes of pytest-xdist; files are not split, because they share fixtures.
 WORKERS ?= logical
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3"; exit 1; }
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: all claims t2i install test test-slow lint format status reference paper-tables clean
+.PHONY: all claims t2i install test test-slow test-minimum lint format status reference paper-tables clean
 
 all: install
 	$(BIN)/snakemake --cores $(CORES) all
@@ -24,6 +27,10 @@ test: install
 # Everything that `make test` leaves out, except what needs a GPU or Slurm.
 test-slow: install
 	$(PYTEST) -m "(slow or workflow) and not gpu and not cluster"
+
+# Tests of the dependencies, with the lowest versions that pyproject.toml allows.
+test-minimum: $(MINIMUM)/.installed
+	$(MINIMUM)/bin/python -m pytest -m contract
 
 lint: install
 	$(BIN)/ruff check .
@@ -46,10 +53,16 @@ paper-tables: install
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3"; exit 1; }
+	@$(CHECK_PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(MINIMUM)/.installed: pyproject.toml constraints-minimum.txt
+	@$(CHECK_PYTHON)
+	@test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-minimum.txt -e '.[text-to-image,pretrained,loggers]' pytest
 	@touch $@
 
 # Copy the tables, figures, page and manifest of a finished experiment into the repository.

@@ -72,6 +72,7 @@ def run(teacher: Denoiser, folder, images: int) -> TrainingRun:
     )
 
 
+@pytest.mark.contract
 def test_training_exports_merged_weights_and_keeps_the_teacher(teacher, tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     training = run(teacher, tmp_path / "run", 8)

@@ -473,6 +473,7 @@ def test_weights_are_normalised_in_full_precision_under_autocast():
         torch.testing.assert_close(layer.u @ (layer.weight.flatten(1) @ layer.v), exact)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_r1_passes_through_trunk_projection_and_heads(name):
     with seeded(0):

@@ -46,6 +46,7 @@ def error(value: torch.Tensor, reference: np.ndarray) -> float:
     return float((value.detach() - reference).abs().max() / reference.abs().max())
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_outputs_and_gradients_match_the_official_networks(name, layout):

@@ -68,6 +68,7 @@ def test_edm_network_survives_export(kind, tmp_path):
     assert torch.equal(*images)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("sigma_init", [2.5, 14.0])
 @pytest.mark.parametrize("make", [pipelines.stable_diffusion, pipelines.pixart])
 def test_stock_pipeline_matches_the_one_step_student(make, sigma_init, tmp_path):

@@ -87,6 +87,7 @@ def test_outputs_do_not_depend_on_blocks(network, monkeypatch):
         torch.testing.assert_close(streamed[name], output, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.contract
 def test_outputs_equal_torch_fidelitys(weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -113,6 +114,7 @@ def test_other_files_are_refused(tmp_path):
 # -- resizes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract
 def test_clean_resize_equals_clean_fid(network):
     from cleanfid.resize import build_resizer
 

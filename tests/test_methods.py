@@ -86,6 +86,7 @@ def run_method(
     return train(run), run, teacher
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_method_trains_its_networks_and_not_the_teacher(name, tmp_path):
     teacher = tiny_denoiser()

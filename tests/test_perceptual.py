@@ -17,6 +17,7 @@ def distance():
     return PerceptualDistance(resolution=64)
 
 
+@pytest.mark.contract
 def test_trunk_equals_torchvisions_vgg16():
     from torchvision.models import vgg16
 
@@ -31,6 +32,7 @@ def test_trunk_equals_torchvisions_vgg16():
             assert torch.equal(output, reference.features[:slice_end](x))
 
 
+@pytest.mark.contract
 def test_distance_resizes_accepts_grey_images_and_has_a_gradient(distance):
     sizes = []
     hook = distance.network.register_forward_pre_hook(

@@ -87,6 +87,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_denoiser_follows_the_trajectory_of_euler(both, encoded, guidance):
     (pipe, _), (denoiser, condition) = both, encoded
@@ -136,6 +137,7 @@ def test_timesteps_invert_the_schedule(encoded):
     assert ends.tolist() == [0.0, len(sigmas) - 1.0]
 
 
+@pytest.mark.contract
 def test_text_encoder_matches_the_pipeline(both, encoded):
     (pipe, _), (_, condition) = both, encoded
     with torch.no_grad():
@@ -150,6 +152,7 @@ def test_text_encoder_matches_the_pipeline(both, encoded):
         assert torch.equal(condition["mask"], expected[1])
 
 
+@pytest.mark.contract
 def test_codec_matches_the_pipeline_and_is_differentiable(both):
     pipe, folder = both
     codec, x = folder.codec(), latents().requires_grad_()

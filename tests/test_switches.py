@@ -79,6 +79,7 @@ def test_resume_with_channels_last(tmp_path):
         assert torch.equal(after[name], tensor), name
 
 
+@pytest.mark.contract
 def test_compile(tmp_path, monkeypatch):
     """Dynamo traces all phases; a trivial back end saves the time of code generation."""
     graphs = []

@@ -103,9 +103,8 @@ def wandb(run: TrainingRun, images: int) -> tuple[Callable, Callable]:
     """A Weights & Biases run named after this run, against images; it continues on resume."""
     import wandb
 
-    target = wandb.init(
-        project="onestep-harness", id=run.run_id, name=run.name, dir=run.folder, resume="allow"
-    )
+    names = {"project": "onestep-harness", "id": run.run_id, "name": run.name}
+    target = wandb.init(**names, dir=str(run.folder), resume="allow")
     return lambda row: target.log(row, step=row["images"]), target.finish
 
 
