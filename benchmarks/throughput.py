@@ -94,8 +94,9 @@ class PlainLoop(Trainer):
 
     def update(self, phase: Phase, repeat: int, contexts: list[Context], *rest) -> None:
         for context in contexts:
-            context.forget_generated()
-            context.enter(phase.name, repeat, phase.network == self.run.main)
+            context.release()
+            mode = phase.training(self.run.main)
+            context.enter(phase.name, repeat, phase.images, mode, phase.network == self.run.main)
         super().update(phase, repeat, contexts, *rest)
         float(self.metrics[f"loss/{phase.name}"])
 

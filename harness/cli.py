@@ -95,7 +95,7 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
             torch.set_num_threads(1)  # results depend on it: sums are split by thread
             experiment.check_device()
             if many:
-                relaunch(experiment.processes(_batch(experiment, args)), args.argv)
+                relaunch(experiment.processes(_parts(experiment, args)), args.argv)
             name, folder = _product(experiment, args)
             none = contextlib.nullcontext()
             record = record_failure(folder, label or name) if folder else none
@@ -120,10 +120,11 @@ def _product(experiment, args: argparse.Namespace) -> tuple[str, Path | None]:
     return ("data", paths.data) if args.command == "data" else ("", None)
 
 
-def _batch(experiment, args: argparse.Namespace) -> int | None:
-    """The batch that the processes of a stage divide; None if they divide no batch."""
+def _parts(experiment, args: argparse.Namespace) -> int | None:
+    """The parts of a batch that the processes of a stage divide; None if they divide no batch."""
     if args.command == "train":
-        return experiment.students[args.student].settings.batch
+        student = experiment.students[args.student]
+        return student.settings.batch // student.requirements.ghost_batch
     if args.command == "teacher":  # one process imports a teacher
         return getattr(experiment.teachers[args.teacher], "batch", 1)
     return None

@@ -1,13 +1,30 @@
 """What a phase's loss works with: networks, named random numbers, data and generated images."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from harness.denoiser import Condition, map_condition, one_step, to_model_space
 from harness.streams import PAIR_NOISE, Stream
+
+
+@dataclass(frozen=True)
+class LabelLaw:
+    """Draws labels as often as they occur in the data. ends: cumulative counts by label, `(K,)`,
+    where labels are drawn; images: their sum."""
+
+    ends: Tensor
+    images: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int], device: str | torch.device) -> "LabelLaw":
+        return cls(torch.tensor(counts).cumsum(0).to(device), sum(counts))
+
+    def draw(self, stream: Stream, index: Tensor) -> Tensor:
+        """Labels int64 `(B,)`: of random images, in the order of their labels."""
+        return torch.searchsorted(self.ends, stream.integers(index, self.images), right=True)
 
 
 @dataclass
@@ -26,6 +43,7 @@ class TrainingData:
     labels: Tensor | None = None  # int64 (N,)
     pair_tensors: dict[str, Tensor] | None = None  # x and, with classes, condition
     embeddings: Callable[[Tensor], Condition] | None = None
+    label_law: LabelLaw | None = None  # of the student's labels; None: uniform
 
 
 @dataclass
@@ -54,23 +72,30 @@ class Context:
         device: str | torch.device = "cpu",
     ):
         """`samples`: indices of the micro-batch; everything is drawn on `device`."""
-        self.networks, self.step, self._samples = networks, step, samples
+        self.networks, self.step, self.samples = networks, step, samples
         self.index = self._index_on(device)
         self.logs: dict[str, Tensor] = {}
         self._data, self._seed = data, seed
-        self.enter("", 0, with_graph=True)
-        self._generated: dict[tuple[str, int], GeneratedBatch] = {}
+        self.enter("", 0)
+        self._generated: dict[tuple[str, bool, int], GeneratedBatch] = {}
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def enter(self, phase: str, repeat: int, with_graph: bool) -> None:
-        """Begin a phase (called by the trainer). `with_graph`: keep generated images' graph."""
+    def enter(
+        self, phase: str, repeat: int, images="shared", training=True, with_graph=True
+    ) -> None:
+        """Begin a phase (called by the trainer). images, training: of the batch of generated images
+        and the student's mode. `with_graph`: keep generated images' graph."""
         self._phase, self._with_graph = (phase, repeat), with_graph
+        self._images = images, training, repeat
 
-    def forget_generated(self) -> None:
-        """Drop the generated images (called by the trainer after the student's update)."""
-        self._generated.clear()
+    def release(self, keep: bool = False) -> None:
+        """Drop the graph of the phase's generated images, and the images unless `keep` (called by
+        the trainer)."""
+        batch = self._generated.pop(self._images, None)
+        if keep and batch is not None:
+            self._generated[self._images] = replace(batch, x=batch.x.detach())
 
     def _stream(self, name: str) -> Stream:
         return Stream(self._seed, *self._phase, name)
@@ -87,29 +112,42 @@ class Context:
         """`x + sigma n` with fresh standard normal n; `sigma` `(B,)`."""
         return x + sigma.view(-1, *[1] * (x.dim() - 1)) * self.normal(name, tuple(x.shape[1:]))
 
-    def generated(self, stream: str = "shared") -> GeneratedBatch:
-        """Generate images from fresh noise and conditions. Phases that name the same stream share
-        one batch until the student is updated, with a graph if the student's update can use it."""
-        key = stream, self._phase[1]
-        if key not in self._generated:
-            noise, data = Stream(self._seed, "generated", *key), self._data
-            z, numbers = noise.normal(self.index, data.shape), None
-            if data.num_classes:
-                index = self._index_on("cpu") if data.embeddings else self.index
+    def generated(self, condition: Condition = None) -> GeneratedBatch:
+        """Generate the phase's batch of images (`Phase.images`) from fresh noise, and from fresh
+        conditions if none is given. Phases that share the batch get the same images, with a graph
+        if the student's update can use it."""
+        if self._images not in self._generated:
+            name, _, repeat = self._images
+            noise, data = Stream(self._seed, "generated", name, repeat), self._data
+            z = noise.normal(self.index, data.shape)
+            if condition is None and data.num_classes:
                 # A child, since the stream itself gives the noise of the same samples.
-                numbers = noise.child("label").integers(index, data.num_classes)
-            condition = self._embed(numbers)
+                condition = self._embed(self._labels(noise.child("label")))
             with torch.set_grad_enabled(self._with_graph):
                 x = one_step(self.networks["student"], z, condition, data.sigma_init)
-            self._generated[key] = GeneratedBatch(x, z, condition)
-        return self._generated[key]
+            self._generated[self._images] = GeneratedBatch(x, z, condition)
+        return self._generated[self._images]
 
-    def real(self, name: str = "real") -> tuple[Tensor, Condition]:
-        """Draw real training images, `(B, C, H, W)` pixels in [-1, 1], with their conditions."""
-        pixels, labels = self._data.pixels, self._data.labels
-        rows = self._rows(name, pixels)
-        numbers = labels[rows] if self._data.num_classes else None
-        return to_model_space(self._to_device(pixels[rows])), self._embed(numbers)
+    def _labels(self, stream: Stream) -> Tensor:
+        data = self._data
+        index = self._index_on("cpu") if data.embeddings else self.index
+        if data.label_law:
+            return data.label_law.draw(stream, index)
+        return stream.integers(index, data.num_classes)
+
+    def real(self, name: str = "real", shared: bool = False) -> tuple[Tensor, Condition]:
+        """Draw real training images, `(B, C, H, W)` pixels in [-1, 1], with their conditions.
+        `shared`: all phases of the iteration draw the same images."""
+        pixels = self._data.pixels
+        rows = self._rows(name, pixels, shared)
+        return to_model_space(self._to_device(pixels[rows])), self._condition_of(rows)
+
+    def real_condition(self, name: str = "real", shared: bool = False) -> Condition:
+        """The conditions of the images that `real` draws."""
+        return self._condition_of(self._rows(name, self._data.pixels, shared))
+
+    def _condition_of(self, rows: Tensor) -> Condition:
+        return self._embed(self._data.labels[rows] if self._data.num_classes else None)
 
     def pairs(self, name: str = "pairs") -> tuple[Tensor, Tensor, Condition]:
         """Draw teacher pairs: noise `z`, image `x`, `condition`."""
@@ -119,9 +157,10 @@ class Context:
         numbers = labels[rows] if self._data.num_classes else None
         return z, self._to_device(images[rows]), self._embed(numbers)
 
-    def _rows(self, name: str, stored: Tensor) -> Tensor:
+    def _rows(self, name: str, stored: Tensor, shared: bool = False) -> Tensor:
         """Draw rows of a stored tensor, where it lies."""
-        return self._stream(name).integers(self._index_on(stored.device), len(stored))
+        stream = Stream(self._seed, "shared", 0, name) if shared else self._stream(name)
+        return stream.integers(self._index_on(stored.device), len(stored))
 
     def _embed(self, numbers: Tensor | None) -> Condition:
         """The condition of these numbers, on the device."""
@@ -136,7 +175,7 @@ class Context:
 
     def _index_on(self, device: str | torch.device) -> Tensor:
         """The indices, created on the device: a copy would wait for it."""
-        return torch.arange(self._samples.start, self._samples.stop, device=device)
+        return torch.arange(self.samples.start, self.samples.stop, device=device)
 
     def log(self, name: str, value: Tensor) -> None:
         """Record a scalar for train.csv; the trainer averages it over each tick."""

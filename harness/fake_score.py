@@ -1,5 +1,6 @@
 """The denoising loss, and methods that train a fake score with it (DMD, SiD, SIM)."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -41,10 +42,10 @@ class FakeScoreMethod(Method):
             raise TypeError(f"{cls.__name__}.Config must be a subclass of ScoreConfig")
 
     def __init__(
-        self, config: ScoreConfig, teacher: Denoiser, features=None, dropout=0.0, augment=0.0
+        self, config: ScoreConfig, teacher: Denoiser, required=None, dropout=0.0, augment=0.0
     ):
         """`dropout` and `augment`: of the fake score's training, if the method uses them."""
-        super().__init__(config, teacher, features)
+        super().__init__(config, teacher, required)
         self.fake_score = clone_denoiser(teacher)
         set_dropout(self.fake_score, dropout)
         if augment and teacher.augment_labels != LABELS:
@@ -71,14 +72,34 @@ class FakeScoreMethod(Method):
         return fake_score(noised, sigma, condition)
 
 
+class ScoreIdentityConfig(ScoreConfig):
+    """Settings of SiD's frame that are not published."""
+
+    share_images: bool = ours(
+        False, "fake score and generator use one batch of images; needs generator_dropout: 0"
+    )
+
+    @model_validator(mode="after")
+    def _shared_images_have_no_dropout(self):
+        if self.share_images and self.generator_dropout:
+            raise ValueError("share_images needs generator_dropout: 0, as images depend on it")
+        return self
+
+
 class ScoreIdentityMethod(FakeScoreMethod):
-    """SiD's noise levels, optimisers and fake-score training, which SIM shares.
+    """SiD's noise levels, optimisers and fake-score training, which SIM shares. The generator has
+    dropout while it learns, but not while it makes images for the fake score.
 
     A subclass defines `sample_loss`, and its `Config` the settings that are used here.
     """
 
-    def __init__(self, config: ScoreConfig, teacher: Denoiser, features: nn.Module | None = None):
-        super().__init__(config, teacher, features, config.dropout, config.augment)
+    def __init__(self, config: ScoreIdentityConfig, teacher: Denoiser, required=None):
+        super().__init__(config, teacher, required, config.dropout, config.augment)
+
+    @classmethod
+    def deviations_under(cls, config: ScoreIdentityConfig) -> tuple[str, ...]:
+        shared = "fake score and generator share a batch of images"
+        return cls.deviations + ((shared,) if config.share_images else ())
 
     def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
         """The generator's loss per sample, `(B,)`, differentiable in all arguments but `sigma`."""
@@ -89,6 +110,7 @@ class ScoreIdentityMethod(FakeScoreMethod):
         fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas, eps=c.eps)
         generator = OptimizerConfig(lr=c.lr, betas=c.generator_betas or c.betas, eps=c.eps)
         options = {"augment": c.augment, "summed": True, "dropout": c.fake_dropout}
+        options["shared"] = c.share_images
         denoise = denoising_phase(fake, self.teacher, self.fake_sigma, **options)
         return [denoise, Phase("generator", "student", self.generator_loss, generator)]
 
@@ -139,10 +161,19 @@ def augmented_loss(
 
 
 def denoising_phase(
-    optimizer: OptimizerConfig, teacher, sigma, repeat=1, augment=0.0, summed=False, dropout=0.0
+    optimizer: OptimizerConfig,
+    teacher: Denoiser,
+    sigma: Callable[[Context], Tensor],
+    repeat: int = 1,
+    augment: float = 0.0,
+    summed: bool = False,
+    dropout: float = 0.0,
+    shared: bool = True,
 ) -> Phase:
     """Train network `fake_score` to denoise the student's current images, with the teacher's loss
     weight. `sigma`: context -> noise levels `(B,)`. `augment`, `dropout`: of `augmented_loss`.
+    `shared`: use the images that the generator's phase uses, otherwise images of its own, which the
+    student makes in evaluation mode.
 
     `summed`: sum the loss over pixels, as EDM and SiD do, instead of averaging; to Adam this is a
     change of eps alone.
@@ -155,4 +186,5 @@ def denoising_phase(
         loss = augmented_loss(context, network, clean, c, levels, weight, augment, dropout)
         return loss * clean[0].numel() if summed else loss
 
-    return Phase("fake_score", "fake_score", loss, optimizer, repeat=repeat)
+    images = {"images": "shared", "modes": {"student": "train"}} if shared else {"images": "fake"}
+    return Phase("fake_score", "fake_score", loss, optimizer, repeat=repeat, **images)

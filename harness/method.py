@@ -9,11 +9,11 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -64,6 +64,10 @@ class MethodConfig(BaseModel):
     sigma_init: float = ours(80.0, "noise level at which the student is evaluated", gt=0)
     ema_half_life: int = ours(500_000, "images; 0 evaluates the raw weights", ge=0)
     ema_ramp_up: float = ours(0.05, "half-life is at most this fraction of the images seen", gt=0)
+    generator_dropout: float = ours(0.0, "of the student while it learns", ge=0, lt=1)
+    labels: Literal["data", "uniform"] = ours(
+        "data", "law of the student's labels; uniform without images"
+    )
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,11 @@ class Requirements:
     pairs: int = 0  # teacher noise -> image pairs
     pair_steps: int = 18  # sampler steps per pair
     features: str | None = None  # a feature network of the experiment, by name
-    backbones: tuple[str, ...] = ()  # pretrained networks of timm, instead of `features`
+    backbones: tuple[str, ...] = ()  # pretrained networks of timm
+    class_table: str | None = None  # file of GDD's class embeddings
     lpips: bool = False  # pretrained LPIPS-VGG
     real_images: bool = False
+    ghost_batch: int = 1  # images that must lie in one micro-batch, because they interact
 
     @property
     def pixels(self) -> bool:
@@ -85,15 +91,22 @@ class Requirements:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What an experiment file tells about a teacher."""
+    """What an experiment file tells about a teacher and its data set."""
 
     unconditional: bool = True  # also denoises without a condition, as guidance requires
+    classes: bool = False  # its condition is a class
+    text: bool = False  # its condition is a text
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The update of one network, `repeat` times in every `every`-th iteration. loss: context ->
-    scalar. variant: step -> a name for updates of different cost ("r1")."""
+    """The update of one network, `repeat` times in every `every`-th iteration from number `start`.
+
+    loss: context -> scalar. images: names the batch that `Context.generated` returns; phases with
+    one name share it if the student runs in the same mode. modes: of networks while the phase runs;
+    by default, the updated network is in training mode and all others are in evaluation mode.
+    precision: of networks that do not run in the precision of the run.
+    """
 
     name: str
     network: str
@@ -101,7 +114,23 @@ class Phase:
     optimizer: OptimizerConfig
     every: int = 1
     repeat: int = 1
-    variant: Callable[[int], str] = lambda step: ""
+    start: int = 0
+    images: str = "shared"
+    modes: Mapping[str, Literal["train", "eval"]] = field(default_factory=dict)
+    precision: Mapping[str, Literal["fp32", "bf16"]] = field(default_factory=dict)
+
+    def due(self, iteration: int) -> bool:
+        """Whether the phase runs in an iteration."""
+        return iteration >= self.start and (iteration - self.start) % self.every == 0
+
+    def training(self, network: str) -> bool:
+        """Whether a network is in training mode while the phase runs."""
+        default = "train" if network == self.network else "eval"
+        return self.modes.get(network, default) == "train"
+
+    def shares_images(self, other: "Phase") -> bool:
+        """Whether both phases use the same generated images."""
+        return (self.images, self.training("student")) == (other.images, other.training("student"))
 
 
 class Method:
@@ -112,9 +141,15 @@ class Method:
     data_free: ClassVar[bool] = True
     deviations: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: MethodConfig, teacher: Denoiser, features: nn.Module | None = None):
-        """`features`: of `requirements`: a network's maps, a ModuleList of backbones, or LPIPS."""
-        self.config, self.teacher = config, teacher
+    def __init__(
+        self,
+        config: MethodConfig,
+        teacher: Denoiser,
+        required: Mapping[str, nn.Module] | None = None,
+    ):
+        """`required`: networks that `requirements` names: "features" (a network's maps),
+        "backbones" (a ModuleList), "class_table" (an Embedding), "lpips"."""
+        self.config, self.teacher, self.required = config, teacher, dict(required or {})
 
     @classmethod
     def requirements(cls, config: MethodConfig) -> Requirements:

@@ -11,9 +11,11 @@ Its ablations (table 2) are settings: `regression: none`, `distribution_matching
 Deviations:
 * LPIPS is the reference implementation, version 0.1 (paper: PIQ's). `regression: l2` (mean squared
   error per element) is for images outside VGG's domain.
-* Generator and fake score use the same images, as in the paper's algorithm 1, but the fake score is
-  updated first, so that both share one forward pass.
-* EMA of the generator, which the paper does not mention.
+* EMA of the generator, which the paper does not mention; `ema_half_life: 0` evaluates the weights
+  themselves, as DMD2's code does.
+
+As in the paper's algorithm 1, the generator is updated first, then the fake score on the same
+images.
 """
 
 from typing import Literal
@@ -25,7 +27,7 @@ from torch.nn.functional import mse_loss
 from harness.context import Context
 from harness.denoiser import Denoiser, one_step
 from harness.fake_score import FakeScoreMethod, ScoreConfig, denoising_phase
-from harness.method import Method, OptimizerConfig, Phase, Requirements, ours, paper
+from harness.method import Method, OptimizerConfig, Phase, Requirements, code, ours, paper
 
 
 def dmd_gradient(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
@@ -52,10 +54,7 @@ def level_weighted_gradient(
 
 class DMD(FakeScoreMethod):
     paper = "Yin et al. 2024, arXiv 2311.18828"
-    deviations = (
-        "re-implementation: no training code was released",
-        "fake score first, on the generator's batch; EMA",
-    )
+    deviations = ("re-implementation: no training code was released",)
 
     class Config(ScoreConfig):
         batch: int = paper(392, "7 GPUs, batch 392, and as many pairs", gt=0)
@@ -74,6 +73,7 @@ class DMD(FakeScoreMethod):
         pairs: int = paper(100_000, "CIFAR-10 conditional", gt=0)
         pair_steps: int = paper(18, "Heun steps per pair", gt=0)
         ema_half_life: int = ours(500_000, "images, as SiD and GDD; the paper has none", ge=0)
+        labels: Literal["data", "uniform"] = code("uniform", "DMD2's code; the paper has none")
         distribution_matching: bool = paper(True, "false: an ablation, the regression alone")
         weighting: Literal["eq8", "sigma/alpha", "sigma^3/alpha"] = paper(
             "eq8", "of the distribution matching gradient; others: ablations"
@@ -86,11 +86,11 @@ class DMD(FakeScoreMethod):
                 raise ValueError("must be true with regression: none")
             return matching
 
-    def __init__(self, config: Config, teacher: Denoiser, features: nn.Module | None = None):
+    def __init__(self, config: Config, teacher: Denoiser, required=None):
         # Without distribution matching there is no fake score, which saves a second network.
         parent = FakeScoreMethod if config.distribution_matching else Method
-        parent.__init__(self, config, teacher)
-        self.lpips = features
+        parent.__init__(self, config, teacher, required)
+        self.lpips = self.required.get("lpips")
 
     def networks(self) -> dict[str, nn.Module]:
         return super().networks() if self.config.distribution_matching else {}
@@ -102,7 +102,8 @@ class DMD(FakeScoreMethod):
     @classmethod
     def deviations_under(cls, config: Config) -> tuple[str, ...]:
         l2 = ("regression in L2 instead of LPIPS",) if config.regression == "l2" else ()
-        return cls.deviations + l2
+        ema = ("EMA of the generator",) if config.ema_half_life else ()
+        return cls.deviations + l2 + ema
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
@@ -122,7 +123,7 @@ class DMD(FakeScoreMethod):
             return [generator]
         adam = self._optimizer(c.fake_lr)
         fake = denoising_phase(adam, self.teacher, self.fake_sigma, dropout=c.fake_dropout)
-        return [fake, generator]
+        return [generator, fake]
 
     def _bin(self, u: Tensor, low: float, high: float) -> Tensor:
         """Noise level of a bin between two fractions of the time axis, uniform over bins."""

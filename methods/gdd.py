@@ -5,25 +5,33 @@ consistency model's preconditioning, and learns by a distribution-level loss: a 
 discriminator has heads on random mixtures of frozen pretrained features (Sauer et al. 2021,
 projected GAN). GDD-I is this method with the student's option `freeze: innate`.
 
+`discriminator: authors` is the network of the authors' code (`harness.discriminators.projected`),
+in float32 and, because of its batch normalisation, in training mode in every phase. A `ghost_batch`
+is the batch of one of their processes: its images are normalised together, and see one random
+projection. R1: their adversarial terms are sums over a ghost batch of n and means over the four
+heads of a backbone, and R1 is a mean; here the terms are means, summed over heads, so that
+`r1_gamma` is 4/n times their 1e-4.
+
 Deviations:
-* The projected discriminator is written from its paper (`harness.discriminators.compact`). Its
-  heads use GroupNorm and learn class embeddings; the authors embed ImageNet's classes.
+* `class_table: random` starts from random class embeddings.
+* `discriminator: compact` follows the papers' text instead: GroupNorm, 3x3 mixing across scales,
+  learned embeddings of classes or texts.
 * For images without a suitable pretrained backbone (8 x 8 digits), `features` names a feature
   network of the experiment: two convolutions on each of its maps, without random mixing. It should
   not be used for scoring.
-* R1: the authors' adversarial terms are sums over the n = 64 images of one GPU, while R1 is a mean.
-  Here all terms are means, so the default is their gamma of 1e-4 divided by n.
+* Non-finite steps are skipped and counted; the authors replace non-finite gradients by 0.
 """
 
+from typing import Literal
+
 import torch
-from pydantic import field_validator
+from pydantic import model_validator
 from torch import Tensor, nn, no_grad
 from torch.nn.functional import softplus
 
-from harness.context import Context
+from harness.context import Context, GeneratedBatch
 from harness.denoiser import Condition, EDMDenoiser
-from harness.discriminators.compact import CompactDiscriminator, CompactFeatures
-from harness.discriminators.feature_maps import FeatureDiscriminator
+from harness.discriminators.factory import build_discriminator
 from harness.method import Method, MethodConfig, OptimizerConfig, Phase, Requirements, code, ours
 
 
@@ -48,6 +56,7 @@ def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> 
 class GDD(Method):
     paper = "Zheng and Yang 2024, arXiv 2405.20750"
     data_free = False
+    deviations = ("non-finite steps are skipped",)
 
     class Config(MethodConfig):
         batch: int = code(256, "CIFAR-10", gt=0)
@@ -55,48 +64,69 @@ class GDD(Method):
         lr: float = code(1e-4, "CIFAR-10", gt=0)
         discriminator_lr: float = code(1e-4, "CIFAR-10; scaled by lazy R1", gt=0)
         betas: tuple[float, float] = code((0.0, 0.99), "Adam")
-        r1_gamma: float = code(1e-4 / 64, "1e-4 against sums over one GPU's 64 images", ge=0)
+        r1_gamma: float = code(4e-4 / 64, "4/n times 1e-4, n = 64 images per process", ge=0)
         r1_every: int = code(16, "lazy regularisation, loss x 16, not at step 0", gt=0)
+        discriminator: Literal["authors", "compact"] = code("authors", "which network to build")
         backbones: tuple[str, ...] = code(
             ("vgg16_bn", "tf_efficientnet_lite0"),
             "CIFAR-10; others: deit_base_distilled_patch16_224, tf_efficientnet_lite0",
             min_length=1,
         )
         resolution: int = code(224, "input of the backbones, pixels", ge=64, multiple_of=32)
+        ghost_batch: int = code(64, "images per process, ImageNet 128", gt=0)
+        projection_seed: Literal["rank", "shared"] = code("rank", "a projection per ghost batch")
+        class_table: str | None = ours(None, "file of the authors' class embeddings, or random")
         features: str | None = ours(None, "a feature network of the experiment, not backbones")
-        width: int = code(64, "cout: channels of the projected discriminator", gt=0)
+        width: int = ours(64, "channels of the compact discriminator", gt=0)
         epsilon: float = code(0.002, "the student's preconditioning; 0 for EDM's", ge=0)
+        labels: Literal["data", "uniform"] = code("data", "labels of the real images")
         ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
         ema_ramp_up: float = code(0.05, "CIFAR-10", gt=0)
 
-        @field_validator("features")
-        @classmethod
-        def _instead_of_backbones(cls, features: str | None, info) -> str | None:
-            if features and info.data.get("backbones") != cls.model_fields["backbones"].default:
-                raise ValueError("replaces backbones: set one of them only")
-            return features
+        @model_validator(mode="after")
+        def _features_replace_backbones(self):
+            if self.features and self.discriminator != "compact":
+                raise ValueError("features needs discriminator: compact")
+            if self.features and self.backbones != type(self).model_fields["backbones"].default:
+                raise ValueError("features replaces backbones: set one of them only")
+            return self
 
-    def __init__(self, config: Config, teacher, features: nn.Module | None = None):
-        super().__init__(config, teacher)
-        sizes = (teacher.num_classes, config.width, teacher.text_width)
-        if config.features:
-            self.features = features
-            self.discriminator = FeatureDiscriminator(features, *sizes)
-        else:
-            self.features = CompactFeatures(features, config.width, config.resolution)
-            self.discriminator = CompactDiscriminator(self.features, *sizes)
+    def __init__(self, config: Config, teacher, required=None):
+        super().__init__(config, teacher, required)
+        kind = "maps" if config.features else config.discriminator
+        self.features, self.discriminator = build_discriminator(
+            kind, config, teacher, self.required
+        )
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
         if config.features:
             return Requirements(features=config.features, real_images=True)
-        return Requirements(backbones=config.backbones, real_images=True)
+        if config.discriminator == "compact":
+            return Requirements(backbones=config.backbones, real_images=True)
+        table = config.class_table if config.class_table != "random" else None
+        ghost = {"class_table": table, "ghost_batch": config.ghost_batch}
+        return Requirements(backbones=config.backbones, real_images=True, **ghost)
+
+    @classmethod
+    def check(cls, config: Config, teacher) -> list[tuple[str, str, str]]:
+        if config.discriminator == "authors" and teacher.text:
+            message = "authors has no text condition; set compact"
+            return [("discriminator", "unsupported", message)]
+        if config.discriminator == "authors" and teacher.classes and config.class_table is None:
+            message = "required with classes: the file of the authors' table, or random"
+            return [("class_table", "missing-key", message)]
+        return []
 
     @classmethod
     def deviations_under(cls, config: Config) -> tuple[str, ...]:
         if config.features:
-            return ("another feature network and simpler heads in the discriminator",)
-        return ("discriminator heads with GroupNorm and learned class embeddings",)
+            own = ("another feature network and simpler heads in the discriminator",)
+        elif config.discriminator == "compact":
+            own = ("compact discriminator, with GroupNorm and learned embeddings",)
+        else:
+            own = ("random class embeddings",) if config.class_table == "random" else ()
+        return cls.deviations + own
 
     def prepare_student(self, student) -> None:
         if isinstance(student, EDMDenoiser):
@@ -110,45 +140,61 @@ class GDD(Method):
 
     def phases(self) -> list[Phase]:
         c = self.config
-        # Lazy regularisation (Karras et al. 2020, StyleGAN2): the authors make one more update per
-        # `r1_every`; Adam's rate and betas are corrected by this ratio.
+        # Lazy regularisation (Karras et al. 2020, StyleGAN2): one more update per `r1_every`;
+        # Adam's rate and betas are corrected by this ratio.
         ratio = c.r1_every / (c.r1_every + 1)
         betas = tuple(beta**ratio for beta in c.betas)
         lazy = OptimizerConfig(lr=c.discriminator_lr * ratio, betas=betas)
         adam = OptimizerConfig(lr=c.lr, betas=c.betas)
-        name, loss = "discriminator", self.discriminator_loss
-        return [
-            Phase("generator", "student", self.generator_loss, adam),
-            Phase(name, name, loss, lazy, variant=self._variant),
+        fp32 = {"features": "fp32", "discriminator": "fp32"}
+        # Batch normalisation uses the statistics of the batch in every phase.
+        train = {"discriminator": "train"} if c.discriminator == "authors" else {}
+        name, options = "discriminator", {"modes": {"student": "train"}, "precision": fp32}
+        generator = {"images": "generator", "modes": train, "precision": fp32}
+        phases = [
+            Phase("generator", "student", self.generator_loss, adam, **generator),
+            Phase(name, name, self.discriminator_loss, lazy, images=name, **options),
         ]
-
-    def _variant(self, step: int) -> str:
-        lazy_step = step > 0 and step % self.config.r1_every == 0
-        return "r1" if lazy_step and self.config.r1_gamma > 0 else ""
+        if c.r1_gamma:
+            options |= {"every": c.r1_every, "start": c.r1_every}
+            phases.append(Phase("r1", name, self.r1_loss, lazy, **options))
+        return phases
 
     def _logits(self, context: Context, pixels: Tensor, condition: Condition) -> list[Tensor]:
-        return context.networks["discriminator"](context.networks["features"](pixels), condition)
+        features, discriminator = (context.networks[n] for n in ("features", "discriminator"))
+        if self.config.discriminator == "compact":
+            return discriminator(features(pixels), condition)
+        # The ghost batches of this micro-batch, by their numbers in the batch.
+        ghost, batch = self.config.ghost_batch, self.config.batch
+        first, count = context.samples.start % batch // ghost, len(context) // ghost
+        maps = features(pixels, range(first, first + count))
+        return discriminator(maps, condition, count)
+
+    def _generated(self, context: Context) -> GeneratedBatch:
+        """Generated images, with the labels of this iteration's real images."""
+        own = self.config.labels == "data"
+        return context.generated(context.real_condition(shared=True) if own else None)
 
     def generator_loss(self, context: Context) -> Tensor:
-        images = context.generated("generator")
+        images = self._generated(context)
         return generator_loss(self._logits(context, self.teacher.codec(images.x), images.condition))
 
     def discriminator_loss(self, context: Context) -> Tensor:
-        c, fake = self.config, context.generated("discriminator")
-        real, condition = context.real()
-        regularised = bool(self._variant(context.step))
-        if regularised:
-            # A view: the operation counter cannot follow autograd.grad to a leaf.
-            real = real.requires_grad_().view_as(real)
-        real_logits = self._logits(context, real, condition)
+        fake = self._generated(context)
         with no_grad():
             pixels = self.teacher.codec(fake.x.detach())
         fake_logits = self._logits(context, pixels, fake.condition)
-        loss = discriminator_loss(real_logits, fake_logits)
+        real_logits = self._logits(context, *context.real(shared=True))
         for name, logits in (("real_logit", real_logits), ("fake_logit", fake_logits)):
             context.log(name, sum(head.mean() for head in logits) / len(logits))
-        if not regularised:
-            return loss
-        penalty = r1_penalty(real_logits, real, c.r1_gamma).mean()
+        return discriminator_loss(real_logits, fake_logits)
+
+    def r1_loss(self, context: Context) -> Tensor:
+        """R1 on this iteration's real images, as an update of its own."""
+        real, condition = context.real(shared=True)
+        # A view: the operation counter cannot follow autograd.grad to a leaf.
+        real = real.requires_grad_().view_as(real)
+        logits = self._logits(context, real, condition)
+        penalty = r1_penalty(logits, real, self.config.r1_gamma).mean()
         context.log("r1", penalty)
-        return loss + c.r1_every * penalty
+        return self.config.r1_every * penalty

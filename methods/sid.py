@@ -4,18 +4,21 @@ Zhou, Zheng, Wang, Yin, Huang 2024 (arXiv 2404.04057). The student minimises a m
 divergence between the noised distributions of its images and of the data, estimated through two
 score identities. The gradient flows through the teacher and the fake score to the student; their
 weights are constant in this phase. The fake score trains with EDM's dropout and augmentation and is
-evaluated without them.
+evaluated without them. The generator trains with dropout; it makes the fake score's images, and is
+averaged and evaluated, without.
 
 Deviations:
 * Augmented images are resampled bicubically (authors: EDM's wavelet filters).
-* The fake score and the generator share one batch of generated images per iteration; the authors
-  draw a second one.
+* With `share_images`, the fake score and the generator use one batch of generated images per
+  iteration; the authors draw a second one.
 * Non-finite steps are skipped and counted; the authors replace non-finite gradients by 0.
 """
 
+from typing import Literal
+
 from torch import Tensor
 
-from harness.fake_score import ScoreConfig, ScoreIdentityMethod
+from harness.fake_score import ScoreIdentityConfig, ScoreIdentityMethod
 from harness.method import code
 
 
@@ -34,11 +37,10 @@ class SiD(ScoreIdentityMethod):
     paper = "Zhou et al. 2024, arXiv 2404.04057"
     deviations = (
         "augmented images resampled bicubically",
-        "fake score and generator share a batch of images",
         "non-finite steps are skipped",
     )
 
-    class Config(ScoreConfig):
+    class Config(ScoreIdentityConfig):
         batch: int = code(256, "CIFAR-10", gt=0)
         sigma_init: float = code(2.5, "initial noise level", gt=0)
         lr: float = code(1e-5, "CIFAR-10", gt=0)
@@ -51,10 +53,12 @@ class SiD(ScoreIdentityMethod):
         p_mean: float = code(-1.2, "fake score's lognormal noise")
         p_std: float = code(1.2, "fake score's lognormal noise", gt=0)
         dropout: float = code(0.13, "fake score, CIFAR-10", ge=0, lt=1)
+        generator_dropout: float = code(0.13, "CIFAR-10, while the generator learns", ge=0, lt=1)
         augment: float = code(0.12, "probability, fake score, CIFAR-10", ge=0, le=1)
         eps: float = code(1e-8, "Adam; 1e-6 in half precision", gt=0)
         ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
         ema_ramp_up: float = code(0.05, "training settings", gt=0)
+        labels: Literal["data", "uniform"] = code("data", "labels of a random batch of images")
 
     def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
         return self.config.loss_scale * sid_loss(x, x0_teacher, x0_fake, self.config.alpha)

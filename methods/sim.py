@@ -10,13 +10,14 @@ Deviations:
   re-implementation in SiD's frame (noise levels, optimiser, EMA), whose settings are tagged `ours`.
 * `weight: one` is the plain divergence, whose gradient d' has bounded length; `sid` divides each
   sample's loss as SiD does.
+* With `share_images`, the fake score and the generator use one batch of generated images.
 """
 
 from typing import Literal
 
 from torch import Tensor
 
-from harness.fake_score import ScoreConfig, ScoreIdentityMethod
+from harness.fake_score import ScoreIdentityConfig, ScoreIdentityMethod
 from harness.method import code, ours
 
 
@@ -41,12 +42,9 @@ def sim_loss(
 
 class SIM(ScoreIdentityMethod):
     paper = "Luo et al. 2024, arXiv 2410.16794"
-    deviations = (
-        "re-implementation in SiD's frame: no training code was released",
-        "fake score and generator share a batch of images",
-    )
+    deviations = ("re-implementation in SiD's frame: no training code was released",)
 
-    class Config(ScoreConfig):
+    class Config(ScoreIdentityConfig):
         batch: int = ours(256, "as SiD; not published", gt=0)
         sigma_init: float = code(2.5, "text-to-image inference code", gt=0)
         lr: float = ours(1e-5, "as SiD; not published", gt=0)
@@ -59,6 +57,7 @@ class SIM(ScoreIdentityMethod):
         p_mean: float = ours(-1.2, "as SiD; not published")
         p_std: float = ours(1.2, "as SiD; not published", gt=0)
         dropout: float = ours(0.13, "fake score, as SiD; not published", ge=0, lt=1)
+        generator_dropout: float = ours(0.13, "as SiD; not published", ge=0, lt=1)
         augment: float = ours(0.12, "fake score, as SiD; not published", ge=0, le=1)
         eps: float = ours(1e-8, "Adam, as SiD; not published", gt=0)
         ema_half_life: int = ours(500_000, "images, as SiD; not published", ge=0)

@@ -121,8 +121,9 @@ class Experiment:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"device: {self.device} is not available; use cpu", "device")
 
-    def processes(self, batch: int | None = None) -> int:
-        """Number of processes that share a job: a divisor of its batch, at most the setting."""
+    def processes(self, parts: int | None = None) -> int:
+        """Number of processes that share a job: a divisor of the parts of its batch, at most the
+        setting."""
         count, device = self.process_setting, self.device
         if device == "cuda":
             gpus = torch.cuda.device_count()
@@ -132,7 +133,7 @@ class Experiment:
             count = gpus if count == "auto" else count
         elif count == "auto" or device != "cpu":
             count = 1
-        return count if batch is None else schema.micro_batch(batch, count)
+        return count if parts is None else schema.micro_batch(parts, count)
 
     # -- fingerprints ---------------------------------------------------------------------------
     # What the results of each stage depend on, as JSON-like values. The workflow passes them to
@@ -188,7 +189,7 @@ class Experiment:
             "pairs": self.pairs_fingerprint(student.pairs.name) if student.pairs else None,
             "features": self.features_fingerprint(features) if features else None,
             "snapshots": {unit: grid.model_dump() for unit, grid in student.snapshots.items()},
-            **self.training.model_dump(include={*schema.Switches.model_fields}),
+            **student.training.model_dump(include={*schema.Switches.model_fields}),
         }
 
     def report_fingerprint(self) -> list:
@@ -200,16 +201,16 @@ class Experiment:
 
     def _job(self, job_class: type, kind: str, *key, **facts) -> Any:
         """A job for the folder and the fingerprint that `Paths` and this class name by `kind`."""
-        return job_class(
-            name="/seed".join(map(str, key)),
-            folder=getattr(self.paths, kind)(*key),
-            data=self.paths.data,
-            training=self.training,
-            device=self.device,
-            exclusive=self.exclusive,
-            fingerprint=getattr(self, f"{kind}_fingerprint")(*key),
-            **facts,
-        )
+        shared = {
+            "name": "/seed".join(map(str, key)),
+            "folder": getattr(self.paths, kind)(*key),
+            "data": self.paths.data,
+            "training": self.training,
+            "device": self.device,
+            "exclusive": self.exclusive,
+            "fingerprint": getattr(self, f"{kind}_fingerprint")(*key),
+        }
+        return job_class(**shared | facts)
 
     def student_run(self, name: str, seed: int) -> jobs.StudentRun:
         student, paths = self.students[name], self.paths
@@ -221,6 +222,7 @@ class Experiment:
             seed,
             experiment=self.name,
             student=student,
+            training=student.training,
             seed=seed,
             teacher=paths.teacher(student.teacher) if student.teacher else None,
             features=paths.features(features) if features else None,

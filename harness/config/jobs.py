@@ -34,6 +34,7 @@ class Student:
     budget: tuple[schema.Limit, ...]
     snapshots: schema.Snapshots
     pairs: PairSet | None
+    training: schema.TrainingSection  # with the student's own switches
     source: str | None = None
     sha256: str | None = None
 

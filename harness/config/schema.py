@@ -192,6 +192,8 @@ class StudentSection(Section):
     settings: dict[str, Any] = {}
     budget: list[Limit] | None = Field(None, min_length=1, description="default: training.budget")
     snapshots: Snapshots | None = Field(None, description="default: training.snapshots")
+    precision: Literal["fp32", "bf16"] | None = Field(None, description="default: of training")
+    micro_batch: Positive | None = Field(None, description="default: of training")
 
 
 class ReleasedStudent(Section):

@@ -38,6 +38,7 @@ class Dataset:
     prompts: Prompts | None = None  # the texts that labels number, in a text-to-image data set
     evaluation_prompts: Prompts | None = None  # for scoring
     images_sha256: str = ""
+    label_counts: tuple[int, ...] | None = None  # training images of each condition
     caption_templates: tuple[str, ...] = DataSource.caption_templates
 
     @property
@@ -89,8 +90,9 @@ def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1
         train, held, class_names = source.read()
         check_sizes(Dataset(section.name, train, held, class_names, ""), minimum)
         shape, sha256 = train.pixels.shape[1:], _write_images(folder, train, held)
+        counts = _label_counts(train, source, class_names, prompts) if section.labels else None
     else:
-        train = held = ()
+        train, held, counts = (), (), None
         class_names, shape = tuple(map(str, range(source.num_classes))), section.image_shape
         sha256 = digest([section.name, class_names, shape])
     record = DataRecord(
@@ -100,12 +102,20 @@ def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1
         train_images=len(train),
         held_out_images=len(held),
         image_shape=list(shape),
+        label_counts=counts,
         images_sha256=sha256,
         sha256=digest([sha256, {key: copy.model_dump() for key, copy in prompts.items()}]),
         **prompts,
     )
     record.write(folder / "data.json")
     return record
+
+
+def _label_counts(train: Images, source, class_names, prompts: dict) -> list[int]:
+    """The number of training images of each class or, for captions, of each prompt."""
+    texts, _ = source.captions() or ((), None)
+    count = prompts["prompts"].prompts if "prompts" in prompts else len(texts or class_names)
+    return torch.bincount(train.labels, minlength=count).tolist()
 
 
 def _write_images(folder: Path, train: Images, held: Images) -> str:
@@ -148,6 +158,7 @@ def load(folder: Path, images: bool = True) -> Dataset:
         record.sha256,
         attributes=attributes,
         images_sha256=record.images_sha256,
+        label_counts=record.label_counts and tuple(record.label_counts),
         caption_templates=source.caption_templates,
         **prompts,
     )

@@ -123,7 +123,7 @@ class ProjectedFeatures(nn.Module):
     def forward(self, pixels: Tensor, projections: Sequence[int] = (0,)) -> list[Tensor]:
         """Maps of images `(B, 1 or 3, H, W)` in [-1, 1]: four per trunk, fine to coarse, one trunk
         after the other. The batch consists of `len(projections)` equal consecutive groups; group i
-        passes through projection number `projections[i]`."""
+        passes through projection number `projections[i]`, modulo the number of projections."""
         _check_groups(pixels, len(projections))
         outputs: list[Tensor] = []
         size = (self.resolution, self.resolution)
@@ -133,7 +133,7 @@ class ProjectedFeatures(nn.Module):
                 x = interpolate(x, size, mode="bilinear")
             groups = zip(*(m.chunk(len(projections)) for m in trunk.native_maps(x)), strict=True)
             projected = [
-                self.projections[index][number](maps)
+                self.projections[index % len(self.projections)][number](maps)
                 for index, maps in zip(projections, groups, strict=True)
             ]
             outputs += map(_join, zip(*projected, strict=True))

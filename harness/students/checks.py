@@ -10,14 +10,17 @@ from harness.config import schema
 from harness.config.jobs import PairSet, Student
 from harness.config.loading import translate
 from harness.config.schema import (
+    DataSection,
     ExperimentFile,
     Names,
     ReleasedStudent,
     StudentSection,
     TrainingSection,
 )
+from harness.data.registry import data_source
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
+from harness.io.downloads import source_problems
 from harness.method import METHODS, MethodConfig, TeacherFacts
 from harness.students import released
 
@@ -53,7 +56,14 @@ def resolve(name: str, section: StudentSection | ReleasedStudent, file: Experime
         budget=tuple(section.budget or file.training.budget),
         snapshots=file.training.snapshots if section.snapshots is None else section.snapshots,
         pairs=pairs,
+        training=training_of(section, file.training),
     )
+
+
+def training_of(section: StudentSection, training: TrainingSection) -> TrainingSection:
+    """The training section with a student's own switches."""
+    own = {name: getattr(section, name) for name in ("precision", "micro_batch")}
+    return training.model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
 def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
@@ -91,12 +101,17 @@ def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
                 place = f"{where}.settings" if own else "training.settings"
                 yield Problem(f"{place}.{problem.key}", problem.code, problem.message)
         else:
-            yield from _check_method(where, section, settings, file, names)
-            yield from _check_batch(where, section, settings.batch, training)
+            yield from _check_method(where, section, settings, file, names, files)
+            yield from _check_batch(where, section, settings, training)
 
 
 def _check_method(
-    where: str, section: StudentSection, settings: MethodConfig, file: ExperimentFile, names: Names
+    where: str,
+    section: StudentSection,
+    settings: MethodConfig,
+    file: ExperimentFile,
+    names: Names,
+    files: bool,
 ) -> Iterator[Problem]:
     """Errors in what a method needs: a feature network, data and a teacher."""
     method, data = METHODS[section.method], file.data
@@ -107,6 +122,9 @@ def _check_method(
     elif network in (own := file.features) and not FEATURES[own[network].type].has_feature_maps:
         message = f"feature network {network!r} has no feature maps"
         yield Problem(f"{where}.settings", "unsupported", message)
+    if needs.class_table:
+        key = f"{where}.settings.class_table"
+        yield from source_problems(key, needs.class_table, None, required=files)
     if needs.real_images and data is not None:
         if not data.has_images:
             message = f"method {section.method} needs images; this data set has none"
@@ -116,17 +134,36 @@ def _check_method(
             yield Problem(where, "needs-images", f"method {section.method} {message}")
     teacher = file.teachers.get(section.teacher or next(iter(names["teachers"]), None))
     trained = isinstance(teacher, schema.TrainedTeacher)
-    facts = TeacherFacts(unconditional=not trained or teacher.label_dropout > 0)
+    text, classes = _conditions(data)
+    unconditional = not trained or teacher.label_dropout > 0
+    facts = TeacherFacts(unconditional=unconditional, classes=classes, text=text)
     for setting, code, message in method.check(settings, facts):
         yield Problem(f"{where}.settings.{setting}", code, message)
 
 
+def _conditions(data: DataSection | None) -> tuple[bool, bool]:
+    """Whether the conditions of a data set are texts, and whether they are classes."""
+    if data is None or data.prompts is not None:
+        return data is not None, False
+    with suppress(UserError):  # reported by the checks of `data`
+        source = data_source(data)
+        return source.captions() is not None, source.captions() is None and source.num_classes > 0
+    return False, False
+
+
 def _check_batch(
-    where: str, section: StudentSection, batch: int, training: TrainingSection
+    where: str, section: StudentSection, settings: MethodConfig, training: TrainingSection
 ) -> Iterator[Problem]:
     """A batch must have micro-batches, and divide the images of a budget."""
-    largest = training.micro_batch
-    if 1 == schema.micro_batch(batch, largest) < min(batch, largest or 1):
+    batch, largest = settings.batch, training_of(section, training).micro_batch
+    ghost = METHODS[section.method].requirements(settings).ghost_batch
+    if batch % ghost:
+        message = f"batch {batch} is not a multiple of ghost_batch {ghost}"
+        yield Problem(f"{where}.settings", "batch", message)
+    elif largest is not None and largest < ghost:
+        message = f"must be at least ghost_batch, {ghost}, for this student, not {largest}"
+        yield Problem(f"{where}.micro_batch", "batch", message)
+    elif 1 == schema.micro_batch(batch, largest) < min(batch, largest or 1):
         message = f"batch {batch} has no divisor above 1 up to training.micro_batch {largest}"
         yield Problem(where, "batch", message)
     budget = f"{where}.budget" if section.budget else "training.budget"

@@ -1,5 +1,6 @@
 """The inputs of a student's training: data, teacher, feature networks, teacher pairs."""
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -9,21 +10,24 @@ from harness.config.jobs import Student, StudentRun
 from harness.data import datasets
 from harness.data.datasets import Dataset
 from harness.denoiser import Condition, Denoiser
+from harness.discriminators.class_table import CLASS_TABLE_SHA256, load_class_table, table_file
 from harness.io.artifacts import sha256_file
 from harness.io.records import Cost, TeacherRecord
 from harness.teachers.text_embeddings import load_embeddings
 from harness.training.ledger import Ledger
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Inputs:
-    """What a student trains with. features: the networks that the method requires. embeddings: map
-    prompt numbers to conditions. ledger: the cost of the teacher pairs. hashes: of what came from
-    files. shared_machine: other work ran while the pairs' seconds were measured."""
+    """What a student trains with. required: the networks that the method requires, by kind.
+    embeddings: map prompt numbers to conditions. ledger: the cost of the teacher pairs. hashes: of
+    what came from files. shared_machine: other work ran while the pairs' seconds were measured."""
 
     dataset: Dataset
     teacher: Denoiser
-    features: nn.Module | None = None
+    required: dict[str, nn.Module] = field(default_factory=dict)
     pairs: dict[str, Tensor] | None = None
     embeddings: Callable[[Tensor], Condition] | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -56,15 +60,20 @@ def load_inputs(run: StudentRun) -> Inputs:
         hashes["prompts"] = inputs.embeddings.sha256
     if pipeline := pipeline_sha256(folder):
         hashes["pipeline"] = pipeline
-    # A method receives one of the next three.
+    required = inputs.required
     if needs.features:
         extractor = load_extractor(run.features, dataset)
-        inputs.features, hashes["features"] = FeatureMaps(extractor.network), extractor.sha256
+        required["features"], hashes["features"] = FeatureMaps(extractor.network), extractor.sha256
     if needs.backbones:
-        inputs.features = nn.ModuleList(map(load_backbone, needs.backbones))
-        hashes["backbones"] = {b.name: b.sha256 for b in inputs.features}
+        required["backbones"] = nn.ModuleList(map(load_backbone, needs.backbones))
+        hashes["backbones"] = {b.name: b.sha256 for b in required["backbones"]}
+    if needs.class_table:
+        table, hashes["class_table"] = load_class_table(table_file(needs.class_table))
+        if hashes["class_table"] != CLASS_TABLE_SHA256:
+            logger.warning("%s is not the table of GDD's authors", needs.class_table)
+        required["class_table"] = nn.Embedding.from_pretrained(table)
     if needs.lpips:
-        inputs.features, hashes["lpips"] = load_lpips(), TRUNK_SHA256
+        required["lpips"], hashes["lpips"] = load_lpips(), TRUNK_SHA256
     if needs.pairs:
         record, inputs.pairs = load_pairs(run.pairs)
         cost = Cost(flops=record.flops, passes={"teacher": [record.evaluations, 0]})

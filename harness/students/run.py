@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from harness.config.jobs import StudentRun
-from harness.context import TrainingData
+from harness.context import LabelLaw, TrainingData
 from harness.data.datasets import placed, placement
 from harness.denoiser import Denoiser, clone_denoiser, set_dropout
 from harness.freezing import freeze
@@ -26,10 +26,10 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
 
     student, config, needs = run.student, run.student.settings, run.student.requirements
     with seeded(run.seed):
-        method = METHODS[student.method](config, inputs.teacher, inputs.features)
+        method = METHODS[student.method](config, inputs.teacher, inputs.required)
         auxiliary = method.networks()
     network = clone_denoiser(inputs.teacher)
-    set_dropout(network, 0.0)  # a generator has none; its teacher may have been trained with some
+    set_dropout(network, config.generator_dropout)
     method.prepare_student(network)
     freeze(network, student.freeze)
     if student.lora:
@@ -39,11 +39,13 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
                     add_adapters(clone, inputs.teacher, student.lora.rank, student.lora.scale)
     # Embeddings are read on the host, so images and pairs are drawn there, too.
     device = "cpu" if inputs.embeddings and run.device != "meta" else run.device
+    counts = inputs.dataset.label_counts
     data = TrainingData(
         inputs.teacher.image_shape,
         inputs.dataset.num_conditions,
         config.sigma_init,
         embeddings=inputs.embeddings,
+        label_law=LabelLaw.of(counts, device) if counts and config.labels == "data" else None,
         **(placed(inputs.dataset.train, device) if needs.real_images else {}),
     )
     if inputs.pairs:
@@ -68,6 +70,7 @@ def assemble(run: StudentRun, inputs: Inputs, folder: Path, run_id: str) -> Trai
         ledger=inputs.ledger,
         ema_half_life=config.ema_half_life,
         ema_ramp_up=config.ema_ramp_up,
+        ghost_batch=needs.ghost_batch,
         snapshot_grid=student.snapshots,
         loop=run.training,
         device=run.device,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harness import __version__
-from harness.config.schema import Grid, LoopSettings, Switches
+from harness.config.schema import Grid, LoopSettings, Switches, micro_batch
 from harness.context import TrainingData
 from harness.method import Phase
 from harness.training.ledger import Ledger
@@ -42,9 +42,16 @@ class TrainingRun:
     ledger: Ledger = field(default_factory=Ledger)
     ema_half_life: int = 0
     ema_ramp_up: float = 0.05
+    ghost_batch: int = 1  # images that must lie in one micro-batch
     snapshot_grid: Mapping[str, Grid] = field(default_factory=dict)
     loop: LoopSettings = field(default_factory=LoopSettings)
     device: str = "cpu"
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest divisor of the batch up to the limit, in whole ghost batches."""
+        ghost, limit = self.ghost_batch, self.loop.micro_batch
+        return ghost * micro_batch(self.batch // ghost, limit and max(1, limit // ghost))
 
     def snapshot(self, name: str) -> Path:
         return self.folder / "snapshots" / name

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from harness.config.schema import micro_batch
 from harness.context import Context
 from harness.denoiser import Denoiser
 from harness.errors import UserError, did_you_mean
@@ -23,6 +22,25 @@ from harness.training.run import TrainingRun
 
 class NonFiniteError(UserError):
     """Too many consecutive steps with a non-finite loss or gradient."""
+
+
+class InPrecision(nn.Module):
+    """A network that runs in its own precision inside another one; its inputs become float32."""
+
+    def __init__(self, network: nn.Module, autocast: torch.autocast):
+        super().__init__()
+        self.network, self.autocast = network, autocast
+
+    def forward(self, *inputs, **extras):
+        with self.autocast:
+            inputs = (
+                x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+            )
+            return self.network(*inputs, **extras)
+
+    def __getattr__(self, name: str):
+        own = self.__dict__["_modules"]["network"]
+        return own if name == "network" else getattr(own, name)
 
 
 class Trainer:
@@ -79,9 +97,7 @@ class Trainer:
         # longest and in the current run of consecutive ones.
         self._counters = {name: torch.zeros(3, device=self.device) for name in self.nonfinite}
         self.metrics = RunningMeans()
-        kind = "cuda" if self.device.startswith("cuda") else "cpu"  # not "meta"
-        bf16 = self.loop.precision == "bf16"
-        self._precision = torch.autocast(kind, torch.bfloat16, enabled=bf16)
+        self._calls = {phase.name: self._networks_in(phase) for phase in run.phases}
 
     def _place(self, net: nn.Module) -> nn.Module:
         """Put a network on the device; convolutions follow the memory format of their weights."""
@@ -92,6 +108,19 @@ class Trainer:
         if self.loop.channels_last:
             return net.to(self.device, memory_format=torch.channels_last)
         return net.to(self.device)
+
+    def _autocast(self, precision: str) -> torch.autocast:
+        kind = "cuda" if self.device.startswith("cuda") else "cpu"  # not "meta"
+        return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+
+    def _networks_in(self, phase: Phase) -> dict[str, nn.Module]:
+        """The networks as a phase calls them: some in another precision than the run's."""
+        own = self.loop.precision
+        others = {name: p for name, p in phase.precision.items() if p != own}
+        return self.all_networks | {
+            name: InPrecision(self.all_networks[name], self._autocast(p))
+            for name, p in others.items()
+        }
 
     def build_optimizer(self, parameters: list[Tensor], config: OptimizerConfig) -> Optimizer:
         """Fused Adam, or AdamW with weight decay."""
@@ -149,12 +178,12 @@ class Trainer:
     def step(self) -> None:
         """Run one iteration: all phases that are due, and the update of the average."""
         run, step, images = self.run, self.iteration, self.ledger.images
-        micro = math.gcd(micro_batch(run.batch, self.loop.micro_batch), len(self.share))
+        micro = math.gcd(run.micro_batch, len(self.share))
         contexts = [
             Context(self.all_networks, run.data, run.seed, step, range(i, i + micro), self.device)
             for i in (step * run.batch + start for start in self.share[::micro])
         ]
-        due = [phase for phase in run.phases if step % phase.every == 0]
+        due = [phase for phase in run.phases if phase.due(step)]
         updates = [
             (phase, repeat, self._variant(phase, repeat, due))
             for phase in due
@@ -163,26 +192,30 @@ class Trainer:
         # A new variant is measured together with the whole iteration: its backward pass may go
         # through graphs that another phase made.
         measuring = any(variant not in self.ledger.costs for _, _, variant in updates)
-        for phase, repeat, variant in updates:
+        for i, (phase, repeat, variant) in enumerate(updates):
+            later = [other for other, again, _ in updates[i + 1 :] if again == repeat]
+            sharing = [other for other in later if phase.shares_images(other)]
+            of_main = [other for other in sharing if other.network == run.main]
             # Generated images carry a graph to the student only if its own update will use it.
             # With several micro-batches all graphs would wait for it, so images are made again.
-            later = due[due.index(phase) :] if len(contexts) == 1 else [phase]
-            with_graph = any(other.network == run.main for other in later)
+            whole = len(contexts) == 1
+            with_graph = phase.network == run.main or (whole and bool(of_main))
+            mode = phase.training(run.main)
             for context in contexts:
-                context.enter(phase.name, repeat, with_graph)
+                context.enter(phase.name, repeat, phase.images, mode, with_graph)
             self.update(phase, repeat, contexts, variant, measuring)
             if phase.network == run.main:
                 self.ledger.images += run.batch
-            if phase.network == run.main or len(contexts) > 1:
+            if not (whole and of_main):
                 for context in contexts:
-                    context.forget_generated()
+                    context.release(keep=bool(sharing) and not of_main)
         self.update_ema(self.ledger.images - images)
         self.iteration += 1
 
     def _variant(self, phase: Phase, repeat: int, due: list[Phase]) -> str:
-        """Name everything that decides an update's cost: the phase's own variant, and the phases
-        that run in the same iteration, because they share generated images."""
-        parts = [phase.name, phase.variant(self.iteration)]
+        """Name everything that decides an update's cost: the phase, and the phases that run in the
+        same iteration, because they share generated images."""
+        parts = [phase.name]
         if phase.repeat > 1:
             parts.append("first" if repeat == 0 else "again")
         if any(other.every > 1 for other in self.run.phases):
@@ -195,10 +228,12 @@ class Trainer:
         """Compute the gradient of a phase's loss over the micro-batches, and update its network.
         variant: names the cost of this update in the ledger; `measuring`: measure it."""
         run = self.run
+        for name, net in self.all_networks.items():
+            if net.training != phase.training(name):
+                net.train(phase.training(name))
         for name, parameters in self.trainable.items():
             # The student stays trainable: another network's phase may generate its images.
             if name != run.main:
-                self.networks[name].train(name == phase.network)
                 for parameter in parameters:
                     parameter.requires_grad_(name == phase.network)
         # Only dropout uses torch's own generator. Its numbers depend on how the batch is split
@@ -215,7 +250,8 @@ class Trainer:
                 cost = stack.enter_context(measure(self.all_networks, self.processes.size))
                 self.ledger.costs.setdefault(variant, cost)
             for context in contexts:
-                with self._precision:
+                context.networks = self._calls[phase.name]
+                with self._autocast(self.loop.precision):
                     loss = phase.loss(context) / len(contexts)
                 loss.backward()
                 total += loss.detach()

@@ -44,13 +44,14 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
         teacher.codec = nn.Identity()
     if needs.features:
         extractor = new_extractor(needs.features, experiment.features[needs.features])
-        inputs.features = FeatureMaps(extractor.build(dataset))
+        inputs.required["features"] = FeatureMaps(extractor.build(dataset))
     if needs.backbones:
         from timm import create_model
 
-        inputs.features = nn.ModuleList(Backbone(n, create_model(n)) for n in needs.backbones)
+        backbones = nn.ModuleList(Backbone(n, create_model(n)) for n in needs.backbones)
+        inputs.required["backbones"] = backbones
     if needs.lpips:
-        inputs.features = PerceptualDistance()
+        inputs.required["lpips"] = PerceptualDistance()
     if needs.pairs:
         inputs.pairs = {"x": torch.zeros(images, *teacher.image_shape)}
         if dataset.num_conditions:

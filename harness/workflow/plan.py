@@ -35,7 +35,7 @@ class Estimate:
         with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
             inputs = dry_run_inputs(experiment, name, images=2)
             run = assemble(experiment.student_run(name, 0), inputs, Path(folder), "plan")
-            self.batch, self.micro_batch = run.batch, micro_batch(run.batch, run.loop.micro_batch)
+            self.batch, self.micro_batch, self.ghost = run.batch, run.micro_batch, run.ghost_batch
             # Autocast and the compiler do not support meta tensors; the operations are the same.
             switches = {"precision": "fp32", "compile": False, "micro_batch": self.micro_batch}
             # Two micro-batches cost per image as much as more of them.
@@ -60,7 +60,7 @@ class Estimate:
         networks = trainer.all_networks.values()
         weights = {id(p): p.numel() for net in networks for p in net.parameters()}
         self.saved = trainer.memory.peak  # for backward passes
-        if experiment.training.precision == "bf16":
+        if student.training.precision == "bf16":
             self.saved *= 0.5
         held = sum(weights.values()) + self.trainable + (COPIES - 1) * trained
         self.memory = 4 * held + self.saved
@@ -94,7 +94,8 @@ class Estimate:
         """The largest micro-batch that fits into a GPU's memory; 0 if none does."""
         room = gibibytes * 2**30 - (self.memory - self.saved)
         limit = int(room * self.micro_batch / self.saved) if self.saved else self.batch
-        return micro_batch(self.batch, limit) if limit > 0 else 0
+        parts = limit // self.ghost
+        return self.ghost * micro_batch(self.batch // self.ghost, parts) if parts > 0 else 0
 
 
 def print_plan(experiment: Experiment, tflops: float) -> None:
