@@ -94,9 +94,8 @@ class GDD(Method):
     def __init__(self, config: Config, teacher, required=None):
         super().__init__(config, teacher, required)
         kind = "maps" if config.features else config.discriminator
-        self.features, self.discriminator = build_discriminator(
-            kind, config, teacher, self.required
-        )
+        networks = build_discriminator(kind, config, teacher, self.required)
+        self.features, self.discriminator = networks
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:

@@ -200,7 +200,7 @@ def test_phases_repeat_skip_and_share_generated_images(tmp_path):
         tmp_path,
         networks={"student": Linear(), "critic": Linear()},
         phases=[
-            Phase("critic", "critic", critic_loss, ADAM, repeat=2),
+            Phase("critic", "critic", critic_loss, ADAM, repeat=2, modes={"student": "train"}),
             Phase("generator", "student", loss, ADAM, every=2),
         ],
         budget=[{"unit": "images", "amount": 16}],
