@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from harness.augment import LABELS, edm_augment
@@ -79,11 +79,12 @@ class ScoreIdentityConfig(ScoreConfig):
         False, "fake score and generator use one batch of images; needs generator_dropout: 0"
     )
 
-    @model_validator(mode="after")
-    def _shared_images_have_no_dropout(self):
-        if self.share_images and self.generator_dropout:
-            raise ValueError("share_images needs generator_dropout: 0, as images depend on it")
-        return self
+    @field_validator("share_images")
+    @classmethod
+    def _shared_images_have_no_dropout(cls, share: bool, info) -> bool:
+        if share and info.data.get("generator_dropout"):
+            raise ValueError("needs generator_dropout: 0, because images depend on it")
+        return share
 
 
 class ScoreIdentityMethod(FakeScoreMethod):

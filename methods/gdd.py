@@ -25,7 +25,7 @@ Deviations:
 from typing import Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import field_validator
 from torch import Tensor, nn, no_grad
 from torch.nn.functional import softplus
 
@@ -83,13 +83,14 @@ class GDD(Method):
         ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
         ema_ramp_up: float = code(0.05, "CIFAR-10", gt=0)
 
-        @model_validator(mode="after")
-        def _features_replace_backbones(self):
-            if self.features and self.discriminator != "compact":
-                raise ValueError("features needs discriminator: compact")
-            if self.features and self.backbones != type(self).model_fields["backbones"].default:
-                raise ValueError("features replaces backbones: set one of them only")
-            return self
+        @field_validator("features")
+        @classmethod
+        def _instead_of_backbones(cls, features: str | None, info) -> str | None:
+            if features and info.data.get("discriminator") == "authors":
+                raise ValueError("needs discriminator: compact")
+            if features and info.data.get("backbones") != cls.model_fields["backbones"].default:
+                raise ValueError("replaces backbones: set one of them only")
+            return features
 
     def __init__(self, config: Config, teacher, required=None):
         super().__init__(config, teacher, required)

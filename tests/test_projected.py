@@ -136,7 +136,7 @@ def test_r1_equals_finite_differences():
 def train_gdd(folder, backbone: Backbone, **settings):
     """GDD on a tiny denoiser with one backbone at a small size."""
     small = {"resolution": 64, "width": 4, "batch": 4, "r1_every": 2}
-    gdd = {"features": None, "backbones": (backbone.name,), "critic": nn.ModuleList([backbone])}
+    gdd = {"discriminator": "compact", "features": None, "backbones": (backbone.name,), "critic": {"backbones": nn.ModuleList([backbone])}}
     return run_method("gdd", folder, **(small | gdd | settings))
 
 
@@ -278,7 +278,7 @@ def test_missing_weights_are_reported_in_one_line(unreachable, tiny):
         load_backbone(LITE0)
     with pytest.raises(UserError, match="no network 'vgg16bn'; did you mean 'vgg16_bn'"):
         load_backbone("vgg16bn")
-    tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0]}
+    tiny["students"]["gdd"]["settings"] = {"discriminator": "compact", "backbones": [LITE0]}
     with pytest.raises(UserError, match=LITE0):
         fetch_pretrained(parse_experiment(tiny, "x").students.values())
 
@@ -304,7 +304,7 @@ def test_weights_are_read_from_the_cache(unreachable):
 
 
 def test_record_names_the_backbones_and_their_pretraining(tiny):
-    tiny["students"]["gdd"]["settings"] = {"backbones": [LITE0, "vgg16_bn"]}
+    tiny["students"]["gdd"]["settings"] = {"discriminator": "compact", "backbones": [LITE0, "vgg16_bn"]}
     experiment = parse_experiment(tiny, "x")
     assert experiment.students["gdd"].requirements.features is None
     record = describe(experiment.student_run("gdd", 0))
@@ -324,7 +324,7 @@ def test_record_names_the_backbones_and_their_pretraining(tiny):
     ("settings", "message"),
     [
         (
-            {"features": "tiny-critic", "backbones": [LITE0]},
+            {"discriminator": "compact", "features": "tiny-critic", "backbones": [LITE0]},
             "features: .*replaces backbones",
         ),
         ({"resolution": 100}, "resolution: .*multiple of 32"),

@@ -99,7 +99,7 @@ def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
                 own = problem.key.split(".")[0] in section.settings
                 # A shared setting is reported once, where it is written.
                 place = f"{where}.settings" if own else "training.settings"
-                yield Problem(f"{place}.{problem.key}", problem.code, problem.message)
+                yield Problem(f"{place}.{problem.key}".rstrip("."), problem.code, problem.message)
         else:
             yield from _check_method(where, section, settings, file, names, files)
             yield from _check_batch(where, section, settings, training)
