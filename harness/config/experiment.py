@@ -103,6 +103,10 @@ class Experiment:
         rows = product(self.teachers, ("teacher", "teacher-1step"))
         return {self.teacher_row(*row): row[0] for row in rows} | {"floor": None}
 
+    def student_training(self, name: str) -> schema.TrainingSection:
+        """The section `training` with a student's own switches."""
+        return self.training.model_copy(update=dict(self.students[name].switches))
+
     def text_encoder_of(self, teacher: str) -> str | None:
         """The feature network that encodes captions for a teacher trained here."""
         return getattr(self.teachers[teacher], "text_encoder", None)
@@ -189,7 +193,7 @@ class Experiment:
             "pairs": self.pairs_fingerprint(student.pairs.name) if student.pairs else None,
             "features": self.features_fingerprint(features) if features else None,
             "snapshots": {unit: grid.model_dump() for unit, grid in student.snapshots.items()},
-            **student.training.model_dump(include={*schema.Switches.model_fields}),
+            **self.student_training(name).model_dump(include={*schema.Switches.model_fields}),
         }
 
     def report_fingerprint(self) -> list:
@@ -222,7 +226,7 @@ class Experiment:
             seed,
             experiment=self.name,
             student=student,
-            training=student.training,
+            training=self.student_training(name),
             seed=seed,
             teacher=paths.teacher(student.teacher) if student.teacher else None,
             features=paths.features(features) if features else None,

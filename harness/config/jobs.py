@@ -34,7 +34,7 @@ class Student:
     budget: tuple[schema.Limit, ...]
     snapshots: schema.Snapshots
     pairs: PairSet | None
-    training: schema.TrainingSection  # with the student's own switches
+    switches: Mapping[str, Any]  # its own, instead of those of `training`
     source: str | None = None
     sha256: str | None = None
 

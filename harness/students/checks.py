@@ -56,14 +56,14 @@ def resolve(name: str, section: StudentSection | ReleasedStudent, file: Experime
         budget=tuple(section.budget or file.training.budget),
         snapshots=file.training.snapshots if section.snapshots is None else section.snapshots,
         pairs=pairs,
-        training=training_of(section, file.training),
+        switches=switches_of(section),
     )
 
 
-def training_of(section: StudentSection, training: TrainingSection) -> TrainingSection:
-    """The training section with a student's own switches."""
+def switches_of(section: StudentSection) -> dict[str, Any]:
+    """A student's own switches, which replace those of the section `training`."""
     own = {name: getattr(section, name) for name in ("precision", "micro_batch")}
-    return training.model_copy(update={k: v for k, v in own.items() if v is not None})
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
@@ -155,7 +155,7 @@ def _check_batch(
     where: str, section: StudentSection, settings: MethodConfig, training: TrainingSection
 ) -> Iterator[Problem]:
     """A batch must have micro-batches, and divide the images of a budget."""
-    batch, largest = settings.batch, training_of(section, training).micro_batch
+    batch, largest = settings.batch, section.micro_batch or training.micro_batch
     ghost = METHODS[section.method].requirements(settings).ghost_batch
     if batch % ghost:
         message = f"batch {batch} is not a multiple of ghost_batch {ghost}"

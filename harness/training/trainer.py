@@ -83,9 +83,15 @@ class Trainer:
         self.optimizers: dict[str, Optimizer] = {}
         configs = {phase.network: phase.optimizer for phase in run.phases}
         for phase in run.phases:
-            if (name := phase.network) not in self.networks:
-                message = f"{run.name}: phase {phase.name!r} updates unknown network {name!r}"
-                raise UserError(message + did_you_mean(name, self.networks), "unknown-name")
+            name = phase.network
+            named = {
+                name: self.networks,
+                **dict.fromkeys([*phase.modes, *phase.precision], self.all_networks),
+            }
+            for other, known in named.items():
+                if other not in known:
+                    message = f"{run.name}: phase {phase.name!r} names unknown network {other!r}"
+                    raise UserError(message + did_you_mean(other, known), "unknown-name")
             if configs[name] != phase.optimizer:
                 raise ValueError(f"phases give network {name!r} two optimisers")
             if name not in self.optimizers:

@@ -14,6 +14,7 @@ from harness.config.schema import ImportedTeacher
 from harness.data.datasets import Dataset
 from harness.data.registry import Images, Prompts, data_source
 from harness.denoiser import Denoiser
+from harness.discriminators.class_table import SHAPE
 from harness.errors import UserError
 from harness.features.base import FeatureMaps, new_extractor
 from harness.networks import build_denoiser
@@ -50,6 +51,8 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
 
         backbones = nn.ModuleList(Backbone(n, create_model(n)) for n in needs.backbones)
         inputs.required["backbones"] = backbones
+    if needs.class_table:
+        inputs.required["class_table"] = nn.Embedding(*SHAPE)
     if needs.lpips:
         inputs.required["lpips"] = PerceptualDistance()
     if needs.pairs:

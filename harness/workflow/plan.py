@@ -60,7 +60,7 @@ class Estimate:
         networks = trainer.all_networks.values()
         weights = {id(p): p.numel() for net in networks for p in net.parameters()}
         self.saved = trainer.memory.peak  # for backward passes
-        if student.training.precision == "bf16":
+        if experiment.student_training(name).precision == "bf16":
             self.saved *= 0.5
         held = sum(weights.values()) + self.trainable + (COPIES - 1) * trained
         self.memory = 4 * held + self.saved
