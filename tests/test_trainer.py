@@ -469,6 +469,6 @@ def test_missing_logger_package_is_reported(tmp_path, monkeypatch):
 
 
 def test_phase_of_an_unknown_network_is_rejected(tmp_path):
-    message = "phase 'p' updates unknown network 'critic'; known: student"
+    message = "phase 'p' names unknown network 'critic'; known: student"
     with pytest.raises(UserError, match=message):
         Trainer(run_of(tmp_path, phases=[Phase("p", "critic", loss, ADAM)]))

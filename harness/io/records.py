@@ -172,9 +172,9 @@ class DataRecord(Record):
     train_images: int
     held_out_images: int
     image_shape: list[int]
-    label_counts: list[int] | None  # training images of each class or prompt; None without labels
     images_sha256: str  # of the images, or of their shape and classes if there are none
     sha256: str  # of images and prompts
+    label_counts: list[int] | None = None  # training images of each class or prompt, if labelled
     prompts: PromptFile | None = None
     evaluation_prompts: PromptFile | None = None
 
