@@ -13,6 +13,7 @@ import yaml
 
 from harness.cli import main
 from harness.errors import UserError
+from harness.io.artifacts import read_json
 from harness.networks import build_denoiser, denoiser_record, load_denoiser, save_denoiser
 from harness.teachers import edm_pickle
 from harness.teachers.edm_pickle import read_edm_pickle
@@ -329,3 +330,28 @@ def test_teacher_of_other_images_is_rejected_before_anything_is_written(
         message = f"other generates 3x16x16 images in {labels} classes, but data digits has 1x8x8"
         assert message in capsys.readouterr().err
         assert written() == before
+
+
+def test_keys_that_a_section_does_not_name_are_compared_too(tiny, tmp_path, monkeypatch, capsys):
+    """A VE checkpoint is not accepted where the experiment describes a VP network."""
+    monkeypatch.chdir(tmp_path)
+    small = {"type": "SongUNet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+    ve = small | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
+    for name, network in (("vp", small), ("ve", ve)):
+        save_denoiser(build_denoiser(network, (1, 8, 8), 10), tmp_path / name)
+
+    def stage(*arguments):
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny))
+        return main([*arguments, "--configfile", "x.yaml"])
+
+    tiny["teachers"] = {"vp": {"source": "ve", "network": small}}
+    assert stage("data") == 0
+    assert stage("teacher", "vp") == 2
+    message = (
+        "teachers.vp.network.embedding_type: the imported network has 'fourier', not 'positional'"
+    )
+    assert message in capsys.readouterr().err
+    tiny["teachers"]["vp"]["source"] = "vp"
+    assert stage("teacher", "vp") == 0
+    sha256 = read_json(tmp_path / "results/tiny/teachers/vp/teacher.json")["imported"]["sha256"]
+    assert f"imported vp, sha256 {sha256}" in capsys.readouterr().err

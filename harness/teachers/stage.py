@@ -1,9 +1,11 @@
 """The stage that makes a teacher: it trains one, or imports a denoiser folder, an EDM pickle or a
 diffusers pipeline."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harness import networks
@@ -30,6 +32,8 @@ from harness.teachers.text_embeddings import TextEmbeddings, embed_dataset
 from harness.training.distributed import processes
 from harness.training.loop import train
 from harness.training.run import TrainingRun, loop_settings
+
+logger = logging.getLogger(__name__)
 
 
 def make_teacher(job: TeacherJob) -> TeacherRecord | None:
@@ -131,6 +135,7 @@ def _import(job: TeacherJob) -> TeacherRecord:
         denoiser, sha256 = read_denoiser(section.source, section.sha256)
         source = {"sha256": sha256}
     _check_import(job, denoiser, dataset)
+    logger.info("imported %s, sha256 %s", section.source, source["sha256"])
     source = {"source": section.source} | source
     run_id, codec = digest([job.fingerprint, source]), None
     folder = job.folder / "runs" / run_id
@@ -166,15 +171,26 @@ def check_shapes(name: str, denoiser: Denoiser, dataset: Dataset) -> None:
 
 def _check_import(job: TeacherJob, denoiser: Denoiser, dataset: Dataset) -> None:
     """Compare the imported network with the teacher's key `network`, and the images and classes of
-    one that is not a pipeline's with the data set's."""
-    config = {"type": type(denoiser.backbone).__name__, **denoiser.backbone.config}
-    for key, expected in (job.section.network or {}).items():
-        value = config.get(key)
-        if (list(value) if isinstance(value, tuple) else value) != expected:
-            message = f"the imported network has {value!r}, not {expected!r}"
+    one that is not a pipeline's with the data set's. Keys that are not given have the defaults of
+    the network's class; of a pipeline, only the given keys are compared."""
+    expected, found = job.section.network or {}, _config(denoiser)
+    if expected and not job.section.pipeline and expected.get("type") == found["type"]:
+        with torch.device("meta"):
+            shape = denoiser.image_shape, denoiser.num_classes
+            expected = _config(networks.build_denoiser(expected, *shape))
+    for key, value in expected.items():
+        if found.get(key) != value:
+            message = f"the imported network has {found.get(key)!r}, not {value!r}"
             raise UserError(f"teachers.{job.name}.network.{key}: {message}", "network")
     if not job.section.pipeline:
         check_shapes(f"teacher {job.name}", denoiser, dataset)
+
+
+def _config(denoiser: Denoiser) -> dict[str, Any]:
+    """The class and the arguments of a denoiser's backbone, with lists as in an experiment."""
+    config = {k: v for k, v in denoiser.backbone.config.items() if not k.startswith("_")}
+    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    return {"type": type(denoiser.backbone).__name__, **lists}
 
 
 def _write_record(
