@@ -1,7 +1,7 @@
 """Frozen records, resolved from an experiment: what each stage reads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Student:
     budget: tuple[schema.Limit, ...]
     snapshots: schema.Snapshots
     pairs: PairSet | None
-    switches: Mapping[str, Any]  # its own, instead of those of `training`
+    switches: Mapping[str, Any] = field(default_factory=dict)  # instead of those of `training`
     source: str | None = None
     sha256: str | None = None
 
