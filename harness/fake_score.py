@@ -99,8 +99,9 @@ class ScoreIdentityMethod(FakeScoreMethod):
 
     @classmethod
     def deviations_under(cls, config: ScoreIdentityConfig) -> tuple[str, ...]:
-        shared = "fake score and generator share a batch of images"
-        return cls.deviations + ((shared,) if config.share_images else ())
+        bicubic = ("augmented images resampled bicubically",) if config.augment else ()
+        shared = ("fake score and generator share a batch of images",)
+        return cls.deviations + bicubic + (shared if config.share_images else ())
 
     def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
         """The generator's loss per sample, `(B,)`, differentiable in all arguments but `sigma`."""
@@ -108,8 +109,9 @@ class ScoreIdentityMethod(FakeScoreMethod):
 
     def phases(self) -> list[Phase]:
         c = self.config
-        fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas, eps=c.eps)
-        generator = OptimizerConfig(lr=c.lr, betas=c.generator_betas or c.betas, eps=c.eps)
+        shared = {"eps": c.eps, "nonfinite": "replace"}  # as SiD's code
+        fake = OptimizerConfig(lr=c.fake_lr, betas=c.betas, **shared)
+        generator = OptimizerConfig(lr=c.lr, betas=c.generator_betas or c.betas, **shared)
         options = {"augment": c.augment, "summed": True, "dropout": c.fake_dropout}
         options["shared"] = c.share_images
         denoise = denoising_phase(fake, self.teacher, self.fake_sigma, **options)

@@ -47,6 +47,9 @@ class OptimizerConfig(BaseModel):
     warmup_steps: int = Field(0, ge=0)
     decay_steps: int = Field(0, ge=0, description="cosine decay to 0 over so many updates; 0: none")
     clip: float | None = Field(None, gt=0, description="largest gradient norm")
+    nonfinite: Literal["skip", "replace"] = Field(
+        "skip", description="skip such steps, or replace NaN by 0 and ±inf by ±1e5 in gradients"
+    )
 
     def rate(self, update: int) -> float:
         """The learning rate of update 1, 2, …: linear warm-up times cosine decay."""

@@ -19,7 +19,6 @@ Deviations:
 * For images without a suitable pretrained backbone (8 x 8 digits), `features` names a feature
   network of the experiment: two convolutions on each of its maps, without random mixing. It should
   not be used for scoring.
-* Non-finite steps are skipped and counted; the authors replace non-finite gradients by 0.
 """
 
 from typing import Literal
@@ -56,7 +55,6 @@ def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> 
 class GDD(Method):
     paper = "Zheng and Yang 2024, arXiv 2405.20750"
     data_free = False
-    deviations = ("non-finite steps are skipped",)
 
     class Config(MethodConfig):
         batch: int = code(256, "CIFAR-10", gt=0)
@@ -126,7 +124,7 @@ class GDD(Method):
             own = ("compact discriminator, with GroupNorm and learned embeddings",)
         else:
             own = ("random class embeddings",) if config.class_table == "random" else ()
-        return cls.deviations + own
+        return own
 
     def prepare_student(self, student) -> None:
         if isinstance(student, EDMDenoiser):
@@ -144,8 +142,8 @@ class GDD(Method):
         # Adam's rate and betas are corrected by this ratio.
         ratio = c.r1_every / (c.r1_every + 1)
         betas = tuple(beta**ratio for beta in c.betas)
-        lazy = OptimizerConfig(lr=c.discriminator_lr * ratio, betas=betas)
-        adam = OptimizerConfig(lr=c.lr, betas=c.betas)
+        lazy = OptimizerConfig(lr=c.discriminator_lr * ratio, betas=betas, nonfinite="replace")
+        adam = OptimizerConfig(lr=c.lr, betas=c.betas, nonfinite="replace")
         fp32 = {"features": "fp32", "discriminator": "fp32"}
         # Batch normalisation uses the statistics of the batch in every phase.
         train = {"discriminator": "train"} if c.discriminator == "authors" else {}

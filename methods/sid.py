@@ -11,7 +11,6 @@ Deviations:
 * Augmented images are resampled bicubically (authors: EDM's wavelet filters).
 * With `share_images`, the fake score and the generator use one batch of generated images per
   iteration; the authors draw a second one.
-* Non-finite steps are skipped and counted; the authors replace non-finite gradients by 0.
 """
 
 from typing import Literal
@@ -35,10 +34,6 @@ def sid_loss(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, alpha: float) -> Te
 
 class SiD(ScoreIdentityMethod):
     paper = "Zhou et al. 2024, arXiv 2404.04057"
-    deviations = (
-        "augmented images resampled bicubically",
-        "non-finite steps are skipped",
-    )
 
     class Config(ScoreIdentityConfig):
         batch: int = code(256, "CIFAR-10", gt=0)

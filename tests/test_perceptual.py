@@ -56,6 +56,6 @@ def test_missing_weights_are_reported_in_one_line(monkeypatch, tmp_path):
 
 
 def test_dmd_regression_with_lpips_is_counted(distance, tmp_path):
-    outcome = run_method("dmd", tmp_path, 1, critic=distance, regression="lpips")[0]
+    outcome = run_method("dmd", tmp_path, 1, critic={"lpips": distance}, regression="lpips")[0]
     assert outcome.ledger.passes["lpips"] == [8, 8]
     assert all(count == 0 for count in outcome.nonfinite.values())

@@ -46,12 +46,12 @@ students:
     method: dmd
     settings: {regression: l2, pairs: 12, pair_steps: 2, warmup_steps: 0, teacher_guidance: 2.0}
   sid: {method: sid, lora: {rank: 2}, settings: {fake_guidance: 1.5, fake_dropout: 0.2}}
-  gdd-i: {method: gdd, freeze: innate, settings: {backbones: [tf_efficientnet_lite0], resolution: 64}}
+  gdd-i: {method: gdd, freeze: innate, settings: {discriminator: compact, backbones: [tf_efficientnet_lite0], resolution: 64}}
 training:
   seeds: [0]
   budget: [{unit: images, amount: 8}]
   gradient_checkpointing: true
-  settings: {batch: 4, lr: 1.0e-4, fake_lr: 1.0e-4, sigma_init: 2.5, dropout: 0.0, augment: 0.0}
+  settings: {batch: 4, lr: 1.0e-4, fake_lr: 1.0e-4, sigma_init: 2.5, dropout: 0.0, generator_dropout: 0.0, augment: 0.0}
 evaluation: {num_samples: 12, sampling_seeds: [0], extractors: [lite0, vit-b-32-quickgelu-openai], grid_samples: 6, block: 8}
 """
 

@@ -212,12 +212,25 @@ def test_phases_repeat_skip_and_share_generated_images(tmp_path):
     assert not torch.equal(batches[0], batches[1])
 
 
-def nan_at(steps):
+def nan_at(steps, optimizer=ADAM):
     def broken(context: Context) -> Tensor:
         value = loss(context)
         return value * float("nan") if context.step in steps else value
 
-    return [Phase("generator", "student", broken, ADAM)]
+    return [Phase("generator", "student", broken, optimizer)]
+
+
+def test_non_finite_gradients_are_replaced_and_counted(tmp_path):
+    """As the codes of SiD and GDD do: NaN becomes 0, and the step counts."""
+    replacing = ADAM.model_copy(update={"nonfinite": "replace"})
+    outcome = fit(tmp_path / "a", phases=nan_at({1, 2, 5}, replacing), max_nonfinite=2)
+    assert outcome.nonfinite == {"generator": 3}
+    assert outcome.ledger.images == outcome.ledger.generated == 64
+    state = load_file(tmp_path / "a" / "state-00000008.safetensors")
+    assert state["optimizer/student/0/step"] == 8
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    with pytest.raises(NonFiniteError):
+        fit(tmp_path / "b", phases=nan_at({1, 2, 3}, replacing), max_nonfinite=2)
 
 
 def test_non_finite_steps_are_skipped_counted_and_logged(tmp_path):

@@ -48,7 +48,7 @@ class Trainer:
 
     networks, frozen: on the device. ema: the averaged main network. ledger: costs up to now.
     metrics: losses, gradient norms and the methods' own values since the last tick. iteration: the
-    number of iterations. updates: optimiser steps per network. nonfinite: skipped steps per phase.
+    number of iterations. updates: optimiser steps per network. nonfinite: such steps per phase.
 
     The host never waits for the device within an iteration. Only the device knows whether a step
     was finite; the optimiser skips a non-finite step there. The host counts all steps as taken, and
@@ -99,8 +99,8 @@ class Trainer:
         self.iteration, self.ledger = 0, copy.deepcopy(run.ledger)
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.nonfinite = {phase.name: 0 for phase in run.phases}
-        # On the device, since the last `settle`: how many steps were skipped, and how many in the
-        # longest and in the current run of consecutive ones.
+        # On the device, since the last `settle`: how many steps were non-finite, and how many in
+        # the longest and in the current run of consecutive ones.
         self._counters = {name: torch.zeros(3, device=self.device) for name in self.nonfinite}
         self.metrics = RunningMeans()
         self._calls = {phase.name: self._networks_in(phase) for phase in run.phases}
@@ -269,13 +269,19 @@ class Trainer:
             context.logs.clear()
 
     def apply_gradients(self, phase: Phase, loss: Tensor) -> None:
-        """Average gradients over processes, clip them, and step unless something is non-finite."""
+        """Average gradients over processes, clip them, and step; skip a non-finite step, or replace
+        its non-finite gradients."""
         name, config = phase.network, phase.optimizer
         optimizer, parameters = self.optimizers[name], self.trainable[name]
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.processes.sum_([*gradients, loss], 1 / self.processes.size)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        skipped = (~torch.isfinite(norm + loss)).float()
+        nonfinite = (~torch.isfinite(norm + loss)).float()
+        skipped = nonfinite
+        if config.nonfinite == "replace":
+            skipped = torch.zeros_like(nonfinite)
+            for gradient in gradients:
+                torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
         if config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm, foreach=True)
         self.updates[name] += 1
@@ -284,8 +290,8 @@ class Trainer:
         self.optimizer_step(optimizer, skipped)
         optimizer.zero_grad(set_to_none=True)
         total, longest, current = self._counters[phase.name]
-        total += skipped
-        current.add_(1).mul_(skipped)
+        total += nonfinite
+        current.add_(1).mul_(nonfinite)
         torch.maximum(longest, current, out=longest)
         self.metrics.add(f"loss/{phase.name}", loss)
         self.metrics.add(f"grad_norm/{phase.name}", norm)
@@ -297,12 +303,13 @@ class Trainer:
 
     def settle(self) -> None:
         """Read the counters and take skipped steps out of the host's counts. Raises
-        `NonFiniteError` after too many consecutive skipped steps of a phase."""
+        `NonFiniteError` after too many consecutive non-finite steps of a phase."""
         counts = torch.stack(list(self._counters.values())).tolist()
         for phase, row in zip(self.run.phases, counts, strict=True):
-            skipped, longest, _ = map(int, row)
+            nonfinite, longest, _ = map(int, row)
             self._counters[phase.name][:2].zero_()
-            self.nonfinite[phase.name] += skipped
+            self.nonfinite[phase.name] += nonfinite
+            skipped = nonfinite if phase.optimizer.nonfinite == "skip" else 0
             self.updates[phase.network] -= skipped
             if phase.network == self.run.main:
                 self.ledger.images -= skipped * self.run.batch

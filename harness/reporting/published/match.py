@@ -99,9 +99,11 @@ def _conditions(student: Student, entry: dict) -> dict | None:
 
 def changed_settings(experiment: Experiment, name: str, entry: dict) -> list[str] | None:
     """Settings in which a row differs from the published run of an entry: of a student, keys of its
-    settings, `budget`, `teacher`; of a teacher, `network`. None if the published are unknown."""
+    settings, `budget`, `teacher`, `precision`, `tf32`; of a teacher, `network`, `tf32`. None if the
+    published are unknown."""
     if teacher := experiment.reference_rows.get(name):
-        return [] if official_network(experiment, teacher) else ["network"]
+        network = [] if official_network(experiment, teacher) else ["network"]
+        return network + (["tf32"] if experiment.evaluation.tf32 else [])
     student = experiment.students[name]
     wanted = {"method": student.method} | {k: entry[k] for k in ("dataset", "conditioning")}
     lines = [line for line in _read("settings.yaml") if wanted.items() <= line.items()]
@@ -111,7 +113,9 @@ def changed_settings(experiment: Experiment, name: str, entry: dict) -> list[str
     if conditions is None or original is None:
         return None
     expected = type(settings)(**original["settings"])
-    changed = [k for k, v in settings if k not in conditions and v != getattr(expected, k)]
+    # The file of a class table has any name; random embeddings are a deviation of the method.
+    other = {*conditions, "class_table"}
+    changed = [k for k, v in settings if k not in other and v != getattr(expected, k)]
     limit, *more = student.budget
     excess = limit.amount - original["images"]
     # Budgets are whole batches, so up to one batch more than published.
@@ -119,6 +123,11 @@ def changed_settings(experiment: Experiment, name: str, entry: dict) -> list[str
         changed.append("budget")
     if official_network(experiment, student.teacher) != original["teacher"]:
         changed.append("teacher")
+    precision = experiment.student_training(name).precision
+    if original["precision"] not in (None, precision):
+        changed.append(f"precision ({precision} instead of {original['precision']})")
+    if experiment.student_training(name).tf32 or experiment.evaluation.tf32:
+        changed.append("tf32")
     return changed
 
 

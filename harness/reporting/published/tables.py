@@ -112,7 +112,7 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
         notes.append(f"papers use {papers} samples; fewer raise the FID")
     if is_released:
         setting, deviations = "released", ["the authors' released weights, not trained here"]
-    elif setting == "exact" and notes:
+    elif setting == "exact" and (notes or deviations):
         setting = "unknown" if changed is None else "changed"
     last = measure(fids, None).values
     return {
