@@ -99,9 +99,8 @@ class ScoreIdentityMethod(FakeScoreMethod):
 
     @classmethod
     def deviations_under(cls, config: ScoreIdentityConfig) -> tuple[str, ...]:
-        bicubic = ("augmented images resampled bicubically",) if config.augment else ()
         shared = ("fake score and generator share a batch of images",)
-        return cls.deviations + bicubic + (shared if config.share_images else ())
+        return cls.deviations + (shared if config.share_images else ())
 
     def sample_loss(self, x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, sigma: Tensor) -> Tensor:
         """The generator's loss per sample, `(B,)`, differentiable in all arguments but `sigma`."""

@@ -8,7 +8,6 @@ evaluated without them. The generator trains with dropout; it makes the fake sco
 averaged and evaluated, without.
 
 Deviations:
-* Augmented images are resampled bicubically (authors: EDM's wavelet filters).
 * With `share_images`, the fake score and the generator use one batch of generated images per
   iteration; the authors draw a second one.
 """

@@ -10,7 +10,6 @@ Deviations:
   re-implementation in SiD's frame (noise levels, optimiser, EMA), whose settings are tagged `ours`.
 * `weight: one` is the plain divergence, whose gradient d' has bounded length; `sid` divides each
   sample's loss as SiD does.
-* Augmented images are resampled bicubically (EDM: wavelet filters).
 * With `share_images`, the fake score and the generator use one batch of generated images.
 """
 

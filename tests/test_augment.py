@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from harness.augment import LABELS, edm_augment, transform
 from harness.context import Context, TrainingData
@@ -45,11 +46,11 @@ def golden():
 
 
 def test_images_and_labels_are_those_of_edm(golden):
-    """A wrong sign of an angle gives 0.25 to 0.9 on the rotated and obliquely stretched rows."""
+    """A wrong sign of an angle gives 0.25 to 0.9 on the rotated and obliquely stretched rows,
+    bicubic interpolation 0.01 to 0.03."""
     out, labels = transform(golden["images"], golden["parameters"])
     torch.testing.assert_close(labels, golden["labels"], atol=1e-5, rtol=0)
-    error = (out - golden["out"])[:, :, 8:24, 8:24].abs().mean(dim=(1, 2, 3))
-    assert error.max() < 0.035
+    torch.testing.assert_close(out, golden["out"], atol=1e-4, rtol=0)
     for column in (3, 5):
         turned = golden["parameters"].clone()
         turned[:, column] *= -1
@@ -64,14 +65,18 @@ def test_no_transformation_keeps_the_image(x):
     assert labels.shape == (2, LABELS) and not labels.any()
 
 
-def test_flips_rotations_and_shifts_are_exact(x):
+def test_flips_and_shifts_are_exact_and_rotations_nearly(x):
     flipped, labels = augment([0.0, *OFF[1:]], [0, 0], [0.5, 0.5], [0, 0, 0, 0], x)
     torch.testing.assert_close(flipped, x.flip(2, 3), atol=1e-5, rtol=0)
     assert labels[0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
     # u = 0.75 is an angle of π/2.
-    rotated, labels = augment([1, 1, 0.0, 1, 1], [1, 1], [0.75, 0.5], [0, 0, 0, 0], x)
+    _, labels = augment([1, 1, 0.0, 1, 1], [1, 1], [0.75, 0.5], [0, 0, 0, 0], x)
     torch.testing.assert_close(labels[0, 3:5], torch.tensor([-1.0, 1.0]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(rotated, x.rot90(1, (2, 3)), atol=1e-5, rtol=0)
+    smooth = interpolate(x[:, :, :4, :4], size=(32, 32), mode="bicubic")
+    rotated, _ = augment([1, 1, 0.0, 1, 1], [1, 1], [0.75, 0.5], [0, 0, 0, 0], smooth)
+    # The filter is not quite symmetric.
+    error, wrong = ((rotated - smooth.rot90(k, (2, 3))).abs().mean() for k in (1, 3))
+    assert error < 0.02 < 0.5 < wrong
     # A shift of one standard deviation is an eighth of the width: one pixel of eight.
     shifted, labels = augment([1, 1, 1, 1, 0.0], [1, 1], [0.5, 0.5], [0, 0, 1, -1], x)
     torch.testing.assert_close(shifted[:, :, :-1, 1:], x[:, :, 1:, :-1], atol=1e-5, rtol=0)
