@@ -120,7 +120,7 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path, owner: Path | None = None):
     """The value in a JSON file; `owner` as in `damaged`."""
     with _reading(path, owner, ValueError):  # not JSON, or not UTF-8
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def size_text(size: float) -> str:

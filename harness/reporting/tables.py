@@ -180,6 +180,7 @@ def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
 def _notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     yield from _protocol_notes(experiment, table)
     yield from _selection_notes(experiment, table)
+    yield from _teacher_notes(experiment)
     yield from _student_notes(experiment)
     yield from _extractor_notes(experiment, table)
     for flag, (mark, meaning) in FLAGS.items():
@@ -246,6 +247,14 @@ def _selection_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[st
     )
 
 
+def _teacher_notes(experiment: Experiment) -> Iterator[str]:
+    for name in experiment.teachers:
+        record = collect.training_record(experiment, name)
+        if record and record.imported:
+            file, sha256 = Path(record.imported["source"]).name, record.imported["sha256"]
+            yield f"teacher {name}: imported from {file} (sha256 {sha256})."
+
+
 def _student_notes(experiment: Experiment) -> Iterator[str]:
     seed, trained_against = experiment.training.seeds[0], {}
     for name, student in experiment.students.items():
@@ -265,9 +274,9 @@ def _student_notes(experiment: Experiment) -> Iterator[str]:
         skipped = sum(record.skipped_steps.values())
         yield (
             f"{name}: method {student.method} ({record.paper}){frozen}. "
-            f"{'; '.join(record.deviations)}. "
+            f"{'; '.join(record.deviations) or 'No deviations'}. "
             f"Settings that differ from the method's defaults: {changed or 'none'}."
-            + (f" {skipped} non-finite steps skipped (seed {seed})." if skipped else "")
+            + (f" {skipped} non-finite steps (seed {seed})." if skipped else "")
         )
     # Networks trained here share the images and labels. Flags mark those of pretrained networks.
     trained = [n for n, item in experiment.features.items() if FEATURES[item.type].trained]

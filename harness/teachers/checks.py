@@ -38,7 +38,7 @@ def _check_imported(
     where = {"sha256_key": f"{key}.sha256", "required": files, "folder": True}
     yield from source_problems(f"{key}.source", teacher.source, teacher.sha256, **where)
     pipeline = is_pipeline(teacher)
-    if teacher.pipeline:
+    if files and teacher.pipeline:
         try:
             PipelineFolder(Path(teacher.source).expanduser())
         except UserError as error:
