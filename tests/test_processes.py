@@ -37,7 +37,8 @@ def test_losses_do_not_depend_on_the_number_of_processes(both, student):
     *a, one_costs = one[student]
     *b, two_costs = two[student]
     assert len(a) == 20 and all(len(row) > 0 for row in a)
-    a, b = torch.tensor(a), torch.tensor(b)
+    width = max(map(len, a))  # R1 adds a loss in some iterations
+    a, b = (torch.tensor([row + [0.0] * (width - len(row)) for row in rows]) for rows in (a, b))
     # Relative to the largest loss of the run, at least 1: SiD's and SIM's losses are differences of
     # nearly equal numbers.
     assert ((a - b).abs().amax(dim=0) <= 1e-5 * a.abs().amax(dim=0).clamp_min(1)).all()
