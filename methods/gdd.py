@@ -48,7 +48,8 @@ def discriminator_loss(real_logits: list[Tensor], fake_logits: list[Tensor]) -> 
 def r1_penalty(real_logits: list[Tensor], real_images: Tensor, gamma: float) -> Tensor:
     """`gamma/2 ‖∂Σlogits/∂x‖²` per sample, `(B,)`; images unaugmented (Mescheder et al. 2018)."""
     total = sum(head.sum() for head in real_logits)
-    (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
+    with torch.autocast(real_images.device.type.replace("meta", "cpu"), enabled=False):
+        (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
     return gamma / 2 * gradient.square().sum(dim=(1, 2, 3))
 
 

@@ -14,6 +14,7 @@ from harness.method import METHODS, OptimizerConfig, Phase
 from harness.streams import PAIR_NOISE, Stream
 from harness.training.run import TrainingRun
 from harness.training.trainer import Trainer
+from methods.gdd import r1_penalty
 from tests.golden_discriminator import ConvolutionTrunk
 from tests.test_denoiser import tiny_denoiser
 from tests.test_trainer import ADAM, LOOP, Linear, fit, loss
@@ -261,3 +262,15 @@ def test_labels_follow_the_law_of_the_data():
     labels = LabelLaw.of(counts, "cpu").draw(Stream(0, "labels"), torch.arange(20_000))
     share = torch.bincount(labels, minlength=4) / 20_000
     assert share.tolist() == pytest.approx([0.1, 0.0, 0.3, 0.6], abs=0.012)
+
+
+def test_r1_differentiates_in_float32_inside_an_autocast_region():
+    """The backward formulas of matrix products would follow the region, not the forward pass."""
+    layer, x = nn.Linear(8, 8), torch.randn(4, 1, 1, 8, requires_grad=True)
+    penalties = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", enabled=False):
+                logits = layer(x.flatten(1)).square()
+            penalties.append(r1_penalty([logits], x, 1.0))
+    assert torch.equal(*penalties)
