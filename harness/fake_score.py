@@ -177,8 +177,8 @@ def denoising_phase(
     `shared`: use the images that the generator's phase uses, otherwise images of its own, which the
     student makes in evaluation mode.
 
-    `summed`: sum the loss over pixels, as EDM and SiD do, instead of averaging; to Adam this is a
-    change of eps alone.
+    `summed`: sum the loss over pixels, as EDM and SiD do, instead of averaging; to Adam this only
+    changes the effect of eps.
     """
 
     def loss(context: Context) -> Tensor:

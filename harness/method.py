@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 import methods
@@ -50,6 +50,12 @@ class OptimizerConfig(BaseModel):
     nonfinite: Literal["skip", "replace"] = Field(
         "skip", description="skip such steps, or replace NaN by 0 and ±inf by ±1e5 in gradients"
     )
+
+    @model_validator(mode="after")
+    def _replaced_gradients_are_not_clipped(self):
+        if self.nonfinite == "replace" and self.clip is not None:
+            raise ValueError("clip needs nonfinite: skip, because it uses the gradients' norm")
+        return self
 
     def rate(self, update: int) -> float:
         """The learning rate of update 1, 2, …: linear warm-up times cosine decay."""

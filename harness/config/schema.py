@@ -69,7 +69,9 @@ class Grid(Section):
         if (self.every is None) == (self.first is None):
             raise ValueError("set either every (a linear grid) or first (a logarithmic one)")
         if self.every is not None and "per_octave" in self.model_fields_set:
-            raise ValueError("per_octave belongs to a logarithmic grid; remove it beside every")
+            raise ValueError(
+                "per_octave belongs to a logarithmic grid; not allowed together with every"
+            )
         return self
 
     @model_serializer

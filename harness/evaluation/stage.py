@@ -92,7 +92,7 @@ class ScoreFile:
         only: Criterion,
         **options: Any,
     ) -> None:
-        """Add an entry with one row, for samples of the selection seed. The row is kept until the
+        """Add an entry with one row, for samples of the selection seed. The row stays until the
         score file is written, in place of the features, of which many snapshots would fill a disk.
         """
         seed = self.scoring.evaluation.selection_seed
