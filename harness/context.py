@@ -73,6 +73,7 @@ class Context:
     ):
         """`samples`: indices of the micro-batch; everything is drawn on `device`."""
         self.networks, self.step, self.samples = networks, step, samples
+        self.first = True  # whether this is the process's first micro-batch of the iteration
         self.index = self._index_on(device)
         self.logs: dict[str, Tensor] = {}
         self._data, self._seed = data, seed

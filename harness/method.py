@@ -9,7 +9,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,12 @@ class MethodConfig(BaseModel):
     labels: Literal["data", "uniform"] = ours(
         "data", "law of the student's labels; uniform without images"
     )
+
+    def without_effect(self, names: Iterable[str], reason: str) -> list[tuple[str, str, str]]:
+        """Problems, as of `Method.check`: settings of `names` that differ from their defaults."""
+        fields = type(self).model_fields
+        changed = [name for name in names if getattr(self, name) != fields[name].default]
+        return [(name, "no-effect", f"has no effect with {reason}") for name in changed]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ Deviations:
 * `class_table: random` starts from random class embeddings.
 * `discriminator: compact` follows the papers' text instead: GroupNorm, 3x3 mixing across scales,
   learned embeddings of classes or texts.
-* For images without a suitable pretrained backbone (8 x 8 digits), `features` names a feature
-  network of the experiment: two convolutions on each of its maps, without random mixing. It should
-  not be used for scoring.
+* `discriminator: features` is for images without a suitable pretrained backbone (8 x 8 digits):
+  two convolutions on each map of a feature network of the experiment, without random mixing. This
+  network should not be used for scoring.
 """
 
 from typing import Literal
@@ -30,7 +30,7 @@ from torch.nn.functional import softplus
 
 from harness.context import Context, GeneratedBatch
 from harness.denoiser import Condition, EDMDenoiser
-from harness.discriminators.factory import build_discriminator
+from harness.discriminators.factory import DEVIATIONS, UNUSED, build_discriminator
 from harness.method import Method, MethodConfig, OptimizerConfig, Phase, Requirements, code, ours
 
 
@@ -63,9 +63,7 @@ class GDD(Method):
         lr: float = code(1e-4, "CIFAR-10", gt=0)
         discriminator_lr: float = code(1e-4, "CIFAR-10; scaled by lazy R1", gt=0)
         betas: tuple[float, float] = code((0.0, 0.99), "Adam")
-        r1_gamma: float = code(4e-4 / 64, "4/n times 1e-4, n = 64 images per process", ge=0)
-        r1_every: int = code(16, "lazy regularisation, loss x 16, not at step 0", gt=0)
-        discriminator: Literal["authors", "compact"] = code("authors", "which network to build")
+        discriminator: Literal["authors", "compact", "features"] = code("authors", "see above")
         backbones: tuple[str, ...] = code(
             ("vgg16_bn", "tf_efficientnet_lite0"),
             "CIFAR-10; others: deit_base_distilled_patch16_224, tf_efficientnet_lite0",
@@ -75,31 +73,28 @@ class GDD(Method):
         ghost_batch: int = code(64, "images per process, ImageNet 128", gt=0)
         projection_seed: Literal["rank", "shared"] = code("rank", "a projection per ghost batch")
         class_table: str | None = ours(None, "file of the authors' class embeddings, or random")
-        features: str | None = ours(None, "a feature network of the experiment, not backbones")
-        width: int = ours(64, "channels of the compact discriminator", gt=0)
+        features: str | None = ours(None, "the network of discriminator: features")
+        width: int = ours(64, "channels of the other discriminators", gt=0)
+        r1_gamma: float | None = code(None, "4e-4/ghost_batch", ge=0, validate_default=True)
+        r1_every: int = code(16, "lazy regularisation, loss x 16, not at step 0", gt=0)
         epsilon: float = code(0.002, "the student's preconditioning; 0 for EDM's", ge=0)
         labels: Literal["data", "uniform"] = code("data", "labels of the real images")
         ema_half_life: int = code(500_000, "images, CIFAR-10", ge=0)
         ema_ramp_up: float = code(0.05, "CIFAR-10", gt=0)
 
-        @field_validator("features")
+        @field_validator("r1_gamma")
         @classmethod
-        def _instead_of_backbones(cls, features: str | None, info) -> str | None:
-            if features and info.data.get("discriminator") == "authors":
-                raise ValueError("needs discriminator: compact")
-            if features and info.data.get("backbones") != cls.model_fields["backbones"].default:
-                raise ValueError("replaces backbones: set one of them only")
-            return features
+        def _gamma_of_a_ghost_batch(cls, gamma: float | None, info) -> float | None:
+            return 4e-4 / info.data.get("ghost_batch", 64) if gamma is None else gamma
 
     def __init__(self, config: Config, teacher, required=None):
         super().__init__(config, teacher, required)
-        kind = "maps" if config.features else config.discriminator
-        networks = build_discriminator(kind, config, teacher, self.required)
+        networks = build_discriminator(config.discriminator, config, teacher, self.required)
         self.features, self.discriminator = networks
 
     @classmethod
     def requirements(cls, config: Config) -> Requirements:
-        if config.features:
+        if config.discriminator == "features":
             return Requirements(features=config.features, real_images=True)
         if config.discriminator == "compact":
             return Requirements(backbones=config.backbones, real_images=True)
@@ -109,23 +104,25 @@ class GDD(Method):
 
     @classmethod
     def check(cls, config: Config, teacher) -> list[tuple[str, str, str]]:
-        if config.discriminator == "authors" and teacher.text:
+        kind, table = config.discriminator, config.class_table
+        problems = config.without_effect(UNUSED[kind], f"discriminator: {kind}")
+        if kind == "features" and not config.features:
+            problems.append(("features", "missing-key", "required: a feature network"))
+        if kind == "authors" and teacher.text:
             message = "authors has no text condition; set compact"
-            return [("discriminator", "unsupported", message)]
-        if config.discriminator == "authors" and teacher.classes and config.class_table is None:
+            problems.append(("discriminator", "unsupported", message))
+        elif kind == "authors" and teacher.classes and table is None:
             message = "required with classes: the file of the authors' table, or random"
-            return [("class_table", "missing-key", message)]
-        return []
+            problems.append(("class_table", "missing-key", message))
+        elif kind == "authors" and not teacher.classes:
+            problems += config.without_effect(["class_table"], "a teacher without classes")
+        return problems
 
     @classmethod
     def deviations_under(cls, config: Config) -> tuple[str, ...]:
-        if config.features:
-            own = ("another feature network and simpler heads in the discriminator",)
-        elif config.discriminator == "compact":
-            own = ("compact discriminator, with GroupNorm and learned embeddings",)
-        else:
-            own = ("random class embeddings",) if config.class_table == "random" else ()
-        return own
+        if config.discriminator == "authors":
+            return ("random class embeddings",) if config.class_table == "random" else ()
+        return (DEVIATIONS[config.discriminator],)
 
     def prepare_student(self, student) -> None:
         if isinstance(student, EDMDenoiser):
@@ -141,7 +138,7 @@ class GDD(Method):
         c = self.config
         # Lazy regularisation (Karras et al. 2020, StyleGAN2): one more update per `r1_every`;
         # Adam's rate and betas are corrected by this ratio.
-        ratio = c.r1_every / (c.r1_every + 1)
+        ratio = c.r1_every / (c.r1_every + 1) if c.r1_gamma else 1.0
         betas = tuple(beta**ratio for beta in c.betas)
         lazy = OptimizerConfig(lr=c.discriminator_lr * ratio, betas=betas, nonfinite="replace")
         adam = OptimizerConfig(lr=c.lr, betas=c.betas, nonfinite="replace")
@@ -161,13 +158,13 @@ class GDD(Method):
 
     def _logits(self, context: Context, pixels: Tensor, condition: Condition) -> list[Tensor]:
         features, discriminator = (context.networks[n] for n in ("features", "discriminator"))
-        if self.config.discriminator == "compact":
+        if self.config.discriminator != "authors":
             return discriminator(features(pixels), condition)
         # The ghost batches of this micro-batch, by their numbers in the batch.
         ghost, batch = self.config.ghost_batch, self.config.batch
         first, count = context.samples.start % batch // ghost, len(context) // ghost
         maps = features(pixels, range(first, first + count))
-        return discriminator(maps, condition, count)
+        return discriminator(maps, condition, count, iterate=context.first)
 
     def _generated(self, context: Context) -> GeneratedBatch:
         """Generated images, with the labels of this iteration's real images."""

@@ -28,7 +28,7 @@ SETTINGS = {
     "dmd": {"pairs": 32, "regression": "l2"},
     "sid": PLAIN,
     "sim": PLAIN,
-    "gdd": {"discriminator": "compact", "features": "critic", "r1_every": 2},
+    "gdd": {"discriminator": "features", "features": "critic", "r1_every": 2},
     "regression": {"pairs": 32},
 }
 

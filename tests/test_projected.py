@@ -332,8 +332,8 @@ def test_record_names_the_backbones_and_their_pretraining(tiny):
     ("settings", "message"),
     [
         (
-            {"discriminator": "compact", "features": "tiny-critic", "backbones": [LITE0]},
-            "features: .*replaces backbones",
+            {"discriminator": "features", "features": "tiny-critic", "backbones": [LITE0]},
+            "backbones: has no effect with discriminator: features",
         ),
         ({"resolution": 100}, "resolution: .*multiple of 32"),
         ({"backbones": []}, "backbones: "),

@@ -10,19 +10,32 @@ from harness.discriminators.compact import CompactDiscriminator, CompactFeatures
 from harness.discriminators.feature_maps import FeatureDiscriminator
 from harness.discriminators.projected import ProjectedDiscriminator, ProjectedFeatures
 
+# Settings without an effect on each kind of discriminator.
+UNUSED = {
+    "authors": ("features", "width"),
+    "compact": ("features", "ghost_batch", "projection_seed", "class_table"),
+    "features": ("backbones", "resolution", "ghost_batch", "projection_seed", "class_table"),
+}
+
+# How each kind deviates from the authors' discriminator.
+DEVIATIONS = {
+    "compact": "compact discriminator, with GroupNorm and learned embeddings",
+    "features": "another feature network and simpler heads in the discriminator",
+}
+
 
 def build_discriminator(
     kind: str, config: Any, teacher: Denoiser, required: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, nn.Module]:
     """Frozen features and a discriminator, conditioned as the teacher is.
 
-    kind: "maps" (heads on the maps of a feature network of the experiment), "compact" or "authors"
-    (see `methods.gdd`). config: with `width`, `resolution`, and for "authors" with `batch`,
-    `ghost_batch` and `projection_seed`. required: "features" for "maps", otherwise "backbones", and
-    "class_table" if there is one.
+    kind: "features" (heads on the maps of a feature network of the experiment), "compact" or
+    "authors" (see `methods.gdd`). config: with `width`, `resolution`, and for "authors" with
+    `batch`, `ghost_batch` and `projection_seed`. required: "features" for that kind, otherwise
+    "backbones", and "class_table" if there is one.
     """
     classes, text = teacher.num_classes, teacher.text_width
-    if kind == "maps":
+    if kind == "features":
         features = required["features"]
         return features, FeatureDiscriminator(features, classes, config.width, text)
     if kind == "compact":

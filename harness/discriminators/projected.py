@@ -155,7 +155,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 class SpectralConv2d(nn.Conv2d):
     """A convolution whose weight, as a matrix `(C_out, C_in k k)`, is divided by an estimate of its
     largest singular value (Miyato et al. 2018): `u·Wv` with vectors u and v from one power
-    iteration per forward pass in train mode, v before u, and none at construction.
+    iteration per forward pass in train mode with `iterate`, v before u, and none at construction.
 
     The semantics of `torch.nn.utils.spectral_norm`, which is deprecated and whose modules cannot be
     copied after a forward pass; `torch.nn.utils.parametrizations.spectral_norm` updates u before v
@@ -167,10 +167,10 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("u", normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("v", normalize(torch.randn(matrix.shape[1]), dim=0))
 
-    def sigma(self) -> Tensor:
+    def sigma(self, iterate: bool = True) -> Tensor:
         """The estimate of the largest singular value, after a power iteration in train mode."""
         matrix = self.weight.flatten(1)
-        if self.training:
+        if self.training and iterate:
             with torch.no_grad():
                 # New tensors: graphs of earlier forward passes hold theirs.
                 v = normalize(matrix.t() @ self.u, dim=0, eps=1e-12)
@@ -181,10 +181,10 @@ class SpectralConv2d(nn.Conv2d):
             u, v = self.u.clone(), self.v.clone()
         return u @ (matrix @ v)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, iterate: bool = True) -> Tensor:
         kind = self.weight.device.type
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            sigma = self.sigma()
+            sigma = self.sigma(iterate)
         return self._conv_forward(x, self.weight / sigma, self.bias)
 
 
@@ -211,8 +211,8 @@ class Block(nn.Module):
         self.conv = SpectralConv2d(channels, out_channels, 4, stride=2, padding=1)
         self.norm = GhostBatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        return leaky_relu(self.norm(self.conv(x), groups), 0.2, inplace=True)
+    def forward(self, x: Tensor, groups: int = 1, iterate: bool = True) -> Tensor:
+        return leaky_relu(self.norm(self.conv(x, iterate), groups), 0.2, inplace=True)
 
 
 class ClassVector(nn.Module):
@@ -245,10 +245,12 @@ class ProjectedHead(nn.Module):
         self.output = SpectralConv2d(widths[-1], outputs, 4, bias=False)
         self.classes = None if table is None else ClassVector(table)
 
-    def forward(self, x: Tensor, condition: Condition, groups: int = 1) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Condition, groups: int = 1, iterate: bool = True
+    ) -> Tensor:
         for block in self.blocks:
-            x = block(x, groups)
-        h = self.output(x).flatten(2)
+            x = block(x, groups, iterate)
+        h = self.output(x, iterate).flatten(2)
         if self.classes is None:
             return h.squeeze(1)
         return (h * self.classes(condition)[:, :, None]).sum(dim=1) / CLASS_WIDTH**0.5
@@ -274,8 +276,12 @@ class ProjectedDiscriminator(nn.Module):
             heads.append(ProjectedHead(channels, widths, table))
         self.heads = nn.ModuleList(heads)
 
-    def forward(self, maps: list[Tensor], condition: Condition, groups: int = 1) -> list[Tensor]:
+    def forward(
+        self, maps: list[Tensor], condition: Condition, groups: int = 1, iterate: bool = True
+    ) -> list[Tensor]:
         """Logits `(B, K)` per head. Batch normalisation uses separate statistics for each of
-        `groups` equal consecutive groups of the batch; spectral norms iterate once."""
+        `groups` equal consecutive groups of the batch. Spectral norms iterate once, or not at all:
+        several micro-batches imitate processes, each of which iterates once for its own batch."""
         _check_groups(maps[0], groups)
-        return [head(x, condition, groups) for head, x in zip(self.heads, maps, strict=True)]
+        heads = zip(self.heads, maps, strict=True)
+        return [head(x, condition, groups, iterate) for head, x in heads]

@@ -189,6 +189,8 @@ class Trainer:
             Context(self.all_networks, run.data, run.seed, step, range(i, i + micro), self.device)
             for i in (step * run.batch + start for start in self.share[::micro])
         ]
+        for context in contexts[1:]:
+            context.first = False
         due = [phase for phase in run.phases if phase.due(step)]
         updates = [
             (phase, repeat, self._variant(phase, repeat, due))
