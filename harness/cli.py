@@ -133,7 +133,8 @@ def _parts(experiment, args: argparse.Namespace) -> int | None:
 @stage("read the data set and split it")
 def data(experiment, args):
     sizes = call("evaluation.checks.minimum_samples", experiment.evaluation.neighbours)
-    call("data.datasets.prepare", experiment.data, experiment.paths.data, sizes)
+    paths, fingerprint = experiment.paths, experiment.prepared_data
+    call("data.datasets.prepare", experiment.data, paths.data, sizes, fingerprint)
 
 
 @stage("train or fetch a feature network", "features")
@@ -203,7 +204,8 @@ def verify_teacher(experiment, args):
 @stage("compare the training images with the published statistics of the FID")
 def verify_data(experiment, args):
     scoring = experiment.scoring()
-    call("evaluation.verify_data.check_inputs", scoring, args.configfile)
+    inputs = experiment.prepared_data, experiment.data_files(), args.configfile
+    call("evaluation.verify_data.check_inputs", scoring, *inputs)
     print(call("evaluation.verify_data.verify_data", scoring))
 
 

@@ -8,10 +8,11 @@ import yaml
 
 from harness.cli import main
 from harness.config.experiment import Experiment
+from harness.data.datasets import prepare
 from harness.errors import UserError
 from harness.evaluation.fingerprints import reference_fingerprint
 from harness.io.artifacts import digest, write_json
-from harness.io.records import ScoreRecord, TeacherRecord
+from harness.io.records import FeatureRecord, ScoreRecord, TeacherRecord
 from harness.reporting.published import tables as paper
 from harness.reporting.published.match import (
     PAPERS,
@@ -540,6 +541,15 @@ def test_verify_teacher_names_the_target_of_missing_inputs(cifar, tmp_path, monk
     with pytest.raises(UserError, match="teacher edm") as error:
         check_inputs(experiment, "edm", Path("x.yaml"))
     assert error.value.code == "missing-inputs" and command in str(error.value)
+    (experiment.paths.data / "data.json").unlink()
+    prepare(experiment.data, experiment.paths.data)  # without the experiment's fingerprint
+    write_teacher_record(experiment, digest(experiment.teacher_fingerprint("edm")))
+    for name in ("tiny-cnn", "tiny-clip"):
+        path = experiment.paths.features(name) / "features.json"
+        FeatureRecord(name=name, settings={}, run_id="of other settings").write(path)
+    with pytest.raises(UserError, match="harness features tiny-cnn --configfile") as error:
+        check_inputs(experiment, "edm", Path("x.yaml"))
+    assert error.value.code == "outdated"
 
 
 def test_a_teachers_scores_are_a_target_that_trains_no_student(empty_workspace):

@@ -4,6 +4,8 @@ Inception's published weights are not available here, so no distance is one of F
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,50 @@ def test_every_mismatch_fails_in_one_line(project, capsys, fault):
     assert "detector or resize mismatch" in line and "s.npz" in line and not output.out
     assert float(line.split()[3]) > 2 * TOLERANCE
     assert ("are held out" in line) == (fault == "images")
+
+
+DATA = "python -m harness data --configfile x.yaml"
+FEATURES = "python -m harness features inception --configfile x.yaml"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "commands"),
+    [
+        ("held_out", 0.3, DATA),
+        ("source", "more", DATA),  # the same images in another place must be read again
+        ("resize", "clean", FEATURES),
+        ("both", None, f"{DATA} && {FEATURES}"),
+    ],
+)
+def test_outdated_data_and_networks_are_refused(project, capsys, key, value, commands):
+    """The prepared data and features.json stay those of the earlier settings until a stage runs."""
+    config, write, run = project
+    write(images(0))
+    prepare(run)
+    shutil.copytree("images", "more")
+    if key in ("resize", "both"):
+        config["features"]["inception"]["resize"] = value or "clean"
+    if key != "resize":
+        config["data"] |= {"held_out": 0.3} if key == "both" else {key: value}
+    assert run("verify-data") == 2
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+    assert line.endswith(f"make it again: {commands}")
+    for command in commands.split(" && "):
+        assert run(*command.split()[3:-2]) == 0
+    capsys.readouterr()
+    run("verify-data")
+    assert "make it again" not in capsys.readouterr().err
+
+
+def test_images_that_are_newer_than_the_prepared_data_are_refused(project, capsys):
+    _, write, run = project
+    write(images(0))
+    prepare(run)
+    labels = Path("images/dataset.json")
+    later = Path("results/tiny/data/data.json").stat().st_mtime + 9
+    os.utime(labels, (later, later))
+    assert run("verify-data") == 2
+    assert DATA in capsys.readouterr().err
 
 
 def test_missing_inputs_are_named(project, capsys):

@@ -150,6 +150,11 @@ class Experiment:
         values = self.data.model_dump(exclude={"source", *schema.PROMPT_KEYS})
         return {"format": RESULTS_FORMAT, **values, **self.plugin_hashes.get("data", {})}
 
+    @property
+    def prepared_data(self) -> str:
+        """Digest of the settings and the files that the prepared data set is made from."""
+        return digest([self.data_fingerprint, self.data.source, self.data.prompt_files])
+
     def features_fingerprint(self, name: str) -> dict:
         fingerprint = {"data": self.data_fingerprint, "features": self.features[name].model_dump()}
         return fingerprint | self.plugin_hashes.get(f"features.{name}", {})

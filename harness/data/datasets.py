@@ -75,9 +75,14 @@ def check_sizes(dataset: Dataset, minimum: tuple[int, int]) -> None:
             raise UserError(f"data: {dataset.name} has {message}", "too-few-images")
 
 
-def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1)) -> DataRecord:
+def prepare(
+    section: DataSection,
+    folder: Path,
+    minimum: tuple[int, int] = (1, 1),
+    fingerprint: str | None = None,
+) -> DataRecord:
     """Read a data set, split it and write it to `folder`; returns the content of `data.json`.
-    `minimum`: see `check_sizes`."""
+    minimum: see `check_sizes`. fingerprint: of the experiment's data, for the record."""
     source, prompts = registry.data_source(section), {}
     for key, (file, sha256) in section.prompt_files.items():
         texts, copy = registry.read_prompts(fetch(file, sha256)).texts, folder / f"{key}.txt"
@@ -97,6 +102,7 @@ def prepare(section: DataSection, folder: Path, minimum: tuple[int, int] = (1, 1
         sha256 = digest([section.name, class_names, shape])
     record = DataRecord(
         name=section.name,
+        fingerprint=fingerprint,
         registered=section.name in DATASETS and DATASETS[section.name] is type(source),
         class_names=list(class_names),
         train_images=len(train),

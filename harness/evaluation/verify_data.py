@@ -14,6 +14,7 @@ from harness.config.jobs import Scoring
 from harness.data import datasets
 from harness.errors import UserError
 from harness.evaluation.frechet import BLOCK, Moments, frechet_distance
+from harness.evaluation.prepared import check_prepared
 from harness.evaluation.references import published_statistics
 from harness.features.base import load_extractor
 from harness.precision import set_precision
@@ -58,9 +59,10 @@ def verify_data(scoring: Scoring) -> str:
     return f"{line}, within the tolerance {TOLERANCE:g}: images, detector and resize agree"
 
 
-def check_inputs(scoring: Scoring, configfile: Path) -> None:
-    """Check that the data and the extractor have been prepared; a `UserError` (code
-    "missing-inputs") names a target of the workflow that trains no teacher and no student."""
+def check_inputs(scoring: Scoring, fingerprint: str, files: list[Path], configfile: Path) -> None:
+    """Check that the data and the extractor have been prepared with the experiment's settings and
+    files; a `UserError` (code "missing-inputs" or "outdated") names what to run, which trains no
+    teacher and no student. fingerprint, files: see `harness.evaluation.prepared.outdated`."""
     name, *_ = published_statistics(scoring)
     if name is None:
         return
@@ -70,3 +72,4 @@ def check_inputs(scoring: Scoring, configfile: Path) -> None:
             command = ["snakemake", "--cores", "8", str(target), "--configfile", str(configfile)]
             message = f"{path} is missing; make it with: {shlex.join(command)}"
             raise UserError(message, "missing-inputs")
+    check_prepared(scoring, [name], fingerprint, files, configfile)

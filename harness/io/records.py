@@ -167,6 +167,7 @@ class PromptFile(_Part):
 
 class DataRecord(Record):
     name: str
+    fingerprint: str | None = None  # `Experiment.prepared_data`
     registered: bool  # `name` is a registered data set
     class_names: list[str]
     train_images: int

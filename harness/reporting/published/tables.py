@@ -17,6 +17,7 @@ import pandas as pd
 from harness.config.experiment import Experiment
 from harness.config.loading import read_experiment
 from harness.errors import UserError
+from harness.evaluation.prepared import check_prepared
 from harness.evaluation.registry import column_name
 from harness.io.artifacts import digest, write_text
 from harness.io.records import TeacherRecord
@@ -218,7 +219,7 @@ def write_paper_tables(
 
 def check_inputs(experiment: Experiment, teacher: str, configfile: Path) -> None:
     """Check that everything that a teacher's scores need exists and is up to date; a `UserError`
-    (code "missing-inputs") names a workflow target that trains no student."""
+    (code "missing-inputs" or "outdated") names what to run, which trains no student."""
     paths = experiment.paths
     record = paths.teacher(teacher) / "teacher.json"
     features = map(paths.features, experiment.evaluation.extractors)
@@ -228,7 +229,9 @@ def check_inputs(experiment: Experiment, teacher: str, configfile: Path) -> None
     elif TeacherRecord.read(record).fingerprint != digest(experiment.teacher_fingerprint(teacher)):
         reason = f"teacher {teacher} was made with other settings than those of the experiment"
     else:
-        return
+        extractors = experiment.evaluation.extractors
+        made_from = experiment.prepared_data, experiment.data_files()
+        return check_prepared(experiment.scoring(), extractors, *made_from, configfile)
     target = str(paths.reference_scores(teacher))
     command = ["snakemake", "--cores", "8", target, "--configfile", str(configfile)]
     raise UserError(f"{reason}; make it with: {shlex.join(command)}", "missing-inputs")
