@@ -7,6 +7,7 @@ from harness.reporting.published.match import published
 from harness.reporting.published.statistic import (
     fid_rows,
     measure,
+    quotes,
     statistic_differences,
     statistic_of,
 )
@@ -54,7 +55,7 @@ def test_exact_requires_a_selected_snapshot():
         ({"evaluation": {"selection_seed": None}},
          ["the last snapshot instead of that with the lowest FID"]),
         ({"evaluation": {"main_metric": "kd"}},
-         ["the snapshot is selected by kd instead of the FID"]),
+         ["the snapshot is selected by kd instead of the published FID"]),
         ({"training": {"snapshots": {"images": {"every": 6e6}}}},
          ["snapshots every 6,000,000 images instead of 500,000"]),
         ({"training": {"snapshots": {"images": {"every": 4e5}}}},
@@ -83,11 +84,41 @@ def test_quoted_numbers_have_the_statistic_of_the_original():
 
     assert statistic("IMM", "SiD", 1.92) == statistic("SiD", "SiD", 1.923)
     assert statistic("GDD", "SiD", 1.52) == statistic("SiD", "SiD", 1.524)
+    # GDD's README does not have the original rounded, which is 1.63.
+    assert statistic("GDD", "SiD", 1.62) is None and statistic("SiD", "SiD", 1.628) is not None
     assert statistic("SiD", "SiD", 1.524).every[0] == 1_000_000  # ImageNet
     assert statistic("SiD", "SiD", 1.923).every[0] == 500_000
     assert statistic("EDM", "EDM (teacher)", 1.97).kind == "minimum"
     assert statistic("DMD", "EDM (teacher)", 1.84) is None  # EDM's is 1.79
     assert statistic("DMD", "DMD", 2.66) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "original", "same"),
+    [
+        (1.92, 1.923, True),
+        (1.63, 1.628, True),
+        (1.62, 1.628, False),
+        (1.93, 1.923, False),  # within 0.0099
+        (3.6, 3.604, True),  # 3.60
+        (3.6, 3.64, False),
+        (1.923, 1.9234, True),
+        (1.923, 1.924, False),
+        (1.93, 1.925, True),  # half a unit, whichever way it was rounded
+    ],
+)
+def test_a_quotation_is_the_original_rounded_to_its_own_digits(number, original, same):
+    assert quotes(number, original) == same
+
+
+def test_fids_are_of_the_extractor_with_the_published_statistics():
+    """Of several with one resize: the first that the experiment names."""
+    names = {"a-inception": {"type": "inception"}, "inception": {"type": "inception"}}
+    evaluation = {"extractors": ["inception", "a-inception", "vit-b-32-quickgelu-openai"]}
+    experiment = paper_experiment("cifar10-uncond", features=names, evaluation=evaluation)
+    both = [("sid", 0, "fid-edm", k, {"extractor": name}) for k, name in enumerate(names)]
+    rows, label = fid_rows(experiment, scores(*both), "sid")
+    assert set(rows.extractor) == {"inception"} and label == "fid-edm_n50000_inception"
 
 
 def test_sampling_seeds_are_averaged_before_training_seeds():

@@ -1,7 +1,6 @@
 """The published numbers, and which of them an experiment's runs reproduce.
 
 numbers.yaml: the numbers; the `source` of each names its original, and none was measured here.
-settings.yaml: the settings that they were trained with.
 """
 
 import functools
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from harness.config.experiment import Experiment
 from harness.config.jobs import Student
-from harness.config.schema import ImportedTeacher, PaperSection
+from harness.config.schema import PaperSection
 from harness.io.artifacts import read_json
 
 PAPERS = ("DMD", "SiD", "SIM", "GDD")
@@ -43,7 +42,7 @@ STOCHASTIC = {("EDM", "ImageNet-64")}
 
 
 @functools.cache
-def _read(file: str) -> list[dict]:
+def read_lines(file: str) -> list[dict]:
     """The entries of a file; each has all keys of the file, None where unknown."""
     import yaml
 
@@ -55,7 +54,7 @@ def _read(file: str) -> list[dict]:
 
 def published() -> list[dict]:
     """All published numbers."""
-    return _read("numbers.yaml")
+    return read_lines("numbers.yaml")
 
 
 def base(method: str) -> str:
@@ -84,7 +83,7 @@ def concerning(paper: PaperSection) -> list[dict]:
     return [e for e in entries if e["nfe"] == 1 or is_teacher(e) or e["paper"] in PAPERS]
 
 
-def _conditions(student: Student, entry: dict) -> dict | None:
+def name_conditions(student: Student, entry: dict) -> dict | None:
     """The settings by which NAMES names a student, if an entry has this name."""
     facts = student.settings.model_dump()
     facts |= {"method": student.method, "freeze": student.freeze, "lora": student.lora}
@@ -97,53 +96,21 @@ def _conditions(student: Student, entry: dict) -> dict | None:
     return None
 
 
-def changed_settings(experiment: Experiment, name: str, entry: dict) -> list[str] | None:
-    """Settings in which a row differs from the published run of an entry: of a student, keys of its
-    settings, `budget`, `teacher`, `precision`, `tf32`; of a teacher, `network`, `tf32`. None if the
-    published are unknown."""
-    if teacher := experiment.reference_rows.get(name):
-        network = [] if official_network(experiment, teacher) else ["network"]
-        return network + (["tf32"] if experiment.evaluation.tf32 else [])
-    student = experiment.students[name]
-    wanted = {"method": student.method} | {k: entry[k] for k in ("dataset", "conditioning")}
-    lines = [line for line in _read("settings.yaml") if wanted.items() <= line.items()]
-    by_variant = {line["variant"]: line for line in lines}
-    original = by_variant.get(entry["variant"]) or by_variant.get(None)
-    conditions, settings = _conditions(student, entry), student.settings
-    if conditions is None or original is None:
-        return None
-    expected = type(settings)(**original["settings"])
-    # The file of a class table has any name; random embeddings are a deviation of the method.
-    other = {*conditions, "class_table"}
-    changed = [k for k, v in settings if k not in other and v != getattr(expected, k)]
-    limit, *more = student.budget
-    excess = limit.amount - original["images"]
-    # Budgets are whole batches, so up to one batch more than published.
-    if more or limit.unit != "images" or not 0 <= excess < settings.batch:
-        changed.append("budget")
-    if official_network(experiment, student.teacher) != original["teacher"]:
-        changed.append("teacher")
-    precision = experiment.student_training(name).precision
-    if original["precision"] not in (None, precision):
-        changed.append(f"precision ({precision} instead of {original['precision']})")
-    if experiment.student_training(name).tf32 or experiment.evaluation.tf32:
-        changed.append("tf32")
-    return changed
-
-
-def official_network(experiment: Experiment, teacher: str) -> str | None:
-    """The network of an imported teacher; None for one that was trained here."""
-    section = experiment.teachers[teacher]
-    return network(experiment, teacher) if isinstance(section, ImportedTeacher) else None
+def network_config(experiment: Experiment, teacher: str) -> dict:
+    """The class of a teacher's network, `type`, and its arguments: all from the teacher's
+    config.json or, before it exists, those that the experiment names."""
+    path = experiment.paths.teacher(teacher) / "config.json"
+    if not path.exists():
+        return experiment.teachers[teacher].network or {}
+    config = read_json(path)
+    return {"type": config.get("_class_name")} | config
 
 
 def network(experiment: Experiment, teacher: str) -> str | None:
     """A teacher's network in EDM's terms: `vp` (DDPM++), `ve` (NCSN++) or `adm`; or `sd` (Stable
-    Diffusion 1), `pixart`. None for another network, or if neither the experiment nor the teacher's
-    config.json defines it."""
-    path = experiment.paths.teacher(teacher) / "config.json"
-    config = experiment.teachers[teacher].network or (read_json(path) if path.exists() else {})
-    kind = config.get("type", config.get("_class_name"))
+    Diffusion 1), `pixart`. None for another network, or if `network_config` has none."""
+    config = network_config(experiment, teacher)
+    kind = config.get("type")
     if kind == "SongUNet":
         return "ve" if config.get("embedding_type") == "fourier" else "vp"
     if kind == "UNet2DConditionModel":
@@ -163,17 +130,21 @@ def _has_name(experiment: Experiment, row: str, entry: dict, default: bool) -> b
     return (entry["method"], entry["variant"]) == (name.method, name.variant) if name else default
 
 
+def is_stochastic(entry: dict) -> bool:
+    """Whether a teacher's number is of the stochastic sampler."""
+    return "SDE" in entry["method"] or (entry["paper"], entry["dataset"]) in STOCHASTIC
+
+
 def is_number_of(experiment: Experiment, teacher: str, entry: dict) -> bool:
     """Whether an entry is EDM's teacher with this teacher's network and sampler: the same number of
     evaluations (DMD counts 512 for 511) and both stochastic or both deterministic."""
     sampler, row = experiment.teachers[teacher].sampler, experiment.teacher_row(teacher)
     is_edm = base(entry["method"]) == "edm" and same_network(experiment, teacher, entry)
-    stochastic = "SDE" in entry["method"] or (entry["paper"], entry["dataset"]) in STOCHASTIC
     nfe = 2 * sampler.steps - 1  # guidance is not counted
     same = [e for e in published() if e["dataset"] == entry["dataset"] and is_teacher(e)]
     # An unknown count is one of those of other teacher numbers on this data.
     counts = {e["nfe"] for e in ([entry] if entry["nfe"] else same)}
-    same_sampler = stochastic == (sampler.s_churn > 0) and bool({nfe, nfe + 1} & counts)
+    same_sampler = is_stochastic(entry) == (sampler.s_churn > 0) and bool({nfe, nfe + 1} & counts)
     return _has_name(experiment, row, entry, is_edm) and same_sampler
 
 
@@ -183,7 +154,7 @@ def runs_of(experiment: Experiment, entry: dict) -> list[str]:
         name
         for name, student in experiment.students.items()
         if entry["nfe"] in (1, None)
-        and _has_name(experiment, name, entry, _conditions(student, entry) is not None)
+        and _has_name(experiment, name, entry, name_conditions(student, entry) is not None)
     ]
     teachers = [t for t in experiment.teachers if is_number_of(experiment, t, entry)]
     return [*students, *map(experiment.teacher_row, teachers)]

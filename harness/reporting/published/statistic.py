@@ -13,6 +13,7 @@ import pandas as pd
 from harness.config.experiment import Experiment
 from harness.evaluation.registry import column_name
 from harness.evaluation.selection import criterion
+from harness.reporting.published.exact import is_published_fid
 from harness.reporting.published.match import base, published
 
 
@@ -51,9 +52,16 @@ STATISTICS = {
 EVERY = {("SiD", "ImageNet-64"): (1_000_000, 5_000_000)}
 
 
+def quotes(number: float, original: float) -> bool:
+    """Whether a number is the original, rounded to the number's own digits. FIDs are printed with
+    two decimals at least, of which numbers.yaml omits trailing zeros."""
+    decimals = max(2, len(str(number).partition(".")[2]))
+    return abs(number - original) <= 0.5 * 10**-decimals + 1e-9
+
+
 def statistic_of(entry: dict) -> Statistic | None:
     """The statistic of a published number; None if its source does not state it. A number that
-    another paper quotes, to two decimals, is that of the original."""
+    another paper quotes, rounded, has that of the original."""
     method = base(entry["method"])
     found = STATISTICS.get((entry["paper"], method))
     if found is None and entry["value"] is not None:
@@ -62,7 +70,7 @@ def statistic_of(entry: dict) -> Statistic | None:
             same |= {"conditioning": entry["conditioning"]}
             originals = [e for e in published() if same.items() <= e.items()]
             originals = [e["value"] for e in originals if base(e["method"]) == method]
-            if any(abs(value - entry["value"]) < 0.0099 for value in originals):
+            if any(quotes(entry["value"], value) for value in originals):
                 return statistic_of(entry | {"paper": paper})
     every = EVERY.get((entry["paper"], entry["dataset"]))
     if found and every:
@@ -77,14 +85,17 @@ def is_fid(metric) -> bool:
 def fid_rows(experiment: Experiment, table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
     """The FIDs of a row of `collect`'s table at the main sample count, of the last and the selected
     snapshot, and the name of their column with the flags of the last one. If there are several
-    columns: EDM's protocol, which all papers here use."""
+    columns: EDM's protocol, which all papers here use, in the extractor that is named first: it is
+    the one that `evaluation.statistics` belongs to."""
     rows = table[(table.final | table.selected.notna()) & (table.student == name)]
     rows = rows[rows.metric.map(is_fid).astype(bool) & (rows.status == "ok")]
     rows = rows[rows.num_samples == experiment.evaluation.num_samples]
     if not rows.final.any():
         return rows[:0], ""
-    columns = zip(rows.metric != "fid-edm", rows.metric, rows.extractor, strict=True)
-    _, metric, extractor = min(columns)
+    order = [*experiment.evaluation.extractors, *rows.extractor].index
+    rank = rows.extractor.map(order)
+    columns = zip(rows.metric != "fid-edm", rank, rows.metric, rows.extractor, strict=True)
+    _, _, metric, extractor = min(columns)
     rows = rows[(rows.metric == metric) & (rows.extractor == extractor)]
     label = column_name(metric, experiment.evaluation.num_samples, extractor)
     flags = set(" ".join(rows.flag[rows.final].dropna()).split())
@@ -143,8 +154,8 @@ def statistic_differences(experiment: Experiment, name: str, entry: dict) -> lis
         return differences
     if evaluation.selection_seed is None:
         differences.append("the last snapshot instead of that with the lowest FID")
-    elif not is_fid(metric := criterion(experiment.scoring()).metric.name):
-        differences.append(f"the snapshot is selected by {metric} instead of the FID")
+    elif not is_published_fid(metric := criterion(experiment.scoring()).metric.name, entry):
+        differences.append(f"the snapshot is selected by {metric} instead of the published FID")
     finest, coarsest = statistic.every
     grids = experiment.students[name].snapshots
     grid = grids.get("images")

@@ -26,6 +26,7 @@ from harness.reporting.collect import collect, current_scores
 from harness.reporting.formatting import as_text, latex, spread_text, write_table
 from harness.reporting.manifest import read_manifest
 from harness.reporting.published import match
+from harness.reporting.published.exact import evaluation_differences, training_differences
 from harness.reporting.published.match import PAPERS
 from harness.reporting.published.statistic import (
     fid_rows,
@@ -65,10 +66,10 @@ CAPTION = (
     "statistic, as far as it was measured (`reproduced_is`), mean ± std over training seeds; "
     "`snapshots`: how many snapshots of a run were compared, by other noise than that of the "
     "number. Difference: reproduced - reported. Last: the mean over sampling seeds at the end of "
-    "the budget. Setting match: exact (settings, budget, teacher, statistic and sample count are "
-    "the published ones), changed (some differ), unknown (the published settings are unknown), "
-    "scaled or toy (as the experiment declares), released (the authors' weights, not trained "
-    "here). Written by `python -m harness {}`."
+    "the budget. Setting match: exact (settings, budget, teacher, data, FID, reference, statistic "
+    "and sample count are the published ones), changed (some differ), unknown (the published "
+    "settings are unknown), scaled or toy (as the experiment declares), released (the authors' "
+    "weights, not trained here). Written by `python -m harness {}`."
 )
 
 
@@ -95,12 +96,12 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
     setting, notes, deviations = experiment.paper.setting, [], ()
     if student := experiment.students.get(name):
         deviations = METHODS[student.method].deviations_under(student.settings)
-    is_released = name in experiment.released
-    changed = [] if is_released else match.changed_settings(experiment, name, entry)
+    is_released, protocol = name in experiment.released, fids.metric.iloc[0]
+    changed = [] if is_released else training_differences(experiment, name, entry)
     if changed is None:
         notes.append("the published settings are unknown")
-    elif changed:
-        notes.append(f"different from the published run: {', '.join(changed)}")
+    if different := [*(changed or []), *evaluation_differences(experiment, entry, protocol)]:
+        notes.append(f"different from the published run: {', '.join(different)}")
     statistic = statistic_of(entry)
     values, text, snapshots = measure(fids, statistic, is_released)
     differences = statistic_differences(experiment, name, entry)
