@@ -65,13 +65,15 @@ $(MINIMUM)/.installed: pyproject.toml constraints-minimum.txt
 		-c constraints-minimum.txt -e '.[text-to-image,pretrained,loggers]' pytest
 	@touch $@
 
-# Copy the tables, figures, page and manifest of a finished experiment into the repository.
+# Copy the tables, figures, page and manifest of a finished experiment into the repository, and its
+# numbers into README.md.
 EXPERIMENT ?= digits
 reference:
 	test -f results/$(EXPERIMENT)/manifest.json
 	mkdir -p results/reference/$(EXPERIMENT)/figures
 	cd results/$(EXPERIMENT) && cp -r tables manifest.json report.html ../reference/$(EXPERIMENT)/
 	cp results/$(EXPERIMENT)/figures/*.png results/reference/$(EXPERIMENT)/figures/
+	$(BIN)/python -m tools.readme_tables
 
 clean:
 	rm -rf results/digits .snakemake

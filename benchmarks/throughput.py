@@ -95,8 +95,8 @@ class PlainLoop(Trainer):
     def update(self, phase: Phase, repeat: int, contexts: list[Context], *rest) -> None:
         for context in contexts:
             context.release()
-            mode = phase.training(self.run.main)
-            context.enter(phase.name, repeat, phase.images, mode, phase.network == self.run.main)
+            of_main = phase.network == self.run.main
+            context.enter(phase.name, repeat, phase.batch(self.run.main), of_main)
         super().update(phase, repeat, contexts, *rest)
         float(self.metrics[f"loss/{phase.name}"])
 

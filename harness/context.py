@@ -78,18 +78,19 @@ class Context:
         self.logs: dict[str, Tensor] = {}
         self._data, self._seed = data, seed
         self.enter("", 0)
-        self._generated: dict[tuple[str, bool, int], GeneratedBatch] = {}
+        self._generated: dict[tuple, GeneratedBatch] = {}
+        self._given: dict[tuple, bool] = {}  # whether a batch's condition was given
 
     def __len__(self) -> int:
         return len(self.index)
 
     def enter(
-        self, phase: str, repeat: int, images="shared", training=True, with_graph=True
+        self, phase: str, repeat: int, batch: tuple = ("shared",), with_graph: bool = True
     ) -> None:
-        """Begin a phase (called by the trainer). images, training: of the batch of generated images
-        and the student's mode. `with_graph`: keep generated images' graph."""
+        """Begin a phase (called by the trainer). batch: of generated images, `Phase.batch`.
+        `with_graph`: keep generated images' graph."""
         self._phase, self._with_graph = (phase, repeat), with_graph
-        self._images = images, training, repeat
+        self._images = *batch, repeat
 
     def release(self, keep: bool = False) -> None:
         """Drop the graph of the phase's generated images, and the images unless `keep` (called by
@@ -116,9 +117,12 @@ class Context:
     def generated(self, condition: Condition = None) -> GeneratedBatch:
         """Generate the phase's batch of images (`Phase.images`) from fresh noise, and from fresh
         conditions if none is given. Phases that share the batch get the same images, with a graph
-        if the student's update can use it."""
+        if the student's update can use it; all of them give the same condition, or none."""
+        if self._given.setdefault(self._images, condition is not None) != (condition is not None):
+            message = f"phases share the generated images {self._images[0]!r}: give all of them "
+            raise ValueError(message + "the same condition, or none")
         if self._images not in self._generated:
-            name, _, repeat = self._images
+            name, repeat = self._images[0], self._images[-1]
             noise, data = Stream(self._seed, "generated", name, repeat), self._data
             z = noise.normal(self.index, data.shape)
             if condition is None and data.num_classes:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from harness.errors import UserError
 from harness.schedules import edm_weight, karras_sigma
 
 # Class labels int64 `(B,)`; or batch-first tensors by name (text embeddings and mask); or None.
@@ -152,12 +153,17 @@ def clone_denoiser(denoiser: Denoiser) -> Denoiser:
 
 
 def set_dropout(denoiser: Denoiser, probability: float) -> None:
-    """Set the dropout probability of all modules that have one."""
+    """Set the dropout probability of all modules that have one. Raises `UserError` if there are
+    none and the probability is positive."""
+    found = probability == 0
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):
-            module.p = probability
+            module.p, found = probability, True
         elif isinstance(vars(module).get("dropout"), int | float):
-            module.dropout = probability
+            module.dropout, found = probability, True
+    if not found:
+        message = f"dropout {probability:g}: the denoiser has no layer with dropout; set "
+        raise UserError(message + "generator_dropout and dropout to 0", "no-effect")
 
 
 def to_model_space(pixels: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ class Phase:
     """The update of one network, `repeat` times in every `every`-th iteration from number `start`.
 
     loss: context -> scalar. images: names the batch that `Context.generated` returns; phases with
-    one name share it if the student runs in the same mode. modes: of networks while the phase runs;
-    by default, the updated network is in training mode and all others are in evaluation mode.
-    precision: of networks that do not run in the precision of the run.
+    one name share it if the student runs in the same mode and precision. modes: of networks while
+    the phase runs; by default, the updated network is in training mode and all others are in
+    evaluation mode. precision: of networks that do not run in the precision of the run.
     """
 
     name: str
@@ -143,9 +143,10 @@ class Phase:
         default = "train" if network == self.network else "eval"
         return self.modes.get(network, default) == "train"
 
-    def shares_images(self, other: "Phase") -> bool:
-        """Whether both phases use the same generated images."""
-        return (self.images, self.training("student")) == (other.images, other.training("student"))
+    def batch(self, main: str) -> tuple[str, bool, str | None]:
+        """What decides the phase's generated images: their name, and the mode and precision of the
+        network that generates them, `main`."""
+        return self.images, self.training(main), self.precision.get(main)
 
 
 class Method:

@@ -99,7 +99,7 @@ def test_scaling_agrees_with_its_label():
 
 def test_transformations_have_the_given_probability():
     context = Context({}, TrainingData((1, 8, 8), 10, 1.0), 0, 0, range(4000))
-    context.enter("fake_score", 0, False)
+    context.enter("fake_score", 0)
     _, labels = edm_augment(context, torch.zeros(4000, 1, 8, 8), 0.12)
     share = (labels != 0).float().mean(dim=0)
     expected = [0.5, 0.06, *[0.12] * 4, 0.06, *[0.12] * 2]  # anisotropy: half of it along an axis

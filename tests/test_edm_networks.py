@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from harness.denoiser import set_dropout
+from harness.errors import UserError
 from harness.freezing import freeze
 from harness.networks import BACKBONES, build_denoiser, load_denoiser, save_denoiser
 from harness.networks.backbones.edm import OneHotDenoiser
@@ -145,6 +147,12 @@ def test_set_dropout_changes_every_block(kind, initial):
     set_dropout(denoiser, 0.3)
     blocks = [module for module in denoiser.modules() if isinstance(module, UNetBlock)]
     assert blocks and {block.dropout for block in blocks} == {0.3}
+
+
+def test_dropout_of_a_network_without_dropout_is_refused():
+    set_dropout(nn.Linear(2, 2), 0.0)
+    with pytest.raises(UserError, match="no layer with dropout"):
+        set_dropout(nn.Linear(2, 2), 0.1)
 
 
 @pytest.mark.slow

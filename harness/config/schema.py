@@ -138,7 +138,8 @@ class ImportedTeacher(TeacherSection):
 
 
 class Switches(Section):
-    """How a training loop computes; results differ by rounding only."""
+    """How a training loop computes. `precision` and `tf32` decide the numbers' resolution. The
+    others change rounding only, except that `micro_batch` changes dropout's random numbers."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     tf32: bool = Field(False, description="TensorFloat-32 where a GPU computes in fp32")

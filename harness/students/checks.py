@@ -156,15 +156,16 @@ def _check_batch(
 ) -> Iterator[Problem]:
     """A batch must have micro-batches, and divide the images of a budget."""
     batch, largest = settings.batch, section.micro_batch or training.micro_batch
+    limiting = where if section.micro_batch else "training"
     ghost = METHODS[section.method].requirements(settings).ghost_batch
     if batch % ghost:
         message = f"batch {batch} is not a multiple of ghost_batch {ghost}"
         yield Problem(f"{where}.settings", "batch", message)
     elif largest is not None and largest < ghost:
-        message = f"must be at least ghost_batch, {ghost}, for this student, not {largest}"
-        yield Problem(f"{where}.micro_batch", "batch", message)
+        message = f"must be at least ghost_batch, {ghost}, for {where}, not {largest}"
+        yield Problem(f"{limiting}.micro_batch", "batch", message)
     elif 1 == schema.micro_batch(batch, largest) < min(batch, largest or 1):
-        message = f"batch {batch} has no divisor above 1 up to training.micro_batch {largest}"
+        message = f"batch {batch} has no divisor above 1 up to {limiting}.micro_batch {largest}"
         yield Problem(where, "batch", message)
     budget = f"{where}.budget" if section.budget else "training.budget"
     for i, limit in enumerate(section.budget or training.budget):

@@ -29,6 +29,7 @@ class InPrecision(nn.Module):
 
     def __init__(self, network: nn.Module, autocast: torch.autocast):
         super().__init__()
+        del self.training  # the network's own mode counts
         self.network, self.autocast = network, autocast
 
     def forward(self, *inputs, **extras):
@@ -202,15 +203,15 @@ class Trainer:
         measuring = any(variant not in self.ledger.costs for _, _, variant in updates)
         for i, (phase, repeat, variant) in enumerate(updates):
             later = [other for other, again, _ in updates[i + 1 :] if again == repeat]
-            sharing = [other for other in later if phase.shares_images(other)]
+            images_of = phase.batch(run.main)
+            sharing = [other for other in later if other.batch(run.main) == images_of]
             of_main = [other for other in sharing if other.network == run.main]
             # Generated images carry a graph to the student only if its own update will use it.
             # With several micro-batches all graphs would wait for it, so images are made again.
             whole = len(contexts) == 1
             with_graph = phase.network == run.main or (whole and bool(of_main))
-            mode = phase.training(run.main)
             for context in contexts:
-                context.enter(phase.name, repeat, phase.images, mode, with_graph)
+                context.enter(phase.name, repeat, images_of, with_graph)
             self.update(phase, repeat, contexts, variant, measuring)
             if phase.network == run.main:
                 self.ledger.images += run.batch
