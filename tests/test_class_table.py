@@ -12,6 +12,10 @@ from harness.discriminators.class_table import CLASS_TABLE_SHA256, load_class_ta
 from harness.errors import UserError
 from harness.io.artifacts import save_tensors
 from harness.streams import seeded
+from harness.students.inputs import fetch_pretrained
+from harness.validation import parse_experiment
+from tests.test_config import problems
+from tests.test_workflow import jobs
 
 
 @pytest.fixture
@@ -96,3 +100,52 @@ def test_other_files_are_not_class_tables(embedding, tmp_path):
     with torch.no_grad():
         embedding.weight[3, 4] = float("nan")
     assert code("nan.pkl", pickle.dumps({"embed": embedding})) == "class-table"
+
+
+# -- as an input of a student ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditional(tiny) -> dict:
+    """The tiny experiment with GDD's own discriminator."""
+    settings = {"discriminator": "authors", "backbones": ["tf_efficientnet_lite0"]}
+    settings |= {"ghost_batch": 1, "class_table": "table.safetensors"}
+    tiny["students"] = {"gdd": {"method": "gdd", "settings": settings}, "sid": {"method": "sid"}}
+    del tiny["features"]["tiny-critic"], tiny["training"]["settings"]["width"]
+    return tiny
+
+
+def test_class_table_file_must_exist_and_an_address_needs_no_hash(conditional):
+    (problem,) = problems(conditional)
+    assert (problem.key, problem.code) == ("students.gdd.settings.class_table", "missing-file")
+    for source in ("https://example.org/table.pkl", "random"):
+        conditional["students"]["gdd"]["settings"]["class_table"] = source
+        experiment = parse_experiment(conditional, "x")
+        assert experiment.class_table_files("gdd") == []
+
+
+def test_class_tables_are_read_before_any_work(conditional, embedding, tmp_path, monkeypatch):
+    table, fetched = tmp_path / "table.safetensors", []
+    monkeypatch.setattr(class_table, "fetch", lambda *source: fetched.append(source) or table)
+    monkeypatch.setattr("harness.features.timm_backbones.weights_file", lambda name: None)
+    settings = conditional["students"]["gdd"]["settings"]
+    settings["class_table"] = "https://example.org/table.pkl"
+    students = parse_experiment(conditional, "x").students.values()
+    save_tensors(table, {"any": embedding.weight})
+    fetch_pretrained(students)
+    assert fetched == [("https://example.org/table.pkl", class_table.FILE_SHA256)]
+    save_tensors(table, {"any": embedding.weight[:10]})
+    with pytest.raises(UserError, match=r"table\.safetensors: a class table of .* \(10, 320\)"):
+        fetch_pretrained(students)
+
+
+def test_class_table_is_an_input_of_the_training_job(conditional, embedding, empty_workspace):
+    save_tensors(empty_workspace.root / "table.safetensors", {"any": embedding.weight})
+    empty_workspace.write_config(conditional)
+    done = empty_workspace.snakemake("-n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    train = {name: block for name, block in jobs(done.stdout).items() if name.startswith("train")}
+    assert {name for name, block in train.items() if "table.safetensors" in block} == {
+        "train gdd 0"
+    }
+    assert "train sid 0" in train

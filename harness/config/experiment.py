@@ -293,6 +293,11 @@ class Experiment:
             files += sorted(source.glob("*/*.*")) if section.pipeline else denoiser
         return list(filter(Path.is_file, files))
 
+    def class_table_files(self, name: str) -> list[Path]:
+        """The local file of the class table that a student's method requires, if there is one. Its
+        content is hashed, so that another one retrains the student."""
+        return local_files(self.students[name].requirements.class_table)
+
     def released_files(self, name: str) -> list[Path]:
         """Local files of a student's released weights: those whose content is hashed."""
         sources = local_files(self.students[name].source)

@@ -18,6 +18,7 @@ from harness.config.schema import (
     TrainingSection,
 )
 from harness.data.registry import data_source
+from harness.discriminators.class_table import FILE_SHA256
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
 from harness.io.downloads import source_problems
@@ -124,7 +125,8 @@ def _check_method(
         yield Problem(f"{where}.settings", "unsupported", message)
     if needs.class_table:
         key = f"{where}.settings.class_table"
-        yield from source_problems(key, needs.class_table, None, required=files)
+        # An address must have the authors' file, so it needs no sha256.
+        yield from source_problems(key, needs.class_table, FILE_SHA256, required=files)
     if needs.real_images and data is not None:
         if not data.has_images:
             message = f"method {section.method} needs images; this data set has none"

@@ -84,12 +84,15 @@ def load_inputs(run: StudentRun) -> Inputs:
 
 
 def fetch_pretrained(students: Iterable[Student]) -> None:
-    """Download the pretrained networks that students require. Raises `UserError`."""
+    """Download the pretrained networks and class tables that students require, and read the tables.
+    Raises `UserError`."""
     from harness.features.lpips import trunk_file
     from harness.features.timm_backbones import weights_file
 
     requirements = [student.requirements for student in students]
     for name in sorted({name for needs in requirements for name in needs.backbones}):
         weights_file(name)
+    for source in sorted({needs.class_table for needs in requirements if needs.class_table}):
+        load_class_table(table_file(source))
     if any(needs.lpips for needs in requirements):
         trunk_file()

@@ -2,10 +2,12 @@
 
 
 def student_inputs(w):
-    """The method's files, the teacher, and the pairs or features that the method requires."""
+    """The method's files, the teacher, and the pairs, features or class table that the method
+    requires."""
     run = E.student_run(w.student, int(w.seed))
     folders = {"teacher": run.teacher, "pairs": run.pairs, "features": run.features}
     inputs = {kind: folder / f"{kind}.json" for kind, folder in folders.items() if folder}
+    inputs["class_table"] = E.class_table_files(w.student)
     return inputs | {"method": list(map(os.path.relpath, run.method_source))}
 
 
