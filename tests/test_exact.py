@@ -1,14 +1,16 @@
 """`exact`: every difference from the run behind a published number is found and named."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from harness.config import schema
 from harness.config.experiment import Paths
-from harness.config.schema import TrainedTeacher
 from harness.discriminators.class_table import CLASS_TABLE_SHA256
 from harness.io.artifacts import write_json
 from harness.io.records import DataRecord
+from harness.method import METHODS
 from harness.reporting.published import tables as paper
 from harness.reporting.published.exact import (
     NETWORKS,
@@ -17,6 +19,7 @@ from harness.reporting.published.exact import (
     training_differences,
 )
 from harness.reporting.published.match import concerning, is_stochastic, network, runs_of
+from tests.conftest import ROOT
 from tests.reports import write_run
 from tests.test_paper import paper_experiment, rows_of, scores
 
@@ -98,7 +101,7 @@ def entry_of(experiment, row: str) -> dict:
 
 def test_a_teacher_trained_here_is_not_exact():
     experiment = paper_experiment("cifar10-uncond")
-    section = TrainedTeacher(network=dict(experiment.teachers["vp"].network), images=1)
+    section = schema.TrainedTeacher(network=dict(experiment.teachers["vp"].network), images=1)
     experiment = replace(experiment, teachers={**experiment.teachers, "vp": section})
     for row in ("sid", "teacher/vp"):
         entry = entry_of(experiment, row)
@@ -218,3 +221,26 @@ def test_another_class_table_is_not_exact(tmp_path):
     ):
         write_run(experiment, "gdd-i", 0, inputs={"class_table": sha256})
         assert training_differences(experiment, "gdd-i", entry) == expected
+
+
+STATUSES = {"same", "setting", "negligible", "stricter", "deviation", "gate"}
+
+
+def test_every_row_of_fidelity_has_a_status_and_settings_name_their_keys():
+    """docs/fidelity.md: a row whose status is `setting` names a key that an experiment can set, and
+    that decides a training run, the evaluation, or a teacher's sampler."""
+    keys = {
+        field for method in ("sid", "dmd", "gdd") for field in METHODS[method].Config.model_fields
+    }
+    sections = (schema.StudentSection, schema.EvaluationSection, schema.TrainingSection)
+    keys |= {field for section in sections for field in section.model_fields}
+    keys |= {"data.held_out", "teachers.<name>.sampler"}
+    keys |= {f"evaluation.{field}" for field in schema.EvaluationSection.model_fields}
+    rows = (ROOT / "docs" / "fidelity.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if "|" in row]
+    rows = [row for row in rows if row[0].strip("-") and row[-1] not in ("status", "")]
+    assert len(rows) > 50
+    for what, _, here, status in rows:
+        assert re.match(r"\w+", status)[0] in STATUSES, what
+        named = {name.split(":")[0] for name in re.findall("`([^`]+)`", here)}
+        assert status != "setting" or named & keys, (what, named)
