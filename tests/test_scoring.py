@@ -185,15 +185,16 @@ def scoring(tmp_path, monkeypatch):
                 folder.name, settings[folder.name], **(facts or {}).get(folder.name, {})
             ),
         )
+        section_of = EvaluationSection(extractors=list(raw), **evaluation)
         return Scoring(
             experiment="x",
-            evaluation=EvaluationSection(extractors=list(raw), **evaluation),
+            evaluation=section_of,
             data=tmp_path / "data",
             data_section=section,
             extractors={name: (value, tmp_path / name) for name, value in settings.items()},
             checkpoint_seconds=15,
             device="cpu",
-            fingerprint={},
+            fingerprint={"evaluation": section_of.model_dump(), "features": {}},
         )
 
     return make

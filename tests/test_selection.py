@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,7 +26,7 @@ from harness.validation import parse_experiment
 from tests.reports import tidy_table
 from tests.test_config import problems, put
 from tests.test_denoiser import tiny_denoiser
-from tests.test_scoring import scoring  # noqa: F401
+from tests.test_scoring import DIM, scoring  # noqa: F401
 
 SETTINGS = {"num_samples": 60, "sampling_seeds": [0, 1], "block": 32, "grid_samples": 4}
 SELECT = SETTINGS | {"selection_seed": 7}
@@ -156,6 +157,61 @@ def test_an_unavailable_network_cannot_select(scoring, job, tmp_path, monkeypatc
     assert error.value.code == "unavailable"
 
 
+def test_changed_statistics_are_not_mixed_with_an_interrupted_selection(
+    scoring, job, tmp_path, monkeypatch, sampled
+):
+    """Their path is the same; what counts is their content."""
+    file, path = tmp_path / "s.npz", tmp_path / "scores.json"
+    settings = SELECT | {"statistics": str(file), "main_metric": "fid-edm"}
+    run = job(1.0, 0.2)
+    for mean in (0, 1):
+        np.savez(file, mu=np.full(DIM, mean), sigma=np.eye(DIM))
+        sampled.clear()
+        with monkeypatch.context() as context:  # interrupted after the selection
+            context.setattr(stage.ScoreFile, "add", None)
+            with pytest.raises(TypeError):
+                score_run(scoring(**settings), run, path)
+        assert sampled == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"main_metric": "fd"}, "no-criterion"),  # the statistics are Inception's
+        ({"main_metric": "fid-edm"}, None),
+        ({"main_metric": "fd-inf", "extractors": ["inception"]}, "no-criterion"),
+        ({"main_metric": "fd-inf", "extractors": ["inception"], "num_samples": 20_480}, None),
+    ],
+)
+def test_a_selection_without_a_reference_or_enough_samples_is_refused(tiny, change, code):
+    """Before any work: there would be no number to compare snapshots by."""
+    tiny["data"] = {"name": "noise", "image_shape": [3, 16, 16], "num_classes": 5}
+    clip = {"type": "open-clip", "model": "ViT-L-14-quickgelu"}
+    tiny["features"] = {"clip": clip, "inception": {"type": "inception"}}
+    tiny["evaluation"] = {
+        "extractors": ["clip", "inception"], "statistics": "s.npz", "selection_seed": 7,
+        "num_samples": 400, "sampling_seeds": [0],
+    } | change  # fmt: skip
+    found = [p.code for p in problems(tiny) if p.key == "evaluation.selection_seed"]
+    assert found == ([code] if code else [])
+
+
+def test_a_selection_without_a_number_is_an_error_before_samples(scoring, job, tmp_path, sampled):
+    made = scoring(**SELECT, main_metric="fd-inf")  # 6 features need 60 samples
+    assert score(made, job(1.0, 0.2), tmp_path / "s.json").entries
+    sampled.clear()
+    made = scoring(**SELECT | {"num_samples": 50}, main_metric="fd-inf")
+    with pytest.raises(UserError, match="needs 60 samples") as error:
+        score_run(made, job(1.0, 0.2), tmp_path / "t.json")
+    assert error.value.code == "unavailable" and not sampled
+    clip = {"type": "open-clip", "model": "ViT-L-14-quickgelu", "aesthetic": ["v1"]}
+    missing = {"clip": {"missing": {"aesthetic_v1": "no weights"}}}
+    made = scoring({"clip": clip}, missing, **SELECT, main_metric="aesthetic-v1")
+    with pytest.raises(UserError, match="aesthetic-v1 in clip") as error:
+        score_run(made, job(1.0, 0.2), tmp_path / "u.json")
+    assert error.value.code == "unavailable" and not sampled
+
+
 def test_selection_settings_are_checked(tiny):
     put(tiny, "evaluation.selection_seed", 1)
     found = [(p.key, p.code) for p in problems(tiny)]
@@ -253,11 +309,139 @@ def test_prune_keeps_the_best_and_the_last(scoring, job, tmp_path, capsys, setti
     # The records remain, so the run and its scores are still current.
     assert all((p / "snapshot.json").exists() for p in run.folder.glob("snapshots/images-[1-4]"))
     assert ScoreRecord.read(path) == record
-    with pytest.raises(UserError, match="harness prune") as error:
-        score_run(scoring(**settings | {"num_samples": 50}), run, path)
-    assert error.value.code == "pruned" and "\n" not in str(error.value)
     # Scores of other settings do not count.
     assert prune(scoring(**settings | {"num_samples": 50}), [(run, path)]) == 0
+
+
+@pytest.fixture
+def pruned(scoring, job, tmp_path):
+    """A function that scores and prunes a run with these settings: the run, its score file and the
+    record. The score file is deleted then, as Snakemake does before it scores again."""
+
+    def make(**settings) -> tuple[SimpleNamespace, Path, ScoreRecord]:
+        run, path = job(1.0, 0.2, 0.6, 0.1), tmp_path / "scores.json"
+        made = scoring(**settings)
+        record = score(made, run, path)
+        assert prune(made, [(run, path)]) > 0
+        path.unlink()
+        return run, path, record
+
+    return make
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list[int]:
+    """The sampling seeds of all streams of samples."""
+    seeds, original = [], stage.sample
+    monkeypatch.setattr(stage, "sample", lambda *a, **k: seeds.append(a[4]) or original(*a, **k))
+    return seeds
+
+
+@pytest.mark.parametrize("settings", [SELECT, SETTINGS])
+def test_a_pruned_run_is_scored_again_with_the_same_numbers(scoring, pruned, sampled, settings):
+    run, path, record = pruned(**settings)
+    sampled.clear()
+    assert score(scoring(**settings), run, path) == record
+    assert sampled == [0, 1, 0, 1]  # the kept snapshots only
+    assert prune(scoring(**settings), [(run, path)]) == 0
+
+
+def test_a_pruned_run_can_be_scored_with_more_seeds(scoring, pruned, sampled):
+    """The rows that selected keep their values, and get the protocol of the new numbers."""
+    run, path, before = pruned(**SELECT)
+    sampled.clear()
+    after = score(scoring(**SELECT | {"sampling_seeds": [0, 1, 2]}), run, path)
+    assert sampled == [0, 1, 2] * 2
+    values, again = (
+        {e.snapshot: e.rows[0].value for e in record.entries if e.selection}
+        for record in (before, after)
+    )
+    assert values == again and len(values) == 4
+    assert [e.selected for e in after.entries if e.selected] == [4]
+    rows = [row for entry in after.entries for row in entry.rows]
+    columns = {(row.metric, row.extractor, row.num_samples) for row in rows}
+    assert {row.protocol for row in rows} == {*after.protocols}
+    assert len(after.protocols) == len(columns)
+    assert not {*before.protocols} & {*after.protocols}
+
+
+def test_an_extended_run_compares_pruned_snapshots(scoring, pruned, job, sampled):
+    run, path, before = pruned(**SELECT)
+    removed = {f"images-{k}" for k in range(1, 5)} - {*weights(run)}
+    run = job(1.0, 0.2, 0.6, 0.1, 0.05)  # writes all weights
+    for name in removed:
+        (run.folder / "snapshots" / name / WEIGHTS).unlink()
+    sampled.clear()
+    after = score(scoring(**SELECT), run, path)
+    assert sampled[0] == 7 and sampled.count(7) == 1  # only the new snapshot is new
+    looked = [e for e in after.entries if e.selection]
+    assert looked[:4] == [e for e in before.entries if e.selection] and len(looked) == 5
+    assert [e.selected for e in after.entries if e.selected] == [5]
+
+
+@pytest.mark.parametrize("change", ["num_samples", "selection_seed", "statistics"])
+def test_a_selection_that_needs_pruned_weights_is_refused(
+    scoring, pruned, tmp_path, monkeypatch, sampled, change
+):
+    """It is refused before anything is sampled, or where settings show it, loaded."""
+    file = tmp_path / "s.npz"
+    np.savez(file, mu=np.zeros(DIM), sigma=np.eye(DIM))
+    settings = SELECT | {"statistics": str(file), "main_metric": "fid-edm"}
+    run, path, record = pruned(**settings)
+    sampled.clear()
+    with monkeypatch.context() as context:
+        if change == "statistics":
+            np.savez(file, mu=np.ones(DIM), sigma=np.eye(DIM))
+        else:
+            context.setattr(stage, "ScoreFile", None)
+        changed = settings if change == "statistics" else settings | {change: 50}
+        with pytest.raises(UserError, match=r"evaluation\.selection_seed") as error:
+            score_run(scoring(**changed), run, path)
+    assert error.value.code == "pruned" and "\n" not in str(error.value) and not sampled
+    np.savez(file, mu=np.zeros(DIM), sigma=np.eye(DIM))
+    assert score(scoring(**settings), run, path) == record
+    # Without a selection, the remaining snapshots can be scored.
+    del settings["selection_seed"]
+    entries = score(scoring(**settings | {"num_samples": 50}), run, path).entries
+    assert [entry.snapshot for entry in entries] == weights(run)
+
+
+def test_pruned_snapshots_keep_the_scores_that_a_change_leaves_valid(scoring, pruned, caplog):
+    run, path, before = pruned(**SETTINGS)
+    assert not caplog.messages
+    types = {"cnn": {"type": "cnn", "images": 1}, "inception": {"type": "inception"}}
+    types["more"] = {"type": "cnn", "images": 1}
+    after = score(scoring(types, **SETTINGS), run, path)
+    assert [m for m in caplog.messages if "2 of 4 snapshots have no weights" in m]
+    assert [e.snapshot for e in after.entries] == [e.snapshot for e in before.entries]
+    for old, new in zip(before.entries, after.entries, strict=True):
+        assert [row for row in new.rows if row.extractor != "more"] == old.rows
+        has_weights = new.snapshot in weights(run)
+        assert any(row.extractor == "more" for row in new.rows) == has_weights
+    caplog.clear()
+    other = score(scoring(**SETTINGS | {"num_samples": 50}), run, path)
+    assert [entry.snapshot for entry in other.entries] == weights(run)
+
+
+def test_snapshots_without_weights_and_scores_are_refused(scoring, pruned):
+    run, path, _ = pruned(**SETTINGS)
+    for file in run.folder.glob("snapshots/*/scores.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="have no weights") as error:
+        score_run(scoring(**SETTINGS), run, path)
+    assert error.value.code == "pruned" and "\n" not in str(error.value)
+
+
+def test_prune_goes_on_after_an_unreadable_record(scoring, job, tmp_path, capsys):
+    run, made, path = job(1.0, 0.2, 0.6, 0.1), scoring(**SELECT), tmp_path / "scores.json"
+    score_run(made, run, path)
+    old = SimpleNamespace(**vars(run) | {"folder": tmp_path / "old", "name": "sid/seed1"})
+    write_json(old.folder / "student.json", {"format": 0})
+    with pytest.raises(UserError, match="skipped sid/seed1") as error:
+        prune(made, [(old, path), (run, path)])
+    output = capsys.readouterr().out
+    assert error.value.code == "skipped" and len(weights(run)) == 2
+    assert "sid/seed1: skipped: " in output and "sid/seed0: freed" in output
 
 
 def test_prune_needs_scores_of_the_current_weights(scoring, job, tmp_path):

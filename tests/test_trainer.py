@@ -155,6 +155,26 @@ def test_shortened_budget_gives_its_own_weights(tmp_path):
         assert len(short.snapshots) == len(fresh.snapshots)
 
 
+def test_a_budget_that_ends_at_a_pruned_snapshot_trains_nothing(tmp_path):
+    grid = {"images": Grid(first=16)}
+    settings = {"snapshot_grid": grid, "budget": [{"unit": "images", "amount": 72}]}
+    whole = fit(tmp_path, **settings)
+    for number in (16, 32):
+        (tmp_path / "snapshots" / f"images-{number:09d}" / "w.safetensors").unlink()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    with pytest.raises(UserError, match="images-000000032") as error:
+        fit(tmp_path, snapshot_grid=grid, budget=[{"unit": "images", "amount": 32}])
+    assert error.value.code == "pruned" and "\n" not in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == files
+    # Pruned snapshots before the end matter to no weights.
+    shorter = fit(tmp_path, snapshot_grid=grid, budget=[{"unit": "images", "amount": 64}])
+    assert shorter.snapshots[-1]["sha256"] == whole.snapshots[-2]["sha256"]
+    longer = fit(tmp_path, snapshot_grid=grid, budget=[{"unit": "images", "amount": 80}])
+    assert [s["ledger"]["images"] for s in longer.snapshots] == [16, 32, 64, 80]
+    fresh = fit(tmp_path / "b", snapshot_grid=grid, budget=[{"unit": "images", "amount": 80}])
+    assert longer.snapshots[-1]["sha256"] == fresh.snapshots[-1]["sha256"]
+
+
 def test_shortened_flops_budget_does_not_use_a_later_snapshot(tmp_path):
     fit(tmp_path, budget=[{"unit": "images", "amount": 64}])
     budget = [{"unit": "flops", "amount": 33 * FLOPS_PER_IMAGE}]

@@ -6,8 +6,11 @@ from harness.config.schema import DataSection, EvaluationSection, ExperimentFile
 from harness.data.registry import has_captions
 from harness.errors import Problem, did_you_mean
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, GROUPS
+from harness.evaluation.references import statistics_extractor
 from harness.evaluation.registry import METRICS, defined_for
+from harness.evaluation.selection import criterion_in
 from harness.features.base import provides
+from harness.features.inception import DIM
 from harness.io.downloads import source_problems
 
 PATCH_SIZE = 299  # pixels of a patch FID
@@ -42,7 +45,11 @@ def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
         problems += _check_extractors(extractors, data, provided, set(names["features"]))
         problems += _check_statistics(evaluation, data, provided, files)
         main = "evaluation.main_metric", evaluation.main_metric
-        problems += _check_metric(*main, data, provided, evaluation.statistics is not None)
+        found = list(_check_metric(*main, data, provided, evaluation.statistics is not None))
+        # Without errors in these, the criterion of a selection is known.
+        if not found and data is not None and provided.keys() == {*extractors}:
+            found += _check_selection(evaluation, data, provided)
+        problems += found
     for i, claim in enumerate(file.claims):
         if claim.metric is not None:
             problems += _check_metric(f"claims.{i}.metric", claim.metric, data, provided)
@@ -99,6 +106,27 @@ def _check_statistics(
         yield Problem(f"{key}_sha256", "unused", "not allowed without evaluation.statistics")
     elif data is not None and not data.has_images and data.prompts is None:
         yield Problem(key, "missing-key", "missing; this data set has no images to compare with")
+
+
+def _check_selection(
+    evaluation: EvaluationSection, data: DataSection, provided: Provided
+) -> Iterator[Problem]:
+    """The metric that selects snapshots must have a number."""
+    if evaluation.selection_seed is None:
+        return
+    chosen = criterion_in(evaluation, provided)
+    metric, what = chosen.metric, f"selects by {chosen.metric.name} in {chosen.extractor}, which"
+    owner = statistics_extractor(provided) if evaluation.statistics else None
+    reference = {need for need in metric.needs if need.startswith("reference.")}
+    if chosen.extractor == owner:
+        reference.discard("reference.statistics")
+    if reference and not data.has_images:
+        message = f"{what} has no real images or statistics to compare with"
+        yield Problem("evaluation.selection_seed", "no-criterion", message)
+    least = metric.samples_per_dim * DIM
+    if "inception" in provided[chosen.extractor] and chosen.num_samples < least:
+        message = f"{what} needs num_samples of at least {least:,}, not {chosen.num_samples:,}"
+        yield Problem("evaluation.selection_seed", "no-criterion", message)
 
 
 def _check_metric(

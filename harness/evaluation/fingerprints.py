@@ -1,5 +1,6 @@
 """Fingerprints of scores: what decides them, as JSON-like values; and whether scores have them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ def fingerprint(scoring: Scoring) -> dict[str, Any]:
 def reference_fingerprint(scoring: Scoring, sampler: Sampler) -> dict[str, Any]:
     """The same for a teacher with this sampler and the floor."""
     return fingerprint(scoring) | {"sampler": sampler.model_dump()}
+
+
+def number_fingerprint(scoring: Scoring, protocol: Mapping[str, Any]) -> str:
+    """What decides a number of given samples: its protocol, without the list of sampling seeds,
+    which decides only which numbers there are; the settings of its network; and plug-ins."""
+    facts = {key: value for key, value in protocol.items() if key != "sampling_seeds"}
+    network = scoring.fingerprint["features"].get(protocol["extractor"])
+    return digest([facts, network, METRICS.plugin_sha256(protocol["metric"])])
 
 
 def run_scores(scoring: Scoring, job: StudentRun, path: Path) -> ScoreRecord | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -89,16 +89,21 @@ class Reference:
         return self.cached(f"radii of {k}", lambda: neighbour_radii(self.features, k))
 
 
+def statistics_extractor(provided: Mapping[str, Collection[str]]) -> str | None:
+    """The extractor that a statistics file belongs to, from what each provides: Inception with
+    EDM's resize, as for published files, or the first Inception."""
+    inception = [name for name, names in provided.items() if "inception" in names]
+    return next((n for n in inception if "fid-edm" in provided[n]), next(iter(inception), None))
+
+
 def published_statistics(scoring: Scoring) -> tuple[str, Statistics, str] | tuple[None, None, None]:
-    """The statistics file that an experiment names, if any: the extractor that it belongs to
-    (Inception with EDM's resize, as for published files, or the first Inception), its content and
-    its sha256."""
+    """The statistics file that an experiment names, if any: the extractor that it belongs to, its
+    content and its sha256."""
     evaluation = scoring.evaluation
     if evaluation.statistics is None:
         return None, None, None
     provided = {name: provides(settings) for name, (settings, _) in scoring.extractors.items()}
-    inception = [name for name, names in provided.items() if "inception" in names]
-    extractor = next((name for name in inception if "fid-edm" in provided[name]), inception[0])
+    extractor = statistics_extractor(provided)
     path = fetch(evaluation.statistics, evaluation.statistics_sha256)
     return extractor, frechet.load_statistics(path, DIM), artifacts.sha256_file(path)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from harness import __version__
 from harness.config.jobs import Scoring
 from harness.data import datasets
+from harness.errors import UserError
 from harness.evaluation.accumulator import Checkpoints, FeatureAccumulator, NearestImages
 from harness.evaluation.checks import minimum_samples, small_sample_warning
 from harness.evaluation.feature_set import FeatureSet, mean_over_subsets
@@ -74,6 +75,29 @@ class Scorer:
         self.checkpoints = Checkpoints(scoring.checkpoint_seconds)
         self.protocols: dict[str, dict] = {}
         self.dimensions: dict[str, int] = {}
+
+    def check_available(self, chosen: Criterion) -> None:
+        """Raise a `UserError` (code "unavailable") if a criterion can have no number, as far as
+        this is known without samples."""
+        extractor = next(e for e in self.extractors if e.name == chosen.extractor)
+        metric, reason = chosen.metric, None
+        missing = [extractor.unavailable, *map(extractor.missing.get, metric.requires)]
+        if lacks := next(filter(None, missing), None):
+            reason = f"is unavailable ({lacks}); provide its weights"
+        else:
+            reference = self.references[extractor.name]
+            parts = [need.split(".")[1] for need in metric.needs if need.startswith("reference.")]
+            if any(getattr(reference, part) is None for part in parts):
+                reason = "has no real images or statistics to compare with"
+            elif metric.samples_per_dim:
+                known = reference.features is not None
+                dim = reference.features.shape[1] if known else len(reference.statistics[0])
+                if (least := metric.samples_per_dim * dim) > chosen.num_samples:
+                    reason = f"needs {least:,} samples; raise num_samples"
+        if reason is not None:
+            what = f"selects by {metric.name} in {chosen.extractor}, which {reason}"
+            remedy = "choose another evaluation.main_metric, or remove the key"
+            raise UserError(f"evaluation.selection_seed {what}; {remedy}", "unavailable")
 
     def score(
         self,
@@ -177,17 +201,22 @@ class Scorer:
             else:
                 estimates = list(map(metric.estimate, features.subsets(count)))
                 result = mean_over_subsets(estimates)._asdict()
-            record = self._protocol(metric, extractor, count)
-            key = digest(record)
-            self.protocols[key] = record
+            key = self.add_protocol(self.protocol(metric, count, name))
             names = {"metric": metric.name, "extractor": name, "num_samples": count}
             yield names | {"protocol": key} | result
 
-    def _protocol(self, metric: Metric, extractor: FeatureExtractor, count: int) -> dict[str, Any]:
-        """The record that identifies a number. Its digest is the key in the score file and the
-        tables; numbers of two protocols never share a column. Without `sampling_precision` the
-        generating networks compute in float32, as feature networks always do."""
+    def add_protocol(self, protocol: dict[str, Any]) -> str:
+        """Add a protocol to `protocols`; returns its key."""
+        self.protocols[key := digest(protocol)] = protocol
+        return key
+
+    def protocol(self, metric: Metric, count: int, name: str) -> dict[str, Any]:
+        """The record that identifies a number in the features of the extractor `name`. Its digest
+        is the key in the score file and the tables; numbers of two protocols never share a column.
+        Without `sampling_precision` the generating networks compute in float32, as feature networks
+        always do."""
         data, settings = self.dataset, dict(metric.settings)
+        extractor = next(e for e in self.extractors if e.name == name)
         library, reference = f"harness {__version__}", f"train{len(data.train)}"
         if "inception" in extractor.provided:
             library += f", torch-fidelity {version('torch-fidelity')}"

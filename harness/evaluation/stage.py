@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,18 @@ from harness.data.image_archive import has_labels, read_images
 from harness.errors import UserError
 from harness.evaluation.accumulator import stored_images
 from harness.evaluation.checks import minimum_samples
-from harness.evaluation.fingerprints import fingerprint, reference_fingerprint
+from harness.evaluation.fingerprints import (
+    fingerprint,
+    number_fingerprint,
+    reference_fingerprint,
+)
+from harness.evaluation.pruned import PrunedSnapshots
 from harness.evaluation.registry import column_name
 from harness.evaluation.scorer import Scorer, Scores
-from harness.evaluation.selection import Criterion, best, check_available, criterion, scores_of
+from harness.evaluation.selection import Criterion, best, criterion, scores_of
 from harness.io import artifacts, records
 from harness.io.shards import TensorShards
-from harness.networks import WEIGHTS, denoiser_record, load_codec, load_denoiser, pipeline_sha256
+from harness.networks import denoiser_record, load_codec, load_denoiser, pipeline_sha256
 from harness.precision import set_precision
 from harness.sampling import Generator, heun, one_step_generator, pixels_of, sample
 from harness.teachers.text_embeddings import load_embeddings
@@ -95,16 +100,22 @@ class ScoreFile:
         """Add an entry with one row, for samples of the selection seed. The row stays until the
         score file is written, in place of the features, of which many snapshots would fill a disk.
         """
-        seed = self.scoring.evaluation.selection_seed
-        shards = self._shards(*identity, seed, only.key, fingerprint(self.scoring))
+        seed, scorer, protocol = self.scoring.evaluation.selection_seed, self.scorer, None
+        if scorer.first:
+            protocol = scorer.protocol(only.metric, only.num_samples, only.extractor)
+        number = protocol and number_fingerprint(self.scoring, protocol)
+        shards = self._shards(*identity, seed, number)
         path = shards.folder.with_suffix(".json")
         if not processes().agree(path.exists()):
             scores = self._score(generate, shape, seed, shards, only=only, **options)
-            if self.scorer.first:
+            if scorer.first:
                 artifacts.write_json(path, [row.model_dump() for row in scores.rows])
                 shutil.rmtree(shards.folder, ignore_errors=True)
-        if self.scorer.first:
-            rows = [records.ScoreRow.model_validate(row) for row in artifacts.read_json(path)]
+        if scorer.first:
+            key = scorer.add_protocol(protocol)
+            rows = [
+                records.ScoreRow(**row | {"protocol": key}) for row in artifacts.read_json(path)
+            ]
             self.entries.append(records.ScoreEntry(**facts, selection=True, rows=rows))
         logger.info("scored %s with the selection seed", facts["snapshot"])
 
@@ -168,71 +179,97 @@ class ScoreFile:
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
-def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
-    """Score the snapshots of a run and write its score file: all of them or, with a selection seed,
-    the last one and the best of all by that seed."""
-    set_precision(scoring.device, scoring.evaluation.tf32, static_shapes=True)
-    run = records.StudentRecord.read(job.folder / "student.json")
-    check_weights(run, job.folder)
-    file = ScoreFile(scoring, job.teacher, output)
-    networks = {"trained_against": run.trained_against, "pretraining": run.pretraining}
+class SnapshotSource:
+    """What the entries of a run's snapshots are made from."""
 
-    def stream(snapshot: records.Snapshot) -> tuple[dict[str, Any], Generator, tuple, str]:
-        """What an entry of a snapshot is made from."""
-        folder = job.folder / "snapshots" / snapshot.name
-        denoiser = load_denoiser(folder, snapshot.sha256, scoring.device, owner=job.folder)
+    def __init__(self, job: StudentRun, run: records.StudentRecord, device: str):
+        self.job, self.run, self.device = job, run, device
+        self.networks = {"trained_against": run.trained_against, "pretraining": run.pretraining}
+
+    def facts(self, snapshot: records.Snapshot) -> dict[str, Any]:
         facts = snapshot.model_dump(include={"grid", "sha256"}) | _costs(snapshot.ledger)
         facts |= {"snapshot": snapshot.name, "final": False, "ema": snapshot.ema_half_life}
-        generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
-        return facts | {"nfe": 1}, generate, denoiser.image_shape, snapshot.sha256
+        return facts | {"nfe": 1}
 
+    def load(self, snapshot: records.Snapshot) -> tuple[dict[str, Any], Generator, tuple, str]:
+        """The facts, and the network's samples and their identity (see `ScoreFile.add`)."""
+        folder, owner = self.job.folder / "snapshots" / snapshot.name, self.job.folder
+        denoiser = load_denoiser(folder, snapshot.sha256, self.device, owner=owner)
+        generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
+        return self.facts(snapshot), generate, denoiser.image_shape, snapshot.sha256
+
+
+def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
+    """Score the snapshots of a run and write its score file: all of them or, with a selection seed,
+    the last one and the best of all by that seed. Snapshots without weights keep the scores that
+    `harness prune` left, as far as they are those of the settings."""
+    set_precision(scoring.device, scoring.evaluation.tf32, static_shapes=True)
+    run, evaluation = records.StudentRecord.read(job.folder / "student.json"), scoring.evaluation
+    pruned = PrunedSnapshots(run, job.folder)
+    selects = evaluation.selection_seed is not None and run.released is None
+    if selects:  # before networks are loaded
+        pruned.check_selection(scoring, pruned.rows)
+    file = ScoreFile(scoring, job.teacher, output)
+    source, kept = SnapshotSource(job, run, scoring.device), pruned.valid_rows(file.scorer)
     *earlier, last = run.snapshots
-    selected = None
-    if scoring.evaluation.selection_seed is not None and run.released is None:
-        selected, earlier = _select(file, run.snapshots, stream, networks), []
+    selected, seeds = None, evaluation.sampling_seeds[: evaluation.snapshot_seeds]
+    if selects:
+        if file.scorer.first:
+            pruned.check_selection(scoring, kept)
+        selected, earlier = _select(file, source, kept), []
         if selected != last.name:
             earlier = [snapshot for snapshot in run.snapshots if snapshot.name == selected]
+    elif changed := pruned.scored_otherwise(scoring):
+        logger.warning(
+            "%d of %d snapshots have no weights: they keep the scores that the changed settings "
+            "leave valid, and get no others",
+            len(changed),
+            len(run.snapshots),
+        )
     for snapshot in [*earlier, last]:
-        final, (facts, *inputs) = snapshot is last, stream(snapshot)
+        if snapshot.name in pruned.missing:
+            rows = [row for row in kept.get(snapshot.name, ()) if row.sample_seed in seeds]
+            if rows:
+                file.entries.append(records.ScoreEntry(**source.facts(snapshot), rows=rows))
+            continue
+        final, (facts, *inputs) = snapshot is last, source.load(snapshot)
         facts["final"] = final
         if snapshot.name == selected:
             facts["selected"] = len(run.snapshots)
-        keep = scoring.evaluation.grid_samples if final else None
-        file.add(facts, *inputs, keep=keep, per_image=final, **networks)
+        keep = evaluation.grid_samples if final else None
+        file.add(facts, *inputs, keep=keep, per_image=final, **source.networks)
     facts = {"student": job.student.name, "seed": job.seed, "weights": run.sha256}
     facts |= {"method": run.method, "contended": run.contended}
     facts["released"] = None if run.released is None else True
     file.write(fingerprint(scoring), **facts)
 
 
-def _select(
-    file: ScoreFile, snapshots: list[records.Snapshot], stream: Callable, networks: dict[str, Any]
-) -> str:
+def _select(file: ScoreFile, source: SnapshotSource, kept: Mapping[str, list]) -> str:
     """Score all snapshots with the selection seed; return the name of the best one. A single
-    snapshot is not scored. stream, networks: see `score_run`."""
-    chosen, group = criterion(file.scoring), processes()
-    check_available(chosen, {e.name: e.unavailable for e in file.scorer.extractors})
+    snapshot is not scored. kept: rows that need not be computed again, by snapshot."""
+    scoring, snapshots, group = file.scoring, source.run.snapshots, processes()
+    chosen, seed = criterion(scoring), scoring.evaluation.selection_seed
+    if file.scorer.first:
+        file.scorer.check_available(chosen)
     if len(snapshots) == 1:
         return snapshots[0].name
     for snapshot in snapshots:
-        file.add_selection(*stream(snapshot), only=chosen, **networks)
-    name = best(scores_of(file.entries, chosen), chosen) if group.first else snapshots[0].name
+        rows = chosen.rows(kept.get(snapshot.name, ()), seed)
+        if group.agree(bool(rows)):
+            facts = source.facts(snapshot) | {"selection": True, "rows": rows}
+            file.entries.append(records.ScoreEntry(**facts))
+        else:
+            file.add_selection(*source.load(snapshot), only=chosen, **source.networks)
     names = [snapshot.name for snapshot in snapshots]
+    values = scores_of(file.entries, chosen)
+    if group.first and not values:
+        what = f"no snapshot has a value of {chosen.metric.name} in {chosen.extractor}"
+        message = f"evaluation.selection_seed: {what}; choose another evaluation.main_metric"
+        raise UserError(message, "no-scores")
+    name = best(values, chosen) if group.first else names[0]
     name = names[int(group.agree(names.index(name)))]
     logger.info("selected %s among %d snapshots by %s", name, len(names), chosen.metric.name)
     return name
-
-
-def check_weights(run: records.StudentRecord, folder: Path) -> None:
-    """Raise a `UserError` if snapshots of a run have no weights."""
-    files = {s.name: folder / "snapshots" / s.name / WEIGHTS for s in run.snapshots}
-    if missing := [name for name, path in files.items() if not path.exists()]:
-        message = (
-            f"{len(missing)} of its {len(files)} snapshots have no weights ({missing[0]}, …): "
-        )
-        message += "they were removed by `harness prune`, and new scores need them; restore the "
-        message += f"settings of the earlier scores, or delete {folder} to train again"
-        raise UserError(f"{run.student}/seed{run.seed}: {message}", "pruned")
 
 
 def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:

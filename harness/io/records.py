@@ -211,6 +211,16 @@ class ScoreEntry(_Part):
     rows: list[ScoreRow]
 
 
+class SnapshotScores(Record):
+    """What remains of the scores of a snapshot when its weights are removed."""
+
+    FORMAT = SCORES_FORMAT
+    sha256: str  # of the weights
+    fingerprint: str  # of the score file
+    numbers: dict[str, str]  # protocol -> `number_fingerprint`
+    rows: list[ScoreRow]
+
+
 class Samples(File):
     neighbour_extractor: str | None = None  # for the nearest training images
     neighbour_rows: int | None = None  # number of training images that were searched

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from harness.errors import UserError
-from harness.io.artifacts import atomic_folder, write_json
+from harness.io.artifacts import atomic_folder, sha256_file, write_json
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
 from harness.training.distributed import processes
 from harness.training.ledger import Ledger, peak_memory
@@ -126,9 +126,21 @@ def _outcome_at_snapshot(run: TrainingRun, state: dict) -> Outcome | None:
         if not (run.snapshot(record["name"]) / "snapshot.json").exists():
             return None
         if Ledger(**record["ledger"]).reached(run.budget):
-            late = any(record["before"][x["unit"]] >= x["amount"] for x in run.budget)
-            return None if late else _outcome(run, state["snapshots"][:count], state["nonfinite"])
+            if any(record["before"][x["unit"]] >= x["amount"] for x in run.budget):
+                return None
+            _check_weights(run, record)
+            return _outcome(run, state["snapshots"][:count], state["nonfinite"])
     return None
+
+
+def _check_weights(run: TrainingRun, record: dict) -> None:
+    """Raise a `UserError` if the weights of a snapshot are missing or damaged. Training again would
+    replace the whole run, so the user decides."""
+    files = run.snapshot(record["name"]).glob("*.safetensors")
+    if not any(sha256_file(file) == record["sha256"] for file in files):
+        message = f"the budget ends at its snapshot {record['name']}, whose weights are damaged or "
+        message += "were removed by `harness prune`; set the earlier budget, or delete "
+        raise UserError(f"{run.name}: {message}{run.folder} to train again", "pruned")
 
 
 def train(run: TrainingRun) -> Outcome:
