@@ -1,6 +1,7 @@
 """configs/paper: every experiment is valid, `plan` counts its networks, and its phases run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from harness.networks.vp import Codec
 from harness.reporting.published.match import concerning, runs_of
 from harness.students.run import assemble
 from harness.teachers.pipelines import STABLE_DIFFUSION_VAE as VAE
-from harness.teachers.pipelines import build_pipeline_denoiser
+from harness.teachers.pipelines import build_pipeline_denoiser, is_pipeline
 from harness.training.ledger import measure
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment, parse_experiment
-from harness.workflow.dry_run import SavedTensorMemory, dry_run_inputs
+from harness.workflow.dry_run import SavedTensorMemory, dry_run_inputs, dry_run_pipeline
 from harness.workflow.plan import Estimate
 from tests.conftest import ROOT
 
@@ -81,6 +82,24 @@ def test_scaled_experiments_have_one_budget(name):
     (limit,) = scaled.training.budget
     assert limit.unit == "images" and 5e6 <= limit.amount < 5.2e6
     assert len({str(exact.students[s].budget) for s in exact.students}) > 1
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_an_incomplete_download_does_not_matter_without_files(name, tmp_path, monkeypatch):
+    """`plan` takes a teacher's network from the experiment until its folder is complete."""
+    monkeypatch.chdir(tmp_path)
+    expected = load(name)
+    for teacher in expected.teachers.values():
+        Path(teacher.source).mkdir(parents=True)
+    assert load(name).raw == expected.raw
+    for teacher in expected.teachers.values():
+        assert is_pipeline(teacher)
+        with torch.device("meta"):
+            parameters = dry_run_pipeline(teacher).backbone.parameters()
+        assert sum(p.numel() for p in parameters) == TEXT[name]
+    with pytest.raises(ConfigError) as error:
+        load_experiment(FOLDER / f"{name}.yaml")
+    assert "reads-no-text" in {problem.code for problem in error.value.problems}
 
 
 # From the authors' code or the paper.

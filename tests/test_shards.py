@@ -7,8 +7,10 @@ import torch
 
 from harness.errors import UserError
 from harness.io import shards as shards_module
+from harness.io.artifacts import read_json
 from harness.io.records import FeatureRecord, ScoreEntry, ScoreRecord, ScoreRow
 from harness.io.shards import TensorShards
+from harness.reporting.manifest import read_manifest
 
 
 def _part(start: int, rows: int) -> dict[str, torch.Tensor]:
@@ -148,3 +150,15 @@ def test_missing_and_truncated_records_are_rejected(tmp_path):
     with pytest.raises(UserError) as error:
         FeatureRecord.read(tmp_path / "features.json")
     assert error.value.code == "damaged"
+
+
+def test_json_with_a_byte_order_mark_is_read_and_other_encodings_are_refused(tmp_path):
+    """Editors on Windows write the mark, and UTF-16."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "caf\xc3\xa9"}\r\n')
+    assert read_json(path) == {"a": "café"} == read_manifest(path)
+    for encoding in ("utf-16", "latin-1"):
+        path.write_bytes('{"a": "café"}'.encode(encoding))
+        with pytest.raises(UserError) as error:
+            read_json(path)
+        assert error.value.code == "damaged" and "\n" not in str(error.value)

@@ -42,7 +42,7 @@ def _processor() -> str:
 def read_manifest(path: Path) -> dict:
     """Read a manifest of any experiment; a damaged one raises a `UserError` (code "damaged")."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(value, dict):
             return value
         reason = "not a JSON object"

@@ -37,7 +37,7 @@ def _check_imported(
     """Pipelines need prompts, and only pipelines read them."""
     where = {"sha256_key": f"{key}.sha256", "required": files, "folder": True}
     yield from source_problems(f"{key}.source", teacher.source, teacher.sha256, **where)
-    pipeline = is_pipeline(teacher)
+    pipeline = is_pipeline(teacher, files)
     if files and teacher.pipeline:
         try:
             PipelineFolder(Path(teacher.source).expanduser())

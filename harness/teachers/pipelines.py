@@ -25,9 +25,10 @@ STABLE_DIFFUSION_VAE = {
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # folders beside the network's
 
 
-def is_pipeline(section: ImportedTeacher) -> bool:
-    """Whether a teacher is a pipeline, by its folder or, before that exists, by its network."""
-    if Path(section.source).expanduser().exists():
+def is_pipeline(section: ImportedTeacher, files: bool = False) -> bool:
+    """Whether a teacher is a pipeline, by its folder or, if that need not be complete, by its
+    network. files: what exists must be complete."""
+    if section.pipeline or (files and Path(section.source).expanduser().exists()):
         return section.pipeline
     kind = (section.network or {}).get("type")
     return kind in BACKBONES and BACKBONES[kind].pipeline is not None

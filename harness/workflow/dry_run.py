@@ -96,8 +96,8 @@ def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
     from diffusers import AutoencoderKL
 
     network, vae = section.network, pipelines.STABLE_DIFFUSION_VAE
-    if (folder := Path(section.source).expanduser()).exists():
-        pipeline = pipelines.PipelineFolder(folder)
+    if section.pipeline:
+        pipeline = pipelines.PipelineFolder(Path(section.source).expanduser())
         network = {"type": pipeline.network_class} | pipeline.config(pipeline.network)
         vae = pipeline.config("vae")
     teacher = pipelines.build_pipeline_denoiser(network)
