@@ -1,9 +1,11 @@
 """Figures as PNG and PDF: quality against budget, samples, nearest neighbours, training health."""
 
+import io
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from harness.config.experiment import Experiment
 from harness.reporting.collect import is_unavailable
@@ -30,7 +32,13 @@ def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path
             figure.savefig(pdf, metadata={"CreationDate": None})
         else:
             static = charts.specification(figure, **charts.STATIC)
-            png.write_bytes(vl_convert.vegalite_to_png(static, scale=2))
+            _write_png(vl_convert.vegalite_to_png(static, scale=2), png)
             pdf.write_bytes(vl_convert.vegalite_to_pdf(static))
         paths += [png, pdf]
     return paths
+
+
+def _write_png(data: bytes, path: Path) -> None:
+    """Write a PNG file of opaque pixels, compressed to about a third of vl_convert's."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.convert("RGB").save(path, optimize=True)
