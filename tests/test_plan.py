@@ -1,9 +1,15 @@
 """`harness plan`: the printed table. tests/test_paper_configs.py tests the counts."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 import yaml
 
 from harness.cli import main
+from harness.validation import parse_experiment
+from harness.workflow import plan
+from harness.workflow.dry_run import SavedTensorMemory
 
 
 def test_every_student_has_a_row(tiny, tmp_path, capsys):
@@ -15,7 +21,8 @@ def test_every_student_has_a_row(tiny, tmp_path, capsys):
         del tiny["teachers"]["edm"][key]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tiny, sort_keys=False))
     assert main(["plan", "--configfile", str(tmp_path / "x.yaml"), "--tflops", "0.001"]) == 0
-    header, _, *lines = (line for line in capsys.readouterr().out.splitlines() if "|" in line)
+    output = capsys.readouterr().out
+    header, _, *lines = (line for line in output.splitlines() if "|" in line)
     names = [name.strip() for name in header.strip("|").split("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     rows = {row[0]: dict(zip(names, row, strict=True)) for row in cells}
@@ -25,7 +32,58 @@ def test_every_student_has_a_row(tiny, tmp_path, capsys):
     assert sid["auxiliary (M)"] == sid["trained (M)"] == sid["parameters (M)"] == "0.02"
     # Two points of the grid (64 and 128 images) and the end; 17,961 float32 weights.
     assert sid["snapshots"] == "–" and gdd["snapshots"] == "3 x 71.8 kB"
+    # Seconds give no number of snapshots: at least one. 4 x 71.8 kB for the only seed.
+    assert "The snapshots of all runs take at least 287 kB;" in output
     assert gdd["trained (M)"] == "0.01" and gdd["micro-batch"] == "16" and gdd["images"] == "160"
     work = 160 * float(gdd["GFLOPs/image"])
     assert float(gdd["PFLOPs"]) == pytest.approx(work / 1e6, rel=1e-3)
     assert float(gdd["hours"]) == pytest.approx(work / 3600, rel=1e-2)  # at one GFLOP/s
+
+
+def test_tensors_saved_under_autocast_count_as_bfloat16():
+    first, second = (torch.nn.Linear(1000, 1000, device="meta") for _ in "ab")
+    memory, size = SavedTensorMemory(), 10 * 1000 * 4  # bytes in float32
+    with memory.track([first, second]), torch.autocast("cpu", torch.bfloat16):
+        x = first(torch.empty(10, 1000, device="meta")).sin()
+        assert memory.current == 2 * size / 2  # the inputs of the layer and of the sine
+        with torch.autocast("cpu", enabled=False):
+            x = second(x).sin()
+        assert memory.current == 2 * size / 2 + 2 * size
+        x = x.cos()
+        index = torch.zeros(10, dtype=torch.int64, device="meta")
+        x = x[index]  # saves the index, as it is
+        assert memory.current == 3 * size / 2 + 2 * size + 80
+    del x
+    assert memory.current == 0
+
+
+def test_networks_in_float32_do_not_halve_their_memory(tiny, monkeypatch):
+    """GDD's features and discriminator run in float32, whatever the precision of the run."""
+    monkeypatch.setattr(plan, "PERIOD", 1)
+    saved = {}
+    for precision in ("fp32", "bf16"):
+        tiny["training"]["precision"] = precision
+        experiment = parse_experiment(tiny, "tiny.yaml")
+        saved[precision] = {n: plan.Estimate(experiment, n).saved for n in ("sid", "gdd")}
+    halves = {name: size / 2 for name, size in saved["fp32"].items()}
+    assert saved["bf16"]["sid"] == pytest.approx(halves["sid"], rel=1e-3)  # integers stay
+    assert saved["bf16"]["gdd"] > 1.15 * halves["gdd"]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_disk_of_embeddings_says_which_prompts_are_assumed(missing, tmp_path, tiny, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    if not missing:
+        prompts.write_text("a cat\na dog\n")
+    network = {"type": "UNet2DConditionModel", "cross_attention_dim": 4, "sample_size": 8}
+    tiny["data"] = {"name": "x", "prompts": str(prompts), "image_shape": [3, 64, 64]}
+    tiny["teachers"] = {"sd": {"source": "missing", "network": network}}
+    tiny["students"] = {"sim": {"method": "sim"}}
+    experiment = parse_experiment(tiny, "tiny.yaml", files=False, check=False)
+    teacher = SimpleNamespace(null_condition=lambda _: {"embeddings": torch.empty(1, 77, 768)})
+    monkeypatch.setattr(plan, "dry_run_pipeline", lambda section: teacher)
+    text = plan._embedding_sizes(experiment)
+    if missing:  # 10^6 x 77 x 768 float16 numbers
+        assert text.endswith(f"teacher sd: 118.3 GB, if {prompts} has 1,000,000 prompts.")
+    else:
+        assert text == " Embeddings of 2 prompts for teacher sd: 0.0 GB."

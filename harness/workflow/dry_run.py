@@ -107,10 +107,12 @@ def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
 
 class SavedTensorMemory:
     """Bytes that autograd graphs hold for backward passes: `current` and `peak`. A storage counts
-    once, weights not at all."""
+    once, weights not at all. On the meta device autocast changes no dtype: a float32 tensor that is
+    saved under autocast counts as bfloat16."""
 
     def __init__(self):
         self.references: Counter[int] = Counter()  # by storage
+        self.sizes: dict[int, int] = {}  # of the storages, when first saved
         self.current = self.peak = 0
 
     def track(self, networks: Iterable[nn.Module]) -> torch.autograd.graph.saved_tensors_hooks:
@@ -122,7 +124,9 @@ class SavedTensorMemory:
                 return tensor
 
             storage = tensor.untyped_storage()
-            facts = storage._cdata, storage.nbytes()
+            narrow = tensor.is_meta and tensor.dtype == torch.float32
+            narrow = narrow and torch.is_autocast_enabled("cpu")
+            facts = storage._cdata, storage.nbytes() // (2 if narrow else 1)
             if storage._cdata not in weights:
                 self._count(*facts, 1)
                 weakref.finalize(saved, self._count, *facts, -1)  # when the graph is freed
@@ -133,7 +137,9 @@ class SavedTensorMemory:
     def _count(self, storage: int, size: int, change: int) -> None:
         self.references[storage] += change
         if self.references[storage] == max(change, 0):  # the first reference, or none is left
-            self.current += change * size
+            if change > 0:
+                self.sizes[storage] = size
+            self.current += change * self.sizes[storage]
             self.peak = max(self.peak, self.current)
 
 

@@ -36,8 +36,8 @@ class Estimate:
             inputs = dry_run_inputs(experiment, name, images=2)
             run = assemble(experiment.student_run(name, 0), inputs, Path(folder), "plan")
             self.batch, self.micro_batch, self.ghost = run.batch, run.micro_batch, run.ghost_batch
-            # Autocast and the compiler do not support meta tensors; the operations are the same.
-            switches = {"precision": "fp32", "compile": False, "micro_batch": self.micro_batch}
+            # The compiler does not support meta tensors; the operations are the same.
+            switches = {"compile": False, "micro_batch": self.micro_batch}
             # Two micro-batches cost per image as much as more of them.
             loop, batch = run.loop.model_copy(update=switches), min(run.batch, 2 * self.micro_batch)
             trainer = DryRunTrainer(replace(run, loop=loop, batch=batch))
@@ -60,8 +60,6 @@ class Estimate:
         networks = trainer.all_networks.values()
         weights = {id(p): p.numel() for net in networks for p in net.parameters()}
         self.saved = trainer.memory.peak  # for backward passes
-        if experiment.student_training(name).precision == "bf16":
-            self.saved *= 0.5
         held = sum(weights.values()) + self.trainable + (COPIES - 1) * trained
         self.memory = 4 * held + self.saved
         pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
@@ -102,7 +100,7 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
     """Print one row per student; `tflops`: the sustained speed of the machine in TFLOP/s."""
     from tabulate import tabulate
 
-    rows, disk, seeds = [], 0, len(experiment.training.seeds)
+    rows, disk, unknown, seeds = [], 0, False, len(experiment.training.seeds)
     for student in experiment.students:
         if student in experiment.released:
             continue
@@ -123,38 +121,45 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
         size = size_text(e.snapshot_bytes)
         row["snapshots"] = "–" if e.snapshots is None else f"{e.snapshots} x {size}"
         disk += (e.snapshots or 1) * e.snapshot_bytes * seeds
+        unknown = unknown or e.snapshots is None
         rows.append(row | {"hours": f"{hours:.3g}" if math.isfinite(hours) else "–"})
     for name in experiment.released:
         print(f"{name}: released weights ({experiment.students[name].source}), not trained here")
     if not rows:
         return
     print(tabulate(rows, "keys", tablefmt="github", disable_numparse=True))
+    on_device, disk = f"{ON_DEVICE / 2**30:g} GiB", size_text(disk)
     print(
-        f"\nEach run ({seeds} per student), at {tflops:g} TFLOP/s. Memory "
-        "is an estimate for one GPU: float32 weights, gradients, Adam and EMA, tensors saved for "
-        f"backward passes, and teacher pairs. Real images (at most {ON_DEVICE / 2**30:g} GiB on "
-        "the device), the allocator and the kernels' workspaces come on top. `in 24 GB`: the "
-        "largest micro-batch that fits."
-        f" The snapshots of all runs take {size_text(disk)}; `harness prune` removes all but the "
-        "best and the last of scored runs." + _embedding_sizes(experiment)
+        f"\nEach run ({seeds} per student), at {tflops:g} TFLOP/s. Memory is an estimate for one GPU: "
+        "float32 weights, gradients, Adam and EMA, tensors saved for backward passes (in each "
+        f"network's precision), and teacher pairs. Real images (at most {on_device} on the device), "
+        "the allocator and the kernels' workspaces come on top. `in 24 GB`: the largest micro-batch "
+        f"that fits. The snapshots of all runs take {'at least ' if unknown else ''}{disk}; "
+        "`harness prune` removes all but the best and the last of scored runs."
+        + _embedding_sizes(experiment)
     )
 
 
 def _embedding_sizes(experiment: Experiment) -> str:
     """The disk space of prompt embeddings, as sentences. The prompts are counted in the prepared
-    data or in local files."""
+    data or in local files; of a file that does not exist, the number is an assumption."""
     record, count = DataRecord.read_optional(experiment.paths.data / "data.json"), 0
+    assumed = ""
     for key, (source, _) in experiment.data.prompt_files.items():
         file = Path(source).expanduser()
         if record is not None and (prompts := getattr(record, key)):
             count += prompts.prompts
+        elif file.is_file():
+            count += len(file.read_bytes().splitlines())
         else:
-            count += len(file.read_bytes().splitlines()) if file.is_file() else ASSUMED_PROMPTS
+            count += ASSUMED_PROMPTS
+            assumed += f", if {source} has {ASSUMED_PROMPTS:,} prompts"
     text = ""
     for name, section in experiment.teachers.items():
         if isinstance(section, ImportedTeacher) and is_pipeline(section):
             with torch.device("meta"):
                 teacher = dry_run_pipeline(section)
             size = 2 * count * teacher.null_condition(1)["embeddings"].numel()  # float16
-            text += f" Embeddings of {count:,} prompts for teacher {name}: {size / 1e9:,.1f} GB."
+            text += f" Embeddings of {count:,} prompts for teacher {name}: {size / 1e9:,.1f} GB"
+            text += f"{assumed}."
     return text
