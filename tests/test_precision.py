@@ -21,7 +21,7 @@ from harness.features.base import FEATURES, FeatureExtractor
 from harness.features.classifiers import ResNet
 from harness.precision import full_precision, set_precision
 from harness.students import run as students
-from harness.teachers import pairs
+from harness.teachers import pairs, text_embeddings
 from harness.teachers import stage as teachers
 from harness.validation import parse_experiment
 from tests.conftest import DATA, ROOT
@@ -187,6 +187,17 @@ def test_trained_network_extracts_in_full_precision():
     set_precision("cuda", tf32=True)
     extractor.extract(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     assert seen and set(seen) == {OFF} and flags() == ON
+
+
+def test_texts_are_encoded_in_full_precision():
+    """Also before the training of a teacher that may use TensorFloat-32."""
+
+    class Encoder:
+        def encode(self, texts):
+            return {"embeddings": torch.tensor(flags()).float()}
+
+    set_precision("cuda", tf32=True)
+    assert not text_embeddings.embed(Encoder(), ("",))["embeddings"].any() and flags() == ON
 
 
 def test_fingerprints_contain_tf32_where_it_changes_results(tiny):

@@ -142,7 +142,7 @@ class Switches(Section):
     others change rounding only, except that `micro_batch` changes dropout's random numbers."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    tf32: bool = Field(False, description="TensorFloat-32 where a GPU computes in fp32")
+    tf32: bool = Field(False, description="TensorFloat-32 where training computes in fp32")
     channels_last: bool = Field(False, description="memory format of the networks' weights")
     compile: bool = Field(False, description="torch.compile for denoisers, static shapes")
     gradient_checkpointing: bool = Field(False, description="recompute activations (diffusers)")

@@ -15,6 +15,7 @@ from harness.io.artifacts import digest
 from harness.io.locks import run_lock
 from harness.io.records import TeacherRecord
 from harness.io.shards import TensorShards
+from harness.precision import full_precision
 
 logger = logging.getLogger(__name__)
 SHARD = 256  # prompts per file
@@ -59,8 +60,10 @@ def embed_prompts(encoder: TextEncoder, prompts: Prompts, root: Path) -> TextEmb
     return shards
 
 
+@full_precision()
 def embed(encoder: TextEncoder, texts: tuple[str, ...]) -> dict[str, Tensor]:
-    """Embeddings of texts as they are stored: float16, and the mask in bytes."""
+    """Embeddings of texts as they are stored: float16, and the mask in bytes. Computed in full
+    precision, whatever the training of the teacher allows."""
     tensors = encoder.encode(texts)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
