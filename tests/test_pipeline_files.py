@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from harness.errors import UserError
 from harness.io.artifacts import LFS_POINTER, load_tensors
 from harness.io.downloads import fetch
-from harness.networks.vp import SCHEDULERS, read_scheduler, schedule_sigmas
+from harness.networks.vp import SCHEDULERS, ZERO_SNR_SCHEDULERS, read_scheduler, schedule_sigmas
 from harness.teachers import tokenizers
 from harness.teachers.pipelines import PipelineFolder
 from harness.teachers.tokenizers import load_tokenizer
@@ -205,6 +205,40 @@ def test_scheduler_of_the_index_is_checked_too(sd, tiny):
     assert fails(lambda: PipelineFolder(sd))[0] == "scheduler"
     put(tiny, "teachers.sd", {"source": str(sd)})  # before any stage
     assert ("teachers.sd.source", "scheduler") in [(p.key, p.code) for p in problems(tiny)]
+
+
+def test_pipeline_with_another_scheduler_is_another_teacher(sd):
+    """Its defaults may differ: σ of the last timestep is 157 in DDIM, 14.6 in Heun."""
+    index, config = sd / "model_index.json", sd / "scheduler" / "scheduler_config.json"
+    settings = json.loads(config.read_text())
+    for key in ("beta_start", "beta_end", "beta_schedule"):
+        del settings[key]
+    config.write_text(json.dumps(settings))
+    whole, same = json.loads(index.read_text()), PipelineFolder(sd)
+    index.write_text(json.dumps(whole | {"scheduler": ["diffusers", "HeunDiscreteScheduler"]}))
+    other = PipelineFolder(sd)
+    assert same.schedule != other.schedule and same.sha256() != other.sha256()
+    assert same.sha256("text_encoder") == other.sha256("text_encoder")
+    del whole["scheduler"]
+    index.write_text(json.dumps(whole))
+    assert PipelineFolder(sd).sha256() == same.sha256()  # the class of the config
+
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_scheduler_that_ignores_zero_terminal_snr_is_rejected(kind):
+    """diffusers ignores keys that a class does not have."""
+    applies = kind in ZERO_SNR_SCHEDULERS
+    if not hasattr(getattr(diffusers, kind), "_backends"):
+        assert applies == ("rescale_betas_zero_snr" in getattr(diffusers, kind)().config)
+    assert read_scheduler(kind, ZERO_SNR | {"rescale_betas_zero_snr": False})
+    if applies:
+        assert schedule_sigmas(read_scheduler(kind, ZERO_SNR)[0])[-1] > 4000
+    else:
+        with pytest.raises(ValueError, match=f"{kind} ignores rescale_betas_zero_snr: true"):
+            read_scheduler(kind, ZERO_SNR)
 
 
 def test_absent_keys_of_a_schedule_are_the_defaults_of_its_class():

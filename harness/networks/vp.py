@@ -36,6 +36,11 @@ SCHEDULERS = {
         (0.00085, 0.012),
     ),
 }
+# Those that apply `rescale_betas_zero_snr`. The others ignore it.
+ZERO_SNR_SCHEDULERS = (
+    *("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+)
 
 
 def read_scheduler(kind: str, config: dict) -> tuple[dict, str]:
@@ -58,7 +63,12 @@ def read_scheduler(kind: str, config: dict) -> tuple[dict, str]:
     if betas is None and name not in BETA_SCHEDULES:
         message = f"beta_schedule {name!r}; supported: {', '.join(BETA_SCHEDULES)}"
         raise ValueError(message)
-    zero = schedule.get("rescale_betas_zero_snr") or (betas and betas[-1] == 1)
+    rescaled = schedule.get("rescale_betas_zero_snr")
+    if rescaled and kind not in ZERO_SNR_SCHEDULERS:
+        message = f"{kind} ignores rescale_betas_zero_snr: true; name a scheduler that applies it"
+        message += f", such as {ZERO_SNR_SCHEDULERS[0]}, here and in model_index.json, or set the"
+        raise ValueError(f"{message} key to false if the network was trained without it")
+    zero = rescaled or (betas and betas[-1] == 1)
     if zero and prediction == "epsilon":
         message = "at the last timestep of a schedule with zero terminal SNR, predicted noise says"
         message += " nothing about the image; set rescale_betas_zero_snr: false if the network was"

@@ -119,12 +119,14 @@ class PipelineFolder:
 
     def _read_scheduler(self, named: Sequence[str] | None) -> tuple[dict, str]:
         """The schedule and the prediction. diffusers uses the class that model_index.json names;
-        the config may come from another, which must be supported, too."""
+        the config may come from another, which must be supported, too. Sets `other_scheduler`: that
+        class, if it is not the config's."""
         path = self.folder / "scheduler" / "scheduler_config.json"
         config = read_json(path)
-        kinds = filter(None, (config.get("_class_name"), named and named[1]))
+        kinds = list(filter(None, (config.get("_class_name"), named and named[1]))) or [None]
+        self.other_scheduler = kinds[-1] if kinds[-1] != config.get("_class_name") else None
         try:
-            return [vp.read_scheduler(kind, config) for kind in list(kinds) or [None]][-1]
+            return [vp.read_scheduler(kind, config) for kind in kinds][-1]
         except ValueError as error:
             raise UserError(f"{path}: {error}", "scheduler") from None
 
@@ -173,9 +175,13 @@ class PipelineFolder:
             raise UserError(f"teachers.{job.name}.sampler.sigma_max: {message}", "noise-level")
 
     def sha256(self, *parts: str) -> str:
-        """Hash of all files in these parts; by default, those that the teacher is made from."""
+        """Hash of all files in these parts; by default, of what the teacher is made from: those
+        files, and the scheduler's class."""
         files = self.files(*parts)
-        return digest([(str(path.relative_to(self.folder)), sha256_file(path)) for path in files])
+        facts = [(str(path.relative_to(self.folder)), sha256_file(path)) for path in files]
+        if self.other_scheduler and not parts:  # the config's own class is in its file
+            facts.append(("model_index.json", self.other_scheduler))
+        return digest(facts)
 
     def denoiser(self, null: dict[str, Tensor] | None = None) -> vp.VPDenoiser:
         """Load the denoiser. `null`: the embedding of the empty prompt."""
