@@ -91,6 +91,15 @@ def test_tokenizer_with_another_vocabulary_is_rejected(folder):
     assert fails(lambda: text_encoder(folder))[0] == "damaged"
 
 
+def test_tokenizer_of_an_unknown_form_is_rejected(saved, monkeypatch):
+    """Another version of the library may describe a byte-pair encoding by other keys."""
+    model = {"type": "BPE", "vocabulary": {}}
+    monkeypatch.setattr(tokenizers, "json", SimpleNamespace(loads=lambda _: {"model": model}))
+    folder = saved / "sd" / "tokenizer"
+    code, message = fails(lambda: load_tokenizer(folder, "clip", 514))
+    assert code == "damaged" and str(folder) in message
+
+
 def test_tokenizer_without_its_merges_is_rejected(saved, tmp_path):
     """An empty or cut merges.txt splits words into letters."""
     shutil.copy(saved / "sd" / "tokenizer" / "tokenizer_config.json", tmp_path)

@@ -29,6 +29,7 @@ def load_tokenizer(folder: Path, kind: str, vocabulary: int):
     try:
         tokenizer = {"clip": CLIPTokenizer, "t5": T5Tokenizer}[kind].from_pretrained(folder)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        unreachable = _unreachable(model, tokenizer.get_added_vocab())
     except Exception as error:  # of any of the libraries that read the files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -38,7 +39,7 @@ def load_tokenizer(folder: Path, kind: str, vocabulary: int):
     if not LEAST_SHARE * vocabulary <= len(tokenizer) <= vocabulary:
         message = f"but the text encoder has embeddings of {vocabulary}; download both again"
         raise UserError(f"{found}, {message}", "tokenizer")
-    if unreachable := _unreachable(model, tokenizer.get_added_vocab()):
+    if unreachable:
         message = f"but merges (merges.txt) for all except {len(unreachable)} of them"
         raise UserError(f"{found}, {message}; download it again", "tokenizer")
     return tokenizer
