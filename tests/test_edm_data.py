@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -127,6 +128,55 @@ def test_link_that_is_broken_or_repeats_images_is_named(tmp_path, link, target, 
         image_archive.read_images(source, labelled=False)
     assert error.value.code == code and "\n" not in str(error.value)
     assert str(source / link) in str(error.value)
+
+
+def test_file_that_is_linked_twice_is_an_error(tmp_path):
+    """Two links to one file outside of the data set would be two images."""
+    disk = write(tmp_path / "disk", named(images(2)))
+    first, second = (disk / name for name in named(images(2)))
+    source = tmp_path / "set"
+    (source / "more").mkdir(parents=True)
+    (source / "a.png").symlink_to(first)
+    (source / "b.png").symlink_to(second)
+    assert len(image_archive.read_images(source, labelled=False)[0]) == 2
+    (source / "more" / "c.png").symlink_to(first)
+    with pytest.raises(UserError) as error:
+        image_archive.read_images(source, labelled=False)
+    message = str(error.value)
+    assert error.value.code == "link" and "\n" not in message and "zip" in message
+    assert all(str(path) in message for path in (source / "a.png", source / "more/c.png", first))
+
+
+@pytest.mark.parametrize(
+    ("link", "target"), [("labels", "dataset.json"), ("dataset.json", "labels")]
+)
+@pytest.mark.parametrize("kind", ["set.zip", "set"])
+def test_index_may_be_a_link(tmp_path, kind, link, target):
+    files = with_labels(named(images()), LABELS)
+    files[target] = files.pop("dataset.json")
+    source = write(tmp_path / kind, files)
+    if kind == "set":
+        (source / link).symlink_to(target)
+    else:
+        with zipfile.ZipFile(source, "a") as archive:
+            archive.writestr(stored_link(link), target)
+    assert image_archive.read_images(source)[1].tolist() == LABELS
+
+
+def stored_link(name: str) -> zipfile.ZipInfo:
+    """The entry of a symbolic link, as `zip -y` writes it; its content is the target."""
+    entry = zipfile.ZipInfo(name)
+    entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return entry
+
+
+def test_link_that_a_zip_contains_is_named(tmp_path):
+    source = write(tmp_path / "set.zip", named(images()))
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr(stored_link("again.png"), SECOND)
+    with pytest.raises(UserError, match=r"set\.zip: again\.png is a symbolic link") as error:
+        image_archive.read_images(source, labelled=False)
+    assert error.value.code == "link"
 
 
 def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 A zip or a folder of square PNG files of one size, grey or RGB, and `dataset.json` or `labels` with
 `{"labels": [["00000/img00000000.png", 6], ...]}`, or null. Images are sorted by name; hidden files
-are ignored; links to files and folders are followed. Nothing is extracted to disk.
+are ignored; links to files and folders are followed. A folder in which two names lead to one image
+is rejected: such an image would have twice the weight of others. Nothing is extracted to disk.
 """
 
 import codecs
@@ -37,8 +38,9 @@ class _Index(BaseModel):
 
 def _files_below(root: Path) -> dict[str, int]:
     """Sizes of the files in a folder and in folders that it links to, by name relative to it. Every
-    folder and every file counts once: a link to another part of `root` is an error, as is a link
-    without a target, and a folder that cannot be read."""
+    folder and every file counts once: a link to another part of `root`, or to the target of another
+    link, is an error, as is a link without a target, and a folder that cannot be read. The index
+    may be a link to any file."""
 
     def unreadable(error: OSError) -> None:
         raise UserError(f"{error.filename} could not be read ({error.strerror})", "unreadable")
@@ -60,12 +62,19 @@ def _files_below(root: Path) -> dict[str, int]:
                 raise UserError(message, "dangling-link" if target else "unreadable") from None
             if stat.S_ISREG(status.st_mode):
                 sizes[path.relative_to(root).as_posix()] = status.st_size
-                links += [path] if path.is_symlink() else []
-    for path in links:
+                index = folder == root and path.name in INDEXES
+                links += [path] if path.is_symlink() and not index else []
+    remedy = "remove one of the names, or pack the folder as a zip, where every name counts"
+    targets: dict[Path, Path] = {}
+    for path in sorted(links):
         target = path.resolve()
+        first = targets.setdefault(target, path)
         if target.parent in visited and not target.name.startswith("."):
             message = f"{path} is a link to {target}, which is in the data set itself"
-            raise UserError(f"{message}; the data set would contain it twice", "link")
+            raise UserError(f"{message}; {remedy}", "link")
+        if first is not path:
+            message = f"{path} and {first} are links to the same file, {target}"
+            raise UserError(f"{message}; {remedy}", "link")
     return sizes
 
 
@@ -83,6 +92,13 @@ class Files:
                 message = f"{path} is not a zip file, or is incomplete ({error})"
                 raise UserError(message, "damaged") from None
             entries = [entry for entry in self._zip.infolist() if not entry.is_dir()]
+            links = {e.filename for e in entries if stat.S_ISLNK(e.external_attr >> 16)}
+            if others := sorted(links.difference(INDEXES)):
+                message = (
+                    f"{path}: {others[0]} is a symbolic link; pack the files, without zip's -y"
+                )
+                raise UserError(message, "link")
+            entries = [entry for entry in entries if entry.filename not in links]
             sizes = {entry.filename: entry.file_size for entry in entries}
             if twice := [e.filename for e in entries if self._zip.getinfo(e.filename) is not e]:
                 raise UserError(f"{path} contains {twice[0]} more than once", "duplicate-name")
