@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from harness.data.prompt_tables import table_format
 from harness.data.registry import read_prompts
 from harness.denoiser import GuidedDenoiser, guided
 from harness.errors import UserError
@@ -249,17 +250,39 @@ def test_byte_order_mark_is_not_part_of_a_prompt(tmp_path):
         ("p.txt", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t"),
         ("p.txt", "bond\tAbstract\tBasic\nlight\tAbstract\tBasic"),
         ("p.txt", "caption\na cat\na dog"),
+        ("p.txt", "text\na cat\na dog"),
+        ("p.txt", "\ufeffprompt\r\na cat\r\n"),  # from Excel
+        ("p.txt", '"prompt","note, long"\n"a cat",""'),
+        ("p.txt", "prompt,dalle_url\na cat, black,x"),  # a column with an unknown name
+        ("p.txt", ",prompt\n0,a cat\n1,a dog"),  # of pandas
+        ("p.txt", "bond\tAbstract\nlight\tAbstract\tBasic"),  # empty last fields are missing
+        ("p.txt", "what\tkind\na cat\tAnimals"),
+        ("p.txt", 'cat.jpg,A cat\ndog.png,"A dog, black"'),
+        ("p.txt", "A cat, black; img/cat.JPG\nA dog; dog.webp"),
+        ("p.txt", "a cat,https://x.org/1\na dog,https://x.org/2"),
+        ("p.txt", '"a man, with a dog",Animals\na cat,Animals'),
+        ("p.txt", "bond;Abstract\nlight;Abstract"),
         ("p.txt", '"A man, with a dog"\n"A cat"'),
+        ("p.txt", '"A man, with a dog"\nA cat'),  # quotes where a comma needs them
+        ("p.txt", 'A cat, black\n"a sign that says ""open"""'),
+        ("p.txt", '"a cat",\n"a dog",'),  # a list from a program
+        ("p.txt", '"a cat\non a mat"\na dog'),
         ("p.txt", '[\n "a cat",\n "a dog"\n]'),
         ("p.txt", '{"caption": "a cat"}\n{"caption": "a dog"}'),
     ],
 )
 def test_prompts_in_a_table_are_rejected(tmp_path, name, text):
     file = tmp_path / name
-    file.write_text(text + "\n")
+    file.write_text(text + "\n", encoding="utf-8", newline="")
     with pytest.raises(UserError, match="one prompt per line") as error:
         read_prompts(file)
     assert error.value.code == "table" and str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_format_of_a_url_is_that_of_its_path():
+    assert table_format("https://x.org/p.csv?download=true") == "is a .csv file"
+    assert table_format("https://x.org/p.txt?name=p.csv") is None
 
 
 def test_prompts_that_resemble_tables_are_read(tmp_path):
@@ -270,6 +293,17 @@ def test_prompts_that_resemble_tables_are_read(tmp_path):
         'the word "caption"\n"hello" says a sign that reads "hi"\nno quotes',
         "[a cat]\n{a dog}",
         "image\ntext",
+        "cat,dog\na bird",
+        "1girl,solo,best quality\n1boy,best quality",  # another number of tags
+        "a cat,a dog",  # a single line shows no columns
+        "a bottle of 1,5 litres\na cup of 2,5 litres",
+        "a cat\n3, maybe 4 dogs",  # the first line would be a heading of one column
+        'a sign, "open, closed"\n"open" on a sign\na 7" record, old\na 12" record',
+        "a cat | 4k\na dog | 4k",
+        "red; green\nblue; yellow",
+        "photo.png of a cat\na file named dog.png",
+        "prompt, a knight in armour\na cat",
+        "a\tcat\na dog",
     ):
         file.write_text(text + "\n")
         assert read_prompts(file).texts == tuple(text.split("\n"))
