@@ -63,11 +63,8 @@ def test_networks_in_float32_do_not_halve_their_memory(tiny, monkeypatch):
     saved = {}
     for precision in ("fp32", "bf16"):
         tiny["training"]["precision"] = precision
-        experiment = parse_experiment(tiny, "tiny.yaml")
-        saved[precision] = {n: plan.Estimate(experiment, n).saved for n in ("sid", "gdd")}
-    halves = {name: size / 2 for name, size in saved["fp32"].items()}
-    assert saved["bf16"]["sid"] == pytest.approx(halves["sid"], rel=1e-3)  # integers stay
-    assert saved["bf16"]["gdd"] > 1.15 * halves["gdd"]
+        saved[precision] = plan.Estimate(parse_experiment(tiny, "tiny.yaml"), "gdd").saved
+    assert 0.55 * saved["fp32"] < saved["bf16"] < 0.65 * saved["fp32"]
 
 
 @pytest.mark.parametrize("missing", [False, True])
