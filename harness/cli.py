@@ -209,6 +209,16 @@ def verify_data(experiment, args):
     print(call("evaluation.verify_data.verify_data", scoring))
 
 
+@tool("score the authors' released students and compare them with their published FIDs")
+def verify_released(experiment, args):
+    gate = "reporting.published.released"
+    call(f"{gate}.check", experiment, args.configfile)
+    for command, values in call(f"{gate}.stages", experiment, args.configfile):
+        COMMANDS[command](argparse.Namespace(**vars(args) | values))
+    if is_first():
+        call(f"{gate}.verify", experiment)
+
+
 @tool("write tables, figures, report.html and manifest", "--partial")
 def report(experiment, args):
     call("reporting.report.write_report", experiment, args.partial)

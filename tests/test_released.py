@@ -1,6 +1,8 @@
 """Released weights as students: from stand-ins of the authors' pickles to the tables."""
 # ruff: noqa: F811 -- an imported fixture is an argument of the tests
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +14,24 @@ from torch.nn.functional import interpolate
 
 from harness.cli import main
 from harness.denoiser import one_step, to_pixels
-from harness.errors import UserError
+from harness.errors import ConfigError, UserError
 from harness.evaluation import references
 from harness.features.inception import InceptionExtractor
 from harness.io.artifacts import load_tensors, read_json, sha256_file
 from harness.io.records import ScoreRecord, StudentRecord
-from harness.networks import save_denoiser
+from harness.networks import WEIGHTS, save_denoiser
 from harness.reporting.collect import collect
+from harness.reporting.published import match
+from harness.reporting.published import released as gates
+from harness.reporting.published.match import published
 from harness.reporting.published.statistic import statistic_differences
 from harness.reporting.published.tables import paper_table
 from harness.sampling import noise_and_labels
 from harness.teachers.edm_pickle import read_edm_pickle
 from harness.validation import load_experiment, parse_experiment
+from tests.conftest import ROOT
 from tests.reports import Page
-from tests.test_config import problems
+from tests.test_config import problems, put
 from tests.test_import_edm import official, write  # noqa: F401
 from tests.test_verify_data import DIM, StandIn
 
@@ -102,6 +108,7 @@ def test_released_students_are_imported_scored_and_compared(scored, capsys):
     table = paper_table(experiment, collect(experiment)[0])
     sid = table[(table.paper == "SiD") & (table.reported == 1.923)].iloc[0]
     assert sid.setting_match == "released" and "not trained here" in sid.note
+    assert f"sha256 {sha256_file(Path('sid.pkl'))}" in sid.note
     assert sid.reproduced_is == "the mean of 10 evaluations of the authors' released weights"
     assert sid.snapshots == 1 and sid.reproduced == sid["last"]
     gdd = table[(table.paper == "GDD") & (table.reported == 1.54)].iloc[0]
@@ -157,14 +164,128 @@ def test_the_file_must_fit_the_settings_and_the_data(released, capsys):
     assert "student sid-released generates 3x16x16 images in 5" in capsys.readouterr().err
 
 
-def test_a_students_folder_states_its_noise_level(released, capsys):
-    released["students"]["sid-released"]["source"] = "folder"
-    save_denoiser(read_edm_pickle(Path("sid.pkl")), Path("folder"), {"sigma_init": 80.0})
-    assert run(released, "data") == 0
-    assert run(released, "import-student", "sid-released", "0") == 2
-    assert "settings.sigma_init: the network has 80, not 2.5" in capsys.readouterr().err
-    released["students"]["sid-released"]["settings"]["sigma_init"] = 80.0
+def test_only_folders_of_import_edm_are_released_weights(released, capsys):
+    """A folder states the pickle of its weights, which the tables name; others could be anything,
+    such as a student that was trained here."""
+    student = released["students"]["sid-released"]
+    student["source"] = "folder"
+    save_denoiser(read_edm_pickle(Path("sid.pkl")), Path("folder"), {"sigma_init": 2.5})
+    (problem,) = problems(released)
+    assert (problem.key, problem.code) == ("students.sid-released.source", "not-imported")
+    shutil.rmtree("folder")
+    assert main(["import-edm", "sid.pkl", "folder"]) == run(released, "data") == 0
     assert run(released, "import-student", "sid-released", "0") == 0
+    record = StudentRecord.read(Path("results/released/students/sid-released/seed0/student.json"))
+    sha256 = sha256_file(Path("sid.pkl"))
+    assert record.released == {"source": "folder", "sha256": sha256}
+    for expected, status in ((sha256, 0), ("0" * 64, 2)):
+        student["sha256"] = expected
+        assert run(released, "import-student", "sid-released", "0") == status
+    assert f"folder is from a pickle with sha256 {sha256}" in capsys.readouterr().err
+    del student["sha256"]
+    with open(Path("folder") / WEIGHTS, "ab") as file:
+        file.write(b" ")
+    assert run(released, "import-student", "sid-released", "0") == 2
+    assert "folder/diffusion_pytorch_model.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gate(released, monkeypatch):
+    """A function that runs the gate on SiD's stand-in, and one that sets its published FID."""
+    numbers = [e for e in published() if (e["paper"], e["dataset"]) == ("SiD", "CIFAR-10")]
+    numbers = [e for e in numbers if e["conditioning"] == "uncond"]
+    monkeypatch.setattr(match, "published", lambda: numbers)
+    monkeypatch.setattr(gates, "SAMPLES", 40)
+    Path("s.npz").rename("cifar10-32x32.npz")
+    del released["students"]["gdd-i-released"]
+    changes = {"statistics": "cifar10-32x32.npz", "sampling_seeds": [0, 1]}
+    released["evaluation"] |= changes
+
+    def publish(value: float) -> None:
+        numbers[:] = [e | {"value": value} for e in numbers if e["value"] == numbers[0]["value"]]
+
+    return lambda: run(released, "verify-released"), publish
+
+
+def measured(output: str) -> float:
+    return float(re.search(r"sid-released: FID ([\d.]+)", output)[1])
+
+
+def test_the_gate_of_released_students(released, gate, monkeypatch, capsys):
+    """One command from nothing; then nothing is made again, until a file changes."""
+    verify, publish = gate
+    assert verify() == 2  # the stand-in does not have SiD's FID
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 1 and "1 of 1 released students differ" in output.err
+    assert "the mean of 2 evaluations of the authors' released weights" in output.out
+    assert "reported 1.923 (SiD, README (= paper best)), tolerance 0.045: differs" in output.out
+    assert sha256_file(Path("sid.pkl")) in output.out
+    publish(measured(output.out))
+    with monkeypatch.context() as context:
+        stages = ("data.datasets.prepare", "features.base.make_features")
+        stages += ("students.released.import_student", "evaluation.stage.score_run")
+        for name in stages:
+            context.setattr(f"harness.{name}", None)
+        assert verify() == 0
+    assert "agrees (sha256" in capsys.readouterr().out
+    # Wrong statistics under the same name.
+    np.savez("cifar10-32x32.npz", mu=np.full(DIM, 9.0), sigma=np.eye(DIM))
+    assert verify() == 2
+    assert "differs" in capsys.readouterr().out
+    np.savez("cifar10-32x32.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
+    assert verify() == 0
+    # Another network under the same name.
+    shutil.copy("gdd.pkl", "sid.pkl")
+    assert verify() == 2
+    assert "settings.epsilon" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("evaluation.num_samples", 41, ("evaluation.num_samples", "samples")),
+        ("evaluation.tf32", True, ("evaluation.tf32", "tf32")),
+        ("evaluation.statistics", "s.npz", ("evaluation", "protocol")),
+        ("features.inception.resize", "clean", ("evaluation.extractors", "unsupported")),
+        ("paper", None, ("paper", "missing-key")),
+        ("paper.dataset", "FFHQ-64", ("students.sid-released", "no-number")),
+        ("students.sid-released.settings", {"alpha": 1.1}, ("students.sid-released", "no-number")),
+    ],
+)
+def test_the_gate_refuses_other_settings_before_any_work(released, gate, key, value, problem):
+    shutil.copy("cifar10-32x32.npz", "s.npz")
+    put(released, key, value)
+    if value is None:
+        del released["paper"]
+    elif key.endswith("resize"):
+        released["evaluation"]["main_metric"] = "fid-clean"
+    with pytest.raises(ConfigError) as error:
+        gates.check(parse_experiment(released, "x"), Path("x.yaml"))
+    assert problem in [(p.key, p.code) for p in error.value.problems]
+    assert not Path("results").exists()
+
+
+def test_the_tolerance_is_three_standard_errors_and_the_rounding():
+    sid, gdd = (
+        next(e for e in published() if (e["paper"], e["value"]) == number)
+        for number in (("SiD", 1.923), ("GDD", 1.54))
+    )
+    error = 0.01 * 1.923 * (1 / 10 + 1 / 10) ** 0.5
+    assert gates.tolerance(sid, 10) == pytest.approx(3 * error + 0.0005)
+    error = 0.01 * 1.54 * (1 + 1 / 10) ** 0.5
+    assert gates.tolerance(gdd, 10) == pytest.approx(3 * error + 0.005)
+
+
+def test_numbers_of_the_authors_are_those_of_their_papers():
+    experiment = load_experiment(ROOT / "configs/paper/cifar10-uncond-released.yaml", files=False)
+    found = {
+        name: [entry["value"] for entry in gates.numbers_of(experiment, name)]
+        for name in experiment.students
+    }
+    # The last one is quoted: its authors publish no number of alpha = 1.0 with this source.
+    assert found == {
+        "sid-released": [1.923], "gdd-i-released": [1.54, 1.56], "sid-alpha1-released": [2.03],
+    }  # fmt: skip
 
 
 def test_names_show_what_is_released(released, tiny):

@@ -201,8 +201,9 @@ class StudentSection(Section):
 
 class ReleasedStudent(Section):
     """One-step weights that others trained and released: an official pickle (file or URL) or a
-    denoiser folder. They are imported and scored, never trained here. method, freeze and settings:
-    of their training; the network is evaluated at `settings.sigma_init`."""
+    folder that `import-edm` made from one. They are imported and scored, never trained here.
+    sha256: of the pickle in both cases. method, freeze and settings: of their training; the network
+    is evaluated at `settings.sigma_init`."""
 
     source: str = Field(min_length=1)
     sha256: Sha256 | None = None

@@ -17,9 +17,12 @@ from harness.config.schema import DataSection, ReleasedStudent
 from harness.data.registry import has_texts
 from harness.denoiser import Denoiser
 from harness.errors import Problem, UserError
-from harness.io.downloads import source_problems
+from harness.io.artifacts import digest, sha256_file, verify
+from harness.io.downloads import fetch, source_problems
 from harness.io.records import StudentRecord
-from harness.method import METHODS, MethodConfig, Requirements
+from harness.method import METHODS, Requirements
+from harness.networks import WEIGHTS
+from harness.teachers.edm_pickle import imported_file
 
 SUFFIX = "-released"
 SNAPSHOT = "released"
@@ -54,6 +57,11 @@ def check(
         yield Problem(where, "released-name", message)
     keys = {"sha256_key": f"{where}.sha256", "required": files, "folder": True}
     yield from source_problems(f"{where}.source", section.source, section.sha256, **keys)
+    if files and (folder := Path(section.source).expanduser()).is_dir():
+        try:
+            imported_file(folder)
+        except UserError as error:
+            yield Problem(f"{where}.source", error.code, str(error))
     if data is not None and has_texts(data):
         message = "released weights of text-to-image models cannot be imported"
         yield Problem(where, "reads-no-text", message)
@@ -68,14 +76,15 @@ def check(
 def import_student(run: StudentRun) -> StudentRecord:
     """Import a student's released weights as its only snapshot, and write `student.json`."""
     from harness.data import datasets
-    from harness.io.artifacts import atomic_folder, digest, link, write_json
+    from harness.io.artifacts import atomic_folder, link, write_json
     from harness.io.locks import run_lock
     from harness.networks import save_denoiser
     from harness.students.run import describe
     from harness.teachers.stage import check_shapes, read_denoiser
 
     student = run.student
-    denoiser, sha256 = read_denoiser(student.source, student.sha256)
+    sha256 = released_sha256(student)
+    denoiser, _ = read_denoiser(student.source, None if is_folder(student) else sha256)
     check_shapes(f"student {student.name}", denoiser, datasets.load(run.data, images=False))
     check_settings(student, denoiser)
     source = {"source": student.source, "sha256": sha256}
@@ -107,22 +116,40 @@ def import_student(run: StudentRun) -> StudentRecord:
     return record
 
 
+def is_folder(student: Student) -> bool:
+    """Whether the source is a folder that `import-edm` made, not a pickle."""
+    return Path(student.source).expanduser().is_dir()
+
+
+def released_sha256(student: Student) -> str:
+    """The sha256 of the pickle that a student's weights are from; of a folder, the recorded one. A
+    `UserError` if it is not the student's `sha256`, or if the folder's weights were replaced."""
+    if not is_folder(student):
+        return sha256_file(fetch(student.source, student.sha256))
+    folder = Path(student.source).expanduser()
+    record = imported_file(folder)
+    verify(folder / WEIGHTS, record["weights"])
+    if student.sha256 not in (None, record["sha256"]):
+        message = f"{folder} is from a pickle with sha256 {record['sha256']}, not {student.sha256}"
+        raise UserError(f"students.{student.name}.sha256: {message}", "checksum")
+    return record["sha256"]
+
+
+def is_imported(run: StudentRun) -> bool:
+    """Whether the weights of the current source have been imported with the current settings."""
+    record = StudentRecord.read_optional(run.folder / "student.json")
+    return (
+        record is not None
+        and record.fingerprint == digest([run.fingerprint, run.budget])
+        and record.released is not None
+        and record.released["sha256"] == released_sha256(run.student)
+    )
+
+
 def check_settings(student: Student, denoiser: Denoiser) -> None:
-    """Compare settings that change a student's images with the network: `epsilon` of GDD's
-    preconditioning, and `sigma_init` if the folder of a student states it."""
-    found = {"epsilon": getattr(denoiser, "epsilon", 0.0)}
-    record = Path(student.source).expanduser() / "denoiser.json"
-    if record.is_file():
-        from harness.networks import denoiser_record
-
-        found["sigma_init"] = denoiser_record(record.parent).get("sigma_init")
-    for key, value in found.items():
-        expected = expected_value(student.settings, key)
-        if value is not None and value != expected:
-            message = f"the network has {value:g}, not {expected:g}; is {student.source} the file?"
-            raise UserError(f"students.{student.name}.settings.{key}: {message}", "network")
-
-
-def expected_value(settings: MethodConfig, key: str) -> float:
-    """A setting; 0 for one that the method does not have."""
-    return getattr(settings, key, 0.0)
+    """Compare the network with a setting that changes a student's images: `epsilon` of GDD's
+    preconditioning, which other methods do not have."""
+    value = getattr(denoiser, "epsilon", 0.0)
+    if value != (expected := getattr(student.settings, "epsilon", 0.0)):
+        message = f"the network has {value:g}, not {expected:g}; is {student.source} the file?"
+        raise UserError(f"students.{student.name}.settings.epsilon: {message}", "network")

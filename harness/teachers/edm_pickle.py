@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
-from harness.io.artifacts import atomic_folder, sha256_file
+from harness.io.artifacts import atomic_folder, sha256_file, write_json
 from harness.io.pickles import (
     TENSORS,
     Inert,
@@ -178,7 +178,7 @@ def _is_import(path: Path) -> bool:
 def import_edm(path: Path, folder: Path) -> dict:
     """Convert an official pickle to a denoiser folder, replacing an earlier import in `folder`.
 
-    Returns the file, its sha256, and the hash and number of its weights.
+    Returns the file, its sha256, the hash of the folder's weights, and their number.
     """
     if os.path.lexists(folder) and not _is_import(Path(folder)):
         message = f"{folder} exists and was not created by import-edm; choose another folder"
@@ -186,5 +186,18 @@ def import_edm(path: Path, folder: Path) -> dict:
     denoiser = read_edm_pickle(path)
     source = {"file": Path(path).name, "sha256": sha256_file(path)}
     with atomic_folder(folder) as temporary:
-        sha256 = save_denoiser(denoiser, temporary, {"imported": source})
-    return source | {"weights": sha256, "parameters": sum(p.numel() for p in denoiser.parameters())}
+        source["weights"] = save_denoiser(denoiser, temporary)
+        record = denoiser_record(temporary) | {"imported": source}
+        write_json(temporary / "denoiser.json", record)
+    return source | {"parameters": sum(p.numel() for p in denoiser.parameters())}
+
+
+def imported_file(folder: Path) -> dict[str, str]:
+    """What `import_edm` recorded in a folder: the pickle's name (`file`) and `sha256`, and that of
+    the folder's weights (`weights`). Other folders are a `UserError` (code "not-imported")."""
+    path = folder / "denoiser.json"
+    record = denoiser_record(folder).get("imported", {}) if path.is_file() else {}
+    if not {"file", "sha256", "weights"} <= record.keys():
+        message = f"{folder} does not record which pickle its weights are from; make a folder with:"
+        raise UserError(f"{message} python -m harness import-edm FILE.pkl FOLDER", "not-imported")
+    return record

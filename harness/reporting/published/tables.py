@@ -22,7 +22,7 @@ from harness.evaluation.registry import column_name
 from harness.io.artifacts import digest, write_text
 from harness.io.records import TeacherRecord
 from harness.method import METHODS
-from harness.reporting.collect import collect, current_scores
+from harness.reporting.collect import collect, current_scores, training_record
 from harness.reporting.formatting import as_text, latex, spread_text, write_table
 from harness.reporting.manifest import read_manifest
 from harness.reporting.published import match
@@ -113,7 +113,12 @@ def _reproduction(experiment: Experiment, table: pd.DataFrame, name: str, entry:
     if experiment.evaluation.num_samples != papers:
         notes.append(f"papers use {papers} samples; fewer raise the FID")
     if is_released:
-        setting, deviations = "released", ["the authors' released weights, not trained here"]
+        record = training_record(experiment, name, experiment.training.seeds[0])
+        sha256 = f" (sha256 {record.released['sha256']})" if record else ""
+        setting, deviations = (
+            "released",
+            [f"the authors' released weights{sha256}, not trained here"],
+        )
     elif setting == "exact" and (notes or deviations):
         setting = "unknown" if changed is None else "changed"
     last = measure(fids, None).values
