@@ -143,7 +143,7 @@ def class_vector_without_root_two(golden, monkeypatch):
 
 
 def u_before_v(golden, monkeypatch):
-    def sigma(self):
+    def sigma(self, iterate):
         matrix = self.weight.flatten(1).detach()
         u = normalize(matrix @ self.v, dim=0)
         return u @ (matrix @ normalize(matrix.t() @ u, dim=0))

@@ -408,7 +408,7 @@ def test_a_selection_that_needs_pruned_weights_is_refused(
 
 def test_pruned_snapshots_keep_the_scores_that_a_change_leaves_valid(scoring, pruned, caplog):
     run, path, before = pruned(**SETTINGS)
-    assert not caplog.messages
+    assert not [m for m in caplog.messages if "have no weights" in m]
     types = {"cnn": {"type": "cnn", "images": 1}, "inception": {"type": "inception"}}
     types["more"] = {"type": "cnn", "images": 1}
     after = score(scoring(types, **SETTINGS), run, path)
