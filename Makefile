@@ -28,9 +28,9 @@ test: install
 test-slow: install
 	$(PYTEST) -m "(slow or workflow) and not gpu and not cluster"
 
-# Tests of the dependencies, with the lowest versions that pyproject.toml allows.
+# Tests of the dependencies, with the lowest versions that pyproject.toml allows. None is skipped.
 test-minimum: $(MINIMUM)/.installed
-	$(MINIMUM)/bin/python -m pytest -m contract
+	$(MINIMUM)/bin/python -m pytest -p tests.minimum -m contract
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,9 +1,12 @@
 """What the project needs of its dependencies. `make test-minimum` runs all tests marked `contract`
-with the lowest versions that pyproject.toml allows (constraints-minimum.txt)."""
+with the lowest versions that pyproject.toml allows (constraints-minimum.txt, tests/minimum.py)."""
 
 import importlib
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -22,26 +25,60 @@ from harness.networks import build_denoiser, load_denoiser, save_denoiser
 from harness.streams import seeded
 from harness.validation import parse_experiment
 from tests.conftest import ROOT
+from tests.minimum import differences, pins, requirements
 from tests.test_trainer import fit
-
-MINIMA = ROOT / "constraints-minimum.txt"
-EXTRAS = ("text-to-image", "pretrained", "loggers")  # that `make test-minimum` installs
-
-
-def pins() -> dict[str, Version]:
-    lines = [line.partition("#")[0].strip() for line in MINIMA.read_text().splitlines()]
-    pairs = [line.split("==") for line in lines if line]
-    return {canonicalize_name(name): Version(version) for name, version in pairs}
 
 
 def test_minima_are_the_bounds_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional, pinned = project["optional-dependencies"], pins()
-    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]
-    lines += [line for line in optional["dev"] if line.startswith("pytest>")]
-    for requirement in map(Requirement, lines):
+    pinned = pins()
+    for requirement in requirements():
         bounds = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
         assert bounds == [pinned[canonicalize_name(requirement.name)]], str(requirement)
+
+
+def test_installed_versions_are_compared_with_the_minima():
+    pinned = pins()
+    assert list(differences(pinned)) == []
+    assert list(differences(pinned | {"torch": Version("2.12.0"), "idna": Version("9")})) == [
+        "idna 9 is installed, not 3.20",
+        "torch 2.12.0 is installed, not 2.11.0",
+    ]
+    for name in ("timm", "tensorboard", "triton"):  # the last only exists on some platforms
+        del pinned[name]
+    assert list(differences(pinned)) == [
+        "tensorboard is not installed, not 2.18.0",
+        "timm is not installed, not 1.0.31",
+    ]
+
+
+SKIPPING = """
+import pytest
+
+def test_passes(): pass
+def test_needs_a_package(): pytest.importorskip("no_such_package")
+@pytest.mark.skipif(True, reason="a reason")
+def test_has_a_condition(): pass
+@pytest.mark.xfail
+def test_is_expected_to_fail(): assert False
+"""
+
+
+def test_skipped_tests_fail_with_minimum_versions(tmp_path):
+    hooks = "from tests.minimum import pytest_make_collect_report, pytest_runtest_makereport"
+    (tmp_path / "conftest.py").write_text(hooks)
+    (tmp_path / "test_some.py").write_text(SKIPPING)
+    (tmp_path / "test_all.py").write_text("import pytest\npytest.skip('', allow_module_level=1)")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = []
+    for arguments in (["test_some.py"], ["test_all.py"]):
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode, done.stdout + done.stderr
+        output.append(done.stdout)
+    assert "1 failed, 1 passed, 1 xfailed, 1 error" in output[0] and "1 error" in output[1]
+    assert "no_such_package" in output[0] and "a reason" in output[0]
 
 
 def test_extras_agree_on_bounds():
