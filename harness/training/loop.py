@@ -134,13 +134,18 @@ def _outcome_at_snapshot(run: TrainingRun, state: dict) -> Outcome | None:
 
 
 def _check_weights(run: TrainingRun, record: dict) -> None:
-    """Raise a `UserError` if the weights of a snapshot are missing or damaged. Training again would
-    replace the whole run, so the user decides."""
-    files = run.snapshot(record["name"]).glob("*.safetensors")
-    if not any(sha256_file(file) == record["sha256"] for file in files):
-        message = f"the budget ends at its snapshot {record['name']}, whose weights are damaged or "
-        message += "were removed by `harness prune`; set the earlier budget, or delete "
-        raise UserError(f"{run.name}: {message}{run.folder} to train again", "pruned")
+    """Raise a `UserError` if the weights of the snapshot at which the budget ends are missing or
+    damaged. Training again would replace the whole run, so the user decides."""
+    folder = run.snapshot(record["name"])
+    files = sorted(folder.glob("*.safetensors"))
+    if any(sha256_file(file) == record["sha256"] for file in files):
+        return
+    found = f"{folder} has no weights (*.safetensors), as after `harness prune`"
+    if files:
+        found = f"{files[0]} is damaged: its sha256 is not the one in snapshot.json"
+    message = f"the budget ends at a snapshot whose weights are needed, but {found}; restore them, "
+    message += f"undo a change of the budget, or delete {run.folder} to train again"
+    raise UserError(f"{run.name}: {message}", "damaged" if files else "pruned")
 
 
 def train(run: TrainingRun) -> Outcome:
