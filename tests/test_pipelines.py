@@ -258,12 +258,13 @@ def test_byte_order_mark_is_not_part_of_a_prompt(tmp_path):
         ("p.txt", "bond\tAbstract\nlight\tAbstract\tBasic"),  # empty last fields are missing
         ("p.txt", "what\tkind\na cat\tAnimals"),
         ("p.txt", 'cat.jpg,A cat\ndog.png,"A dog, black"'),
-        ("p.txt", "A cat, black; img/cat.JPG\nA dog; dog.webp"),
+        ("p.txt", "A cat, black;img/cat.JPG\nA dog;dog.webp"),
         ("p.txt", "a cat,https://x.org/1\na dog,https://x.org/2"),
         ("p.txt", '"a man, with a dog",Animals\na cat,Animals'),
-        ("p.txt", "bond;Abstract\nlight;Abstract"),
+        ("p.txt", '"bond";Abstract\n"light";Abstract'),
+        ("p.txt", "1. a cat\n2. a dog"),
         ("p.txt", '"A man, with a dog"\n"A cat"'),
-        ("p.txt", '"A man, with a dog"\nA cat'),  # quotes where a comma needs them
+        ("p.txt", '"A man, with a dog"\nA cat\n"A dog, black"'),  # where a comma needs them
         ("p.txt", 'A cat, black\n"a sign that says ""open"""'),
         ("p.txt", '"a cat",\n"a dog",'),  # a list from a program
         ("p.txt", '"a cat\non a mat"\na dog'),
@@ -303,6 +304,13 @@ def test_prompts_that_resemble_tables_are_read(tmp_path):
         "red; green\nblue; yellow",
         "photo.png of a cat\na file named dog.png",
         "prompt, a knight in armour\na cat",
+        "text, watermark, logo\na cat\na dog",
+        "Description, style, medium\na cat",
+        '"Live, laugh, love"\na cat\na dog',
+        "1girl,solo,smile\n1boy,hat,sad",
+        "<lora:x:1>,cat,dog\n<lora:y:1>,bird,fish",
+        "a blurry photo, IMG_0001.jpg\na sharp photo, DSC_1234.jpg",
+        "1. FC Köln in a stadium\n1. FC Nürnberg in a stadium",
         "a\tcat\na dog",
     ):
         file.write_text(text + "\n")

@@ -139,7 +139,8 @@ class ImportedTeacher(TeacherSection):
 
 class Switches(Section):
     """How a training loop computes. `precision` and `tf32` decide the numbers' resolution. The
-    others change rounding only, except that `micro_batch` changes dropout's random numbers."""
+    others change rounding only, except that `micro_batch` changes dropout's random numbers and, a
+    little, the spectral norms of GDD's discriminator (docs/fidelity.md)."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     tf32: bool = Field(False, description="TensorFloat-32 where training computes in fp32")

@@ -64,7 +64,7 @@ def _files_below(root: Path) -> dict[str, int]:
                 sizes[path.relative_to(root).as_posix()] = status.st_size
                 index = folder == root and path.name in INDEXES
                 links += [path] if path.is_symlink() and not index else []
-    remedy = "remove one of the names, or pack the folder as a zip, where every name counts"
+    remedy = "pack the folder as a zip, where every name counts, or remove one of the names"
     targets: dict[Path, Path] = {}
     for path in sorted(links):
         target = path.resolve()

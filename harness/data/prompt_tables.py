@@ -5,6 +5,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,7 +26,8 @@ COLUMNS = TEXTS | {
 _NAME = re.compile(r"[\w.-]*")  # of a column that is not in COLUMNS
 _NUMBER = re.compile(r'"?\d+"?[,;|\t](?!\d{3}\b)')  # a field, unlike "1,000 ships"
 _FILE = r'"?(https?://[^\s,;|"]+|[^\s,;|"]+\.(bmp|gif|jpe?g|png|webp))"?'
-_FILE_FIELD = re.compile(rf"{_FILE}\s*[,;|\t].*|.*[,;|\t]\s*{_FILE}\s*", re.IGNORECASE)
+_FILE_FIELD = re.compile(rf"{_FILE}[,;|\t].*|.*[,;|\t]{_FILE}", re.IGNORECASE)
+_ITEM = re.compile(r"(\d+)[.)]\s")  # of a numbered list
 _QUOTED = re.compile(r'"([^"]|"")*"')  # a whole line as one field
 
 
@@ -68,8 +70,10 @@ def _is_heading(fields: list[str]) -> bool:
     names = [field.strip().lower() for field in fields]
     if len(names) == 1:
         return names[0] in TEXTS
+    # "text, watermark, logo" is a prompt: programs write no spaces between fields.
+    spaces = any(field != field.strip() for field in fields)
     return COLUMNS.issuperset(names) or (
-        not TEXTS.isdisjoint(names) and all(map(_NAME.fullmatch, names))
+        not spaces and not TEXTS.isdisjoint(names) and all(map(_NAME.fullmatch, names))
     )
 
 
@@ -79,7 +83,7 @@ def _quotation_marks(lines: list[str]) -> str | None:
     if len(quoted) == len(lines):
         return "has quotation marks around every prompt"
     # Programs often quote only what needs it: fields with separators or with quotation marks.
-    needed = quoted and all("," in line for line in quoted)
+    needed = len(quoted) > 1 and all("," in line for line in quoted)
     if needed:
         others = set(lines).difference(quoted)
         needed = not any("," in line or '"' in line for line in others)
@@ -100,8 +104,13 @@ def _columns(lines: list[str]) -> str | None:
             return f"has {name} in a column of its own"
     if all("\t" in line for line in lines):
         return "has columns, separated by tabs"
+    items = [_ITEM.match(line) for line in lines]
+    if all(items) and all(int(b[1]) == int(a[1]) + 1 for a, b in pairwise(items)):
+        return "has numbered lines"
     for separator, name in SEPARATORS.items():
-        # Unlike in sentences, no space follows, and all lines have as many fields.
+        # Unlike in lists of tags, some fields have quotation marks, and all lines as many fields.
+        if not any(f'"{separator}' in line or f'{separator}"' in line for line in lines):
+            continue
         count = _count_fields(lines[0], separator)
         if count > 1 and all(_count_fields(line, separator) == count for line in lines):
             return f"has columns, separated by {name} without spaces"

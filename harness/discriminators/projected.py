@@ -280,8 +280,8 @@ class ProjectedDiscriminator(nn.Module):
         self, maps: list[Tensor], condition: Condition, groups: int = 1, iterate: bool = True
     ) -> list[Tensor]:
         """Logits `(B, K)` per head. Batch normalisation uses separate statistics for each of
-        `groups` equal consecutive groups of the batch. Spectral norms iterate once, or not at all:
-        several micro-batches imitate processes, each of which iterates once for its own batch."""
+        `groups` equal consecutive groups of the batch. iterate: once in each spectral norm; False
+        in all micro-batches but the first, since more of them must not iterate more often."""
         _check_groups(maps[0], groups)
         heads = zip(self.heads, maps, strict=True)
         return [head(x, condition, groups, iterate) for head, x in heads]

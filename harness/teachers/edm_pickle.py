@@ -196,8 +196,8 @@ def imported_file(folder: Path) -> dict[str, str]:
     """What `import_edm` recorded in a folder: the pickle's name (`file`) and `sha256`, and that of
     the folder's weights (`weights`). Other folders are a `UserError` (code "not-imported")."""
     path = folder / "denoiser.json"
-    record = denoiser_record(folder).get("imported", {}) if path.is_file() else {}
-    if not {"file", "sha256", "weights"} <= record.keys():
-        message = f"{folder} does not record which pickle its weights are from; make a folder with:"
+    record = denoiser_record(folder).get("imported") if path.is_file() else None
+    if not isinstance(record, dict) or not {"file", "sha256", "weights"} <= record.keys():
+        message = f"{folder} does not record its pickle and weights; make a folder with:"
         raise UserError(f"{message} python -m harness import-edm FILE.pkl FOLDER", "not-imported")
     return record

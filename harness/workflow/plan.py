@@ -133,7 +133,8 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
         f"\nEach run ({seeds} per student), at {tflops:g} TFLOP/s. Memory is an estimate for one "
         "GPU: float32 weights, gradients, Adam and EMA, tensors saved for backward passes (in each "
         "network's precision), and teacher pairs. Real images (at most "
-        f"{on_device} on the device), the allocator and the kernels' workspaces come on top. "
+        f"{on_device} on the device), bfloat16 copies of weights, the allocator and the kernels' "
+        "workspaces come on top. "
         "`in 24 GB`: the largest micro-batch that fits. The snapshots of all runs take "
         f"{'at least ' if unknown else ''}{disk}; `harness prune` removes all but the best and the "
         "last of scored runs." + _embedding_sizes(experiment)
