@@ -1,0 +1,64 @@
+"""Where Triton kernels run in place of the PyTorch operations that they are equal to.
+
+A module of kernels keeps the PyTorch operations as its plain path. The plain path runs on CPU, and
+wherever somebody needs to see or to differentiate these operations: see `usable`. On the first use
+in a process, `agrees` compares the kernels with the plain path on the device. The environment
+variable HARNESS_KERNELS=0 turns all kernels off.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "HARNESS_KERNELS"
+_mode = "off" if os.environ.get(SWITCH) == "0" else "gpu"  # "gpu", "off", or for tests "always"
+_agreement: dict[str, bool] = {}  # by the name of a module of kernels
+
+
+@contextlib.contextmanager
+def kernels(mode: str) -> Iterator[None]:
+    """Use kernels on a GPU ("gpu"), nowhere ("off"), or also on CPU ("always"), for tests with
+    Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported)."""
+    global _mode
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether kernels may compute on this tensor: on a GPU, but not while a dispatch mode observes
+    the operations (to count them, or with fake tensors), under forward-mode derivatives and other
+    transforms of `torch.func`, or while `torch.compile` traces."""
+    on_device = tensor.is_cuda if _mode == "gpu" else _mode == "always" and not tensor.is_meta
+    return (
+        on_device
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not torch._C._functorch.maybe_current_level()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def agrees(name: str, check: Callable[[], None]) -> bool:
+    """Whether `check` passes; it is called once per process. It raises an exception if the kernels
+    `name` fail or differ from the plain path, which then runs with a warning."""
+    if name not in _agreement:
+        try:
+            with torch.autocast("cuda", enabled=False):
+                check()
+        except Exception as error:  # compilers and drivers may fail in any way
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            logger.warning("%s: Triton kernels are off, PyTorch runs instead (%s)", name, reason)
+            _agreement[name] = False
+        else:
+            _agreement[name] = True
+    return _agreement[name]
