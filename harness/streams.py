@@ -12,9 +12,12 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from harness.kernels import agrees, kernels, usable
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -36,7 +39,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
 
 class Stream:
     """Random numbers named by `seed` and `path`; each draw takes sample indices, int64 `(B,)`, and
-    is on their device. Normals are rounded from float64: devices agree to the last bit or nearly.
+    is on their device. Words, uniforms and integers have the same bits on every device. Normals are
+    rounded from float64: devices agree within one unit in the last place of float32.
     """
 
     def __init__(self, seed: int | str, *path: str | int):
@@ -50,6 +54,8 @@ class Stream:
 
     def _words(self, index: Tensor, count: int) -> Tensor:
         """`(B, count)` int64 tensor of independent 32-bit words."""
+        if philox := _kernels(index):
+            return philox.words(index, self.key, count)
         index = index.view(-1, 1)
         block = torch.arange((count + 3) // 4, device=index.device).view(1, -1)
         zero = torch.zeros_like(block + index)
@@ -58,12 +64,16 @@ class Stream:
 
     def uniform(self, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """float32 `(B, *shape)`, uniform on [0, 1]."""
+        if philox := _kernels(index):
+            return philox.uniform(index, self.key, math.prod(shape)).view(-1, *shape)
         words = self._words(index, math.prod(shape))
         return ((words + 0.5) * 2.0**-32).float().view(-1, *shape)
 
     def normal(self, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """float32 `(B, *shape)`, standard normal (Box-Muller)."""
         count = math.prod(shape)
+        if philox := _kernels(index):
+            return philox.normal(index, self.key, count).view(-1, *shape)
         pairs = (count + 1) // 2
         uniform = (self._words(index, 2 * pairs).double() + 0.5) * 2.0**-32
         radius = (-2.0 * uniform[:, :pairs].log()).sqrt()
@@ -73,7 +83,41 @@ class Stream:
 
     def integers(self, index: Tensor, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """int64 `(B, *shape)`, uniform on 0 .. high - 1 (high far below 2**32)."""
-        return ((self._words(index, math.prod(shape)) * high) >> 32).view(-1, *shape)
+        count = math.prod(shape)
+        if philox := _kernels(index):
+            return philox.integers(index, self.key, count, high).view(-1, *shape)
+        return ((self._words(index, count) * high) >> 32).view(-1, *shape)
+
+
+def _kernels(index: Tensor) -> ModuleType | None:
+    """The module of kernels, where they draw the numbers of these samples."""
+    if not (usable(index) and agrees("harness.philox", lambda: _compare(index.device))):
+        return None
+    from harness import philox
+
+    return philox
+
+
+def _compare(device: torch.device) -> None:
+    """Raise an exception if the kernels fail on a device or their numbers differ."""
+    from harness import philox
+
+    stream = Stream(0, "kernels")
+    index = torch.tensor([0, 1, 2**32 - 1, 2**40 + 5], device=device)
+    for count in (1, 7, 12, 14, 17):  # all cases of `philox.normal`
+        with kernels("off"):
+            words, uniform = stream._words(index, count), stream.uniform(index, (count,))
+            normal = stream.normal(index, (count,))
+        same = torch.equal(philox.words(index, stream.key, count), words)
+        same &= torch.equal(philox.uniform(index, stream.key, count), uniform)
+        if not (same and within_one_ulp(philox.normal(index, stream.key, count), normal)):
+            raise ValueError(f"other numbers on {device}")
+
+
+def within_one_ulp(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers agree within one unit in the last place."""
+    least, most = (b.nextafter(b.new_tensor(limit)) for limit in (-torch.inf, torch.inf))
+    return bool(((least <= a) & (a <= most)).all())
 
 
 # The noise of teacher pairs by the number of the pair, so that only images need to be stored.
