@@ -2,13 +2,13 @@
 
 All blocks have the same size, so that the same weights give the same bytes for image i in any call
 and with any number of processes (on a GPU up to rounding, since cuDNN times its algorithms in each
-process). Noise and labels are drawn on the host.
+process). Noise is drawn on the device, labels on the host. While the host uses a block, a GPU
+generates the next one.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ from harness.denoiser import Condition, Denoiser, guided, map_condition, one_ste
 from harness.errors import UserError
 from harness.schedules import heun_sigmas
 from harness.streams import Stream
+from harness.transfers import HostCopy, ahead, to_device
 
 BLOCK = 256  # images per block; at 64 a small network spends a quarter of its time on overhead
 DECODED = 1 << 20  # pixels that a codec decodes at a time
@@ -55,7 +56,7 @@ def heun(
         raise ValueError("a sampler with s_churn needs noise")
     sigmas = heun_sigmas(steps, sigma_min, sigma_max, rho)
     levels = sigmas.tolist()  # on the host: comparisons must not wait for the device
-    sigmas, denoiser = sigmas.to(latents.device), guided(denoiser, guidance)
+    sigmas, denoiser = to_device(sigmas, latents.device), guided(denoiser, guidance)
 
     def slope(x: Tensor, sigma: Tensor) -> Tensor:
         return (x - denoiser(x.float(), sigma.float().expand(len(x)), condition).double()) / sigma
@@ -91,30 +92,20 @@ def _order(stream: str, number: int, num_classes: int) -> Tensor:
     return uniform[0].argsort(stable=True)
 
 
-def noise_and_labels(index: Tensor, shape: tuple, num_classes: int, seed: int) -> tuple:
-    """Latents `(B, *shape)` and labels `(B,)` (None without classes) of images `index`."""
+def noise_and_labels(
+    index: Tensor, shape: tuple[int, ...], num_classes: int, seed: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
+    """Latents `(B, *shape)` on a device and labels `(B,)` on the host (None without classes) of
+    images `index`, on the host."""
     stream = Stream(seed, "evaluation")
-    return stream.normal(index, shape), balanced_labels(index, num_classes, stream.child("label"))
+    labels = balanced_labels(index, num_classes, stream.child("label"))
+    return stream.normal(to_device(index, device), shape), labels
 
 
-def step_noise(index: Tensor, shape: tuple[int, ...], seed: int, device: str = "cpu") -> Noise:
-    """The noise that a stochastic sampler adds to images `index` at each step."""
+def step_noise(index: Tensor, shape: tuple[int, ...], seed: int) -> Noise:
+    """The noise that a stochastic sampler adds to images `index` at each step, on their device."""
     stream = Stream(seed, "evaluation")
-    return lambda step: stream.child(f"churn{step}").normal(index, shape).to(device)
-
-
-def prefetch(make: Callable, items: list, device: str) -> Iterator:
-    """Yield `make(item)` for each item. With a GPU a thread works one item ahead, so that the GPU
-    does not wait for the host; on CPU this would take another job's core."""
-    if device == "cpu" or len(items) < 2:
-        yield from map(make, items)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(make, items[0])
-        for item in items[1:]:
-            current, following = following.result(), pool.submit(make, item)
-            yield current
-        yield following.result()
+    return lambda step: stream.child(f"churn{step}").normal(index, shape)
 
 
 def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
@@ -122,33 +113,57 @@ def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
     return lambda z, condition, noise: one_step(student, z, condition, sigma_init)
 
 
-def check_finite(images: Tensor) -> None:
-    """Raise a `UserError` if generated images or latents contain NaN or infinity."""
-    if bad := (~images.isfinite().flatten(1).all(dim=1)).sum().item():
-        message = f"{bad} of {len(images)} generated images or latents contain NaN or infinity"
-        remedy = "were the weights saved after float16 had overflowed?"
-        raise UserError(f"{message}; {remedy}", "not-finite")
+def placed_for_sampling(denoiser: Denoiser, precision: str) -> Denoiser:
+    """The denoiser with its weights in the memory layout in which it samples fastest on its device:
+    channels_last in bf16 on a GPU, contiguous otherwise."""
+    if precision == "bf16" and next(denoiser.parameters()).is_cuda:
+        denoiser.to(memory_format=torch.channels_last)
+    return denoiser
 
 
-def pixels_of(generate: Generator, codec: nn.Module) -> Generator:
-    """A generator of uint8 pixels on the host. A codec decodes a few images at a time, since it
-    takes gigabytes of memory for each."""
+def sampling_autocast(device: str, precision: str) -> torch.autocast:
+    """The context in which networks sample. The sampler itself computes in float64 in any case."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
 
-    def decode(latents: Tensor) -> Tensor:
-        images = codec(latents.float())
-        check_finite(images)
-        return to_pixels(images)
 
-    def pixels(z: Tensor, condition: Condition, noise: Noise) -> Tensor:
-        images = generate(z, condition, noise)
-        check_finite(images)
-        if isinstance(codec, nn.Identity):
-            return to_pixels(images).cpu()
-        parts = [decode(images[:1])]
-        size = max(1, DECODED // parts[0][0, 0].numel())
-        return torch.cat(parts + [decode(part) for part in images[1:].split(size)]).cpu()
+def not_finite(images: Tensor) -> Tensor:
+    """How many images or latents contain NaN or infinity, int64 `()`, on their device."""
+    return (~images.isfinite().flatten(1).all(dim=1)).sum()
 
-    return pixels
+
+class Delivery:
+    """A generated block on its way to the host. bad: how many of its images are not finite. Both
+    are read by `wait` alone, so that the host does not wait for the device before."""
+
+    def __init__(self, images: Tensor, bad: Tensor):
+        self._copy = HostCopy(images, bad)
+
+    def wait(self) -> Tensor:
+        """The images on the host; a `UserError` if some contain NaN or infinity."""
+        images, bad = self._copy.wait()
+        if bad:
+            message = f"{bad} of {len(images)} generated images or latents contain NaN or infinity"
+            remedy = "were the weights saved after float16 had overflowed?"
+            raise UserError(f"{message}; {remedy}", "not-finite")
+        return images
+
+
+def decode(codec: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 pixels of images or latents, and how many of either are not finite. A codec decodes a
+    few images at a time, since it takes gigabytes of memory for each."""
+    bad = not_finite(images)
+    if isinstance(codec, nn.Identity):
+        return to_pixels(images), bad
+    pixels, counts, part = [], [], images[:1]
+    while len(part):
+        decoded = codec(part.float())
+        pixels.append(to_pixels(decoded))
+        counts.append(not_finite(decoded))
+        size = max(1, DECODED // decoded[0, 0].numel())
+        start = sum(map(len, pixels))
+        part = images[start : start + size]
+    return torch.cat(pixels), torch.maximum(bad, torch.stack(counts).sum())
 
 
 @torch.no_grad()
@@ -163,28 +178,36 @@ def sample(
     block: int = BLOCK,
     start: int = 0,
     group: Any = None,
+    codec: nn.Module | None = None,
+    precision: str = "fp32",
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield images `start` .. count - 1 of `generate` block by block, with labels on the host.
+    """Yield images `start` .. count - 1 of `generate` block by block, with labels, on the host.
 
     embeddings: map labels (numbers of prompts) to conditions. start: the end of an earlier block.
     group: `harness.training.distributed.Processes` that take turns at the blocks. All iterate; the
-    first receives all blocks in order, the others none.
+    first receives all blocks in order, the others none. codec: yield uint8 pixels, decoded by it.
+    precision: fp32, or bf16 for the generating networks; codecs compute in float32. Raises a
+    `UserError` if images contain NaN or infinity.
     """
     rank, size = (group.rank, group.size) if group else (0, 1)
     remaining = [torch.arange(i, i + block) for i in range(0, count, block) if i >= start]
     label_stream = Stream(seed, "evaluation").child("label")
 
-    def draw(index: Tensor) -> tuple[Tensor, Tensor, Condition]:
-        z, labels = noise_and_labels(index, shape, num_classes, seed)
-        return index, z, embeddings(labels) if embeddings else labels
+    def launch(index: Tensor) -> Delivery:
+        z, labels = noise_and_labels(index, shape, num_classes, seed, device)
+        condition = embeddings(labels) if embeddings else labels
+        condition = map_condition(partial(to_device, device=device), condition)
+        noise = step_noise(to_device(index, device), shape, seed)
+        with sampling_autocast(device, precision):
+            images = generate(z, condition, noise)
+        decoded = decode(codec, images) if codec is not None else (images, not_finite(images))
+        return Delivery(*decoded)
 
-    inputs = prefetch(draw, remaining[rank::size], device)
+    launched = ahead(launch, remaining[rank::size], device)
     for first in range(0, len(remaining), size):
         turn, own = remaining[first : first + size], None
         if rank < len(turn):
-            index, z, condition = next(inputs)
-            condition = map_condition(lambda part: part.to(device), condition)
-            own = generate(z.to(device), condition, step_noise(index, shape, seed, device))
+            own = next(launched).wait()
         received = group.gather(own, len(turn)) if group else [own]
         for index, images in zip(turn, received, strict=False):
             index = index[index < count]  # the last block is padded

@@ -13,10 +13,10 @@ from harness.sampling import (
     heun,
     noise_and_labels,
     one_step_generator,
-    prefetch,
     sample,
     step_noise,
 )
+from harness.transfers import ahead
 
 NETWORK = {
     "type": "UNet2DModel",
@@ -178,14 +178,50 @@ def test_weights_of_another_run_are_rejected(tmp_path):
     assert error.value.code == "damaged"
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("device", "items_ahead"), [("cpu", 0), ("cuda:1", 1)])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_prefetch_keeps_the_order_and_works_one_item_ahead(device, count):
-    computed = []
-    stream = prefetch(lambda item: computed.append(item) or -item, list(range(count)), device)
+def test_the_next_item_is_made_before_one_is_used_on_a_gpu(device, items_ahead, count):
+    made = []
+    stream = ahead(lambda item: made.append(item) or -item, range(count), device)
     for i, value in enumerate(stream):
         assert value == -i
-        assert len(computed) <= i + 2  # at most the next item
-    assert computed == list(range(count))
+        assert len(made) == min(i + 1 + items_ahead, count)
+    assert made == list(range(count))
     with pytest.raises(ZeroDivisionError):
-        list(prefetch(lambda item: 1 / item, [1, 0, 2], device))
+        list(ahead(lambda item: 1 / item, [1, 0, 2], device))
+
+
+def test_sampling_in_bf16_is_autocast_of_the_network_alone():
+    network, seen = tiny_denoiser(), []
+
+    class Codec(nn.Module):
+        def forward(self, latents):
+            seen.append((torch.is_autocast_enabled("cpu"), latents.dtype))
+            return latents.repeat(1, 3, 1, 1)
+
+    def generate(z, condition, noise):
+        return seen.append(torch.is_autocast_enabled("cpu")) or heun(network, z, condition, steps=2)
+
+    inputs = generate, 5, (1, 8, 8), 10, 0
+    (half, labels), *_ = sample(*inputs, block=8, codec=Codec(), precision="bf16")
+    assert seen == [True, (False, torch.float32), (False, torch.float32)]
+    (full, same_labels), *_ = sample(*inputs, block=8, codec=Codec())
+    assert half.dtype == torch.uint8 and half.shape == (5, 3, 8, 8)
+    assert torch.equal(labels, same_labels)
+    change = (half.int() - full.int()).abs()  # 8 bits of mantissa in 3 evaluations
+    assert 0 < change.double().mean() < 8
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert heun(network, torch.zeros(2, 1, 8, 8), labels[:2], steps=2).dtype == torch.float64
+
+
+def test_values_that_are_not_finite_are_counted_when_a_block_is_delivered():
+    def generate(z, condition, noise):
+        return torch.where(torch.arange(len(z)).view(-1, 1, 1, 1) % 3 == 0, torch.inf, z)
+
+    for codec in (None, nn.Identity(), nn.Flatten(0, 0), nn.ReLU()):
+        blocks = sample(generate, 8, (1, 8, 8), 10, seed=0, block=4, codec=codec)
+        with pytest.raises(UserError, match="2 of 4 generated images or latents contain NaN"):
+            next(blocks)
+    broken = nn.Threshold(0.5, math.nan)  # of a codec, with finite latents
+    with pytest.raises(UserError, match="4 of 4"):
+        next(sample(lambda z, *_: z, 8, (1, 8, 8), 10, seed=0, block=4, codec=broken))

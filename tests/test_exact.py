@@ -74,6 +74,7 @@ def test_exact_requires_all_published_settings(name):
         ({"data": {"held_out": 0.1}}, ["held_out (0.1 instead of 0)"]),
         ({"students": {"sid": {"precision": "bf16"}}}, ["precision (bf16 instead of fp32)"]),
         ({"training": {"tf32": True}}, ["tf32"]),
+        ({"evaluation": {"precision": "bf16"}}, ["evaluation.precision (bf16 instead of fp32)"]),
         ({"students": {"sid": {"settings": {"generator_dropout": 0.0}}}}, ["generator_dropout"]),
         ({"students": {"sid": {"settings": {"labels": "uniform"}}}}, ["labels"]),
         ({"students": {"sid": {"settings": {"ema_half_life": 0}}}}, ["ema_half_life"]),

@@ -1,6 +1,7 @@
 """`precision: fp32` is float32 on a GPU, too, unless `tf32` allows less."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -227,18 +228,35 @@ def test_fingerprints_contain_tf32_where_it_changes_results(tiny):
     assert changed(tiny["training"]) == {"run with pairs", "run"}
     assert changed(tiny["evaluation"]) == {"pairs", "run with pairs", "scores"}
     assert changed(tiny["teachers"]["edm"]) == {"teacher", "pairs", "run with pairs", "run"}
+    # fp32 is the default and not listed.
+    tiny["evaluation"]["precision"] = "fp32"
+    assert fingerprints() == before
+    tiny["evaluation"]["precision"] = "bf16"
+    after = fingerprints()
+    assert {n for n in after if after[n] != before[n]} == {"pairs", "run with pairs", "scores"}
+    experiment = parse_experiment(tiny, "tiny.yaml")
+    assert experiment.pair_job(next(iter(experiment.pair_sets))).precision == "bf16"
 
 
-def test_protocol_names_tf32_only_if_it_is_allowed(scoring):  # noqa: F811
+def test_every_sampling_precision_is_a_protocol_of_its_own(scoring):  # noqa: F811
+    """A protocol's digest heads its column, so that columns never mix precisions."""
     from harness.evaluation.scorer import Scorer
 
-    records = []
-    for tf32 in (False, True):
-        scorer = Scorer(scoring(tf32=tf32))
+    protocols, keys = {}, {}
+    for precision, tf32 in itertools.product(("fp32", "bf16"), (False, True)):
+        scorer = Scorer(scoring(precision=precision, tf32=tf32))
         row = next(r for r in score_held_out(scorer).rows if r.metric == "fd")
-        records.append(scorer.protocols[row.protocol])
-    plain, tf32 = records
-    assert "TensorFloat-32" in tf32.pop("sampling_precision") and plain == tf32
+        protocols[precision, tf32] = dict(scorer.protocols[row.protocol])
+        keys[precision, tf32] = row.protocol
+    assert len(set(keys.values())) == 4
+    words = {key: p.pop("sampling_precision", "") for key, p in protocols.items()}
+    assert all(p == protocols["fp32", False] for p in protocols.values())
+    assert words["fp32", False] == ""  # as before the key `precision`
+    assert {key for key, text in words.items() if "bfloat16" in text} == {
+        ("bf16", False),
+        ("bf16", True),
+    }
+    assert {tf32 for (_, tf32), text in words.items() if "TensorFloat-32" in text} == {True}
 
 
 @pytest.mark.gpu

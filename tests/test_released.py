@@ -245,6 +245,7 @@ def test_the_gate_of_released_students(released, gate, monkeypatch, capsys):
     [
         ("evaluation.num_samples", 41, ("evaluation.num_samples", "samples")),
         ("evaluation.tf32", True, ("evaluation.tf32", "tf32")),
+        ("evaluation.precision", "bf16", ("evaluation.precision", "precision")),
         ("evaluation.statistics", "s.npz", ("evaluation", "protocol")),
         ("features.inception.resize", "clean", ("evaluation.extractors", "unsupported")),
         ("paper", None, ("paper", "missing-key")),

@@ -34,7 +34,7 @@ from harness.features.base import parse_settings, provides
 from harness.io.records import ScoreRow
 from harness.io.shards import TensorShards
 from harness.registry import load_plugin
-from harness.sampling import pixels_of, sample
+from harness.sampling import sample
 
 # -- resuming -----------------------------------------------------------------------------------
 
@@ -84,8 +84,8 @@ def accumulate(
     accumulator = FeatureAccumulator(
         [extractor], Attributes(), 10, search, shards, checkpoints or Checkpoints(0)
     )
-    pixels, start = pixels_of(generate, torch.nn.Identity()), stored_images(shards)
-    for block, labels in sample(pixels, 22, (1, 4, 4), 4, seed=0, block=4, start=start):
+    options = {"block": 4, "start": stored_images(shards), "codec": torch.nn.Identity()}
+    for block, labels in sample(generate, 22, (1, 4, 4), 4, seed=0, **options):
         if stop_after is not None and extractor.images >= stop_after:
             raise Stop
         accumulator.add(block, labels)
@@ -341,9 +341,9 @@ def test_values_that_are_not_finite_are_refused(scoring):
     with pytest.raises(UserError) as error:
         score_held_out(scorer)
     assert error.value.code == "not-finite"
-    pixels = pixels_of(lambda z, *_: z * torch.nan, torch.nn.Identity())
+    blocks = sample(lambda z, *_: z * torch.nan, 4, (1, 8, 8), 10, 0, codec=torch.nn.Identity())
     with pytest.raises(UserError):
-        scorer.score(sample(pixels, 4, (1, 8, 8), 10, seed=0))
+        scorer.score(blocks)
 
 
 def test_images_nearest_to_training_images_are_returned(scoring):

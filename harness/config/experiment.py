@@ -170,12 +170,12 @@ class Experiment:
         }
 
     def pairs_fingerprint(self, name: str) -> dict:
-        pair_set = self.pair_sets[name]
+        pair_set, evaluation = self.pair_sets[name], self.evaluation.fingerprint()
         return {
             "teacher": self.teacher_fingerprint(pair_set.teacher),
             "pairs": pair_set.count,
             "sampler": pair_set.sampler.model_dump(),
-            **self.evaluation.model_dump(include={"block", "tf32"}),
+            **{k: v for k, v in evaluation.items() if k in ("block", "tf32", "precision")},
         }
 
     def run_fingerprint(self, name: str, seed: int) -> dict:
@@ -251,7 +251,7 @@ class Experiment:
 
     def pair_job(self, name: str) -> jobs.PairJob:
         pairs = self.pair_sets[name]
-        facts = self.evaluation.model_dump(include={"block", "tf32"})
+        facts = self.evaluation.model_dump(include={"block", "tf32", "precision"})
         facts["teacher"] = self.paths.teacher(pairs.teacher)
         return self._job(jobs.PairJob, "pairs", name, pairs=pairs, **facts)
 
@@ -268,7 +268,7 @@ class Experiment:
             fingerprint={
                 "format": SCORES_FORMAT,
                 "data": self.data_fingerprint,
-                "evaluation": evaluation.model_dump(),
+                "evaluation": evaluation.fingerprint(),
                 "features": {name: self.features_fingerprint(name) for name in names},
                 "prompts": list(self.data.prompt_files.values())[-1:],
             },

@@ -90,6 +90,7 @@ class PairJob(Job):
     teacher: Path
     block: int
     tf32: bool
+    precision: str
 
 
 @dataclass(frozen=True)

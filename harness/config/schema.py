@@ -245,6 +245,11 @@ class EvaluationSection(Section):
     grid_samples: Positive = 100
     block: Positive = Field(256, description="images per sampling batch, also for teacher pairs")
     tf32: bool = Field(False, description="TensorFloat-32 for sampling and teacher pairs on a GPU")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of sampling and teacher pairs")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides scores. `precision` is listed where it is not fp32."""
+        return self.model_dump(exclude={"precision"} if self.precision == "fp32" else None)
 
 
 class PublishedName(Section):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness import __version__
 from harness.config.jobs import Scoring
+from harness.config.schema import EvaluationSection
 from harness.data import datasets
 from harness.errors import UserError
 from harness.evaluation.accumulator import Checkpoints, FeatureAccumulator, NearestImages
@@ -38,6 +39,14 @@ class Scores:
     rows: list[ScoreRow] = field(default_factory=list)
     images: dict[str, Tensor] = field(default_factory=dict)
     per_image: dict[str, Any] = field(default_factory=dict)
+
+
+def sampling_precision(evaluation: EvaluationSection) -> str:
+    """The precision of the generating networks in words; empty for float32."""
+    tf32 = "float32, with TensorFloat-32 on GPUs" if evaluation.tf32 else "float32"
+    if evaluation.precision == "bf16":
+        return f"bfloat16 where autocast allows it, else {tf32}"
+    return tf32 if evaluation.tf32 else ""
 
 
 class Scorer:
@@ -227,8 +236,8 @@ class Scorer:
             reference, sha256 = "statistics", self.published_sha256
         elif metric.limit and len(data.train) > metric.limit:
             extra["reference_draw"] = f"a fixed draw of {metric.limit} images"
-        if self.scoring.evaluation.tf32:
-            extra["sampling_precision"] = "float32, with TensorFloat-32 on GPUs"
+        if precision := sampling_precision(self.scoring.evaluation):
+            extra["sampling_precision"] = precision
         if data.evaluation_prompts:
             extra["prompts_sha256"] = data.evaluation_prompts.sha256
         return {

@@ -29,7 +29,7 @@ from harness.io import artifacts, records
 from harness.io.shards import TensorShards
 from harness.networks import denoiser_record, load_codec, load_denoiser, pipeline_sha256
 from harness.precision import set_precision
-from harness.sampling import Generator, heun, one_step_generator, pixels_of, sample
+from harness.sampling import Generator, heun, one_step_generator, placed_for_sampling, sample
 from harness.teachers.text_embeddings import load_embeddings
 from harness.training.distributed import processes
 
@@ -122,7 +122,7 @@ class ScoreFile:
     def _shards(self, *identity: object) -> TensorShards:
         """The store of an interrupted stream of samples. identity: what decides them."""
         data, evaluation = self.scorer.dataset, self.scoring.evaluation
-        key = [*self.hashes, evaluation.block, evaluation.tf32, data.sha256]
+        key = [*self.hashes, evaluation.block, evaluation.tf32, evaluation.precision, data.sha256]
         key += [torch.__version__, self.scoring.device]
         for e in self.scorer.extractors:
             key.append([e.name, e.hashes, e.settings.model_dump(), e.resize, e.details])
@@ -136,11 +136,21 @@ class ScoreFile:
         shards: TensorShards,
         **options: Any,
     ) -> Scores:
-        scorer, scoring = self.scorer, self.scoring
-        data, pixels = scorer.dataset, pixels_of(generate, self.codec)
-        inputs = shape, data.num_evaluated, seed, scoring.device, self.embeddings
-        done = stored_images(shards), processes()
-        blocks = sample(pixels, max(scorer.counts), *inputs, scoring.evaluation.block, *done)
+        scorer, scoring, evaluation = self.scorer, self.scoring, self.scoring.evaluation
+        blocks = sample(
+            generate,
+            max(scorer.counts),
+            shape,
+            scorer.dataset.num_evaluated,
+            seed,
+            scoring.device,
+            self.embeddings,
+            evaluation.block,
+            start=stored_images(shards),
+            group=processes(),
+            codec=self.codec,
+            precision=evaluation.precision,
+        )
         return scorer.score(blocks, seed=seed, shards=shards, **options)
 
     def write(self, fingerprint: dict, **facts: Any) -> None:
@@ -172,6 +182,7 @@ class ScoreFile:
             entries=self.entries,
             samples=samples,
             tf32=self.scoring.evaluation.tf32,
+            precision=self.scoring.evaluation.precision,
             protocols=scorer.protocols,
             dimensions=scorer.dimensions,
             **facts,
@@ -182,8 +193,8 @@ class ScoreFile:
 class SnapshotSource:
     """What the entries of a run's snapshots are made from."""
 
-    def __init__(self, job: StudentRun, run: records.StudentRecord, device: str):
-        self.job, self.run, self.device = job, run, device
+    def __init__(self, job: StudentRun, run: records.StudentRecord, scoring: Scoring):
+        self.job, self.run, self.scoring = job, run, scoring
         self.networks = {"trained_against": run.trained_against, "pretraining": run.pretraining}
 
     def facts(self, snapshot: records.Snapshot) -> dict[str, Any]:
@@ -194,7 +205,8 @@ class SnapshotSource:
     def load(self, snapshot: records.Snapshot) -> tuple[dict[str, Any], Generator, tuple, str]:
         """The facts, and the network's samples and their identity (see `ScoreFile.add`)."""
         folder, owner = self.job.folder / "snapshots" / snapshot.name, self.job.folder
-        denoiser = load_denoiser(folder, snapshot.sha256, self.device, owner=owner)
+        denoiser = load_denoiser(folder, snapshot.sha256, self.scoring.device, owner=owner)
+        denoiser = placed_for_sampling(denoiser, self.scoring.evaluation.precision)
         generate = one_step_generator(denoiser, denoiser_record(folder)["sigma_init"])
         return self.facts(snapshot), generate, denoiser.image_shape, snapshot.sha256
 
@@ -210,7 +222,7 @@ def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
     if selects:  # before networks are loaded
         pruned.check_selection(scoring, pruned.rows)
     file = ScoreFile(scoring, job.teacher, output)
-    source, kept = SnapshotSource(job, run, scoring.device), pruned.valid_rows(file.scorer)
+    source, kept = SnapshotSource(job, run, scoring), pruned.valid_rows(file.scorer)
     *earlier, last = run.snapshots
     selected, seeds = None, evaluation.sampling_seeds[: evaluation.snapshot_seeds]
     if selects:
@@ -280,6 +292,7 @@ def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
     file, sampler = ScoreFile(scoring, job.folder, output), job.section.sampler
     scorer, evaluation, settings = file.scorer, scoring.evaluation, sampler.model_dump()
     denoiser = load_denoiser(job.folder, teacher.sha256, scoring.device)
+    denoiser = placed_for_sampling(denoiser, evaluation.precision)
     count, grid = min(evaluation.num_samples, KEPT_IMAGES), evaluation.grid_samples
     common = {"snapshot": "", "final": True, "grid": []}
     for name, nfe, generate, identity in (

@@ -143,6 +143,7 @@ class PairRecord(Record):
     sampler: dict[str, Any]
     evaluations: int  # of the teacher's network
     tf32: bool  # whether it was allowed TensorFloat-32
+    precision: str = "fp32"  # of its network
     flops: int
     seconds: float
     contended: bool  # other work ran meanwhile
@@ -240,6 +241,7 @@ class ScoreRecord(Record):
     contended: bool = False
     released: bool | None = None  # weights that were not trained here
     tf32: bool  # whether sampling was allowed TensorFloat-32; feature networks never are
+    precision: str = "fp32"  # of the sampled networks; feature networks always compute in fp32
     entries: list[ScoreEntry]
     samples: Samples | None = None  # images for figures
     protocols: dict[str, dict[str, Any]]

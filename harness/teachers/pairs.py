@@ -3,6 +3,7 @@ a function of their number (`harness.streams.PAIR_NOISE`), so it is not stored."
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from harness.config.jobs import PairJob
 from harness.data import datasets
-from harness.denoiser import Denoiser, map_condition
+from harness.denoiser import Condition, Denoiser, map_condition
 from harness.errors import UserError
 from harness.io.artifacts import digest
 from harness.io.locks import machine_slot, run_lock
@@ -18,11 +19,19 @@ from harness.io.records import PairRecord, TeacherRecord
 from harness.io.shards import TensorShards
 from harness.networks import load_denoiser, pipeline_sha256
 from harness.precision import set_precision
-from harness.sampling import balanced_labels, check_finite, heun
+from harness.sampling import (
+    Delivery,
+    balanced_labels,
+    heun,
+    not_finite,
+    placed_for_sampling,
+    sampling_autocast,
+)
 from harness.streams import PAIR_NOISE
 from harness.teachers.text_embeddings import load_embeddings
 from harness.training.distributed import processes
 from harness.training.ledger import measure
+from harness.transfers import ahead, to_device
 
 logger = logging.getLogger(__name__)
 SHARD = 16  # blocks per file
@@ -36,6 +45,7 @@ def make_pairs(job: PairJob) -> PairRecord | None:
     with group.leading(run_lock(job.folder)), group.leading(slot) as exclusive:
         sha256 = TeacherRecord.read(job.teacher / "teacher.json").sha256
         teacher = load_denoiser(job.teacher, sha256, job.device)
+        teacher = placed_for_sampling(teacher, job.precision)
         embeddings = load_embeddings(job.teacher)
         conditions = datasets.load(job.data, images=False).num_conditions, embeddings
         inputs = [sha256, pipeline_sha256(job.teacher), embeddings and embeddings.sha256]
@@ -59,6 +69,7 @@ def make_pairs(job: PairJob) -> PairRecord | None:
             sampler=pairs.sampler.model_dump(),
             evaluations=pairs.count * pairs.sampler.nfe,
             tf32=job.tf32,
+            precision=job.precision,
             **{key: sum(shard[key] for shard in shards.records) for key in ("flops", "seconds")},
             contended=not exclusive,
             sha256=shards.finish()["sha256"],
@@ -73,27 +84,34 @@ def _make_shard(job: PairJob, teacher: Denoiser, conditions: tuple, rows: range)
     or prompts (0: unconditional), and the prompts' embeddings or None."""
     num_conditions, embeddings = conditions
     sampler, device = job.pairs.sampler, job.device
-    images, labels, seconds, flops_per_image = [], [], 0.0, 0.0
-    for first in rows[:: job.block]:
+
+    def inputs(first: int) -> tuple[Tensor, Tensor | None, Condition]:
         index = torch.arange(first, first + job.block)
-        z, condition = PAIR_NOISE.normal(index, teacher.image_shape).to(device), None
+        z, labels = PAIR_NOISE.normal(to_device(index, device), teacher.image_shape), None
         if num_conditions:
-            numbers = balanced_labels(index, num_conditions, PAIR_NOISE.child("label"))
-            condition = embeddings(numbers) if embeddings else numbers
-            condition = map_condition(lambda part: part.to(device), condition)
-            labels.append(numbers)
-        if not flops_per_image:
-            with measure({}) as cost:
-                teacher(z, torch.ones(job.block, device=device), condition)
-            flops_per_image = cost.flops / job.block * sampler.nfe
-        started = time.perf_counter()
-        x = heun(teacher, z, condition, **sampler.model_dump()).float().cpu()
-        seconds += time.perf_counter() - started
-        check_finite(x)
-        images.append(x)
-    blocks = {"x": images} | ({"condition": labels} if labels else {})
+            labels = balanced_labels(index, num_conditions, PAIR_NOISE.child("label"))
+        condition = embeddings(labels) if embeddings and num_conditions else labels
+        return z, labels, map_condition(partial(to_device, device=device), condition)
+
+    def launch(first: int) -> tuple[Delivery, Tensor | None]:
+        z, labels, condition = inputs(first)
+        with sampling_autocast(device, job.precision):
+            x = heun(teacher, z, condition, **sampler.model_dump()).float()
+        return Delivery(x, not_finite(x)), labels
+
+    z, _, condition = inputs(rows.start)
+    with measure({}) as cost, sampling_autocast(device, job.precision):
+        teacher(z, torch.ones(job.block, device=device), condition)
+    flops = cost.flops / job.block * sampler.nfe * len(rows)
+    blocks: dict[str, list[Tensor]] = {"x": []} | ({"condition": []} if num_conditions else {})
+    started = time.perf_counter()
+    for delivery, labels in ahead(launch, rows[:: job.block], device):
+        blocks["x"].append(delivery.wait())
+        if num_conditions:
+            blocks["condition"].append(labels)
+    seconds = time.perf_counter() - started
     tensors = {name: torch.cat(parts)[: len(rows)] for name, parts in blocks.items()}
-    return tensors, {"seconds": seconds, "flops": round(flops_per_image * len(rows))}
+    return tensors, {"seconds": seconds, "flops": round(flops)}
 
 
 def load_pairs(folder: Path) -> tuple[PairRecord, dict[str, Tensor]]:

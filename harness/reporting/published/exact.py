@@ -128,7 +128,7 @@ def training_differences(experiment: Experiment, name: str, entry: dict) -> list
         changed.append(f"precision ({_instead(precision, original['precision'])})")
     if experiment.student_training(name).tf32 or experiment.evaluation.tf32:
         changed.append("tf32")
-    return changed + _of_data(experiment)
+    return changed + _of_sampling(experiment) + _of_data(experiment)
 
 
 def _of_teacher_row(experiment: Experiment, teacher: str, entry: dict) -> list[str] | None:
@@ -143,7 +143,7 @@ def _of_teacher_row(experiment: Experiment, teacher: str, entry: dict) -> list[s
     steps = (entry["nfe"] + 1) // 2 if entry["nfe"] else protocol.steps
     expected = Sampler(steps=steps, **(CHURN if is_stochastic(entry) else {}))
     changed += _of_sampler("sampler", sampler, expected)
-    return changed + (["tf32"] if experiment.evaluation.tf32 else [])
+    return changed + (["tf32"] if experiment.evaluation.tf32 else []) + _of_sampling(experiment)
 
 
 def teacher_differences(experiment: Experiment, teacher: str, kind: str, entry: dict) -> list[str]:
@@ -182,6 +182,12 @@ def _of_sampler(what: str, sampler: Sampler, expected: Sampler) -> list[str]:
         found |= Sampler().model_dump(include={*CHURN})
     text = _changes(found, expected.model_dump())
     return [f"{what} ({text})"] if text else []
+
+
+def _of_sampling(experiment: Experiment) -> list[str]:
+    """Whether networks sample in another precision than float32."""
+    precision = experiment.evaluation.precision
+    return [] if precision == "fp32" else [f"evaluation.precision ({_instead(precision, 'fp32')})"]
 
 
 def _of_class_table(experiment: Experiment, name: str) -> list[str]:

@@ -98,6 +98,9 @@ def check(experiment: Experiment, configfile: Path) -> None:
     if evaluation.tf32:
         message = "must be false; it changes the samples"
         problems.append(Problem("evaluation.tf32", "tf32", message))
+    if evaluation.precision != "fp32":
+        message = "must be fp32; it changes the samples"
+        problems.append(Problem("evaluation.precision", "precision", message))
     if _extractor(experiment) is None:
         message = f"none has the metric {METRIC}; add an Inception with resize: edm"
         problems.append(Problem("evaluation.extractors", "unsupported", message))
