@@ -1,5 +1,6 @@
 """`harness plan`: the printed table. tests/test_paper_configs.py tests the counts."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import yaml
 
 from harness.cli import main
+from harness.networks import build_denoiser
+from harness.training.ledger import measure
 from harness.validation import parse_experiment
 from harness.workflow import plan
 from harness.workflow.dry_run import SavedTensorMemory
@@ -84,3 +87,64 @@ def test_disk_of_embeddings_says_which_prompts_are_assumed(missing, tmp_path, ti
         assert text.endswith(f"teacher sd: 118.3 GB, if {prompts} has 1,000,000 prompts.")
     else:
         assert text == " Embeddings of 2 prompts for teacher sd: 0.0 GB."
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that sets the memory of a GPU, in bytes; there is no driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(plan, "PERIOD", 1)
+
+    def set_memory(size: int) -> None:
+        facts = SimpleNamespace(total_memory=size)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+
+    return set_memory
+
+
+def test_training_requests_its_share_of_a_gpu(tiny, tmp_path, gpu):
+    """The estimate with its allowance, the context and the real images, rounded up to percents."""
+    tiny["device"] = "cuda"
+    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
+    sid, gdd = (plan.Estimate(experiment, name).memory for name in ("sid", "gdd"))
+    teacher = plan.TeacherEstimate(experiment, "edm").memory
+    total = 40 * 2**30
+    gpu(total)
+    for kind, name, memory, images in (
+        ("run", "sid", sid, 0),
+        ("run", "gdd", gdd, plan.ON_DEVICE),  # the data are not prepared yet
+        ("teacher", "edm", teacher, plan.ON_DEVICE),
+    ):
+        share = (plan.CONTEXT + plan.ALLOWANCE * memory + images) / total
+        assert plan.gpu_percent(experiment, kind, name) == math.ceil(100 * share), name
+
+
+def test_training_of_unknown_memory_requests_a_whole_gpu(tiny, tmp_path, gpu, monkeypatch):
+    gpu(2**30)  # smaller than any job
+    tiny["device"] = "cuda"
+    tiny["students"] = {"sid": tiny["students"]["sid"]}
+    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
+    assert plan.gpu_percent(experiment, "run", "sid") == 100
+    gpu(2**60)
+    tiny["training"]["budget"] = [{"unit": "seconds", "amount": 5}]
+    assert plan.gpu_percent(parse_experiment(tiny, "", tmp_path), "run", "sid") == 100
+    tiny["training"]["budget"] = [{"unit": "images", "amount": 160}]
+    tiny["teachers"]["edm"] = {"source": "missing.pkl"}  # without its network
+    imported = parse_experiment(tiny, "", tmp_path, files=False)
+    assert plan.gpu_percent(imported, "run", "sid") == 100
+    assert plan.gpu_percent(imported, "teacher", "edm") == 100
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert plan.gpu_percent(parse_experiment(tiny, "", tmp_path, False), "run", "sid") == 100
+
+
+def test_the_estimate_of_a_teacher_counts_its_own_training(tiny, tmp_path):
+    """Three times a forward pass per image: forward, and backward to inputs and weights."""
+    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
+    estimate = plan.TeacherEstimate(experiment, "edm")
+    network = build_denoiser(tiny["teachers"]["edm"]["network"], (1, 8, 8), 10)
+    with torch.no_grad(), measure({}) as cost:
+        network(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    assert estimate.parameters == sum(p.numel() for p in network.parameters())
+    assert 2.8 * cost.flops < estimate.flops_per_image <= 3 * cost.flops
+    assert estimate.flops == estimate.flops_per_image * 1280

@@ -98,7 +98,8 @@ def assemble(
         found = f"the network takes {network.augment_labels} augmentation labels, not {LABELS}"
         message = f"{found}; a SongUNet with augment_dim: {LABELS} does"
         raise UserError(f"teachers.{job.name}.augment: {message}", "augment-labels")
-    images = placed(dataset.train, "cpu" if embeddings else job.device)
+    on_host = embeddings and job.device != "meta"  # embeddings are read there
+    images = placed(dataset.train, "cpu" if on_host else job.device)
     conditions = {"sigma_init": 0.0, "embeddings": embeddings}
     return TrainingRun(
         name=f"teacher {job.name}",

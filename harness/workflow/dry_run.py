@@ -62,6 +62,20 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
     return inputs
 
 
+def dry_run_data(experiment: Experiment, teacher: str, images: int = 2) -> tuple:
+    """What the training of a teacher reads, after its job (`harness.teachers.stage.assemble`):
+    random images, the run's id and, for captions, their embeddings and the empty prompt's."""
+    dataset, embeddings, null = _dataset(experiment, images), None, None
+    if encoder := experiment.text_encoder_of(teacher):
+        shape = new_extractor(encoder, experiment.features[encoder]).text_shape
+        null = {"embeddings": torch.zeros(1, *shape)}
+
+        def embeddings(numbers: Tensor) -> dict[str, Tensor]:
+            return {"embeddings": torch.zeros(len(numbers), *shape)}
+
+    return dataset, "plan", embeddings, null
+
+
 def _dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images with the experiment's shape and labels; no files are read."""
     data, source = experiment.data, data_source(experiment.data)

@@ -1,5 +1,6 @@
 """`harness plan`: parameters, operations, memory and hours of every student before training."""
 
+import functools
 import math
 import tempfile
 from dataclasses import replace
@@ -11,22 +12,73 @@ from harness.config import schema
 from harness.config.experiment import Experiment
 from harness.config.schema import ImportedTeacher, micro_batch
 from harness.data.datasets import ON_DEVICE
+from harness.errors import UserError
 from harness.io.artifacts import size_text
 from harness.io.records import DataRecord
 from harness.students.run import assemble
 from harness.teachers.pipelines import is_pipeline
+from harness.teachers.stage import assemble as assemble_teacher
 from harness.training.ledger import measure
 from harness.training.lora import parameter_count
-from harness.workflow.dry_run import DryRunTrainer, dry_run_inputs, dry_run_pipeline
+from harness.training.run import TrainingRun
+from harness.workflow.dry_run import (
+    DryRunTrainer,
+    dry_run_data,
+    dry_run_inputs,
+    dry_run_pipeline,
+)
 
 PERIOD = 64  # iterations to average over; phases such as lazy R1 are less frequent than others
 GPUS = (24, 48, 80)  # GB of memory
 COPIES = 4  # float32 numbers per trained parameter: weight, gradient, Adam's two moments
+# What an estimate leaves out, for `gpu_percent`. On an H200, the peak of an iteration on the official
+# CIFAR-10 network was 0.95 to 1.06 times the estimate (SiD), and 1.66 times (DMD with LPIPS).
+CONTEXT = 2 << 30  # bytes of the CUDA context and of the libraries' workspaces
+ALLOWANCE = 1.25  # the allocator's fragments, copies of weights in bfloat16, temporary tensors
+LPIPS_ALLOWANCE = 2.0  # LPIPS' activations at its own resolution are not counted
 ASSUMED_PROMPTS = 1_000_000  # in a file that does not exist yet
 
 
-class Estimate:
-    """Cost of one run of a student, by iterations on the meta device. Memory is in bytes."""
+class TrainingEstimate:
+    """Cost of a training, by iterations on the meta device. Memory is in bytes."""
+
+    def _measure(self, run: TrainingRun, iterations: int) -> DryRunTrainer:
+        self.batch, self.micro_batch, self.ghost = run.batch, run.micro_batch, run.ghost_batch
+        # The compiler does not support meta tensors; the operations are the same.
+        switches = {"compile": False, "micro_batch": self.micro_batch}
+        # Two micro-batches cost per image as much as more of them.
+        loop, batch = run.loop.model_copy(update=switches), min(run.batch, 2 * self.micro_batch)
+        trainer = DryRunTrainer(replace(run, loop=loop, batch=batch))
+        for _ in range(iterations):
+            trainer.step()
+        # Per image that receives an update of the main network.
+        self.flops_per_image = trainer.ledger.flops / (iterations * batch)
+        self.parameters = parameter_count(trainer.networks[run.main])
+        self.trainable = sum(p.numel() for p in trainer.trainable[run.main])
+        trained = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
+        # Networks may share weights. Frozen weights of the main one are shared with its average.
+        networks = trainer.all_networks.values()
+        weights = {id(p): p.numel() for net in networks for p in net.parameters()}
+        self.saved = trainer.memory.peak  # for backward passes
+        held = sum(weights.values()) + self.trainable + (COPIES - 1) * trained
+        self.memory = 4 * held + self.saved
+        return trainer
+
+
+class TeacherEstimate(TrainingEstimate):
+    """Cost of training a teacher."""
+
+    def __init__(self, experiment: Experiment, name: str):
+        experiment = replace(experiment, device_setting="meta")
+        with torch.device("meta"):
+            run = assemble_teacher(experiment.teacher_job(name), *dry_run_data(experiment, name))
+            self._measure(run, 1)
+        self.images = experiment.teachers[name].images
+        self.flops = self.flops_per_image * self.images
+
+
+class Estimate(TrainingEstimate):
+    """Cost of one run of a student."""
 
     def __init__(self, experiment: Experiment, name: str):
         experiment = replace(experiment, device_setting="meta")
@@ -35,33 +87,15 @@ class Estimate:
         with torch.device("meta"), tempfile.TemporaryDirectory() as folder:
             inputs = dry_run_inputs(experiment, name, images=2)
             run = assemble(experiment.student_run(name, 0), inputs, Path(folder), "plan")
-            self.batch, self.micro_batch, self.ghost = run.batch, run.micro_batch, run.ghost_batch
-            # The compiler does not support meta tensors; the operations are the same.
-            switches = {"compile": False, "micro_batch": self.micro_batch}
-            # Two micro-batches cost per image as much as more of them.
-            loop, batch = run.loop.model_copy(update=switches), min(run.batch, 2 * self.micro_batch)
-            trainer = DryRunTrainer(replace(run, loop=loop, batch=batch))
             if needs.pairs:
                 shape, classes = inputs.teacher.image_shape, inputs.teacher.num_classes
                 with torch.no_grad(), measure({}) as cost:
                     labels = torch.zeros(1, dtype=torch.long) if classes else None
                     inputs.teacher(torch.zeros(1, *shape), torch.ones(1), labels)
                 self.pair_flops = cost.flops * needs.pairs * student.pairs.sampler.nfe
-            for _ in range(PERIOD):
-                trainer.step()
-        # Per image that receives a generator update.
-        self.flops_per_image = trainer.ledger.flops / (PERIOD * batch)
-        networks = dict(trainer.networks)
-        self.parameters = parameter_count(networks.pop("student"))
-        self.auxiliary = sum(p.numel() for net in networks.values() for p in net.parameters())
-        self.trainable = sum(p.numel() for p in trainer.trainable["student"])
-        trained = sum(p.numel() for ps in trainer.trainable.values() for p in ps)
-        # Networks may share weights. Frozen weights of the student are shared with its average.
-        networks = trainer.all_networks.values()
-        weights = {id(p): p.numel() for net in networks for p in net.parameters()}
-        self.saved = trainer.memory.peak  # for backward passes
-        held = sum(weights.values()) + self.trainable + (COPIES - 1) * trained
-        self.memory = 4 * held + self.saved
+            trainer = self._measure(run, PERIOD)
+        auxiliary = [net for net_name, net in trainer.networks.items() if net_name != run.main]
+        self.auxiliary = sum(p.numel() for net in auxiliary for p in net.parameters())
         pairs = 4 * needs.pairs * math.prod(inputs.teacher.image_shape)
         if not inputs.embeddings and pairs <= ON_DEVICE:  # otherwise pairs stay on the host
             self.memory += pairs
@@ -94,6 +128,45 @@ class Estimate:
         limit = int(room * self.micro_batch / self.saved) if self.saved else self.batch
         parts = limit // self.ghost
         return self.ghost * micro_batch(self.batch // self.ghost, parts) if parts > 0 else 0
+
+
+@functools.cache
+def gpu_percent(experiment: Experiment, kind: str, name: str) -> int:
+    """The share of one GPU's memory, in percent, that a training job requests from the workflow.
+
+    kind, name: a student ("run"; all its training seeds share the estimate) or a "teacher". 100,
+    the whole GPU, if a budget is in seconds, if a job spans several GPUs, and without an estimate:
+    of an imported teacher, and of a student whose teacher's network is unknown.
+    """
+    if experiment.exclusive or experiment.processes() > 1:
+        return 100
+    try:
+        memory = _training_memory(experiment, kind, name)
+    except UserError:
+        return 100
+    total = torch.cuda.get_device_properties(experiment.device).total_memory
+    return min(100, math.ceil(100 * memory / total))
+
+
+def _training_memory(experiment: Experiment, kind: str, name: str) -> float:
+    """Bytes on the GPU, with an allowance for what the estimate leaves out."""
+    allowance, real_images = ALLOWANCE, True
+    if kind == "teacher":
+        if isinstance(experiment.teachers[name], ImportedTeacher):
+            raise UserError(f"teachers.{name}: imported", "no-estimate")
+        memory = TeacherEstimate(experiment, name).memory
+    else:
+        needs = experiment.students[name].requirements
+        memory, real_images = Estimate(experiment, name).memory, needs.real_images
+        allowance = LPIPS_ALLOWANCE if needs.lpips else ALLOWANCE
+    images = 0
+    if real_images:  # before they are prepared, their number is unknown: at most ON_DEVICE
+        record = DataRecord.read_optional(experiment.paths.data / "data.json")
+        images = ON_DEVICE
+        if record is not None:
+            size = record.train_images * math.prod(record.image_shape)
+            images = size if size <= ON_DEVICE else 0  # larger ones stay on the host
+    return CONTEXT + allowance * memory + images
 
 
 def print_plan(experiment: Experiment, tflops: float) -> None:

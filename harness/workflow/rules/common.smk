@@ -43,6 +43,9 @@ envvars:
 ROOT = E.paths.root
 CONFIG = os.environ[SNAPSHOT]
 GPU = 0 if CLUSTER else int(E.device.startswith("cuda"))  # profiles/slurm requests GPUs
+# The share of a GPU in percent, of which profiles/default has 100. Feature networks, pairs and
+# scores have no estimate of their memory: such a job uses the whole GPU.
+WHOLE_GPU = 100 * GPU
 HARNESS = f"{shlex.quote(sys.executable)} -m harness"
 # Each job computes on one thread. With `--cores 8` on two cores, a job declares four of the eight
 # threads, and two jobs run.
@@ -50,6 +53,15 @@ THREADS = 1 if CLUSTER else math.ceil((workflow.cores or 1) / joblib.cpu_count()
 # A budget in seconds is fair only without other jobs on the machine.
 EXCLUSIVE_THREADS = workflow.cores if E.exclusive and not CLUSTER else THREADS
 EXCLUSIVE = {"slurm_extra": "--exclusive"} if E.exclusive else {}
+
+
+def gpu_percent(kind, name):
+    """What a training job requires of a GPU (`harness.workflow.plan.gpu_percent`)."""
+    if not GPU:
+        return 0
+    from harness.workflow import plan  # only where it is needed: it imports all networks
+
+    return plan.gpu_percent(E, kind, name)
 
 
 def one_of(names):

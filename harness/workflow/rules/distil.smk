@@ -47,6 +47,7 @@ use rule data as train with:
     resources:
         **EXCLUSIVE,
         gpu=GPU,
+        gpu_percent=lambda w: gpu_percent("run", w.student),
     params:
         command="train {student} {seed}",
         spec=student_spec,

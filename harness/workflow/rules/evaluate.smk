@@ -21,6 +21,7 @@ use rule data as score_references with:
         f"{ROOT}/logs/scores/teachers/{{teacher}}.log",
     resources:
         gpu=GPU,
+        gpu_percent=WHOLE_GPU,
     params:
         command="score-references {teacher}",
         spec=lambda w: spec(reference_fingerprint(SCORING, E.teachers[w.teacher].sampler)),

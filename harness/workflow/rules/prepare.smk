@@ -28,6 +28,7 @@ use rule data as features with:
         f"{ROOT}/benchmarks/features/{{features}}.tsv"
     resources:
         gpu=GPU,
+        gpu_percent=WHOLE_GPU,
     params:
         command="features {features}",
         spec=lambda w: spec(E.features_fingerprint(w.features)),
@@ -60,6 +61,9 @@ use rule features as teacher with:
     benchmark:
         f"{ROOT}/benchmarks/teachers/{{teacher}}.tsv"
     priority: 10
+    resources:
+        gpu=GPU,
+        gpu_percent=lambda w: gpu_percent("teacher", w.teacher),
     params:
         command="teacher {teacher}",
         spec=lambda w: spec(E.teacher_fingerprint(w.teacher)),
@@ -78,6 +82,7 @@ use rule data as pairs with:
     resources:
         **EXCLUSIVE,
         gpu=GPU,
+        gpu_percent=WHOLE_GPU,
     params:
         command="pairs {pairs}",
         spec=lambda w: spec(E.pairs_fingerprint(w.pairs)),
