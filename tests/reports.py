@@ -25,12 +25,16 @@ HELD_OUT = 359
 
 
 def tidy_table(
-    experiment, numbers: dict[tuple, dict], flags: dict | None = None, features: int = 64
+    experiment,
+    numbers: dict[tuple, dict],
+    flags: dict | None = None,
+    features: int = 64,
+    devices: dict | None = None,
 ) -> pd.DataFrame:
     """`collect`'s table of last snapshots.
 
     numbers: (metric, extractor) -> row -> one value per training seed, or a status. flags: (row,
-    extractor) -> flags. The sample count is the main one, HELD_OUT for the floor. features: the
+    extractor) -> flags. devices: row -> device, default "cpu". The sample count is the main one, HELD_OUT for the floor. features: the
     dimension of all extractors.
     """
     rows = []
@@ -54,6 +58,7 @@ def tidy_table(
                         "reference": "digits", "value": value, "stderr": 0.1, "protocol": column,
                         "flag": (flags or {}).get((student, extractor), ""),
                         "status": scores if text else "ok", "final": True, "grid": "images flops",
+                        "device": (devices or {}).get(student, "cpu"),
                         "leave_out": [] if text else left, "features": features, "column": column,
                     }  # fmt: skip
                     rows.append(row)
@@ -71,7 +76,7 @@ def write_run(experiment, student: str, seed: int, **fields) -> None:
         "experiment": experiment.name, "student": student, "seed": seed, "method": "sid",
         "paper": "p", "data_free": True, "deviations": [], "settings": {}, "changed_settings": {},
         "freeze": "none", "teacher": "edm", "trained_against": [], "pretraining": [],
-        "device": "cpu", "processes": 1, "nfe": 1, "parameters": 1, "frozen_fraction": 0.0,
+        "device": "cpu", "device_name": "cpu", "processes": 1, "nfe": 1, "parameters": 1, "frozen_fraction": 0.0,
         "inputs": {}, "snapshots": [], "contended": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,16 @@ def test_columns_with_one_protocol_are_compared(tmp_path, capsys):
     assert pd.isna(table["one"]["sim"]) and set(table.protocol) == {digest(PROTOCOL)}
 
 
+def test_a_table_of_an_earlier_version_has_no_devices(tmp_path):
+    path = write(tmp_path / "a") / "tables" / "metrics.csv"
+    assert read_results(tmp_path / "a").final.device.isna().all()
+    table = pd.read_csv(path).drop(columns="device")
+    table.to_csv(path, index=False)
+    assert read_results(tmp_path / "a").final.device.isna().all()
+    table.assign(device="NVIDIA H200").to_csv(path, index=False)
+    assert set(read_results(tmp_path / "a").final.device) == {"NVIDIA H200"}
+
+
 def test_two_protocols_are_never_in_one_column(tmp_path, capsys):
     other = PROTOCOL | {"extractor_sha256": {"weights": "b" * 64}, "quantisation": "none"}
     a = write(tmp_path / "a", "one")

@@ -47,6 +47,8 @@ def test_metrics_csv_is_tidy(finished, experiment):
     protocols = json.loads((finished.results / "manifest.json").read_text())["protocols"]
     assert set(table.protocol) == set(protocols)
     assert set(table.reference) == {"digits-train1438"}
+    assert set(table.device) == {"cpu"}
+    assert "trained and scored on cpu" in (finished.results / "tables/comparison.md").read_text()
 
 
 def test_the_last_snapshot_has_all_sampling_seeds_and_the_others_the_first(experiment):

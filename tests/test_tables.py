@@ -215,3 +215,24 @@ def test_a_distance_of_fewer_samples_than_features_has_a_note(make, floor):
 
     assert len(notes(few)) == 1 + floor and notes(many) == []
     assert all(note in page(experiment, few).words for note in notes(few))
+
+
+def test_tables_name_the_devices_of_runs(make):
+    """One sentence if all are the same, otherwise the device of every run."""
+    experiment = make("tiny-cnn", "tiny-clip")
+    scores = {("fd", "tiny-cnn"): {"teacher": [0.5]} | ASCENDING}
+    summary = summarise(experiment, tidy_table(experiment, scores))
+    assert "All networks were trained and scored on cpu." in summary.notes
+    assert "device" not in text_table(summary, ["fd_n400_tiny-cnn"])
+    assert set(wide(summary).device) == {"cpu"}
+
+    gpus = {"teacher": "NVIDIA H200", "s1": "NVIDIA H200", "s2": "NVIDIA H100, scored on cpu"}
+    table = tidy_table(experiment, scores, devices=gpus)
+    summary = summarise(experiment, table)
+    (note,) = (note for note in summary.notes if note.startswith("Devices"))
+    assert "teacher, s1: NVIDIA H200; s2: NVIDIA H100, scored on cpu; s3: cpu." in note
+    expected = [*gpus.values(), "cpu"]
+    assert list(text_table(summary, ["fd_n400_tiny-cnn"]).device) == expected
+    assert list(wide(summary).device) == expected
+    assert "device" in headline(experiment, summary).splitlines()[0]
+    assert note.replace("`", "") in page(experiment, table).words

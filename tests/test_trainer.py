@@ -401,6 +401,17 @@ def test_damaged_or_foreign_state_is_rejected(tmp_path, damage, code, file):
     assert "\n" not in str(error.value) and str(tmp_path / file) in str(error.value)
 
 
+def test_the_record_names_all_devices_of_a_run(tmp_path, monkeypatch):
+    def record(folder, images):
+        run = run_of(folder, budget=[{"unit": "images", "amount": images}])
+        return train(run).record("r")["device_name"]
+
+    assert record(tmp_path / "a", 32) == "cpu"
+    monkeypatch.setattr("harness.training.run.device_name", lambda device: "NVIDIA H200")
+    assert record(tmp_path / "b", 32) == "NVIDIA H200"
+    assert record(tmp_path / "a", 64) == record(tmp_path / "a", 96) == "cpu and NVIDIA H200"
+
+
 def test_average_follows_its_half_life(tmp_path):
     outcome = fit(tmp_path, ema_half_life=16, ema_ramp_up=1e9)
     states = load_file(tmp_path / "state-00000008.safetensors")

@@ -32,6 +32,7 @@ from harness.precision import set_precision
 from harness.sampling import Generator, heun, one_step_generator, placed_for_sampling, sample
 from harness.teachers.text_embeddings import load_embeddings
 from harness.training.distributed import processes
+from harness.training.ledger import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ class ScoreFile:
             samples=samples,
             tf32=self.scoring.evaluation.tf32,
             precision=self.scoring.evaluation.precision,
+            device_name=device_name(self.scoring.device),
             protocols=scorer.protocols,
             dimensions=scorer.dimensions,
             **facts,
@@ -252,6 +254,7 @@ def score_run(scoring: Scoring, job: StudentRun, output: Path) -> None:
         file.add(facts, *inputs, keep=keep, per_image=final, **source.networks)
     facts = {"student": job.student.name, "seed": job.seed, "weights": run.sha256}
     facts |= {"method": run.method, "contended": run.contended}
+    facts["trained_on"] = run.device_name or (None if run.released else run.device)
     facts["released"] = None if run.released is None else True
     file.write(fingerprint(scoring), **facts)
 
@@ -304,6 +307,7 @@ def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
         inputs = generate, denoiser.image_shape, teacher.sha256, identity
         file.add(common | facts, *inputs, keep=max(count, grid), per_image=name == "teacher")
     facts = {"teacher": job.name, "weights": teacher.sha256}
+    facts["trained_on"] = teacher.device_name or teacher.device
     if scorer.first:  # samples of the first sampling seed, for other libraries
         kept = {key: file.images[key] for key in ("pixels", "labels")}
         path = output.with_suffix(".kept.safetensors")

@@ -86,6 +86,7 @@ class TrainingFacts(Record):
     sha256: str | None = None
     stop: Stop | None = None  # the budget that ended the training
     tf32: bool | None = None  # whether TensorFloat-32 was allowed where training used float32
+    device_name: str | None = None  # where it was trained: "NVIDIA H200", "cpu"
     skipped_steps: dict[str, int] | None = None  # phase -> steps with a non-finite gradient
     ledger: Costs | None = None  # totals (`harness.training.ledger`)
 
@@ -240,6 +241,8 @@ class ScoreRecord(Record):
     fingerprint: str
     contended: bool = False
     released: bool | None = None  # weights that were not trained here
+    device_name: str | None = None  # where it was scored: "NVIDIA H200", "cpu"
+    trained_on: str | None = None  # `device_name` of the network's record
     tf32: bool  # whether sampling was allowed TensorFloat-32; feature networks never are
     precision: str = "fp32"  # of the sampled networks; feature networks always compute in fp32
     entries: list[ScoreEntry]

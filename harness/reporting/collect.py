@@ -19,11 +19,12 @@ SCHEMA = 2
 COLUMNS = (
     *("schema", "experiment", "student", "method", "seed", "snapshot", "nfe", "ema"),
     *("images", "flops", "seconds", "sample_seed", "metric", "extractor", "num_samples"),
-    *("reference", "value", "stderr", "protocol", "flag", "status"),
+    *("reference", "value", "stderr", "protocol", "flag", "status", "device"),
 )
+OPTIONAL = ("device",)  # not in the tables of earlier versions
 INTEGERS = ("seed", "nfe", "sample_seed", "num_samples")
 NUMBERS = (*INTEGERS, "ema", "images", "flops", "seconds", "value", "stderr")
-TEXTS = ("experiment", "student", "metric", "extractor", "protocol", "flag", "status")
+TEXTS = ("experiment", "student", "metric", "extractor", "protocol", "flag", "status", "device")
 RERUN = "run the workflow again: it scores again and trains nothing"
 
 
@@ -59,8 +60,9 @@ def flatten(record: dict, prefix: str = "") -> dict:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """Read a metrics.csv of any experiment. It must have this version's schema, all columns, at
-    least one row, and finite numbers (`UserError` with code "schema" or "damaged")."""
+    """Read a metrics.csv of any experiment. It must have this version's schema, all columns but
+    OPTIONAL ones, which are empty if missing, at least one row, and finite numbers (`UserError`
+    with code "schema" or "damaged")."""
 
     def error(reason: str, code: str = "damaged") -> UserError:
         return UserError(f"{path}: {reason}; {RERUN}", code)
@@ -74,6 +76,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
     found = ", ".join(map(str, table["schema"].unique())) if "schema" in table else "none"
     if found != str(SCHEMA):
         raise error(f"schema {found}, but this version reads schema {SCHEMA}", "schema")
+    table = table.assign(**{name: None for name in OPTIONAL if name not in table})
     if missing := [column for column in COLUMNS if column not in table]:
         raise error(f"columns are missing: {', '.join(missing)}")
     for column in NUMBERS:
@@ -139,6 +142,16 @@ def current_scores(
     return scores if current else None
 
 
+def device_text(scores: ScoreRecord, trained: bool = True) -> str | None:
+    """Where the network of a score file was trained, and where it was scored if that is another
+    device: "NVIDIA H200" or "NVIDIA H200, scored on cpu". Only where it was scored, for networks
+    that were not trained here and for real images (`trained`: False). None if unknown."""
+    trained_on = scores.trained_on if trained else None
+    if trained_on is None or scores.device_name in (None, trained_on):
+        return trained_on or scores.device_name
+    return f"{trained_on}, scored on {scores.device_name}"
+
+
 def _score_rows(scores: ScoreRecord, names: dict[str | None, str]) -> Iterator[dict]:
     """The tidy rows of a score file. names: entries (None: a student's snapshots) -> `student`."""
     for entry in [entry for entry in scores.entries if entry.student in names]:
@@ -152,6 +165,7 @@ def _score_rows(scores: ScoreRecord, names: dict[str | None, str]) -> Iterator[d
             facts["flag"] = " ".join(filter(None, flags))
             facts["reference"] = scores.protocols[row.protocol]["reference"]
             facts["features"] = scores.dimensions.get(row.extractor)
+            facts["device"] = device_text(scores, trained=entry.student != "floor")
             yield row.model_dump(exclude_none=True) | facts
 
 

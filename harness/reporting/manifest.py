@@ -22,7 +22,7 @@ PACKAGES = (
     *("clean-fid", "scipy", "numpy", "pandas", "matplotlib", "altair", "snakemake", "pydantic"),
     "scikit-learn",
 )
-RUN_FACTS = {"run_id", "sha256", "stop", "device"}
+RUN_FACTS = {"run_id", "sha256", "stop", "device", "device_name"}
 FEATURE_FACTS = {"sha256", "held_out_accuracy", "aesthetic", "unavailable"}
 
 
@@ -67,7 +67,7 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[P
         if (record := feature_record(experiment, name))
     }
     # The devices of the runs: a cluster may write the report on a machine without a GPU.
-    used = ", ".join(sorted({run["device"] for run in runs.values()}))
+    used = ", ".join(sorted({run["device_name"] or run["device"] for run in runs.values()}))
     return {
         "schema": 1,
         "experiment": experiment.name,

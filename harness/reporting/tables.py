@@ -31,7 +31,7 @@ COLUMNS = (
 )
 STUDENT_COLUMNS = (
     *("student", "method", "seeds", "nfe", "parameters", "frozen", "data_free"),
-    *("images", "flops", "seconds", "flag", "status"),
+    *("images", "flops", "seconds", "device", "flag", "status"),
 )
 OF_EXTRACTORS = ("trained-on-extractor", "shares-pretraining")  # flags
 SELECTED = ("student", "column", "mean", "std", "among")  # columns of `Summary.selected`
@@ -153,6 +153,11 @@ def _flags(flags: pd.Series, *names: str) -> str:
     return " ".join(name for name in names if name in present)
 
 
+def _devices(rows: pd.DataFrame) -> str | None:
+    """The devices of some rows; None if they are unknown."""
+    return " and ".join(rows.device.dropna().unique()) or None
+
+
 def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
     """STUDENT_COLUMNS of one student or reference row."""
     seeds = sorted(rows.seed.dropna().unique())
@@ -167,6 +172,7 @@ def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
         if records[0].ledger:
             for unit in ("images", "flops", "seconds"):
                 student[unit] = sum(getattr(r.ledger, unit) for r in records) / len(records)
+    student["device"] = _devices(rows)
     student["flag"] = _flags(rows.flag, "contended")
     failed = rows[(rows.status != "ok") & ~is_unavailable(rows.status)]
     share = f"{len(failed)} of {len(seeds)} " if len(seeds) > 1 else ""
@@ -179,6 +185,7 @@ def _student(experiment: Experiment, name: str, rows: pd.DataFrame) -> dict:
 
 def _notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     yield from _protocol_notes(experiment, table)
+    yield from _device_notes(table)
     yield from _selection_notes(experiment, table)
     yield from _teacher_notes(experiment)
     yield from _student_notes(experiment)
@@ -226,6 +233,21 @@ def _protocol_notes(experiment: Experiment, table: pd.DataFrame) -> Iterator[str
         yield (
             f"`best of {len(sampling)}`: the best sampling seed, as papers often publish it. It "
             "improves with the number of seeds; compare it only with such numbers."
+        )
+
+
+def _device_notes(table: pd.DataFrame) -> Iterator[str]:
+    rows = table[table.device.notna()]
+    if rows.device.nunique() == 1:
+        yield f"All networks were trained and scored on {rows.device.iloc[0]}."
+    elif len(rows):
+        names: dict[str | None, list[str]] = {}
+        for name, group in rows.groupby("student", sort=False):
+            names.setdefault(_devices(group), []).append(name)
+        texts = [f"{', '.join(found)}: {device}" for device, found in names.items()]
+        yield (
+            f"Devices of the runs: {'; '.join(texts)}. Compare `seconds` on one device only; "
+            "between devices, scores of the same weights differ by rounding."
         )
 
 
@@ -361,6 +383,8 @@ def text_table(
         table[heading] = students[fact].map(form.format, na_action="ignore")
     table = table.astype(object).where(table.notna(), MISSING)
     table["seconds"] = list(map(flagged, table.seconds, students.flag))
+    if students.device.nunique() > 1:
+        table["device"] = students.device.fillna(MISSING)
     if (students.status != "ok").any():
         table["status"] = students.status
     return table

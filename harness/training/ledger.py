@@ -74,6 +74,11 @@ def measure(networks: Mapping[str, nn.Module], processes: int = 1) -> Iterator[C
         cost.flops = counter.get_total_flops() * processes
 
 
+def device_name(device: str) -> str:
+    """The product name of a GPU, such as "NVIDIA H200"; "cpu" for the host."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def peak_memory(device: str) -> int:
     """Peak bytes of the device's allocator; on CPU, of this process."""
     if device.startswith("cuda"):

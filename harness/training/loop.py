@@ -5,6 +5,7 @@ change starts a new run. The folder of a run holds
     state.json, state-<step>.safetensors    the state to resume from
     snapshots/images-<n>/                   exported averaged weights, snapshot.json
     train.csv                               one row per tick
+    devices.json                            names of the devices that it was trained on
 """
 
 import contextlib
@@ -117,7 +118,7 @@ def _outcome(run: TrainingRun, snapshots: list[dict], nonfinite: dict[str, int])
     ledger = Ledger(**last["ledger"])
     on_grid = [record for record in earlier if record["grid"]]
     stop = ledger.reached(run.budget)
-    return Outcome(stop, ledger, [*on_grid, last], nonfinite, run.loop.tf32)
+    return Outcome(stop, ledger, [*on_grid, last], nonfinite, run.loop.tf32, run.devices)
 
 
 def _outcome_at_snapshot(run: TrainingRun, state: dict) -> Outcome | None:
@@ -175,6 +176,8 @@ def train(run: TrainingRun) -> Outcome:
             logger.info("resumed at %d images from %s", trainer.ledger.images, run.folder)
         state = None  # frees the memory of its tensors
     start = trainer.iteration, trainer.ledger.images
+    if first:
+        run.note_device(resumed=start[0] > 0)
     with training_log(run, *start) if first else contextlib.nullcontext() as log:
         try:
             TrainingLoop(trainer, snapshots).finish(log)

@@ -11,8 +11,11 @@ from torch import nn
 from harness import __version__
 from harness.config.schema import Grid, LoopSettings, Switches, micro_batch
 from harness.context import TrainingData
+from harness.io.artifacts import read_json, write_json
 from harness.method import Phase
-from harness.training.ledger import Ledger
+from harness.training.ledger import Ledger, device_name
+
+DEVICES = "devices.json"  # in the folder of a run
 
 
 def loop_settings(training: LoopSettings, switches: Switches, tick_images: int) -> LoopSettings:
@@ -53,6 +56,17 @@ class TrainingRun:
         ghost, limit = self.ghost_batch, self.loop.micro_batch
         return ghost * micro_batch(self.batch // ghost, limit and max(1, limit // ghost))
 
+    @property
+    def devices(self) -> list[str]:
+        """Names of the devices that the run was trained on, in order."""
+        path = self.folder / DEVICES
+        return read_json(path, owner=self.folder) if path.exists() else []
+
+    def note_device(self, resumed: bool) -> None:
+        """Add this machine's device to `devices`, which a run that is not resumed starts anew."""
+        known, name = self.devices if resumed else [], device_name(self.device)
+        write_json(self.folder / DEVICES, [*known, name] if name not in known else known)
+
     def snapshot(self, name: str) -> Path:
         return self.folder / "snapshots" / name
 
@@ -66,6 +80,7 @@ class Outcome:
     snapshots: list[dict]
     nonfinite: dict[str, int]
     tf32: bool
+    devices: list[str]
 
     def record(self, run_id: str) -> dict[str, Any]:
         """The fields that the records of all trained networks share (`io.records`)."""
@@ -76,6 +91,7 @@ class Outcome:
             "sha256": self.snapshots[-1]["sha256"],
             "stop": self.stop,
             "tf32": self.tf32,
+            "device_name": " and ".join(self.devices) or None,
             "skipped_steps": self.nonfinite,
             "ledger": self.ledger.model_dump(),
         }

@@ -31,8 +31,8 @@ from harness.workflow.dry_run import (
 PERIOD = 64  # iterations to average over; phases such as lazy R1 are less frequent than others
 GPUS = (24, 48, 80)  # GB of memory
 COPIES = 4  # float32 numbers per trained parameter: weight, gradient, Adam's two moments
-# What an estimate leaves out, for `gpu_percent`. On an H200, the peak of an iteration on the official
-# CIFAR-10 network was 0.95 to 1.06 times the estimate (SiD), and 1.66 times (DMD with LPIPS).
+# What an estimate leaves out, for `gpu_percent`. On an H200, the peak of an iteration on the
+# official CIFAR-10 network was 0.95 to 1.06 times the estimate (SiD), or 1.66 times (DMD, LPIPS).
 CONTEXT = 2 << 30  # bytes of the CUDA context and of the libraries' workspaces
 ALLOWANCE = 1.25  # the allocator's fragments, copies of weights in bfloat16, temporary tensors
 LPIPS_ALLOWANCE = 2.0  # LPIPS' activations at its own resolution are not counted

@@ -303,7 +303,7 @@ def training(content: Content) -> Iterator[Markup]:
             "images/s": number_text(log.images_per_second.median()),
             "seconds": f"{ledger.seconds:,.0f}",
             "peak GiB": number_text(ledger.peak_memory, ".2f", 2**30),
-            "device": record.device,
+            "device": record.device_name or record.device,
             "weights (sha256)": html.hash(record.sha256),
         }
         rows.append(row)
