@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -225,3 +226,23 @@ def test_values_that_are_not_finite_are_counted_when_a_block_is_delivered():
     broken = nn.Threshold(0.5, math.nan)  # of a codec, with finite latents
     with pytest.raises(UserError, match="4 of 4"):
         next(sample(lambda z, *_: z, 8, (1, 8, 8), 10, seed=0, block=4, codec=broken))
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_a_gpu_while_it_samples():
+    denoiser, settings = Echo().cuda(), {"steps": 3, "s_churn": 5.0}
+
+    def images(device):
+        blocks = sample(
+            partial(heun, denoiser.to(device), **settings), 20, (3, 8, 8), 10, 0, device, block=4
+        )
+        return torch.cat([x for x, _ in blocks])
+
+    expected = images("cpu")
+    images("cuda")  # the first use checks the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = images("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected)

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from harness.evaluation.neighbours import nearest
 from harness.evaluation.references import Reference
 from harness.features.base import FeatureExtractor
 from harness.io.shards import TensorShards
+from harness.precision import full_precision
 from harness.training.distributed import processes
+from harness.transfers import to_device
 
 NEAREST = 10  # image pairs in the figure of nearest neighbours
 KEPT_BYTES = 2 << 30  # of images that a score file holds
@@ -41,16 +44,23 @@ def stored_images(shards: TensorShards) -> int:
 
 class NearestImages:
     """The generated images that are nearest to a training image, in one extractor's features;
-    images of another size than the training part `train` are ignored."""
+    images of another size than the training part `train` are ignored. device: where to search."""
 
-    def __init__(self, extractor: str, reference: Reference, train: Images):
+    def __init__(self, extractor: str, reference: Reference, train: Images, device: str = "cpu"):
         self.extractor, self.reference, self.train = extractor, reference, train
+        self.device = device
         self.best: dict[str, Tensor] = {}  # pixels, distance and neighbour (in `reference`)
 
+    @cached_property
+    def _reference(self) -> Tensor:
+        return to_device(self.reference.features, self.device)
+
+    @full_precision()
     def add(self, pixels: Tensor, features: Tensor) -> None:
         if pixels.shape[1:] != self.train.pixels.shape[1:]:
             return
-        distance, neighbour = (t.cpu() for t in nearest(features, self.reference.features))
+        found = nearest(to_device(features, self.device), self._reference)
+        distance, neighbour = (t.cpu() for t in found)
         candidates = {"pixels": pixels, "distance": distance, "neighbour": neighbour}
         if self.best:
             candidates = {k: torch.cat([self.best[k], t]) for k, t in candidates.items()}

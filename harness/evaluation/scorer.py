@@ -137,8 +137,8 @@ class Scorer:
         counts, search, logged = counts or self.counts, None, time.monotonic()
         extractors = [e for e in self.extractors if only is None or e.name == only.extractor]
         if keep is not None and self.nearest_in is not None:
-            reference = self.references[self.nearest_in]
-            search = NearestImages(self.nearest_in, reference, self.dataset.train)
+            inputs = self.references[self.nearest_in], self.dataset.train, self.scoring.device
+            search = NearestImages(self.nearest_in, *inputs)
         available = [extractor for extractor in extractors if not extractor.unavailable]
         options = keep or 0, search, shards, self.checkpoints
         accumulator = FeatureAccumulator(available, self.dataset.attributes, *options)

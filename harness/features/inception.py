@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from harness.config.schema import FeatureSettings
 from harness.errors import UserError
 from harness.features.base import FEATURES, PretrainedExtractor, PretrainedSettings
+from harness.features.resize import in_threads
 from harness.io.downloads import fetch, load_pickled
+from harness.transfers import to_device
 
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -80,9 +82,10 @@ class InceptionExtractor(PretrainedExtractor):
 
             images = rgb.movedim(1, -1).cpu().numpy()
             if protocol == "coco":  # this leaves images of 256 x 256 unchanged
-                images = map(make_resizer("PIL", True, "lanczos", (256, 256)), images)
-            images = map(make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images)
-            return torch.stack(list(map(torch.from_numpy, images))).movedim(-1, 1).to(self.device)
+                images = in_threads(make_resizer("PIL", True, "lanczos", (256, 256)), images)
+            images = in_threads(make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images)
+            x = torch.stack(list(map(torch.from_numpy, images))).movedim(-1, 1)
+            return to_device(x, self.device)
         if protocol == "patch":
             height, width = rgb.shape[2:]
             if min(height, width) < SIZE:
@@ -93,7 +96,7 @@ class InceptionExtractor(PretrainedExtractor):
         from torch_fidelity import interpolate_compat_tensorflow as compatible
 
         resize = compatible.interpolate_bilinear_2d_like_tensorflow1x  # without antialiasing
-        return resize(rgb.to(self.device).float(), size=(SIZE, SIZE), align_corners=False)
+        return resize(to_device(rgb, self.device).float(), size=(SIZE, SIZE), align_corners=False)
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         features, logits = self.network(x)

@@ -16,6 +16,7 @@ from harness.features.base import FEATURES
 from harness.features.train import TrainedExtractor, TrainedSettings, augmented
 from harness.io.artifacts import load_tensors
 from harness.io.records import FeatureRecord
+from harness.transfers import to_device
 
 CONTEXT_LENGTH = 16  # tokens; the usual 77 would only cost time for short captions
 
@@ -142,6 +143,6 @@ class SmallCLIPExtractor(TrainedExtractor):
         features = self.network.features(x)
         outputs = {"features": features, "aesthetic": self.head(features)}
         if labels is not None:
-            captions = self.class_features[labels.to(self.device)]
+            captions = self.class_features[to_device(labels, self.device)]
             outputs["text_similarity"] = (features * captions).sum(dim=1)
         return outputs

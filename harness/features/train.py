@@ -25,6 +25,7 @@ from harness.method import OptimizerConfig, Phase
 from harness.streams import seeded
 from harness.training.loop import train
 from harness.training.run import TrainingRun, loop_settings
+from harness.transfers import to_device
 
 WEIGHTS = "features.safetensors"
 
@@ -77,7 +78,7 @@ class TrainedExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        outputs = self.outputs(to_model_space(pixels.to(self.device)), labels)
+        outputs = self.outputs(to_model_space(to_device(pixels, self.device)), labels)
         return {name: output.cpu() for name, output in outputs.items()}
 
     def make(self, job: FeatureJob) -> FeatureRecord:
