@@ -81,15 +81,15 @@ def balanced_labels(index: Tensor, num_classes: int, stream: Stream) -> Tensor |
     if not num_classes:
         return None
     rounds, row = (index // num_classes).unique(return_inverse=True)
-    orders = torch.stack([_order(stream.name, int(number), num_classes) for number in rounds])
+    orders = _orders(stream.name, tuple(rounds.tolist()), num_classes)
     return orders.to(index.device)[row, index % num_classes]
 
 
 @lru_cache(maxsize=4)
-def _order(stream: str, number: int, num_classes: int) -> Tensor:
-    """A random permutation of all classes or prompts; cached, since a round has many blocks."""
-    uniform = Stream(stream).uniform(torch.tensor([number]), (num_classes,))
-    return uniform[0].argsort(stable=True)
+def _orders(stream: str, rounds: tuple[int, ...], num_classes: int) -> Tensor:
+    """A random permutation of all classes or prompts for each round, `(rounds, num_classes)`;
+    cached, since a round of prompts has many blocks."""
+    return Stream(stream).uniform(torch.tensor(rounds), (num_classes,)).argsort(dim=1, stable=True)
 
 
 def noise_and_labels(

@@ -23,13 +23,13 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
 
 
 class HostCopy:
-    """Tensors of one device on their way to the host. The device copies them into pinned memory
-    after the work that is launched before."""
+    """Tensors of one device on their way to the host. A GPU copies them into pinned, contiguous
+    memory after the work that was launched before."""
 
     def __init__(self, *tensors: Tensor):
         self._tensors, self._copied = tensors, None
         if tensors[0].is_cuda:
-            self._tensors = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
+            self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
             for host, tensor in zip(self._tensors, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
             self._copied = torch.cuda.current_stream(tensors[0].device).record_event()

@@ -14,9 +14,11 @@ from harness.sampling import (
     heun,
     noise_and_labels,
     one_step_generator,
+    placed_for_sampling,
     sample,
     step_noise,
 )
+from harness.streams import Stream
 from harness.transfers import ahead
 
 NETWORK = {
@@ -141,6 +143,10 @@ def test_labels_are_balanced_and_depend_on_the_index():
     assert torch.equal(part, labels[137:151])
     assert not torch.equal(labels, noise_and_labels(torch.arange(1000), (1,), 10, seed=1)[1])
     assert not torch.equal(labels[:10], labels[10:20])
+    stream = Stream(0, "evaluation", "label")  # of each round by itself
+    for number in (0, 57):
+        order = stream.uniform(torch.tensor([number]), (10,))[0].argsort(stable=True)
+        assert torch.equal(labels[10 * number :][:10], order)
 
 
 def test_saved_denoiser_is_loaded_unchanged(tmp_path):
@@ -246,3 +252,14 @@ def test_the_host_does_not_wait_for_a_gpu_while_it_samples():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "layout"), [("fp32", False), ("bf16", True)])
+def test_half_precision_samples_in_channels_last_on_a_gpu(precision, layout):
+    denoiser = placed_for_sampling(tiny_denoiser().cuda(), precision)
+    weights = [
+        p for p in denoiser.parameters() if p.dim() == 4 and p.shape[2] > 1 and p.shape[1] > 1
+    ]
+    assert weights
+    assert {p.is_contiguous(memory_format=torch.channels_last) for p in weights} == {layout}

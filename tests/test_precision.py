@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,14 @@ from harness.features import base as features
 from harness.features.base import FEATURES, FeatureExtractor
 from harness.features.classifiers import ResNet
 from harness.precision import full_precision, set_precision
+from harness.sampling import heun
+from harness.streams import PAIR_NOISE
 from harness.students import run as students
 from harness.teachers import pairs, text_embeddings
 from harness.teachers import stage as teachers
 from harness.validation import parse_experiment
 from tests.conftest import DATA, ROOT
+from tests.test_denoiser import tiny_denoiser
 from tests.test_scoring import score_held_out, scoring  # noqa: F401
 
 OFF, ON = (False, False, False), (True, True, True)
@@ -236,6 +240,28 @@ def test_fingerprints_contain_tf32_where_it_changes_results(tiny):
     assert {n for n in after if after[n] != before[n]} == {"pairs", "run with pairs", "scores"}
     experiment = parse_experiment(tiny, "tiny.yaml")
     assert experiment.pair_job(next(iter(experiment.pair_sets))).precision == "bf16"
+
+
+def test_pairs_are_generated_in_the_precision_of_sampling(tiny):
+    tiny["evaluation"]["block"] = 4
+    experiment, network, seen = parse_experiment(tiny, "tiny.yaml"), tiny_denoiser(channels=1), []
+    network.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    made = {}
+    for precision in ("fp32", "bf16"):
+        job = experiment.pair_job(next(iter(experiment.pair_sets)))
+        job, rows = replace(job, precision=precision), range(16, 22)
+        seen.clear()
+        made[precision], cost = pairs._make_shard(job, network, (10, None), rows)
+        steps = job.pairs.sampler.nfe
+        assert seen == [precision == "bf16"] * (1 + 2 * steps)  # one to count FLOPs, two blocks
+        assert cost["flops"] > 0
+    index, (full, half) = torch.arange(16, 22), made.values()
+    z = PAIR_NOISE.normal(index, (1, 8, 8))
+    with torch.no_grad():
+        expected = heun(network, z, full["condition"], **job.pairs.sampler.model_dump()).float()
+    torch.testing.assert_close(full["x"], expected)
+    assert torch.equal(full["condition"], half["condition"])
+    assert half["x"].dtype == torch.float32 and not torch.equal(half["x"], full["x"])
 
 
 def test_every_sampling_precision_is_a_protocol_of_its_own(scoring):  # noqa: F811

@@ -60,7 +60,7 @@ def _cubic(x: float, a: float = -0.5) -> float:
 
 @cache
 def _weights(source: int, target: int, device: torch.device) -> tuple[Tensor, int]:
-    """Integer weights `(target, source)`, in float64, and the integer that stands for one: the
+    """Integer weights `(target, source)`, in float64, and the integer that represents 1: the
     largest power of two with which they fit into 16 bits."""
     scale = source / target
     stretch = max(scale, 1.0)  # antialiasing widens the kernel
