@@ -2,10 +2,16 @@
 
 Arguments, module names and shapes are those of the official checkpoints. Under autocast the image
 path runs in bfloat16, but the embedding in float32: its phases reach hundreds of radians.
+
+A forward pass is plain or fused. The fused one runs where `harness.kernels` allows it, usually on a
+GPU, if the weights are in channels-last memory: activations are then channels-last, too, weights
+are cast to the dtype of the activations once per update, convolutions add no bias of their own, and
+everything between them is one kernel (`harness.networks.fused`).
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -15,15 +21,20 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness import kernels
+from harness.networks import fused
+
+Weights = Mapping[nn.Parameter, Tensor]  # parameters of convolutions in the activations' dtype
+
 
 class EmbeddingLinear(nn.Linear):
-    """A linear layer of the embedding, always in float32."""
+    """A linear layer of the embedding, always in the dtype of its weight: float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:  # autocast does not support meta tensors
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -63,7 +74,8 @@ class Conv2d(nn.Module):
     def _depthwise(self, x: Tensor, gain: float = 1.0) -> Tensor:
         return (gain * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights | None = None) -> Tensor:
+        """weights: of a fused pass."""
         padding = self.kernel // 2
         if self.resample == "fused_down":
             x = F.conv2d(x, self.weight.to(x.dtype), padding=padding + self.filter_padding)
@@ -79,8 +91,19 @@ class Conv2d(nn.Module):
         elif self.resample == "up":
             x = F.conv_transpose2d(x, self._depthwise(x, gain=4.0), **depthwise)
         if self.kernel:
-            x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+            weight = self.weight if weights is None else weights[self.weight]
+            x = F.conv2d(x, weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
         return x
+
+    def fused(self, x: Tensor, weights: Weights) -> Tensor:
+        """The result without the bias, which the following operation adds."""
+        padding, taps = self.kernel // 2, getattr(self, "resample_filter", None)
+        if self.resample == "fused_down":
+            x = F.conv2d(x, weights[self.weight], padding=padding + self.filter_padding)
+            return fused.resampled(x, taps, False, 0)
+        if self.resample:
+            x = fused.resampled(x, taps, self.resample.endswith("up"), self.filter_padding)
+        return F.conv2d(x, weights[self.weight], padding=padding) if self.kernel else x
 
 
 class NoiseEmbedding(nn.Module):
@@ -139,25 +162,35 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(outputs, outputs * 3, 1)
             self.proj = Conv2d(outputs, outputs, 1)
 
-    def _attention(self, x: Tensor) -> Tensor:
-        """Self-attention over pixels, as tokens `(B, H·W, C)` (no copy if x is channels-last)."""
+    def _attention(self, x: Tensor, weights: Weights | None = None) -> Tensor:
+        """Self-attention over pixels of normalised `x`, as tokens `(B, H·W, C)` (no copy if x is
+        channels-last). weights: of a fused pass, without the last bias."""
 
-        def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.linear(tokens, weight.to(tokens.dtype), bias.to(tokens.dtype))
+        def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            bias = None if bias is None else bias.to(tokens.dtype)
+            return F.linear(tokens, weight.to(tokens.dtype), bias)
 
+        qkv_weight, proj_weight = (
+            conv.weight if weights is None else weights[conv.weight]
+            for conv in (self.qkv, self.proj)
+        )
         # Reorder the weight, not the activations, from the checkpoint's (head, channel, q/k/v) to
         # (q/k/v, head, channel), so that q, k and v are contiguous.
-        stored = (self.qkv.weight.flatten(1), self.qkv.bias)
+        stored = (qkv_weight.flatten(1), self.qkv.bias)
         weight, bias = (
             part.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for part in stored
         )
-        qkv = linear(self.norm2(x).flatten(2).transpose(1, 2), weight, bias)
+        qkv = linear(x.flatten(2).transpose(1, 2), weight, bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        tokens = linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
+        bias = self.proj.bias if weights is None else None
+        tokens = linear(tokens, proj_weight.flatten(1), bias)
         return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, weights: Weights | None = None) -> Tensor:
+        """weights: of a fused pass."""
+        if weights is not None:
+            return self._fused(x, emb, weights)
         h = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
         if self.adm:
@@ -167,7 +200,24 @@ class UNetBlock(nn.Module):
             h = F.silu(self.norm1(h + modulation))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         h = self.skip_scale * (h + (x if self.skip is None else self.skip(x)))
-        return self.skip_scale * (h + self._attention(h)) if self.heads else h
+        return self.skip_scale * (h + self._attention(self.norm2(h))) if self.heads else h
+
+    def _fused(self, x: Tensor, emb: Tensor, weights: Weights) -> Tensor:
+        h = self.conv0.fused(fused.norm(x, self.norm0), weights)
+        modulation, shift = self.affine(emb), self.conv0.bias
+        if not self.adm:
+            modulation, shift = None, modulation + shift
+        h = fused.norm(h, self.norm1, shift, modulation)
+        h = self.conv1.fused(F.dropout(h, self.dropout, self.training), weights)
+        bias = self.conv1.bias
+        if self.skip is not None:
+            x = self.skip.fused(x, weights)
+            bias = bias + self.skip.bias if self.skip.kernel else bias
+        h = fused.residual(h, bias, x, self.skip_scale)
+        if not self.heads:
+            return h
+        attention = self._attention(fused.norm(h, self.norm2, silu=False), weights)
+        return fused.residual(attention, self.proj.bias, h, self.skip_scale)
 
 
 class EDMUNet(ModelMixin, ConfigMixin):
@@ -182,6 +232,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
     def _build(self, noise_width: int, channels: int) -> int:
         """Build the layers of the embedding, the encoder and the decoder. noise_width: of
         `map_noise`. channels: output of the first convolution; returns those of the decoder."""
+        self._cast: fused.CastWeights | None = None
         config, linear = self.config, partial(EmbeddingLinear, bias=False)
         emb_channels = config.model_channels * config.channel_mult_emb
         self.map_augment = linear(config.augment_dim, noise_width) if config.augment_dim else None
@@ -260,18 +311,54 @@ class EDMUNet(ModelMixin, ConfigMixin):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         emb = F.silu(self._add_label(emb, labels) if self.adm else emb)
 
+        weights, autocast = self._fused_weights(x), contextlib.nullcontext()
+        if weights is not None:
+            x = x.to(next(iter(weights.values())).dtype, memory_format=torch.channels_last)
+            autocast = torch.autocast(x.device.type, enabled=False)
+        with autocast:
+            return self._unet(x, emb, weights)
+
+    def _unet(self, x: Tensor, emb: Tensor, weights: Weights | None) -> Tensor:
         skips, aux = [], x
         for name, module in self.enc.items():
             if name.endswith("aux_residual"):  # NCSN++
-                x = aux = (skips.pop() + module(aux)) * math.sqrt(0.5)
+                x = aux = self._add_aux(skips.pop(), module, aux, weights)
             else:
-                x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+                block = isinstance(module, UNetBlock)
+                x = module(x, emb, weights) if block else module(x, weights)
             skips.append(x)
         for name, module in self.dec.items():
             if isinstance(module, UNetBlock):
-                x = module(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
+                x = torch.cat([x, skips.pop()], dim=1) if "_block" in name else x
+                x = module(x, emb, weights)
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
-        return conv(F.silu(norm(x)))
+        if weights is None:
+            return conv(F.silu(norm(x)))
+        return conv(fused.norm(x, norm), weights)
+
+    def _add_aux(self, x: Tensor, module: Conv2d, aux: Tensor, weights: Weights | None) -> Tensor:
+        if weights is None:
+            return (x + module(aux)) * math.sqrt(0.5)
+        return fused.residual(module.fused(aux, weights), module.bias, x, math.sqrt(0.5))
+
+    def _fused_weights(self, x: Tensor) -> Weights | None:
+        """The weights of convolutions for a fused pass: in autocast's dtype or, without autocast,
+        their own. None: the pass is plain."""
+        convolutions = [m.weight for m in self.modules() if isinstance(m, Conv2d) and m.kernel]
+        largest, layout = max(convolutions, key=Tensor.numel), torch.channels_last
+        # With one channel or one pixel, all layouts are the same.
+        if largest.is_contiguous() or not largest.is_contiguous(memory_format=layout):
+            return None
+        if not kernels.usable(x):
+            return None
+        kind, dtype = x.device.type, largest.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if not kernels.agrees(f"{fused.__name__}, {dtype}", partial(fused.check, x.device, dtype)):
+            return None
+        if self._cast is None:
+            self._cast = fused.CastWeights()
+        return self._cast(convolutions, dtype)
 
 
 class SongUNet(EDMUNet):

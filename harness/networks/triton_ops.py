@@ -1,0 +1,396 @@
+"""Triton kernels, registered as operators, for the memory-bound operations of EDM's blocks: group
+norm with everything around it, the residual sum, and resampling. See `harness.networks.fused`.
+
+Images are `(B, C, H, W)` in channels-last memory, or channel slices of such memory: pixel r of all
+images begins at r * row elements. A group norm is one kernel forward and one backward: a program
+has all pixels of a few groups of one image and reads them twice, the second time from the cache.
+Means and squared deviations of its lanes are merged as by Chan et al. 1979 ("Updating formulae and
+a pairwise algorithm for computing sample variances"). Sums have a fixed order: results repeat.
+
+The kernels compute in float32 (float64 for float64 inputs), whatever the dtype of the images.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096  # elements of each operand that a program holds at a time
+CHANNELS = 32  # of them in a row, for group norms (64 bytes of bfloat16)
+WIDTH = 64  # the same for the other kernels
+WARPS = 4
+
+
+_tracing = threading.local()
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Launch a kernel, unless only shapes are traced."""
+    if not getattr(_tracing, "shapes", False):
+        kernel[grid](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _group_sum(v, GROUPS: tl.constexpr, PADDED: tl.constexpr):
+    """Sums over the channels of each group, for each channel; masked channels must be 0."""
+    sums = tl.sum(tl.reshape(v, [GROUPS, PADDED]), 1)
+    return tl.reshape(tl.broadcast_to(sums[:, None], [GROUPS, PADDED]), [GROUPS * PADDED])
+
+
+@triton.jit
+def _group_channels(block, C, SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr):
+    """The channels of a program, which of them exist, their groups, and which are the first of a
+    group. SIZE: channels of a group, PADDED to a power of 2."""
+    k = tl.arange(0, GROUPS * PADDED)
+    g = block * GROUPS + k // PADDED
+    if SIZE == PADDED:  # contiguous channels and a simple mask, so that loads are wide
+        c = block * GROUPS * SIZE + k
+        real = c < C
+    else:
+        c = g * SIZE + k % PADDED
+        real = (k % PADDED < SIZE) & (c < C)
+    return c, real, g, k % PADDED == 0
+
+
+@triton.jit
+def _norm_forward(
+    x, shift, weight, bias, modulation, y, mean_out, rstd_out,
+    S, C, G, x_row, shift_row, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    MODULATED: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    c, real, g, leader = _group_channels(tl.program_id(1), C, SIZE, PADDED, GROUPS)
+    r = tl.arange(0, ROWS)
+    shifts = tl.load(shift + n * shift_row + c, mask=real, other=0.0).to(ACC)
+
+    # Welford's recurrence in each lane (a row and channel of the tile), then the merge.
+    mean = tl.zeros([ROWS, GROUPS * PADDED], ACC)
+    squares = tl.zeros([ROWS, GROUPS * PADDED], ACC)
+    steps = 0.0
+    for start in range(0, S, ROWS):
+        steps += 1.0
+        mask = (start + r < S)[:, None] & real[None, :]
+        o = (n * S + start + r)[:, None] * x_row + c[None, :]
+        v = tl.load(x + o, mask=mask, other=0.0).to(ACC) + shifts[None, :]
+        delta = v - mean
+        updated = mean + delta / steps
+        squares = tl.where(mask, squares + delta * (v - updated), squares)
+        mean = tl.where(mask, updated, mean)
+    counts = ((S - r + ROWS - 1) // ROWS).to(ACC)  # values in each lane
+    counts = tl.where(r < S, counts, 0.0)[:, None] * real[None, :].to(ACC)
+    total = S * SIZE
+    # The deviations of the means from their rounded average correct it.
+    average = _group_sum(tl.sum(counts * mean, 0), GROUPS, PADDED) / total
+    deviation = mean - average[None, :]
+    excess = _group_sum(tl.sum(counts * deviation, 0), GROUPS, PADDED) / total
+    squares = tl.sum(squares + counts * deviation * deviation, 0)
+    variance = _group_sum(squares, GROUPS, PADDED) / total - excess * excess
+    average += excess
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    tl.store(mean_out + n * G + g, average, mask=real & leader)
+    tl.store(rstd_out + n * G + g, rstd, mask=real & leader)
+
+    gain = rstd * tl.load(weight + c, mask=real, other=0.0).to(ACC)
+    offset = tl.load(bias + c, mask=real, other=0.0).to(ACC)
+    if MODULATED:
+        scale = 1.0 + tl.load(modulation + n * 2 * C + c, mask=real, other=0.0).to(ACC)
+        gain *= scale
+        offset = offset * scale + tl.load(modulation + n * 2 * C + C + c, mask=real, other=0.0)
+    centre = shifts - average
+    for start in range(0, S, ROWS):
+        mask = (start + r < S)[:, None] & real[None, :]
+        rows = (n * S + start + r)[:, None]
+        v = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
+        t = (v + centre[None, :]) * gain[None, :] + offset[None, :]
+        if SILU:
+            t = t * tl.sigmoid(t)
+        tl.store(y + rows * C + c[None, :], t.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_backward(
+    x, dy, shift, weight, bias, modulation, mean_in, rstd_in, dx, sums, dmodulation,
+    N, S, C, G, x_row, dy_row, shift_row,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    MODULATED: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    c, real, g, _ = _group_channels(tl.program_id(1), C, SIZE, PADDED, GROUPS)
+    r = tl.arange(0, ROWS)
+    rstd = tl.load(rstd_in + n * G + g, mask=real, other=0.0)
+    centre = tl.load(shift + n * shift_row + c, mask=real, other=0.0).to(ACC)
+    centre -= tl.load(mean_in + n * G + g, mask=real, other=0.0)
+    w = tl.load(weight + c, mask=real, other=0.0).to(ACC)
+    b = tl.load(bias + c, mask=real, other=0.0).to(ACC)
+    gain, offset = w, b
+    if MODULATED:
+        scale = 1.0 + tl.load(modulation + n * 2 * C + c, mask=real, other=0.0).to(ACC)
+        gain = w * scale
+        offset = b * scale + tl.load(modulation + n * 2 * C + C + c, mask=real, other=0.0)
+
+    # d: derivative by the activation's input t = gain * z + offset, of normalised z.
+    sum_d = tl.zeros([ROWS, GROUPS * PADDED], ACC)
+    sum_dz = tl.zeros([ROWS, GROUPS * PADDED], ACC)
+    for start in range(0, S, ROWS):
+        mask = (start + r < S)[:, None] & real[None, :]
+        rows = (n * S + start + r)[:, None]
+        z = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
+        z = (z + centre[None, :]) * rstd[None, :]
+        d = tl.load(dy + rows * dy_row + c[None, :], mask=mask, other=0.0).to(ACC)
+        if SILU:
+            t = z * gain[None, :] + offset[None, :]
+            q = tl.sigmoid(t)
+            d = d * q * (1.0 + t * (1.0 - q))
+        sum_d += d
+        sum_dz += d * z
+    by_offset, by_gain = tl.sum(sum_d, 0), tl.sum(sum_dz, 0)
+    by_bias, by_weight = by_offset, by_gain
+    if MODULATED:
+        by_bias, by_weight = by_offset * scale, by_gain * scale
+        o = dmodulation + n * 2 * C + c
+        tl.store(o, w * by_gain + b * by_offset, mask=real)
+        tl.store(o + C, by_offset, mask=real)
+    tl.store(sums + n * C + c, by_weight, mask=real)
+    tl.store(sums + (N + n) * C + c, by_bias, mask=real)
+
+    mean_d = _group_sum(gain * by_offset, GROUPS, PADDED) / (S * SIZE)
+    mean_dz = _group_sum(gain * by_gain, GROUPS, PADDED) / (S * SIZE)
+    by_shift = tl.zeros([ROWS, GROUPS * PADDED], ACC)
+    for start in range(0, S, ROWS):
+        mask = (start + r < S)[:, None] & real[None, :]
+        rows = (n * S + start + r)[:, None]
+        z = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
+        z = (z + centre[None, :]) * rstd[None, :]
+        d = tl.load(dy + rows * dy_row + c[None, :], mask=mask, other=0.0).to(ACC)
+        if SILU:
+            t = z * gain[None, :] + offset[None, :]
+            q = tl.sigmoid(t)
+            d = d * q * (1.0 + t * (1.0 - q))
+        dv = rstd[None, :] * (d * gain[None, :] - mean_d[None, :] - z * mean_dz[None, :])
+        by_shift += tl.where(mask, dv, 0.0)
+        tl.store(dx + rows * C + c[None, :], dv.to(dx.dtype.element_ty), mask=mask)
+    tl.store(sums + (2 * N + n) * C + c, tl.sum(by_shift, 0), mask=real)
+
+
+@triton.jit
+def _residual_forward(
+    h, bias, x, y, R, C, h_row, x_row, scale,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = (r < R)[:, None] & (c < C)[None, :]
+    v = tl.load(h + r[:, None] * h_row + c[None, :], mask=mask, other=0.0).to(ACC)
+    v += tl.load(bias + c, mask=c < C, other=0.0).to(ACC)[None, :]
+    v += tl.load(x + r[:, None] * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
+    tl.store(y + r[:, None] * C + c[None, :], (v * scale).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _residual_backward(
+    dy, dx, sums, R, C, dy_row, scale, TILES,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([ROWS, WIDTH], ACC)
+    first = tl.program_id(0).to(tl.int64) * TILES * ROWS
+    for tile in range(TILES):
+        r = first + tile * ROWS + tl.arange(0, ROWS)
+        mask = (r < R)[:, None] & (c < C)[None, :]
+        d = tl.load(dy + r[:, None] * dy_row + c[None, :], mask=mask, other=0.0).to(ACC) * scale
+        total += d
+        tl.store(dx + r[:, None] * C + c[None, :], d.to(dx.dtype.element_ty), mask=mask)
+    tl.store(sums + tl.program_id(0) * C + c, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit
+def _resample(
+    x, taps, y, H, W, OUT_H, OUT_W, C, x_row, padding, gain,
+    TAPS: tl.constexpr, UP: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    i, j = p // OUT_W, p % OUT_W
+    real = (i < OUT_H)[:, None] & (c < C)[None, :]
+    total = tl.zeros([ROWS, WIDTH], ACC)
+    # Up: of an even filter, every second tap meets an input, beginning with the parity's.
+    for a in tl.static_range(0, TAPS // 2 if UP else TAPS):
+        for b in tl.static_range(0, TAPS // 2 if UP else TAPS):
+            if UP:
+                tap_i, tap_j = (i + padding) % 2 + 2 * a, (j + padding) % 2 + 2 * b
+                from_i, from_j = (i + padding) // 2 - a, (j + padding) // 2 - b
+            else:
+                tap_i, tap_j = i * 0 + a, j * 0 + b
+                from_i, from_j = 2 * i + a - padding, 2 * j + b - padding
+            inside = (from_i >= 0) & (from_i < H) & (from_j >= 0) & (from_j < W)
+            factor = tl.load(taps + tap_i * TAPS + tap_j).to(ACC)
+            o = ((n * H + from_i) * W + from_j)[:, None] * x_row + c[None, :]
+            v = tl.load(x + o, mask=real & inside[:, None], other=0.0).to(ACC)
+            total += factor[:, None] * v
+    o = (n * OUT_H * OUT_W + p)[:, None] * C + c[None, :]
+    tl.store(y + o, (gain * total).to(y.dtype.element_ty), mask=real)
+
+
+# -- operators ------------------------------------------------------------------------------------
+# Thin functions that allocate and launch. They are registered with PyTorch, so that profilers and
+# compilers see named operators.
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """An image with channels in rows, and the distance of the rows in elements: the tensor itself
+    if it is channels-last or a slice of its channels, otherwise a channels-last copy."""
+    n, c, h, w = x.shape
+    row = x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c
+    expected = zip(x.shape, x.stride(), (h * w * row, 1, w * row, row), strict=True)
+    if row >= c and all(stride == dense for size, stride, dense in expected if size > 1):
+        return x, row
+    return x.contiguous(memory_format=torch.channels_last), c
+
+
+def _empty(x: Tensor, *size: int) -> Tensor:
+    size = size or x.shape
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _precision(x: Tensor) -> dict:
+    """Of sums and of everything that is computed per channel."""
+    return {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
+
+
+def _accumulator(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def _group_tiles(channels: int, groups: int) -> dict[str, int]:
+    """Constants of the kernels of group norms: groups per program, and the size of its tile."""
+    size = channels // groups
+    padded = triton.next_power_of_2(size)
+    together = max(1, CHANNELS // padded)
+    rows = max(1, TILE // (together * padded))
+    return {"SIZE": size, "PADDED": padded, "GROUPS": together, "ROWS": rows}
+
+
+def _norm_settings(x: Tensor, groups: int, modulation: Tensor | None, silu: bool) -> tuple:
+    tiles = _group_tiles(x.shape[1], groups)
+    grid = (len(x), triton.cdiv(groups, tiles["GROUPS"]))
+    options = {"MODULATED": modulation is not None, "SILU": silu, "ACC": _accumulator(x)}
+    return grid, tiles | options
+
+
+def norm_forward(
+    x: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    modulation: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (x, row), (n, c, h, w) = _rows(x), x.shape
+    y, mean = _empty(x), torch.empty(n, groups, **_precision(x))
+    rstd = torch.empty_like(mean)
+    grid, constants = _norm_settings(x, groups, modulation, silu)
+    tensors = x, shift, weight, bias, modulation, y, mean, rstd
+    numbers = h * w, c, groups, row, _sample_stride(shift), eps
+    launch(_norm_forward, grid, *tensors, *numbers, **constants)
+    return y, mean, rstd
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    modulation: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, by (weight, bias, shift) of each image `(3, B, C)`, and by the modulation."""
+    (x, row), (dy, dy_row), (n, c, h, w) = _rows(x), _rows(dy), x.shape
+    dx, sums = _empty(x), torch.empty(3, n, c, **_precision(x))
+    dmodulation = sums.new_empty(0 if modulation is None else n, 2 * c)
+    grid, constants = _norm_settings(x, groups, modulation, silu)
+    tensors = x, dy, shift, weight, bias, modulation, mean, rstd, dx, sums, dmodulation
+    numbers = n, h * w, c, groups, row, dy_row, _sample_stride(shift)
+    launch(_norm_backward, grid, *tensors, *numbers, **constants)
+    return dx, sums, dmodulation
+
+
+def _sample_stride(shift: Tensor) -> int:
+    return shift.stride(0) if shift.dim() == 2 else 0
+
+
+def _row_tiles(rows: int, channels: int, x: Tensor) -> tuple[tuple, dict]:
+    constants = {"ROWS": TILE // WIDTH, "WIDTH": WIDTH, "ACC": _accumulator(x)}
+    return (triton.cdiv(rows, TILE // WIDTH), triton.cdiv(channels, WIDTH)), constants
+
+
+def residual_forward(h: Tensor, bias: Tensor, x: Tensor, scale: float) -> Tensor:
+    (h, h_row), (x, x_row), (n, c, height, width) = _rows(h), _rows(x), h.shape
+    y, pixels = _empty(h), n * height * width
+    grid, constants = _row_tiles(pixels, c, h)
+    launch(_residual_forward, grid, h, bias, x, y, pixels, c, h_row, x_row, scale, **constants)
+    return y
+
+
+def residual_backward(dy: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradient by h and by x, and sums of it by channel, `(P, C)` of P parts of the pixels."""
+    (dy, row), (n, c, height, width) = _rows(dy), dy.shape
+    pixels = n * height * width
+    (tiles, blocks), constants = _row_tiles(pixels, c, dy)
+    each = triton.cdiv(tiles, 256)  # tiles of a program: enough programs, few parts
+    grid = (triton.cdiv(tiles, each), blocks)
+    dx, sums = _empty(dy), torch.empty(grid[0], c, **_precision(dy))
+    launch(_residual_backward, grid, dy, dx, sums, pixels, c, row, scale, each, **constants)
+    return dx, sums
+
+
+def resample(
+    x: Tensor, taps: Tensor, up: bool, padding: int, gain: float, height: int, width: int
+) -> Tensor:
+    (x, row), (n, c, h, w) = _rows(x), x.shape
+    y = _empty(x, n, c, height, width)
+    (tiles, blocks), constants = _row_tiles(height * width, c, x)
+    numbers = h, w, height, width, c, row, padding, gain
+    constants |= {"TAPS": taps.shape[-1], "UP": up}
+    launch(_resample, (n, tiles, blocks), x, taps, y, *numbers, **constants)
+    return y
+
+
+LIBRARY = torch.library.Library("onestep", "DEF")
+
+
+def _register(function: Callable) -> Callable:
+    """Register an operator for GPUs and, with Triton's interpreter, for CPU."""
+    name = function.__name__
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    for device in ("CUDA", "CPU"):
+        LIBRARY.impl(name, function, device)
+
+    def shapes(*arguments):
+        _tracing.shapes = True
+        try:
+            return function(*arguments)
+        finally:
+            _tracing.shapes = False
+
+    torch.library.register_fake(f"onestep::{name}", shapes, lib=LIBRARY)
+    return getattr(torch.ops.onestep, name).default
+
+
+NORM_FORWARD, NORM_BACKWARD = _register(norm_forward), _register(norm_backward)
+RESIDUAL_FORWARD, RESIDUAL_BACKWARD = _register(residual_forward), _register(residual_backward)
+RESAMPLE = _register(resample)
