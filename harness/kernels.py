@@ -39,13 +39,13 @@ def usable(tensor: Tensor) -> bool:
     the operations (to count them, or with fake tensors), under forward-mode derivatives and other
     transforms of `torch.func`, or while `torch.compile` traces."""
     on_device = tensor.is_cuda if _mode == "gpu" else _mode == "always" and not tensor.is_meta
-    return (
-        on_device
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and not torch._C._functorch.maybe_current_level()
-        and not torch.compiler.is_compiling()
-    )
+    observed = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()
+    return on_device and not observed and not transformed()
+
+
+def transformed() -> bool:
+    """Whether the operations run under forward-mode derivatives or a transform of `torch.func`."""
+    return forward_ad._current_level >= 0 or bool(torch._C._functorch.maybe_current_level())
 
 
 def agrees(name: str, check: Callable[[], None]) -> bool:

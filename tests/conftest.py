@@ -22,6 +22,8 @@ DATA = Path(__file__).parent / "data"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

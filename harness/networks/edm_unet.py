@@ -9,9 +9,9 @@ are cast to the dtype of the activations once per update, convolutions add no bi
 everything between them is one kernel (`harness.networks.fused`).
 """
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness import kernels
 from harness.networks import fused
@@ -182,7 +183,10 @@ class UNetBlock(nn.Module):
         )
         qkv = linear(x.flatten(2).transpose(1, 2), weight, bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).transpose(1, 3).unbind(2)
-        tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        # PyTorch's fast attention has no forward-mode derivative.
+        math_only = sdpa_kernel(SDPBackend.MATH) if kernels.transformed() else nullcontext()
+        with math_only:
+            tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         bias = self.proj.bias if weights is None else None
         tokens = linear(tokens, proj_weight.flatten(1), bias)
         return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -311,7 +315,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         emb = F.silu(self._add_label(emb, labels) if self.adm else emb)
 
-        weights, autocast = self._fused_weights(x), contextlib.nullcontext()
+        weights, autocast = self._fused_weights(x), nullcontext()
         if weights is not None:
             x = x.to(next(iter(weights.values())).dtype, memory_format=torch.channels_last)
             autocast = torch.autocast(x.device.type, enabled=False)

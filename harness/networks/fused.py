@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def _operators():
@@ -86,27 +88,24 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, weight, bias, modulation, groups, eps, silu):
-        # Without a shift, add zeros: one kernel less to compile.
-        zeros = _zeros(len(weight), weight.dtype, weight.device)
-        added = zeros if shift is None else shift.contiguous()
-        modulation = None if modulation is None else modulation.contiguous()
-        parameters = added, weight, bias, modulation
-        y, mean, rstd = _operators().NORM_FORWARD(x, *parameters, groups, eps, silu)
-        ctx.save_for_backward(x, shift, weight, bias, modulation, added, mean, rstd)
+        zeros = _zeros(2 * len(weight), weight.dtype, weight.device)
+        given = zeros[: len(weight)] if shift is None else shift.contiguous(), weight, bias
+        given = *given, zeros if modulation is None else modulation.contiguous()
+        y, mean, rstd = _operators().NORM_FORWARD(x, *given, groups, eps, silu)
+        ctx.save_for_backward(x, shift, weight, bias, modulation, mean, rstd, given[0], given[3])
         ctx.settings = groups, eps, silu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        *inputs, added, mean, rstd = ctx.saved_tensors
+        x, shift, weight, bias, modulation, *statistics, added, modulated = ctx.saved_tensors
         if torch.is_grad_enabled():
+            inputs = x, shift, weight, bias, modulation
             return tuple(_through_plain(ctx, plain_norm, inputs, ctx.settings, dy))
-        x, shift, weight, bias, modulation = inputs
         groups, _, silu = ctx.settings
-        statistics = mean, rstd, groups, silu
-        dx, sums, dmodulation = _operators().NORM_BACKWARD(
-            dy, x, added, weight, bias, modulation, *statistics
-        )
+        given = added, weight, bias, modulated
+        gradients = _operators().NORM_BACKWARD(dy, x, *given, *statistics, groups, silu)
+        dx, sums, dmodulation = gradients
         needs = ctx.needs_input_grad
         dweight = dbias = dshift = None
         if needs[2] or needs[3]:
@@ -205,8 +204,18 @@ class _Cast(torch.autograd.Function):
         return None, *(None if g is None else next(remaining) for g in gradients)
 
 
+def _count_update(optimizer: Optimizer, arguments, options) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.autograd.graph.increment_version(parameters)
+
+
+# Fused optimisers change weights without counting it in `Tensor._version`.
+register_optimizer_step_post_hook(_count_update)
+
+
 class CastWeights:
-    """Weights in another dtype, by parameter. All are cast at once, and again when one changed."""
+    """Weights in another dtype, by parameter. All are cast at once, and again when one has changed;
+    only changes through `Tensor.data` go unnoticed."""
 
     def __init__(self) -> None:
         self._key: list | None = None
@@ -252,13 +261,13 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     channels = normal(2, 256), normal(256), normal(256)
     taps = torch.full((1, 1, 2, 2), 0.25, device=device)
     cases = (
-        (_Norm.apply, plain_norm, (image(), *channels, None), (32, 1e-6, True)),
-        (residual, plain_residual, (image(), channels[1], image()), (0.7,)),
-        (resampled, plain_resample, (image(),), (taps, True, 0)),
-        (resampled, plain_resample, (image(),), (taps, False, 0)),
+        ("norm", _Norm.apply, plain_norm, (image(), *channels, None), (32, 1e-6, True)),
+        ("residual sum", residual, plain_residual, (image(), channels[1], image()), (0.7,)),
+        ("upsampling", resampled, plain_resample, (image(),), (taps, True, 0)),
+        ("downsampling", resampled, plain_resample, (image(),), (taps, False, 0)),
     )
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    for fused, plain, tensors, settings in cases:
+    for name, fused, plain, tensors, settings in cases:
         inputs, found = [t for t in tensors if t is not None], []
         for function in (fused, plain):
             y = function(*tensors, *settings)
@@ -267,4 +276,4 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         for ours, reference in zip(*found, strict=True):
             difference = (ours.double() - reference.double()).norm() / reference.double().norm()
             if not difference < tolerance:
-                raise ArithmeticError(f"{plain.__name__[6:]}: relative difference {difference:.1e}")
+                raise ArithmeticError(f"{name}: relative difference {difference:.1e}")

@@ -59,11 +59,18 @@ def _group_channels(block, C, SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: 
 
 
 @triton.jit
+def _silu_slope(t, silu):
+    """The derivative of SiLU or, if `silu` is 0, of the identity."""
+    q = tl.sigmoid(t)
+    return tl.where(silu > 0, q * (1.0 + t * (1.0 - q)), 1.0)
+
+
+@triton.jit
 def _norm_forward(
     x, shift, weight, bias, modulation, y, mean_out, rstd_out,
-    S, C, G, x_row, shift_row, eps,
+    S, C, G, x_row, shift_row, modulation_row, silu, eps,
     SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    MODULATED: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     c, real, g, leader = _group_channels(tl.program_id(1), C, SIZE, PADDED, GROUPS)
@@ -97,29 +104,27 @@ def _norm_forward(
     tl.store(mean_out + n * G + g, average, mask=real & leader)
     tl.store(rstd_out + n * G + g, rstd, mask=real & leader)
 
-    gain = rstd * tl.load(weight + c, mask=real, other=0.0).to(ACC)
-    offset = tl.load(bias + c, mask=real, other=0.0).to(ACC)
-    if MODULATED:
-        scale = 1.0 + tl.load(modulation + n * 2 * C + c, mask=real, other=0.0).to(ACC)
-        gain *= scale
-        offset = offset * scale + tl.load(modulation + n * 2 * C + C + c, mask=real, other=0.0)
+    modulation += n * modulation_row
+    scale = 1.0 + tl.load(modulation + c, mask=real, other=0.0).to(ACC)
+    gain = rstd * scale * tl.load(weight + c, mask=real, other=0.0).to(ACC)
+    offset = scale * tl.load(bias + c, mask=real, other=0.0).to(ACC)
+    offset += tl.load(modulation + C + c, mask=real, other=0.0).to(ACC)
     centre = shifts - average
     for start in range(0, S, ROWS):
         mask = (start + r < S)[:, None] & real[None, :]
         rows = (n * S + start + r)[:, None]
         v = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
         t = (v + centre[None, :]) * gain[None, :] + offset[None, :]
-        if SILU:
-            t = t * tl.sigmoid(t)
+        t *= tl.where(silu > 0, tl.sigmoid(t), 1.0)
         tl.store(y + rows * C + c[None, :], t.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _norm_backward(
     x, dy, shift, weight, bias, modulation, mean_in, rstd_in, dx, sums, dmodulation,
-    N, S, C, G, x_row, dy_row, shift_row,
+    N, S, C, G, x_row, dy_row, shift_row, modulation_row, silu,
     SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    MODULATED: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     c, real, g, _ = _group_channels(tl.program_id(1), C, SIZE, PADDED, GROUPS)
@@ -129,11 +134,10 @@ def _norm_backward(
     centre -= tl.load(mean_in + n * G + g, mask=real, other=0.0)
     w = tl.load(weight + c, mask=real, other=0.0).to(ACC)
     b = tl.load(bias + c, mask=real, other=0.0).to(ACC)
-    gain, offset = w, b
-    if MODULATED:
-        scale = 1.0 + tl.load(modulation + n * 2 * C + c, mask=real, other=0.0).to(ACC)
-        gain = w * scale
-        offset = b * scale + tl.load(modulation + n * 2 * C + C + c, mask=real, other=0.0)
+    modulation += n * modulation_row
+    scale = 1.0 + tl.load(modulation + c, mask=real, other=0.0).to(ACC)
+    gain = w * scale
+    offset = b * scale + tl.load(modulation + C + c, mask=real, other=0.0).to(ACC)
 
     # d: derivative by the activation's input t = gain * z + offset, of normalised z.
     sum_d = tl.zeros([ROWS, GROUPS * PADDED], ACC)
@@ -144,21 +148,15 @@ def _norm_backward(
         z = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
         z = (z + centre[None, :]) * rstd[None, :]
         d = tl.load(dy + rows * dy_row + c[None, :], mask=mask, other=0.0).to(ACC)
-        if SILU:
-            t = z * gain[None, :] + offset[None, :]
-            q = tl.sigmoid(t)
-            d = d * q * (1.0 + t * (1.0 - q))
+        d *= _silu_slope(z * gain[None, :] + offset[None, :], silu)
         sum_d += d
         sum_dz += d * z
     by_offset, by_gain = tl.sum(sum_d, 0), tl.sum(sum_dz, 0)
-    by_bias, by_weight = by_offset, by_gain
-    if MODULATED:
-        by_bias, by_weight = by_offset * scale, by_gain * scale
-        o = dmodulation + n * 2 * C + c
-        tl.store(o, w * by_gain + b * by_offset, mask=real)
-        tl.store(o + C, by_offset, mask=real)
-    tl.store(sums + n * C + c, by_weight, mask=real)
-    tl.store(sums + (N + n) * C + c, by_bias, mask=real)
+    tl.store(sums + n * C + c, by_gain * scale, mask=real)
+    tl.store(sums + (N + n) * C + c, by_offset * scale, mask=real)
+    o = dmodulation + n * 2 * C + c
+    tl.store(o, w * by_gain + b * by_offset, mask=real)
+    tl.store(o + C, by_offset, mask=real)
 
     mean_d = _group_sum(gain * by_offset, GROUPS, PADDED) / (S * SIZE)
     mean_dz = _group_sum(gain * by_gain, GROUPS, PADDED) / (S * SIZE)
@@ -169,10 +167,7 @@ def _norm_backward(
         z = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
         z = (z + centre[None, :]) * rstd[None, :]
         d = tl.load(dy + rows * dy_row + c[None, :], mask=mask, other=0.0).to(ACC)
-        if SILU:
-            t = z * gain[None, :] + offset[None, :]
-            q = tl.sigmoid(t)
-            d = d * q * (1.0 + t * (1.0 - q))
+        d *= _silu_slope(z * gain[None, :] + offset[None, :], silu)
         dv = rstd[None, :] * (d * gain[None, :] - mean_d[None, :] - z * mean_dz[None, :])
         by_shift += tl.where(mask, dv, 0.0)
         tl.store(dx + rows * C + c[None, :], dv.to(dx.dtype.element_ty), mask=mask)
@@ -193,7 +188,7 @@ def _residual_forward(
     tl.store(y + r[:, None] * C + c[None, :], (v * scale).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def _residual_backward(
     dy, dx, sums, R, C, dy_row, scale, TILES,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
@@ -210,7 +205,7 @@ def _residual_backward(
     tl.store(sums + tl.program_id(0) * C + c, tl.sum(total, 0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padding"])
 def _resample(
     x, taps, y, H, W, OUT_H, OUT_W, C, x_row, padding, gain,
     TAPS: tl.constexpr, UP: tl.constexpr,
@@ -279,11 +274,14 @@ def _group_tiles(channels: int, groups: int) -> dict[str, int]:
     return {"SIZE": size, "PADDED": padded, "GROUPS": together, "ROWS": rows}
 
 
-def _norm_settings(x: Tensor, groups: int, modulation: Tensor | None, silu: bool) -> tuple:
+def _norm_settings(x: Tensor, groups: int) -> tuple[tuple[int, int], dict]:
     tiles = _group_tiles(x.shape[1], groups)
     grid = (len(x), triton.cdiv(groups, tiles["GROUPS"]))
-    options = {"MODULATED": modulation is not None, "SILU": silu, "ACC": _accumulator(x)}
-    return grid, tiles | options
+    return grid, tiles | {"ACC": _accumulator(x)}
+
+
+# One kernel serves all norms, so that little is compiled: shift `(C,)` or `(B, C)` and modulation
+# `(2 C,)` or `(B, 2 C)` are zeros where there are none.
 
 
 def norm_forward(
@@ -291,7 +289,7 @@ def norm_forward(
     shift: Tensor,
     weight: Tensor,
     bias: Tensor,
-    modulation: Tensor | None,
+    modulation: Tensor,
     groups: int,
     eps: float,
     silu: bool,
@@ -299,9 +297,10 @@ def norm_forward(
     (x, row), (n, c, h, w) = _rows(x), x.shape
     y, mean = _empty(x), torch.empty(n, groups, **_precision(x))
     rstd = torch.empty_like(mean)
-    grid, constants = _norm_settings(x, groups, modulation, silu)
+    grid, constants = _norm_settings(x, groups)
     tensors = x, shift, weight, bias, modulation, y, mean, rstd
-    numbers = h * w, c, groups, row, _sample_stride(shift), eps
+    strides = row, *map(_sample_stride, (shift, modulation))
+    numbers = h * w, c, groups, *strides, float(silu), eps
     launch(_norm_forward, grid, *tensors, *numbers, **constants)
     return y, mean, rstd
 
@@ -312,7 +311,7 @@ def norm_backward(
     shift: Tensor,
     weight: Tensor,
     bias: Tensor,
-    modulation: Tensor | None,
+    modulation: Tensor,
     mean: Tensor,
     rstd: Tensor,
     groups: int,
@@ -321,16 +320,17 @@ def norm_backward(
     """Gradients by x, by (weight, bias, shift) of each image `(3, B, C)`, and by the modulation."""
     (x, row), (dy, dy_row), (n, c, h, w) = _rows(x), _rows(dy), x.shape
     dx, sums = _empty(x), torch.empty(3, n, c, **_precision(x))
-    dmodulation = sums.new_empty(0 if modulation is None else n, 2 * c)
-    grid, constants = _norm_settings(x, groups, modulation, silu)
+    dmodulation = sums.new_empty(n, 2 * c)
+    grid, constants = _norm_settings(x, groups)
     tensors = x, dy, shift, weight, bias, modulation, mean, rstd, dx, sums, dmodulation
-    numbers = n, h * w, c, groups, row, dy_row, _sample_stride(shift)
+    strides = row, dy_row, *map(_sample_stride, (shift, modulation))
+    numbers = n, h * w, c, groups, *strides, float(silu)
     launch(_norm_backward, grid, *tensors, *numbers, **constants)
     return dx, sums, dmodulation
 
 
-def _sample_stride(shift: Tensor) -> int:
-    return shift.stride(0) if shift.dim() == 2 else 0
+def _sample_stride(x: Tensor) -> int:
+    return x.stride(0) if x.dim() == 2 else 0
 
 
 def _row_tiles(rows: int, channels: int, x: Tensor) -> tuple[tuple, dict]:
