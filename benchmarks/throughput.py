@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py [--configfile configs/digits.yaml] [--threads 1]
     python benchmarks/throughput.py --network cifar10-ddpmpp --batch 8 --students sid sim
-    python benchmarks/throughput.py --compare channels_last compile bf16
+    python benchmarks/throughput.py --compare channels_last bf16
 
 Prints for each student: images per second (images that receive a generator update), operations per
 such image (measured), and the fraction of the machine's matmul peak, measured in the same run with
@@ -74,10 +74,9 @@ SWITCHES = {
     "bf16": ("precision", "fp32", "bf16"),
     "tf32": ("tf32", False, True),
     "channels_last": ("channels_last", False, True),
-    "compile": ("compile", False, True),
 }
 PLAIN = "plain"
-WARM_UP = 3  # iterations; the first measures operations and compiles
+WARM_UP = 3  # iterations; the first measures operations and compiles kernels
 
 
 class PlainLoop(Trainer):

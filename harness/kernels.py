@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ def usable(tensor: Tensor) -> bool:
     on_device = tensor.is_cuda if _mode == "gpu" else _mode == "always" and not tensor.is_meta
     observed = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()
     return on_device and not observed and not transformed()
+
+
+def has_fused_pass(network: nn.Module) -> bool:
+    """Whether modules of a network have a fused pass, for weights in channels-last memory."""
+    return any(getattr(module, "has_fused_pass", False) for module in network.modules())
 
 
 def transformed() -> bool:

@@ -1,6 +1,5 @@
 """Load an experiment: parse the files, run every package's checks, report all errors together."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from pathlib import Path
@@ -24,7 +23,6 @@ from harness.students import checks as student_checks
 from harness.teachers import checks as teacher_checks
 
 RESERVED = {"teacher", "teacher-1step", "floor", "teachers"}  # rows of the tables, and a folder
-COMPILERS = ("g++", "clang++")  # torch.compile needs one of them
 
 
 # -- parsing ------------------------------------------------------------------------------------
@@ -103,9 +101,6 @@ def _check_training(file: ExperimentFile, names: Names, files: bool) -> Iterator
     """Errors in what students, teachers and feature networks share."""
     if file.training and len(set(file.training.seeds)) < len(file.training.seeds):
         yield Problem("training.seeds", "duplicate", "duplicate seed")
-    if file.training and file.training.compile and not any(map(shutil.which, COMPILERS)):
-        message = f"needs a C++ compiler ({' or '.join(COMPILERS)})"
-        yield Problem("training.compile", "missing-compiler", message)
     for key, items in (("teachers", file.teachers), ("features", file.features)):
         for name, item in items.items():
             images, batch = getattr(item, "images", 0), getattr(item, "batch", 1)

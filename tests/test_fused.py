@@ -96,7 +96,7 @@ def compare(operation, plain, tensors: list, settings: tuple, dtype: torch.dtype
 
 
 # Batch, channels, height, width, groups; dimensions of the shift; whether there is a modulation and
-# SiLU. Odd sizes, one image, groups whose size is no power of 2, more pixels than a tile has rows.
+# SiLU. Odd sizes, one image, groups with padding, more pixels than a tile has rows.
 NORMS = [
     (3, 24, 5, 5, 6, 2, False, True),
     (2, 48, 12, 13, 4, 1, True, True),

@@ -221,7 +221,7 @@ def test_a_training_step_of_narrow_networks(name, student, tmp_path, record_prop
     if not name.endswith("-scaled"):  # bfloat16 is ten times slower on CPU
         raw["training"]["precision"] = "fp32"
     raw["students"][student]["budget"] = None
-    raw["device"], raw["training"]["compile"] = "cpu", False
+    raw["device"] = "cpu"
     experiment = parse_experiment(raw, name, files=False)
     inputs = dry_run_inputs(experiment, student, images=4)
     before = [p.clone() for p in inputs.teacher.parameters()]

@@ -7,16 +7,13 @@ import importlib.util
 import pytest
 import torch
 import yaml
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.denoiser import Denoiser
 from harness.students.run import assemble
-from harness.training.trainer import Trainer
+from harness.training.trainer import Trainer, replace_nonfinite_
 from harness.validation import parse_experiment
 from harness.workflow.dry_run import dry_run_inputs
 from tests.conftest import DATA, ROOT
-from tests.test_config import keys, put
 
 SONG = {
     "type": "SongUNet",
@@ -66,6 +63,39 @@ def test_channels_last(tmp_path):
     assert_equal_but_for_rounding(plain, switched)
 
 
+def test_networks_with_fused_kernels_are_channels_last_on_a_gpu_in_bf16(tmp_path, monkeypatch):
+    trainer = trained(tmp_path, "sid", SONG)
+    net, classifier = trainer.networks["student"], torch.nn.Conv2d(4, 4, 3)
+
+    def placed(net, device: str, **switches) -> bool:
+        trainer.device, trainer.loop = device, trainer.run.loop.model_copy(update=switches)
+        formats = []
+        monkeypatch.setattr(torch.nn.Module, "to", lambda *_, **options: formats.append(options))
+        trainer._place(net)
+        return formats != [{}]
+
+    assert placed(net, "cuda", precision="bf16") and placed(net, "cuda", channels_last=True)
+    assert not placed(net, "cpu", precision="bf16") and not placed(net, "cuda")
+    assert not placed(net, "cuda", precision="bf16", channels_last=False)
+    assert not placed(classifier, "cuda", precision="bf16")
+
+
+def test_all_nonfinite_gradients_are_replaced_together():
+    """In any memory format, bit for bit as one by one."""
+    gradients = [torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last), torch.randn(5)]
+    gradients += [torch.randn(2, 3).t(), torch.randn(())]
+    gradients[0][1, 2, 0, 1], gradients[0][0, 0, 0, 0] = torch.nan, 1e9
+    gradients[1][2], gradients[2][1, 0] = torch.inf, -torch.inf
+    separate = [g.clone() for g in gradients]
+    pointers = [g.data_ptr() for g in gradients]
+    replace_nonfinite_(gradients, together=True)
+    replace_nonfinite_(separate, together=False)
+    for ours, reference, pointer in zip(gradients, separate, pointers, strict=True):
+        assert torch.equal(ours, reference) and ours.data_ptr() == pointer
+    assert gradients[1][2] == 1e5 and gradients[2][1, 0] == -1e5 and gradients[0][0, 0, 0, 0] == 1e9
+    replace_nonfinite_([], together=True)
+
+
 def test_resume_with_channels_last(tmp_path):
     """Files hold contiguous tensors; the optimisers' moments must return to the weights' layout."""
     trainer, resumed = (trained(tmp_path, "gdd", SONG, channels_last=True) for _ in "ab")
@@ -77,31 +107,6 @@ def test_resume_with_channels_last(tmp_path):
     after = resumed.state_dict()["tensors"]
     for name, tensor in trainer.state_dict()["tensors"].items():
         assert torch.equal(after[name], tensor), name
-
-
-@pytest.mark.contract
-def test_compile(tmp_path, monkeypatch):
-    """Dynamo traces all phases; a trivial back end saves the time of code generation."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compile_module = nn.Module.compile
-
-    def compile_here(net, **settings):
-        assert isinstance(net, Denoiser)
-        compile_module(net, backend=backend, fullgraph=True, **settings)
-
-    monkeypatch.setattr(nn.Module, "compile", compile_here)
-    torch._dynamo.reset()
-    plain, switched = (trained(tmp_path, "sid", SONG, compile=on) for on in (False, True))
-    assert_equal_but_for_rounding(plain, switched)
-    traced = len(graphs)
-    assert traced > 0
-    switched.step()
-    assert len(graphs) == traced  # nothing is traced again
 
 
 @pytest.mark.parametrize("student", ["dmd", "sid", "gdd"])
@@ -116,12 +121,6 @@ def test_plain_loop_of_the_benchmark_computes_the_same(tmp_path, student):
     # Sharing saves the student's pass for the fake score; in GDD the generator's phase is first.
     saved = {"dmd": 4, "sid": 4, "gdd": 0}[student] * ours.run.batch
     assert plain.ledger.passes["student"][0] == ours.ledger.passes["student"][0] + saved
-
-
-def test_compile_needs_a_compiler(tiny, monkeypatch):
-    monkeypatch.setattr("harness.validation.COMPILERS", ("no-such-compiler",))
-    put(tiny, "training.compile", True)
-    assert keys(tiny) == ["training.compile"]
 
 
 @pytest.mark.parametrize("student", ["dmd", "sid", "sim", "gdd"])

@@ -3,6 +3,8 @@
 import csv
 import gc
 import json
+import logging
+import re
 import sys
 import types
 
@@ -69,6 +71,16 @@ def run_of(folder, **settings) -> TrainingRun:
 
 def fit(folder, **settings):
     return train(run_of(folder, **settings))
+
+
+def test_time_to_the_first_iteration_is_logged_once(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path)
+        fit(tmp_path, budget=[{"unit": "images", "amount": 128}])  # resumes
+    lines = [r.getMessage() for r in caplog.records if "first iteration" in r.getMessage()]
+    assert len(lines) == 2
+    pattern = r"first iteration [\d.]+ s after the start of the process; it took [\d.]+ s"
+    assert re.fullmatch(pattern, lines[0])
 
 
 def test_ledger_counts_images_passes_and_operations(tmp_path):

@@ -144,8 +144,9 @@ class Switches(Section):
 
     precision: Literal["fp32", "bf16"] = "fp32"
     tf32: bool = Field(False, description="TensorFloat-32 where training computes in fp32")
-    channels_last: bool = Field(False, description="memory format of the networks' weights")
-    compile: bool = Field(False, description="torch.compile for denoisers, static shapes")
+    channels_last: bool | None = Field(
+        None, description="memory format; default: on a GPU in bf16, of networks with fused kernels"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations (diffusers)")
     micro_batch: Positive | None = Field(None, description="largest number of images at a time")
 

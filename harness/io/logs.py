@@ -2,7 +2,9 @@
 
 import logging
 import sys
+import time
 
+STARTED = time.monotonic()  # of the process: commands import this module first
 logger = logging.getLogger("harness")
 
 

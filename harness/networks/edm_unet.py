@@ -232,6 +232,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
     """
 
     adm: ClassVar[bool]
+    has_fused_pass: ClassVar[bool] = True
 
     def _build(self, noise_width: int, channels: int) -> int:
         """Build the layers of the embedding, the encoder and the decoder. noise_width: of

@@ -14,8 +14,11 @@ import shutil
 import time
 from collections.abc import Callable
 
+import torch
+
 from harness.errors import UserError
 from harness.io.artifacts import atomic_folder, sha256_file, write_json
+from harness.io.logs import STARTED
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
 from harness.training.distributed import processes
 from harness.training.ledger import Ledger, peak_memory
@@ -32,6 +35,7 @@ class TrainingLoop:
     def __init__(self, trainer: Trainer, snapshots: list[dict]):
         self.trainer, self.run, self.ledger = trainer, trainer.run, trainer.ledger
         self.processes, self.snapshots = trainer.processes, snapshots
+        self.first = trainer.iteration  # 0, or where the run resumes
 
     def finish(self, log: Callable[[dict, float], None] | None) -> None:
         """Train until the budget is spent. `log`: of the first process, see `training_log`."""
@@ -43,6 +47,8 @@ class TrainingLoop:
             started = time.perf_counter()
             before = ledger.model_dump(include={"images", "flops", "seconds"})
             trainer.step()
+            if trainer.iteration == self.first + 1:
+                self._log_first_iteration(started)
             self._count_seconds(before["seconds"], started)
             ticked = trainer.iteration % tick_steps == 0
             if ticked or self._grid_position() != position or ledger.reached(run.budget):
@@ -65,6 +71,15 @@ class TrainingLoop:
                 if self.processes.first:
                     save_checkpoint(run, trainer.state_dict() | {"snapshots": self.snapshots})
                 saved = time.monotonic()
+
+    def _log_first_iteration(self, started: float) -> None:
+        """It measures costs and, on a GPU, compiles kernels or loads them from a cache."""
+        if self.run.device.startswith("cuda"):
+            torch.cuda.synchronize(self.run.device)
+        total, iteration = time.monotonic() - STARTED, time.perf_counter() - started
+        if self.processes.first:
+            text = "first iteration %.1f s after the start of the process; it took %.1f s"
+            logger.info(text, total, iteration)
 
     def _count_seconds(self, before: float, started: float) -> None:
         """Add the time since `started`; by the first process's clock if a limit is in seconds."""

@@ -44,8 +44,7 @@ class TrainingEstimate:
 
     def _measure(self, run: TrainingRun, iterations: int) -> DryRunTrainer:
         self.batch, self.micro_batch, self.ghost = run.batch, run.micro_batch, run.ghost_batch
-        # The compiler does not support meta tensors; the operations are the same.
-        switches = {"compile": False, "micro_batch": self.micro_batch}
+        switches = {"micro_batch": self.micro_batch}
         # Two micro-batches cost per image as much as more of them.
         loop, batch = run.loop.model_copy(update=switches), min(run.batch, 2 * self.micro_batch)
         trainer = DryRunTrainer(replace(run, loop=loop, batch=batch))
