@@ -17,7 +17,7 @@ import logging
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -115,6 +115,17 @@ def switched(section: TrainingSection, switches: list[str], on: bool) -> Trainin
     return section.model_copy(update={SWITCHES[n][0]: SWITCHES[n][1 + on] for n in switches})
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of training. rate: images per second (median over iterations). flops: per image. start:
+    seconds of the first two iterations; the first counts operations, without fused kernels."""
+
+    rate: float
+    flops: float
+    start: float
+    trainer: Trainer
+
+
 def measure(
     experiment: Experiment,
     student: str,
@@ -122,8 +133,8 @@ def measure(
     iterations: int,
     warm_up: int = WARM_UP,
     kind: type[Trainer] = Trainer,
-) -> tuple[float, float]:
-    """Images per second (median over iterations) and operations per image."""
+) -> Speed:
+    """Train a student with random weights on random images for some iterations."""
     run = replace(experiment.student_run(student, 0), training=training)
     set_precision(run.device, training.tf32, static_shapes=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +151,7 @@ def measure(
     batch = trainer.run.batch
     rate = batch / statistics.median(times[warm_up:])
     logger.info("%s, %s: %.3g images/s", student, kind.__name__, rate)
-    return rate, statistics.mean(flops[warm_up:]) / batch
+    return Speed(rate, statistics.mean(flops[warm_up:]) / batch, sum(times[:2]), trainer)
 
 
 def _overrides(args: argparse.Namespace) -> dict:
@@ -188,14 +199,16 @@ def main() -> None:
     peak, rows, counts = 0.0, [], (args.iterations, args.warm_up)
     for student in experiment.students:
         (rate, flops), *others = [
-            measure(experiment, student, switched(section, switches, on=True), *counts)
+            (speed.rate, speed.flops)
             for switches in ([], *sets)
+            for speed in [measure(experiment, student, switched(section, switches, True), *counts)]
         ]
         best, product = matmul_peak(experiment.device, section)
         peak = max(peak, best)
         ratios = [other / rate for other, _ in others]
         if PLAIN in args.compare:
-            ratios.append(rate / measure(experiment, student, section, *counts, PlainLoop)[0])
+            plain = measure(experiment, student, section, *counts, PlainLoop)
+            ratios.append(rate / plain.rate)
         batch = experiment.students[student].settings.batch
         rows.append((student, batch, rate, flops, ratios))
     print(

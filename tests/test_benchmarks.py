@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -42,3 +43,18 @@ def test_evaluation_prints_both_ratios():
     assert len(rows) == 3
     for row in rows:
         assert float(row[3]) > 0 and float(row[4]) < 1e-4
+
+
+def test_gpu_benchmark_runs_on_a_cpu(tmp_path):
+    """With tiny networks and little time: what it has no time for is listed."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", tmp_path, "--limit", "40"]
+    done = subprocess.run([*command, "--profile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert not results.get("failed") and results["machine"].keys() >= {"device", "date", "torch"}
+    fused, plain, *_ = results["training"]
+    assert fused["student"] == plain["student"] == "sid" and plain["pass"] == "plain"
+    assert fused["images/s"] > 0 and fused["GFLOP/image"] == plain["GFLOP/image"]
+    assert results["kernels"] and results["left out"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "NVIDIA H200" in text and "not measured here" in text and text in done.stdout
