@@ -34,11 +34,13 @@ class HostCopy:
                 host.copy_(tensor, non_blocking=True)
             self._copied = torch.cuda.current_stream(tensors[0].device).record_event()
 
-    def wait(self) -> list[Tensor]:
-        """The tensors on the host, when they are complete."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return list(self._tensors)
+    def wait(self, store: bool = False) -> list[Tensor]:
+        """The tensors on the host, when they are complete. store: not in pinned memory, which is
+        scarce."""
+        if self._copied is None:
+            return list(self._tensors)
+        self._copied.synchronize()
+        return [t.clone() if store else t for t in self._tensors]
 
 
 def ahead(

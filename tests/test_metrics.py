@@ -24,6 +24,7 @@ from harness.evaluation.frechet import (
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS, register
 from harness.features.aesthetic import new_head
+from harness.features.base import FeatureExtractor
 
 
 def features(n: int, d: int = 8, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -287,7 +288,7 @@ def test_the_pairs_of_the_figure_are_the_nearest_of_all():
 class Wide:
     """An extractor of 256 random features."""
 
-    name = "wide"
+    name, start = "wide", FeatureExtractor.start
 
     def extract(self, pixels, labels):
         return {"features": torch.randn(len(pixels), 256)}

@@ -154,7 +154,7 @@ def test_stage_sets_its_mode_before_it_computes(stage, tf32, tiny, monkeypatch):
 
 @pytest.mark.parametrize("name", list(FEATURES))
 def test_every_feature_network_computes_in_full_precision(name):
-    for method in (FEATURES[name].load, FEATURES[name].extract):
+    for method in (FEATURES[name].load, FEATURES[name].extract, FEATURES[name].start):
         assert method.__closure__ and hasattr(method, "__wrapped__"), name
 
 
@@ -192,6 +192,20 @@ def test_trained_network_extracts_in_full_precision():
     set_precision("cuda", tf32=True)
     extractor.extract(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     assert seen and set(seen) == {OFF} and flags() == ON
+
+
+def test_scores_come_from_the_outputs_that_a_plugin_adds():
+    """`start`, which scoring calls, leaves out no `extract` of a subclass."""
+
+    class Derived(FEATURES["resnet"]):
+        def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            return super().extract(pixels, labels) | {"mode": torch.tensor(flags())}
+
+    extractor = Derived("critic", features.parse_settings({"type": "resnet", "images": 1}))
+    extractor.network = ResNet((1, 8, 8), 10, 4).eval()
+    set_precision("cuda", tf32=True)
+    outputs = extractor.start(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))()
+    assert outputs.keys() == {"features", "probabilities", "mode"} and not outputs["mode"].any()
 
 
 def test_texts_are_encoded_in_full_precision():

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.evaluation.scorer import Scorer, Scores
 from harness.evaluation.stage import print_folder, score_folder
-from harness.features.base import parse_settings, provides
+from harness.features.base import FeatureExtractor, parse_settings, provides
 from harness.io.records import ScoreRow
 from harness.io.shards import TensorShards
 from harness.registry import load_plugin
@@ -46,6 +47,8 @@ class Extractor:
 
     def __init__(self):
         self.images = 0
+
+    start = FeatureExtractor.start
 
     def extract(self, pixels, labels):
         self.images += len(pixels)
@@ -164,7 +167,9 @@ def stub_extractor(name: str, settings, **facts) -> SimpleNamespace:
     fields = {"name": name, "settings": settings, "provided": provides(settings)}
     fields |= {"unavailable": None, "missing": {}, "alias": None, "pretraining": ()}
     fields |= {"resize": "none", "details": {}, "hashes": {"weights": "0"}, "extract": extract}
-    return SimpleNamespace(**fields | facts)
+    stub = SimpleNamespace(**fields | facts)
+    stub.start = partial(FeatureExtractor.start, stub)
+    return stub
 
 
 @pytest.fixture
@@ -344,6 +349,28 @@ def test_values_that_are_not_finite_are_refused(scoring):
     blocks = sample(lambda z, *_: z * torch.nan, 4, (1, 8, 8), 10, 0, codec=torch.nn.Identity())
     with pytest.raises(UserError):
         scorer.score(blocks)
+
+
+def test_a_gpu_extracts_from_a_block_while_the_one_before_is_completed(scoring, monkeypatch):
+    """The numbers and the order of the images stay the same."""
+    steps = []
+    for method in ("start", "complete"):
+        plain = getattr(FeatureAccumulator, method)
+
+        def record(*inputs, plain=plain, method=method):
+            return steps.append(method) or plain(*inputs)
+
+        monkeypatch.setattr(FeatureAccumulator, method, record)
+    rows, orders = [], []
+    for device in ("cpu", "cuda"):
+        scorer = Scorer(replace(scoring(), device=device))
+        steps.clear()
+        scores = scorer.score(scorer.dataset.held_out.blocks(150), [359])
+        rows.append([row.model_dump() for row in scores.rows])
+        orders.append(list(steps))
+    assert orders[0] == ["start", "complete"] * 3
+    assert orders[1] == ["start", "start", "complete", "start", "complete", "complete"]
+    assert rows[0] and str(rows[0]) == str(rows[1])  # nan is not equal to nan
 
 
 def test_images_nearest_to_training_images_are_returned(scoring):

@@ -3,7 +3,9 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +16,11 @@ from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.frechet import BLOCK
 from harness.evaluation.neighbours import nearest
 from harness.evaluation.references import Reference
-from harness.features.base import FeatureExtractor
+from harness.features.base import FeatureExtractor, Outputs
 from harness.io.shards import TensorShards
 from harness.precision import full_precision
 from harness.training.distributed import processes
-from harness.transfers import to_device
+from harness.transfers import is_gpu, to_device
 
 NEAREST = 10  # image pairs in the figure of nearest neighbours
 KEPT_BYTES = 2 << 30  # of images that a score file holds
@@ -49,6 +51,10 @@ class NearestImages:
     def __init__(self, extractor: str, reference: Reference, train: Images, device: str = "cpu"):
         self.extractor, self.reference, self.train = extractor, reference, train
         self.device = device
+        # On a stream of its own the search waits for no other work of the GPU.
+        self._stream = nullcontext()
+        if is_gpu(device):
+            self._stream = torch.cuda.stream(torch.cuda.Stream(device))
         self.best: dict[str, Tensor] = {}  # pixels, distance and neighbour (in `reference`)
 
     @cached_property
@@ -59,8 +65,9 @@ class NearestImages:
     def add(self, pixels: Tensor, features: Tensor) -> None:
         if pixels.shape[1:] != self.train.pixels.shape[1:]:
             return
-        found = nearest(to_device(features, self.device), self._reference)
-        distance, neighbour = (t.cpu() for t in found)
+        with self._stream:
+            found = nearest(to_device(features, self.device), self._reference)
+            distance, neighbour = (t.cpu() for t in found)
         candidates = {"pixels": pixels, "distance": distance, "neighbour": neighbour}
         if self.best:
             candidates = {k: torch.cat([self.best[k], t]) for k, t in candidates.items()}
@@ -78,6 +85,14 @@ class NearestImages:
             "closest_training": self.train.pixels[index],
             "closest_distance": self.best["distance"] / (self.reference.typical_nearest or 1.0),
         }
+
+
+class StartedBlock(NamedTuple):
+    """A block of images whose outputs are being computed, one function per extractor."""
+
+    pixels: Tensor
+    labels: Tensor | None
+    outputs: list[Outputs]
 
 
 class FeatureAccumulator:
@@ -114,14 +129,24 @@ class FeatureAccumulator:
         self._saved_count = self.count
         self._saved_parts = {name: len(parts) for name, parts in self._parts.items()}
 
+    def start(self, pixels: Tensor, labels: Tensor | None) -> StartedBlock:
+        """Start to extract from one block: uint8 pixels `(B, C, H, W)`, labels int64 `(B,)`."""
+        outputs = [extractor.start(pixels, labels) for extractor in self.extractors]
+        return StartedBlock(pixels, labels, outputs)
+
     def add(self, pixels: Tensor, labels: Tensor | None) -> None:
-        """Process one block: uint8 pixels `(B, C, H, W)`, labels int64 `(B,)`."""
-        for extractor in self.extractors:
-            outputs = extractor.extract(pixels, labels)
-            for name, output in outputs.items():
+        """Process one block, as for `start`."""
+        self.complete(self.start(pixels, labels))
+
+    def complete(self, block: StartedBlock) -> None:
+        """Wait for the outputs of a block and add it."""
+        pixels, labels = block.pixels, block.labels
+        for extractor, outputs in zip(self.extractors, block.outputs, strict=True):
+            found = outputs()
+            for name, output in found.items():
                 self._parts[f"{extractor.name}/{name}"].append(output)
             if self.nearest and extractor.name == self.nearest.extractor:
-                self.nearest.add(pixels, outputs["features"])
+                self.nearest.add(pixels, found["features"])
         if self.count < min(self.keep, KEPT_BYTES // pixels[0].numel()):
             self._parts["pixels"].append(pixels)
         if labels is not None:

@@ -21,6 +21,7 @@ from harness.io import artifacts
 from harness.io.downloads import fetch
 from harness.io.locks import run_lock
 from harness.streams import Stream
+from harness.transfers import ahead
 
 # Samples that metrics over all pairs use at most, generated and reference: memory grows with the
 # square, to 800 MB of float64 here.
@@ -126,22 +127,26 @@ def load_reference(
         try:
             tensors = artifacts.load_tensors(path, artifacts.read_json(record)["sha256"])
         except UserError:  # missing or damaged
-            tensors = _extract(extractor, dataset, moments=published is None)
+            tensors = _extract(extractor, dataset, scoring.device, moments=published is None)
             artifacts.write_json(record, {"sha256": artifacts.save_tensors(path, tensors)})
     if "mean" in tensors:
         published = tensors["mean"], tensors["covariance"]
     return Reference(tensors["features"], published, tensors.get("held_out"), tensors["index"])
 
 
-def _extract(extractor: FeatureExtractor, dataset: Dataset, moments: bool) -> dict[str, Tensor]:
+def _extract(
+    extractor: FeatureExtractor, dataset: Dataset, device: str, moments: bool
+) -> dict[str, Tensor]:
     """`features` of the training part, or of a fixed draw of PAIRWISE_LIMIT images (`index`);
     `held_out`: those of the held-out part. With `moments`, also the `mean` and `covariance` of a
     training part larger than the draw, summed block by block."""
     train, held_out, parts, sums = dataset.train, dataset.held_out, [], None
     everything = torch.arange(len(train))
     drawn = Stream(0, "reference").uniform(everything).argsort()[:PAIRWISE_LIMIT].sort().values
-    for index in (everything if moments else drawn).split(256):
-        features = extractor.extract(train.pixels[index])["features"]
+    blocks = (everything if moments else drawn).split(256)
+    started = ahead(lambda index: extractor.start(train.pixels[index]), blocks, device)
+    for index, outputs in zip(blocks, started, strict=True):
+        features = outputs()["features"]
         parts.append(features[torch.isin(index, drawn)])
         if moments and len(drawn) < len(train):
             sums = sums + frechet.Moments.of(features) if sums else frechet.Moments.of(features)
@@ -149,6 +154,6 @@ def _extract(extractor: FeatureExtractor, dataset: Dataset, moments: bool) -> di
     if sums:
         tensors |= dict(zip(("mean", "covariance"), sums.statistics(), strict=True))
     if len(held_out):
-        blocks = [extractor.extract(pixels)["features"] for pixels, _ in held_out.blocks()]
-        tensors["held_out"] = torch.cat(blocks)
+        started = ahead(lambda block: extractor.start(block[0]), held_out.blocks(), device)
+        tensors["held_out"] = torch.cat([outputs()["features"] for outputs in started])
     return tensors

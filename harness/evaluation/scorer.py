@@ -16,7 +16,12 @@ from harness.config.jobs import Scoring
 from harness.config.schema import EvaluationSection
 from harness.data import datasets
 from harness.errors import UserError
-from harness.evaluation.accumulator import Checkpoints, FeatureAccumulator, NearestImages
+from harness.evaluation.accumulator import (
+    Checkpoints,
+    FeatureAccumulator,
+    NearestImages,
+    StartedBlock,
+)
 from harness.evaluation.checks import minimum_samples, small_sample_warning
 from harness.evaluation.feature_set import FeatureSet, mean_over_subsets
 from harness.evaluation.references import Reference, load_reference, published_statistics
@@ -27,6 +32,7 @@ from harness.io.artifacts import digest
 from harness.io.records import ScoreRow
 from harness.io.shards import TensorShards
 from harness.training.distributed import processes
+from harness.transfers import ahead
 
 logger = logging.getLogger(__name__)
 
@@ -142,10 +148,15 @@ class Scorer:
         available = [extractor for extractor in extractors if not extractor.unavailable]
         options = keep or 0, search, shards, self.checkpoints
         accumulator = FeatureAccumulator(available, self.dataset.attributes, *options)
-        for pixels, labels in blocks:
+
+        def start(block: tuple[Tensor, Tensor | None]) -> StartedBlock:
+            pixels, labels = block
             if labels is None and self.labels_known:  # as `Images` has them without classes
                 labels = torch.zeros(len(pixels), dtype=torch.int64)
-            accumulator.add(pixels, labels)
+            return accumulator.start(pixels, labels)
+
+        for block in ahead(start, blocks, self.scoring.device):
+            accumulator.complete(block)
             if shards is not None and time.monotonic() - logged >= 60:
                 logged = time.monotonic()
                 logger.info("%d of %d samples", accumulator.count, max(counts))

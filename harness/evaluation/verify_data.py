@@ -18,6 +18,7 @@ from harness.evaluation.prepared import check_prepared
 from harness.evaluation.references import published_statistics
 from harness.features.base import load_extractor
 from harness.precision import set_precision
+from harness.transfers import ahead
 
 # Ports of this network with the same weights agree to about 1e-8 in each of the 2048 features on
 # equal inputs (README of mseitzer/pytorch-fid): a distance far below 1e-6, to which another device
@@ -41,8 +42,10 @@ def data_distance(scoring: Scoring) -> tuple[float, str]:
     if extractor.unavailable:
         message = f"{name} is unavailable ({extractor.unavailable}); provide its weights"
         raise UserError(f"features.{name}: {message}", "unavailable")
-    blocks = (extractor.extract(pixels)["features"] for pixels, _ in dataset.train.blocks(BLOCK))
-    distance = frechet_distance(*statistics, *Moments.over(blocks).statistics())
+    blocks = dataset.train.blocks(BLOCK)
+    started = ahead(lambda block: extractor.start(block[0]), blocks, scoring.device)
+    moments = Moments.over(outputs()["features"] for outputs in started)
+    distance = frechet_distance(*statistics, *moments.statistics())
     images = f"{len(dataset.train):,} training images of {dataset.name}"
     if len(dataset.held_out):
         images += f" ({len(dataset.held_out):,} others are held out)"

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,13 +25,16 @@ from harness.io.downloads import fetch, source_problems
 from harness.io.records import FeatureRecord
 from harness.precision import full_precision, set_precision
 from harness.registry import Registry
-from harness.transfers import is_gpu
+from harness.transfers import HostCopy, is_gpu
 
 logger = logging.getLogger(__name__)
 
 # Images per forward pass of a pretrained network. On a GPU: a block of samples, at its default.
 BLOCK, GPU_BLOCK = 64, 256
 NO_WEIGHTS = "no weights"  # status of metrics without their network
+
+
+Outputs = Callable[[], dict[str, Tensor]]
 
 
 class TextEncoder(Protocol):
@@ -49,7 +52,7 @@ class TextEncoder(Protocol):
 
 class FeatureExtractor(ABC):
     """A feature network of an experiment. It has no network until `load`. Features must not depend
-    on the GPU, so `load` and `extract` of every subclass compute in full precision."""
+    on the GPU, so `load`, `extract` and `start` of every subclass compute in full precision."""
 
     Settings: ClassVar[type[FeatureSettings]]  # its keys in an experiment, with `type` as a literal
     trained: ClassVar[bool] = False  # in the workflow, on the experiment's data
@@ -70,7 +73,9 @@ class FeatureExtractor(ABC):
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        for name in {"load", "extract"} & vars(cls).keys():
+        if "extract" in vars(cls) and "start" not in vars(cls):
+            cls.start = FeatureExtractor.start  # an inherited one would leave out the new `extract`
+        for name in {"load", "extract", "start"} & vars(cls).keys():
             setattr(cls, name, full_precision()(getattr(cls, name)))
 
     def __init__(self, name: str, settings: FeatureSettings):
@@ -98,9 +103,43 @@ class FeatureExtractor(ABC):
         pixels: uint8 `(B, C, H, W)` at the data set's resolution. labels: the requested class or
         prompt of each image, int64 `(B,)`, if known."""
 
+    def start(self, pixels: Tensor, labels: Tensor | None = None) -> Outputs:
+        """Start to `extract`; the result waits for the outputs and returns them. By default nothing
+        is left to wait for."""
+        outputs = self.extract(pixels, labels)
+        return lambda: outputs
+
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+
+class NetworkExtractor(FeatureExtractor):
+    """A feature network that leaves its work to the device: a GPU goes on while the host starts the
+    next block."""
+
+    @abstractmethod
+    def launch(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """The outputs on the network's device. Nothing waits for the device."""
+
+    def finish(self, outputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        """All outputs from those of `launch`, on the host."""
+        return outputs
+
+    @torch.no_grad()
+    def start(self, pixels: Tensor, labels: Tensor | None = None) -> Outputs:
+        launched = self.launch(pixels, labels)
+        names, copy = list(launched), HostCopy(*launched.values())
+
+        @torch.no_grad()
+        @full_precision()
+        def outputs() -> dict[str, Tensor]:
+            return self.finish(dict(zip(names, copy.wait(store=True), strict=True)), labels)
+
+        return outputs
+
+    def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return NetworkExtractor.start(self, pixels, labels)()
 
 
 FEATURES: Registry[type[FeatureExtractor]] = Registry("feature network", "harness.features")
@@ -165,7 +204,7 @@ class PretrainedSettings(FeatureSettings):
     weights: str | None = None  # a local file instead of the download
 
 
-class PretrainedExtractor(FeatureExtractor):
+class PretrainedExtractor(NetworkExtractor):
     """A feature network with published weights, frozen, with a fixed input size. By default it
     fetches the file in its settings, and its inputs are resized and normalised."""
 
@@ -232,11 +271,10 @@ class PretrainedExtractor(FeatureExtractor):
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         """Outputs of the network for one block of inputs."""
 
-    @torch.no_grad()
-    def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def launch(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         size = GPU_BLOCK if is_gpu(self.device) else BLOCK
         blocks = [self.outputs(self.inputs(block)) for block in pixels.split(size)]
-        return {key: torch.cat([block[key] for block in blocks]).cpu() for key in blocks[0]}
+        return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
 
 
 @contextlib.contextmanager

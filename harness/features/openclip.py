@@ -133,10 +133,8 @@ class OpenCLIPExtractor(base.PretrainedExtractor):
         tokens = self.tokenizer([prefix + caption for caption in block])
         return self.network.encode_text(tokens.to(self.device), normalize=True).cpu()
 
-    @torch.no_grad()
-    def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        outputs = super().extract(pixels, labels)
-        features = outputs["features"]  # on the host, like the heads
+    def finish(self, outputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        features = outputs["features"]
         outputs |= {name: head(features) for name, head in self.heads.items()}
         if self.captions and labels is not None:
             places = [divmod(label, base.BLOCK) for label in labels.tolist()]

@@ -17,7 +17,7 @@ from harness.data.datasets import Dataset, Images, placed
 from harness.denoiser import to_model_space
 from harness.errors import Problem
 from harness.features.aesthetic import train_head
-from harness.features.base import FeatureExtractor
+from harness.features.base import NetworkExtractor
 from harness.io.artifacts import damaged, digest, link, load_tensors, save_tensors
 from harness.io.locks import run_lock
 from harness.io.records import FeatureRecord
@@ -39,7 +39,7 @@ class TrainedSettings(FeatureSettings):
     seed: int = Field(0, ge=0)
 
 
-class TrainedExtractor(FeatureExtractor):
+class TrainedExtractor(NetworkExtractor):
     """A network trained on the training part; one that provides "aesthetic" also gets a head."""
 
     trained = True
@@ -76,10 +76,8 @@ class TrainedExtractor(FeatureExtractor):
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """Outputs for images in [-1, 1]."""
 
-    @torch.no_grad()
-    def extract(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        outputs = self.outputs(to_model_space(to_device(pixels, self.device)), labels)
-        return {name: output.cpu() for name, output in outputs.items()}
+    def launch(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        return self.outputs(to_model_space(to_device(pixels, self.device)), labels)
 
     def make(self, job: FeatureJob) -> FeatureRecord:
         settings, folder = job.settings, job.folder
