@@ -58,7 +58,8 @@ def agrees(name: str, check: Callable[[], None]) -> bool:
     `name` fail or differ from the plain path, which then runs with a warning."""
     if name not in _agreement:
         try:
-            with torch.autocast("cuda", enabled=False):
+            # The first use may be that of a network that samples.
+            with torch.enable_grad(), torch.autocast("cuda", enabled=False):
                 check()
         except Exception as error:  # compilers and drivers may fail in any way
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

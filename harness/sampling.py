@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.denoiser import Condition, Denoiser, guided, map_condition, one_step, to_pixels
 from harness.errors import UserError
+from harness.kernels import has_fused_pass
 from harness.schedules import heun_sigmas
 from harness.streams import Stream
 from harness.transfers import HostCopy, ahead, to_device
@@ -115,8 +116,9 @@ def one_step_generator(student: Denoiser, sigma_init: float) -> Generator:
 
 def placed_for_sampling(denoiser: Denoiser, precision: str) -> Denoiser:
     """The denoiser with its weights in the memory layout in which it samples fastest on its device:
-    channels_last in bf16 on a GPU, contiguous otherwise."""
-    if precision == "bf16" and next(denoiser.parameters()).is_cuda:
+    channels_last for a fused pass in bf16 on a GPU, contiguous otherwise."""
+    on_gpu = next(denoiser.parameters()).is_cuda
+    if precision == "bf16" and on_gpu and has_fused_pass(denoiser):
         denoiser.to(memory_format=torch.channels_last)
     return denoiser
 

@@ -79,6 +79,14 @@ def test_other_numbers_of_the_kernels_turn_them_off(interpreted, monkeypatch, ca
     assert "harness.philox: Triton kernels are off" in caplog.text
 
 
+def test_the_comparison_before_the_first_use_may_differentiate(monkeypatch):
+    """A network that samples runs without gradients, but its kernels are compared with them."""
+    monkeypatch.setattr(switch, "_agreement", {})
+    with torch.no_grad():
+        x = torch.ones(2, requires_grad=True)
+        assert switch.agrees("sampling", lambda: torch.autograd.grad(x.square().sum(), x))
+
+
 def test_one_ulp_is_the_distance_to_the_next_number():
     a = torch.tensor([1.0, -3e-30, 0.7])
     assert within_one_ulp(a, a) and within_one_ulp(a, a.nextafter(torch.tensor(9.0)))
