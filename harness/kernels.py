@@ -58,7 +58,7 @@ def agrees(name: str, check: Callable[[], None]) -> bool:
     `name` fail or differ from the plain path, which then runs with a warning."""
     if name not in _agreement:
         try:
-            # The first use may be that of a network that samples.
+            # The first use may be under `no_grad` or autocast.
             with torch.enable_grad(), torch.autocast("cuda", enabled=False):
                 check()
         except Exception as error:  # compilers and drivers may fail in any way

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import kernels
@@ -333,7 +334,7 @@ def test_kernels_that_differ_are_turned_off_with_a_warning(monkeypatch, caplog):
     with kernels.kernels("off"):
         expected = call(network, x)
     monkeypatch.setattr(fused, "plain_residual", lambda h, b, x, scale: h + x + b[:, None, None])
-    with kernels.kernels("always"):
+    with kernels.kernels("always"), torch.no_grad():
         assert torch.equal(call(network, x), expected)
         assert torch.equal(call(network, x), expected)
     (record,) = caplog.records
@@ -365,6 +366,20 @@ def test_weights_are_cast_once_per_update():
     assert all(p.grad.dtype == torch.float32 for p in network.parameters() if p.grad is not None)
     again = copy.deepcopy(network)
     assert again._cast is not network._cast
+
+
+@pytest.mark.slow
+def test_no_image_is_copied_within_a_network(large_tiles):
+    """Only the first convolution, which adds its bias, and the image itself at both ends."""
+    network = small(channel_mult=[1, 2], model_channels=16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        call(network).sum().backward()  # casts the weights
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+            call(network).sum().backward()
+    copies = [e for e in record.events() if e.name == "aten::copy_" and len(e.input_shapes[0]) == 4]
+    images = [e.input_shapes[0] for e in copies if e.input_shapes[0][0] == 2]
+    channels = [shape[1] for shape in images]
+    assert sorted(set(channels)) == [3, 16] and channels.count(16) == 1
 
 
 def test_frozen_weights_get_no_gradient():

@@ -29,7 +29,9 @@ _tracing = threading.local()
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Launch a kernel, unless only shapes are traced."""
-    if not getattr(_tracing, "shapes", False):
+    if getattr(_tracing, "shapes", False):
+        return
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
         kernel[grid](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
 
 
