@@ -18,7 +18,8 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     """The tensor on a device. The host does not wait for a copy to a GPU, since it is made from
     pinned memory."""
     if is_gpu(device) and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
+        # An expanded tensor cannot be pinned.
+        tensor = (tensor.contiguous() if 0 in tensor.stride() else tensor).pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

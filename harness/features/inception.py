@@ -76,16 +76,17 @@ class InceptionExtractor(PretrainedExtractor):
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Pixels from 0 to 255, `(B, 3, 299, 299)`, by the protocol's resize."""
-        rgb, protocol = pixels.expand(-1, 3, -1, -1), self.settings.resize
+        protocol = self.settings.resize
         if protocol in ("clean", "coco"):
             from cleanfid.resize import make_resizer  # Parmar et al. 2022
 
-            images = rgb.movedim(1, -1).cpu().numpy()
+            images = pixels.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
             if protocol == "coco":  # this leaves images of 256 x 256 unchanged
                 images = in_threads(make_resizer("PIL", True, "lanczos", (256, 256)), images)
             images = in_threads(make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images)
             x = torch.stack(list(map(torch.from_numpy, images))).movedim(-1, 1)
             return to_device(x, self.device)
+        rgb = to_device(pixels, self.device).expand(-1, 3, -1, -1)
         if protocol == "patch":
             height, width = rgb.shape[2:]
             if min(height, width) < SIZE:
@@ -96,7 +97,7 @@ class InceptionExtractor(PretrainedExtractor):
         from torch_fidelity import interpolate_compat_tensorflow as compatible
 
         resize = compatible.interpolate_bilinear_2d_like_tensorflow1x  # without antialiasing
-        return resize(to_device(rgb, self.device).float(), size=(SIZE, SIZE), align_corners=False)
+        return resize(rgb.float(), size=(SIZE, SIZE), align_corners=False)
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         features, logits = self.network(x)
