@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config.jobs import Scoring, StudentRun
+from harness.config.jobs import Scoring, StudentRun, TeacherJob
 from harness.config.schema import Sampler
 from harness.evaluation.registry import METRICS, defined_for
 from harness.features.base import provides
 from harness.io.artifacts import digest
-from harness.io.records import ScoreRecord, StudentRecord
+from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
 
 
 def fingerprint(scoring: Scoring) -> dict[str, Any]:
@@ -40,6 +40,17 @@ def run_scores(scoring: Scoring, job: StudentRun, path: Path) -> ScoreRecord | N
         return None
     scores = ScoreRecord.read_optional(path)
     expected = digest(fingerprint(scoring)), run.sha256
+    current = scores is not None and (scores.fingerprint, scores.weights) == expected
+    return scores if current else None
+
+
+def teacher_scores(scoring: Scoring, job: TeacherJob, path: Path) -> ScoreRecord | None:
+    """The same of a teacher and the floor."""
+    teacher = TeacherRecord.read_optional(job.folder / "teacher.json")
+    if teacher is None or teacher.fingerprint != digest(job.fingerprint):
+        return None
+    scores = ScoreRecord.read_optional(path)
+    expected = digest(reference_fingerprint(scoring, job.section.sampler)), teacher.sha256
     current = scores is not None and (scores.fingerprint, scores.weights) == expected
     return scores if current else None
 

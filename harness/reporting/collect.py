@@ -8,10 +8,9 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.evaluation.fingerprints import reference_fingerprint, run_scores
+from harness.evaluation.fingerprints import run_scores, teacher_scores
 from harness.evaluation.registry import Metric, column_name, main_metric
 from harness.features.base import provides
-from harness.io.artifacts import digest
 from harness.io.records import FeatureRecord, ScoreRecord, StudentRecord, TeacherRecord
 from harness.workflow.status import run_status, teacher_status
 
@@ -133,13 +132,7 @@ def current_scores(
     path, scoring = scores_path(experiment, name, seed), experiment.scoring()
     if seed is not None:
         return run_scores(scoring, experiment.student_run(name, seed), path)
-    record, training = training_record(experiment, name), experiment.teacher_fingerprint(name)
-    if record is None or record.fingerprint != digest(training) or not path.exists():
-        return None
-    scores = ScoreRecord.read(path)
-    expected = digest(reference_fingerprint(scoring, experiment.teachers[name].sampler))
-    current = (scores.fingerprint, scores.weights) == (expected, record.sha256)
-    return scores if current else None
+    return teacher_scores(scoring, experiment.teacher_job(name), path)
 
 
 def device_text(scores: ScoreRecord, trained: bool = True) -> str | None:

@@ -31,11 +31,11 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
     from harness.features.timm_backbones import Backbone
 
     name, needs = experiment.students[student].teacher, experiment.students[student].requirements
-    dataset, null = _dataset(experiment, images), None
+    dataset, null = dry_run_dataset(experiment, images), None
     if encoder := experiment.text_encoder_of(name):
         shape = new_extractor(encoder, experiment.features[encoder]).text_shape
         null = {"embeddings": torch.zeros(1, *shape)}
-    teacher = _teacher(experiment, name, dataset, null).to(experiment.device)
+    teacher = dry_run_teacher(experiment, name, dataset, null).to(experiment.device)
     inputs = Inputs(dataset, teacher)
     if encoder:
         inputs.embeddings = lambda numbers: {"embeddings": torch.zeros(len(numbers), *shape)}
@@ -65,7 +65,7 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
 def dry_run_data(experiment: Experiment, teacher: str, images: int = 2) -> tuple:
     """What the training of a teacher reads, after its job (`harness.teachers.stage.assemble`):
     random images, the run's id and, for captions, their embeddings and the empty prompt's."""
-    dataset, embeddings, null = _dataset(experiment, images), None, None
+    dataset, embeddings, null = dry_run_dataset(experiment, images), None, None
     if encoder := experiment.text_encoder_of(teacher):
         shape = new_extractor(encoder, experiment.features[encoder]).text_shape
         null = {"embeddings": torch.zeros(1, *shape)}
@@ -76,7 +76,7 @@ def dry_run_data(experiment: Experiment, teacher: str, images: int = 2) -> tuple
     return dataset, "plan", embeddings, null
 
 
-def _dataset(experiment: Experiment, images: int) -> Dataset:
+def dry_run_dataset(experiment: Experiment, images: int) -> Dataset:
     """Random images with the experiment's shape and labels; no files are read."""
     data, source = experiment.data, data_source(experiment.data)
     shape, classes = source.image_shape, source.num_classes
@@ -93,7 +93,9 @@ def _dataset(experiment: Experiment, images: int) -> Dataset:
     return Dataset(data.name, part, part, names, "", attributes, prompts, prompts)
 
 
-def _teacher(experiment: Experiment, name: str, dataset: Dataset, null: dict | None) -> Denoiser:
+def dry_run_teacher(
+    experiment: Experiment, name: str, dataset: Dataset, null: dict | None
+) -> Denoiser:
     """The teacher's network with random weights. null: the embedding of the empty prompt."""
     section = experiment.teachers[name]
     if isinstance(section, ImportedTeacher) and pipelines.is_pipeline(section):

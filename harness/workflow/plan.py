@@ -13,6 +13,7 @@ from harness.config.experiment import Experiment
 from harness.config.schema import ImportedTeacher, micro_batch
 from harness.data.datasets import ON_DEVICE
 from harness.errors import UserError
+from harness.features.base import FEATURES, new_extractor
 from harness.io.artifacts import size_text
 from harness.io.records import DataRecord
 from harness.students.run import assemble
@@ -24,8 +25,10 @@ from harness.training.run import TrainingRun
 from harness.workflow.dry_run import (
     DryRunTrainer,
     dry_run_data,
+    dry_run_dataset,
     dry_run_inputs,
     dry_run_pipeline,
+    dry_run_teacher,
 )
 
 PERIOD = 64  # iterations to average over; phases such as lazy R1 are less frequent than others
@@ -127,6 +130,32 @@ class Estimate(TrainingEstimate):
         limit = int(room * self.micro_batch / self.saved) if self.saved else self.batch
         parts = limit // self.ghost
         return self.ghost * micro_batch(self.batch // self.ghost, parts) if parts > 0 else 0
+
+
+def forward_flops(experiment: Experiment, teacher: str) -> float:
+    """Operations of one image through a teacher's network, which is also that of its students."""
+    experiment = replace(experiment, device_setting="meta")
+    with torch.device("meta"), torch.no_grad():
+        dataset, _, _, null = dry_run_data(experiment, teacher)
+        network = dry_run_teacher(experiment, teacher, dataset, null)
+        with measure({}) as cost:
+            network(torch.zeros(1, *network.image_shape), torch.ones(1), network.null_condition(1))
+    return cost.flops
+
+
+def feature_flops(experiment: Experiment, name: str) -> float | None:
+    """Operations of one image through a feature network that is trained here; None for one without
+    feature maps, which may not run without data."""
+    settings = experiment.features[name]
+    extractor = new_extractor(name, settings)
+    if not (FEATURES[settings.type].trained and extractor.has_feature_maps):
+        return None
+    with torch.device("meta"), torch.no_grad():
+        dataset = dry_run_dataset(experiment, 2)
+        network = extractor.build(dataset)
+        with measure({}) as cost:
+            network(torch.zeros(1, *dataset.image_shape))
+    return cost.flops
 
 
 @functools.cache
