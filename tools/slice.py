@@ -4,7 +4,7 @@
 
 For machines that are available for minutes. Stages run in the order of the workflow, one after the
 other, each as `python -m harness <stage>`. A stage starts only if its estimate fits into the time
-that is left. It is asked to stop shortly before the end (SIGINT); what it saved last remains, and
+that is left. Shortly before the end it gets SIGINT; what it saved last remains, and
 the next slice on the same machine continues it (`training.checkpoint_seconds` is the time between
 two saved states). A training is not cut on purpose: one that is longer than a slice is reported,
 and starts only with `--cut`. If a stage fails, independent ones still run.
@@ -50,7 +50,7 @@ SHARE = 0.2  # of a matrix product's rate, which a stage reaches: assumed
 STARTUP = 8.0  # seconds of a stage before its first iteration: imports and data, assumed
 UNKNOWN = 30.0  # seconds of a stage whose work is not counted, assumed
 PRETRAINED_FLOPS = 12e9  # of an image through a pretrained network: Inception's at 299 x 299
-STOP = 10.0  # seconds before the end at which a stage is asked to stop
+STOP = 10.0  # seconds before the end at which a stage gets SIGINT
 TRAININGS = ("features", "teacher", "train")
 
 

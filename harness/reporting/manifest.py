@@ -14,7 +14,7 @@ import joblib
 
 from harness.config.experiment import Experiment
 from harness.errors import UserError
-from harness.io.artifacts import sha256_file
+from harness.io.artifacts import read_json, sha256_file
 from harness.reporting.collect import feature_record, training_record
 
 PACKAGES = (
@@ -22,6 +22,7 @@ PACKAGES = (
     *("clean-fid", "scipy", "numpy", "pandas", "matplotlib", "altair", "snakemake", "pydantic"),
     "scikit-learn",
 )
+ORIGINS = "origins.json"  # in the results folder: packs that `tools.pack` unpacked there
 RUN_FACTS = {"run_id", "sha256", "stop", "device", "device_name"}
 FEATURE_FACTS = {"sha256", "held_out_accuracy", "aesthetic", "unavailable"}
 
@@ -31,6 +32,12 @@ def _git(*arguments: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(["git", *arguments], **options).stdout.strip()
     return None
+
+
+def commit_and_changes() -> tuple[str | None, bool | None]:
+    """The commit of the working directory, and whether files were changed since; None: unknown."""
+    status = _git("status", "--porcelain")
+    return _git("rev-parse", "HEAD"), None if status is None else bool(status)
 
 
 def _processor() -> str:
@@ -54,7 +61,8 @@ def read_manifest(path: Path) -> dict:
 
 def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[Path]) -> dict:
     """The contents of manifest.json."""
-    root, status = experiment.paths.root, _git("status", "--porcelain")
+    root, (commit, dirty) = experiment.paths.root, commit_and_changes()
+    origins = root / ORIGINS
     runs = {
         f"{student}/seed{seed}": record.model_dump(include=RUN_FACTS)
         | ({"released": record.released} if record.released else {})
@@ -73,8 +81,10 @@ def manifest(experiment: Experiment, protocols: dict[str, dict], outputs: list[P
         "experiment": experiment.name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m harness", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "commit": commit,
+        "dirty": dirty,
+        # Packs of results from other machines, with the commit of each.
+        **({"origins": read_json(origins, owner=origins)} if origins.exists() else {}),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "device": {
