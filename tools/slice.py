@@ -4,15 +4,17 @@
 
 For machines that are available for minutes. Stages run in the order of the workflow, one after the
 other, each as `python -m harness <stage>`. A stage starts only if its estimate fits into the time
-that is left. Shortly before the end it gets SIGINT; what it saved last remains, and
-the next slice on the same machine continues it (`training.checkpoint_seconds` is the time between
-two saved states). A training is not cut on purpose: one that is longer than a slice is reported,
+that is left. Shortly before the end it gets SIGINT; what it saved last remains, and the next slice
+on the same machine continues it (`training.checkpoint_seconds` is the time between two saved
+states). A training is not cut on purpose: one that is longer than a slice is reported,
 and starts only with `--cut`. If a stage fails, independent ones still run.
 
 The estimate is the work (operations, as `harness plan` counts them) over a rate. The rate is that
 of an interrupted training of the stage itself, else of finished stages of the same command on the
 same device; without any it is `--rate`, or SHARE of a matrix product that is measured once.
-`results/<experiment>/slices.json` keeps the work of the stages, and the times of those that ran.
+`results/<experiment>/slices.json` keeps the work of the stages, and the times of those that ran;
+`tools.pack` packs it. Counting the work of a student takes seconds, so run `--dry-run` once before
+the first slice, on any machine: it prints the plan of slices.
 
 Exit status: 0 everything is finished, 3 stages remain, 1 a stage failed, 2 an error of the user.
 """
@@ -96,6 +98,7 @@ class Estimates:
         self.history = History(experiment.paths.root / "slices.json")
         self.device = device_name(experiment.device)
         self.rate, self.assumed = rate and rate * 1e12, ""
+        self._dry_runs: dict[str, plan.Estimate] = {}
 
     def of(self, stage: Stage) -> Estimated:
         if stage.command == "train":
@@ -117,8 +120,16 @@ class Estimates:
 
     def work(self, stage: Stage) -> float | None:
         """Operations of a stage; None if they are not counted."""
-        key = f"{stage.name} {digest([self.experiment.raw, stage.name])}"
-        return self.history.work(key, lambda: self._count(stage))
+        name = " ".join([stage.command, *stage.arguments[:1]])  # the same for all training seeds
+        return self._known(name, lambda: self._count(stage))
+
+    def _known(self, name: str, compute: Callable[[], float | None]) -> float | None:
+        return self.history.work(f"{name} {digest(self.experiment.raw)}", compute)
+
+    def _dry_run(self, student: str) -> plan.Estimate:
+        if student not in self._dry_runs:
+            self._dry_runs[student] = plan.Estimate(self.experiment, student)
+        return self._dry_runs[student]
 
     def _count(self, stage: Stage) -> float | None:
         e, command = self.experiment, stage.command
@@ -135,7 +146,7 @@ class Estimates:
                 nfe = pairs.sampler.nfe
                 return pairs.count * nfe * plan.forward_flops(e, pairs.teacher)
             if command == "train":
-                estimate = plan.Estimate(e, name)
+                estimate = self._dry_run(name)
                 finite = math.isfinite(estimate.flops)
                 return estimate.flops - estimate.pair_flops if finite else None
             if command in ("score", "score-references"):
@@ -152,7 +163,9 @@ class Estimates:
             teacher = e.students[name].teacher
             if teacher is None:
                 return None
-            count = plan.Estimate(e, name).snapshots or 1
+            count = int(
+                self._known(f"snapshots {name}", lambda: self._dry_run(name).snapshots) or 1
+            )
             streams = seeds + (count - 1) * (evaluation.snapshot_seeds or seeds)
             if evaluation.selection_seed is not None:
                 streams = count + 2 * seeds
@@ -197,10 +210,7 @@ class Estimates:
             limits = {limit.unit: limit.amount for limit in self.experiment.students[name].budget}
             if "images" in limits:
                 return limits["images"]
-            return self.history.work(
-                f"images {name} {digest(self.experiment.raw)}",
-                lambda: plan.Estimate(self.experiment, name).images,
-            )
+            return self._known(f"images {name}", lambda: self._dry_run(name).images)
         sections = {"features": self.experiment.features, "teacher": self.experiment.teachers}
         return sections[stage.command][name].images
 
@@ -322,10 +332,10 @@ class Slice:
         command = [sys.executable, "-m", "harness", stage.command, *stage.arguments]
         code, log = self._execute([*command, "--configfile", str(self.snapshot)], name)
         seconds = time.monotonic() - began
-        if code is None:
+        if code is None and not stage.is_current():
             self.say(f"{name}: stopped after {seconds:.0f} s; the next slice continues it")
             return False
-        if code != 0:
+        if code not in (0, None):
             self.failed.append(name)
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             self.say(f"{name}: FAILED, exit status {code} ({lines[-1] if lines else ''}; {log})")
