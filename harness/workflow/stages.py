@@ -249,8 +249,8 @@ def all_stages(experiment: Experiment) -> dict[str, Stage]:
         scores = paths.reference_scores(name)
         needs = [f"score-references {name}", "data", *evaluation]
         add("agreement", paths.tables / AGREEMENT[-1], lambda: check.agreement(scores), needs)
-    needs = [name for name in found if name != "data"]
-    inputs = [found[name].record for name in needs if not name.startswith("pairs ")]
+    needs = [name for name, stage in found.items() if stage.command not in ("data", "pairs")]
+    inputs = [found[name].record for name in needs]
     add("report", paths.root / "manifest.json", lambda: check.report(inputs), needs)
     return found
 
