@@ -342,21 +342,25 @@ def run_slices(workspace: Workspace, config: str, seconds: int, limit: int) -> l
 
 
 @pytest.mark.slow
-def test_slices_give_the_numbers_of_one_run(empty_workspace, tmp_path):
-    """Slices that cut trainings, against the same stages without an interruption."""
+def test_slices_give_the_numbers_of_one_run(empty_workspace):
+    """A training that slices cut, against the same one without an interruption."""
     config = empty_workspace.config()
     config["students"] = {"sid": config["students"]["sid"]}
     del config["features"]["tiny-critic"]
     for section in config["features"].values():
         section["images"] = 640
     config["evaluation"]["sampling_seeds"] = [0]
-    config["training"]["budget"] = [{"unit": "images", "amount": 1600}]
+    config["training"]["budget"] = [{"unit": "images", "amount": 12800}]
     empty_workspace.write_config(config)
-    whole = empty_workspace.clone(tmp_path / "whole")
-    outputs = run_slices(empty_workspace, "tiny", seconds=20, limit=40)
-    assert len(outputs) > 2 and any("stopped after" in output for output in outputs)
-    run_slices(whole, "tiny", seconds=900, limit=1)
-    assert metrics(empty_workspace).equals(metrics(whole))
+    outputs = run_slices(empty_workspace, "tiny", seconds=45, limit=40)
+    assert any("train sid 0: stopped after" in output for output in outputs)
+    log = empty_workspace.results / "logs" / "slices" / "train-sid-0.log"
+    assert "resumed at" in log.read_text()
+    cut = metrics(empty_workspace)
+    shutil.rmtree(empty_workspace.results / "students")
+    shutil.rmtree(empty_workspace.results / "scores" / "sid")
+    run_slices(empty_workspace, "tiny", seconds=900, limit=1)
+    assert metrics(empty_workspace).equals(cut)
 
 
 @pytest.mark.slow

@@ -306,7 +306,7 @@ class Slice:
             left = self.seconds - self.elapsed
             facts = f"about {estimate.seconds:.0f} s ({estimate.reason})"
             longer = estimate.seconds > self.seconds
-            if estimate.seconds > left and not (longer and self.cut and left > 2 * STOP):
+            if estimate.seconds > left and not (longer and self.cut and 2 * left > self.seconds):
                 reason = f"{facts}; {max(left, 0):.0f} s are left"
                 if longer:
                     reason += "; it is longer than a slice: raise --seconds, or add --cut"
