@@ -32,6 +32,8 @@ from tools.mosaics import decode
 
 HISTORY = "slices.json"  # of tools.slice: joined, never a conflict
 MACHINE_KEYS = ("device", "processes")  # of an experiment; they may differ between machines
+# Folders of a results folder in the order of the stages; the manifest is the last file.
+FOLDERS = ("data", "features", "teachers", "pairs", "students", "scores", "tables", "figures")
 SHOWN = 5  # conflicts in a message
 
 
@@ -178,8 +180,7 @@ class Unpacking:
             for number, pack in enumerate(self.packs):
                 self._stage(pack, staged / str(number))
             now = time.time()
-            # A record says that its stage is complete: it comes after the files that it names.
-            for path in sorted(self.new, key=lambda p: (p.endswith(".json"), p)):
+            for path in sorted(self.new, key=_order):
                 source = staged / str(self.packs.index(self.new[path])) / path
                 os.utime(source, (now, now))
                 target = self.root / path
@@ -218,6 +219,13 @@ class Unpacking:
             joined["work"] = other["work"] | joined["work"]
             joined["runs"] += [run for run in other["runs"] if run not in joined["runs"]]
         write_json(path, joined)
+
+
+def _order(path: str) -> tuple:
+    """Order of writing. A record says that its stage is complete, so it comes after the files that
+    it names, and after the records of earlier stages: an interrupted call can be repeated."""
+    top = path.split("/")[0]
+    return path.endswith(".json"), FOLDERS.index(top) if top in FOLDERS else len(FOLDERS), path
 
 
 def _result(path: str) -> str:

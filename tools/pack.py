@@ -96,7 +96,9 @@ class Selection:
                 self._file(path)
         elif command in ("features", "teacher"):
             # References are features of real images, which any machine computes again.
-            names = (p for p in sorted(folder.iterdir()) if not p.name.startswith((".", "ref")))
+            names = (
+                p for p in sorted(folder.iterdir()) if not p.name.startswith((".", "reference-"))
+            )
             for path in names:
                 if path.is_symlink() or (path.is_file() and path.name != "failure.json"):
                     self._file(path)
@@ -175,7 +177,7 @@ class Selection:
         return {record.snapshots[-1].name, *selected}
 
     def _add_weights(self, path: Path) -> None:
-        if getattr(self.experiment.evaluation, "precision", "fp32") == "fp32":
+        if self.experiment.evaluation.precision == "fp32":
             return self._file(path)
         name = path.with_name(BF16_WEIGHTS).relative_to(self.root).as_posix()
         converted = self._converted / digest(name)

@@ -284,11 +284,7 @@ class Slice:
         self.experiment, self.seconds, self.estimates = experiment, seconds, estimates
         self.cut, self.started = cut, time.monotonic()
         self.snapshot = experiment.write_snapshot()
-        self.stages = {
-            name: stage
-            for name, stage in all_stages(experiment).items()
-            if students is None or _is_of(stage, students)
-        }
+        self.stages = stages_of(experiment, students)
         self.failed: list[str] = []
         self.skipped: dict[str, str] = {}
 
@@ -395,10 +391,16 @@ def has_begun(stage: Stage) -> bool:
     return parts.exists() or any(folder.glob("runs/*/train.csv")) or any(shards)
 
 
-def _is_of(stage: Stage, students: list[str]) -> bool:
-    if stage.command in ("train", "import-student", "score"):
-        return stage.arguments[0] in students
-    return stage.command != "report"
+def stages_of(experiment: Experiment, students: list[str] | None) -> dict[str, Stage]:
+    """All stages; with `students`, without those of other students and the report."""
+
+    def is_included(stage: Stage) -> bool:
+        if stage.command in ("train", "import-student", "score"):
+            return stage.arguments[0] in students
+        return stage.command != "report"
+
+    stages = all_stages(experiment)
+    return {name: s for name, s in stages.items() if students is None or is_included(s)}
 
 
 def print_plan(experiment: Experiment, seconds: float, estimates: Estimates, stages: dict) -> int:
@@ -443,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
         estimates = Estimates(experiment, args.rate)
         options = experiment, args.seconds, estimates
         if args.dry_run:
-            return print_plan(*options, Slice(*options, args.students).stages)
+            return print_plan(*options, stages_of(experiment, args.students))
         return Slice(*options, args.students, args.cut).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -145,10 +145,8 @@ class _Checks:
         return inputs.items() <= record.inputs.items()
 
     def imported(self, student: str, seed: int) -> bool:
-        try:
-            return is_imported(self.experiment.student_run(student, seed))
-        except UserError:
-            return False
+        """Raises a `UserError` if the source is not the one that the experiment names."""
+        return is_imported(self.experiment.student_run(student, seed))
 
     def scores(self, student: str, seed: int) -> bool:
         run = self.experiment.student_run(student, seed)

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from harness.config.experiment import Experiment
 from harness.errors import ConfigError, Problem, UserError
-from harness.evaluation.prepared import outdated
 from harness.features.base import FEATURES, provides
 from harness.io.artifacts import sha256_file
 from harness.io.downloads import fetch
@@ -28,7 +27,7 @@ from harness.reporting.collect import collect, current_scores, training_record
 from harness.reporting.published import match
 from harness.reporting.published.exact import evaluation_differences
 from harness.reporting.published.statistic import STATISTICS, fid_rows, measure, statistic_of
-from harness.students.released import is_imported
+from harness.workflow.stages import all_stages
 
 METRIC = "fid-edm"  # of all papers whose students were released
 SAMPLES = 50_000  # of each published FID; fewer raise it
@@ -126,20 +125,19 @@ def stages(experiment: Experiment, configfile: Path) -> Iterator[tuple[str, dict
     """The stages that are missing or outdated, each as a command of `harness` with its arguments.
     Every stage must have run before the next one is taken. Networks that are trained are not made
     here, but a `UserError` (code "missing-inputs")."""
-    made_from = experiment.prepared_data, experiment.data_files()
+    known, seed = all_stages(experiment), experiment.training.seeds[0]
     # The data first: networks that were trained on it are compared with it.
-    if [*outdated(experiment.scoring(), [], *made_from)]:
-        yield "data", {}
-    extractors = experiment.evaluation.extractors
-    for path, (stage, *names) in outdated(experiment.scoring(), extractors, *made_from):
-        if stage == "data":  # one of its files has a date in the future
+    for key in ("data", *(f"features {name}" for name in experiment.evaluation.extractors)):
+        stage = known[key]
+        if stage.is_current():
             continue
-        (name,) = names
-        if FEATURES[experiment.features[name].type].trained:
-            command = ["python", "-m", "harness", "features", name, "--configfile", str(configfile)]
-            message = f"{path} is missing or outdated, and nothing is trained here; make it with: "
-            raise UserError(message + shlex.join(command), "missing-inputs")
-        yield "features", {"features": name}
+        for name in stage.arguments:
+            if FEATURES[experiment.features[name].type].trained:
+                command = ["python", "-m", "harness", *key.split(), "--configfile", str(configfile)]
+                message = f"{stage.record} is missing or outdated, and nothing is trained here; "
+                message += f"make it with: {shlex.join(command)}"
+                raise UserError(message, "missing-inputs")
+        yield stage.command, dict(zip(("features",), stage.arguments, strict=False))
     name = _extractor(experiment)
     path = experiment.paths.features(name) / "features.json"
     if FeatureRecord.read(path).unavailable:  # the weights may have been provided meanwhile
@@ -147,9 +145,8 @@ def stages(experiment: Experiment, configfile: Path) -> Iterator[tuple[str, dict
     if reason := FeatureRecord.read(path).unavailable:
         message = f"features.{name}: unavailable ({reason}); provide its weights"
         raise UserError(message, "unavailable")
-    seed = experiment.training.seeds[0]
     for student in experiment.released:
-        if not is_imported(experiment.student_run(student, seed)):
+        if not known[f"import-student {student} {seed}"].is_current():
             yield "import-student", {"student": student, "seed": seed}
     for student in experiment.released:
         if not _is_scored(experiment, student, seed):
