@@ -47,7 +47,8 @@ def code_of(function, *arguments, **options) -> str:
 
 def test_files_are_split_into_parts_and_joined(tmp_path):
     noise = np.random.default_rng(0).bytes(5000)
-    files = {"a/x.bin": noise, "a/y.json": b"{}", "empty.csv": b"", "z.bin": noise[::-1]}
+    files = {"data/x.bin": noise, "data/y.json": b"{}", "scores/empty.csv": b""}
+    files["tables/z.bin"] = noise[::-1]
     found = make_pack(tmp_path / "p", files, size=3000)
     sizes = [part.size for part in found.manifest.parts]
     assert len(sizes) == 4 and max(sizes) == 3000 and sum(sizes) < 10_100
@@ -75,21 +76,25 @@ def change(folder, edit):
         damage_byte,
         lambda folder: (folder / "part-001.bin").unlink(),
         lambda folder: change(folder, lambda m: m["parts"].pop()),
-        lambda folder: change(folder, lambda m: m["files"].pop("b.bin")),
-        lambda folder: change(folder, lambda m: m["files"]["a.bin"].update(sha256="0" * 64)),
-        lambda folder: change(folder, lambda m: m["files"]["a.bin"].update(size=10**9)),
+        lambda folder: change(folder, lambda m: m["files"].pop("data/b.bin")),
+        lambda folder: change(folder, lambda m: m["files"]["data/a.bin"].update(sha256="0" * 64)),
+        lambda folder: change(folder, lambda m: m["files"]["data/a.bin"].update(size=10**9)),
         lambda folder: change(folder, lambda m: m["parts"][0].update(sha256="0" * 64)),
     ],
 )
 def test_a_damaged_pack_is_refused(tmp_path, damage):
     noise = np.random.default_rng(0).bytes(4000)
-    make_pack(tmp_path / "p", {"a.bin": noise, "b.bin": noise[::-1]}, size=3000).verify()
+    make_pack(tmp_path / "p", {"data/a.bin": noise, "data/b.bin": noise[::-1]}, size=3000).verify()
     damage(tmp_path / "p")
     assert code_of(lambda: Pack(tmp_path / "p").verify()) == "damaged"
 
 
 @pytest.mark.parametrize(
-    "path", ["../x", "/x", "a/../../x", "a//x", "a/./x", "a\\x", "C:/x", ".git/config", "", "a/"]
+    "path",
+    [
+        *("../x", "/x", "data/../../x", "data//x", "data/./x", "data\\x", "C:/x", "", "data/"),
+        *("data/.hidden", ".git/config", "harness/cli.py", "origins.json", "Snakefile"),
+    ],
 )
 @pytest.mark.parametrize("where", ["files", "links", "targets", "parts"])
 def test_names_that_lead_elsewhere_are_refused(tmp_path, path, where):
@@ -99,7 +104,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, path, where):
         if where == "files":
             manifest["files"][path] = manifest["files"].popitem()[1]
         elif where == "parts":
-            manifest["parts"][0]["file"] = path
+            manifest["parts"][0]["file"] = "/".join(["..", path])
         else:
             names = ("teachers/edm/w.bin", path)
             manifest["links"] = dict([names if where == "targets" else names[::-1]])
@@ -221,6 +226,22 @@ def test_an_older_report_is_not_mixed_with_new_runs(tmp_path):
     join(root, make_pack(tmp_path / "b", other | {"manifest.json": b"[]"}))
     assert (root / "tables/metrics.csv").read_text() == "a\n"
     assert (root / "students/sim/seed0/student.json").exists()
+
+
+def test_a_report_is_used_only_as_a_whole(tmp_path):
+    """A table of a partial report would not belong to the manifest."""
+    (root := tmp_path / "results" / "tables").mkdir(parents=True)
+    (root / "metrics.csv").write_text("partial\n")
+    report = {"manifest.json": b"{}", "tables/metrics.csv": b"a\n", "tables/agreement.md": b"x"}
+    join(root.parent, make_pack(tmp_path / "a", SID | report))
+    assert (root / "metrics.csv").read_text() == "partial\n"
+    assert not (root.parent / "manifest.json").exists()
+    assert (root / "agreement.md").read_text() == "x"
+
+
+def test_a_pack_does_not_name_code_to_run(tmp_path, tiny):
+    make_pack(tmp_path / "p", {}, experiment=tiny | {"plugins": ["students/evil.py"]})
+    assert code_of(merge.unpack, [tmp_path / "p"], None, False) == "plugins"
 
 
 def test_times_of_slices_are_joined(tmp_path):

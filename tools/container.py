@@ -23,6 +23,10 @@ from harness.io.records import Record
 PART = 15_000_000  # bytes of a part at most
 BLOCK = 1 << 20  # bytes that are read at a time
 MANIFEST = "manifest.json"
+HISTORY = "slices.json"  # of tools.slice
+# What a results folder contains: folders in the order of the stages, and single files.
+FOLDERS = ("data", "features", "teachers", "pairs", "students", "scores", "tables", "figures")
+FILES = ("report.html", "manifest.json", HISTORY)
 # A name of a file or folder: no empty or hidden ones, no "..", drive or backslash.
 NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*")
 
@@ -182,6 +186,9 @@ class Pack:
 
 
 def check_name(folder: Path, path: str) -> None:
-    """Raise a `UserError` (code "unsafe") unless a path leads to a place below a results folder."""
-    if not all(NAME.fullmatch(part) for part in path.split("/")):
+    """Raise a `UserError` (code "unsafe") unless a path is one of results: a file in one of FOLDERS
+    or one of FILES."""
+    top, *below = parts = path.split("/")
+    known = top in FOLDERS if below else top in FILES
+    if not known or not all(NAME.fullmatch(part) for part in parts):
         raise refuse(folder, f"the path {path!r} is not allowed", "unsafe")

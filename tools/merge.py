@@ -27,13 +27,10 @@ from harness.reporting.collect import flatten
 from harness.reporting.manifest import ORIGINS, commit_and_changes
 from harness.validation import load_experiment, parse_experiment
 from harness.workflow.stages import all_stages, read, unfinished
-from tools.container import MANIFEST, Entry, Pack
+from tools.container import FOLDERS, HISTORY, MANIFEST, Entry, Pack
 from tools.mosaics import decode
 
-HISTORY = "slices.json"  # of tools.slice: joined, never a conflict
 MACHINE_KEYS = ("device", "processes")  # of an experiment; they may differ between machines
-# Folders of a results folder in the order of the stages; the manifest is the last file.
-FOLDERS = ("data", "features", "teachers", "pairs", "students", "scores", "tables", "figures")
 SHOWN = 5  # conflicts in a message
 
 
@@ -55,6 +52,11 @@ def read_origins(root: Path) -> list[dict]:
 def is_derived(path: str) -> bool:
     """Whether a file is written from scores by the report (or by the comparison of libraries)."""
     return path.split("/")[0] in ("tables", "figures", "report.html", "manifest.json")
+
+
+def is_agreement(path: str) -> bool:
+    """Whether a file is a table of the comparison with other libraries."""
+    return path.startswith("tables/agreement.")
 
 
 def comparable(raw: dict) -> dict:
@@ -107,19 +109,21 @@ class Unpacking:
 
     def __init__(self, packs: list[Pack], root: Path):
         self.packs, self.root = packs, root
-        # Reports are of the runs that they list: one of a single pack may be used as it is.
-        with_report = [p for p in packs if "manifest.json" in p.manifest.files]
-        fresh = not (root / "manifest.json").exists()
-        self._report = with_report[0] if with_report and fresh else None
+        # A report is used as it is, or not at all: its parts must belong together.
+        with_report = [pack for pack in packs if "manifest.json" in pack.manifest.files]
+        self._report = next(iter(with_report), None)
+        if self._report is not None:
+            parts = filter(is_derived, self._report.manifest.files)
+            if any((root / path).exists() for path in parts if not is_agreement(path)):
+                self._report = None
         self._histories: list[dict] = []
 
     def _files(self, pack: Pack) -> Iterator[tuple[str, Entry]]:
         """The files of a pack that may be written, without those of an outdated report."""
         for path, entry in (pack.manifest.files | pack.manifest.shards).items():
-            agreement = path.startswith("tables/agreement.")
             if path == HISTORY or path.endswith(".rest"):
                 continue
-            if is_derived(path) and not agreement and pack is not self._report:
+            if is_derived(path) and not is_agreement(path) and pack is not self._report:
                 continue
             yield path, entry
 
@@ -216,8 +220,8 @@ class Unpacking:
             return
         joined = read_json(path, owner=path) if path.exists() else {"work": {}, "runs": []}
         for other in self._histories:
-            joined["work"] = other["work"] | joined["work"]
-            joined["runs"] += [run for run in other["runs"] if run not in joined["runs"]]
+            joined["work"] = other.get("work", {}) | joined["work"]
+            joined["runs"] += [run for run in other.get("runs", []) if run not in joined["runs"]]
         write_json(path, joined)
 
 
@@ -257,6 +261,9 @@ def unpack(folders: list[Path], configfile: Path | None, allow_commits: bool) ->
     if configfile is not None:
         experiment = load_experiment(configfile, files=False)
     else:
+        if packs[0].manifest.experiment.get("plugins"):  # code is not run because a pack names it
+            message = "its configuration names plug-ins; give your own with --configfile"
+            raise UserError(f"{folders[0]}: {message}", "plugins")
         source = str(folders[0] / MANIFEST)
         experiment = parse_experiment(packs[0].manifest.experiment, source, files=False)
     check_alike(packs, experiment, allow_commits)

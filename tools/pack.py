@@ -44,8 +44,8 @@ from harness.io.records import DataRecord, ScoreRecord, StudentRecord
 from harness.networks import WEIGHTS
 from harness.validation import load_experiment
 from harness.workflow.stages import Stage, all_stages, read, unfinished
-from tools.container import MANIFEST, Entry, Manifest, Mosaic, write_parts
-from tools.merge import HISTORY, code_facts, read_origins, unpack
+from tools.container import HISTORY, MANIFEST, Entry, Manifest, Mosaic, write_parts
+from tools.merge import code_facts, read_origins, unpack
 from tools.mosaics import encode
 
 BF16_WEIGHTS = "diffusion_pytorch_model.bf16.safetensors"
@@ -96,10 +96,9 @@ class Selection:
                 self._file(path)
         elif command in ("features", "teacher"):
             # References are features of real images, which any machine computes again.
-            names = (
-                p for p in sorted(folder.iterdir()) if not p.name.startswith((".", "reference-"))
-            )
-            for path in names:
+            for path in sorted(folder.iterdir()):
+                if path.name.startswith((".", "reference-")):
+                    continue
                 if path.is_symlink() or (path.is_file() and path.name != "failure.json"):
                     self._file(path)
             for path in sorted(folder.glob("text/**/*")):  # embeddings of prompts

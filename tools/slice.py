@@ -363,8 +363,12 @@ class Slice:
                     continue
         finally:
             if process.poll() is None:  # also if this program itself is interrupted
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(2.0)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         return None, log
 
     def _finish(self) -> int:
@@ -434,6 +438,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if args.seconds <= 0 or (args.rate is not None and args.rate <= 0):
+            raise UserError("--seconds and --rate must be positive", "arguments")
         experiment = load_experiment(args.configfile)
         for name in args.students or ():
             if name not in experiment.students:
