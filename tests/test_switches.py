@@ -9,6 +9,8 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness import kernels
+from harness.networks import triton_ops
 from harness.students.run import assemble
 from harness.training.trainer import Trainer, replace_nonfinite_
 from harness.validation import parse_experiment
@@ -25,9 +27,14 @@ SONG = {
 
 
 def trained(
-    tmp_path, student: str, network: dict | None = None, kind: type[Trainer] = Trainer, **switches
+    tmp_path,
+    student: str,
+    network: dict | None = None,
+    kind: type[Trainer] = Trainer,
+    steps: int = 4,
+    **switches,
 ) -> Trainer:
-    """A trainer after four iterations of a student on random images."""
+    """A trainer after some iterations of a student on random images."""
     raw = yaml.safe_load((DATA / "tiny.yaml").read_text())
     if network:
         raw["teachers"]["edm"]["network"] = network
@@ -37,7 +44,7 @@ def trained(
     torch.manual_seed(0)
     inputs = dry_run_inputs(experiment, student)
     trainer = kind(assemble(run, inputs, tmp_path, "test"))
-    for _ in range(4):
+    for _ in range(steps):
         trainer.step()
     return trainer
 
@@ -61,6 +68,24 @@ def test_channels_last(tmp_path):
         weight = next(p for p in network.parameters() if p.dim() == 4 and p.shape[1] > 1)
         assert weight.is_contiguous(memory_format=torch.channels_last)
     assert_equal_but_for_rounding(plain, switched)
+
+
+@pytest.mark.slow
+def test_fused_training_differs_from_plain_training_by_rounding(tmp_path, monkeypatch):
+    """In Triton's interpreter. The first iteration counts operations and is plain."""
+    for name, value in (("TILE", 1 << 14), ("CHANNELS", 256), ("WIDTH", 256)):
+        monkeypatch.setattr(triton_ops, name, value)
+    monkeypatch.setattr(kernels, "agrees", lambda name, check: True)
+    launched, launch = [], triton_ops.launch
+    monkeypatch.setattr(triton_ops, "launch", lambda *a, **k: launched.append(launch(*a, **k)))
+    network = SONG | {"channel_mult": [1], "attn_resolutions": []}
+    plain = trained(tmp_path, "sid", network, steps=2)
+    assert not launched
+    with kernels.kernels("always"):
+        fused = trained(tmp_path, "sid", network, steps=2, channels_last=True)
+    assert len(launched) > 100
+    assert_equal_losses(plain, fused)
+    assert plain.ledger.flops == fused.ledger.flops and plain.ledger.passes == fused.ledger.passes
 
 
 def test_networks_with_fused_kernels_are_channels_last_on_a_gpu_in_bf16(tmp_path, monkeypatch):
