@@ -61,7 +61,7 @@ def test_images_are_resized_by_several_threads_in_order(monkeypatch):
         together.wait()
         return -number
 
-    assert resize.in_threads(function, range(6)) == [0, -1, -2, -3, -4, -5]
+    assert resize.in_threads(function, range(6), torch.device("cpu")) == [0, -1, -2, -3, -4, -5]
 
 
 @pytest.mark.gpu

@@ -82,8 +82,12 @@ class InceptionExtractor(PretrainedExtractor):
 
             images = pixels.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
             if protocol == "coco":  # this leaves images of 256 x 256 unchanged
-                images = in_threads(make_resizer("PIL", True, "lanczos", (256, 256)), images)
-            images = in_threads(make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images)
+                images = in_threads(
+                    make_resizer("PIL", True, "lanczos", (256, 256)), images, self.device
+                )
+            images = in_threads(
+                make_resizer("PIL", False, "bicubic", (SIZE, SIZE)), images, self.device
+            )
             x = torch.stack(list(map(torch.from_numpy, images))).movedim(-1, 1)
             return to_device(x, self.device)
         rgb = to_device(pixels, self.device).expand(-1, 3, -1, -1)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import joblib
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -93,8 +94,12 @@ def _same_bits(height: int, width: int, size: int, device: torch.device) -> bool
     return same
 
 
-def in_threads(function: Callable[[Any], Any], images: Iterable[Any]) -> list[Any]:
-    """`function` of each image, in order, by as many threads as PyTorch uses on the host. For
-    functions that release Python's lock, as PIL's resizes do."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+def in_threads(
+    function: Callable[[Any], Any], images: Iterable[Any], device: torch.device
+) -> list[Any]:
+    """`function` of each image, in order, in threads: with a GPU as many as there are cores,
+    otherwise as many as PyTorch uses. For functions that release Python's lock, as PIL's resizes
+    do."""
+    threads = joblib.cpu_count() if is_gpu(device) else torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, images))
