@@ -350,14 +350,16 @@ def sweep(bench: Benchmark) -> None:
         return [x.clone().requires_grad_() for _ in range(4)]
 
     layer = torch.nn.GroupNorm(32, 256, device=bench.device)
-    shift, before = torch.randn(128, 256, device=bench.device), vars(triton_ops).copy()
+    shift = torch.randn(128, 256, device=bench.device)
+    names = "TILE", "CHANNELS", "WIDTH", "WARPS"
+    before = [getattr(triton_ops, name) for name in names]
     for tile, channels, warps in (
         *((4096, 32, 4), (4096, 32, 8), (8192, 32, 8), (2048, 32, 4), (4096, 64, 4)),
         *((8192, 64, 8), (4096, 16, 4), (16384, 32, 16)),
     ):
         if not bench.time_left(f"tile {tile} x {channels}, {warps} warps"):
             break
-        triton_ops.TILE, triton_ops.CHANNELS, triton_ops.WARPS = tile, channels, warps
+        triton_ops.set_tiles(tile, channels, triton_ops.WIDTH, warps)
         row = {"tile": tile, "channels": channels, "warps": warps}
         for size in (32, 16):
             images = inputs(size)
@@ -378,8 +380,7 @@ def sweep(bench: Benchmark) -> None:
                 rate = accesses * moved / timed(bench, call, 5) / 1e9
                 row[f"{name}, {size} pixels"] = round(rate)
         bench.add("GB/s of the group norm", row)
-    for name in ("TILE", "CHANNELS", "WARPS"):
-        setattr(triton_ops, name, before[name])
+    triton_ops.set_tiles(*before)
 
 
 # -- the whole ------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def main() -> None:
     tile["ACC"] = tl.float32
     for dtype in ("bf16", "fp32"):
         for channels in (128, 192, 256, 384, 512):  # groups of 4 (with 6, 12: padded) to 16
-            constants = triton_ops._group_tiles(channels, 32) | {"ACC": tl.float32}
+            constants = triton_ops.group_tiles(channels, 32) | {"ACC": tl.float32}
             for kernel in norms:
                 compile_kernel(kernel, dtype, constants)
         compile_kernel(triton_ops._residual_forward, dtype, tile)

@@ -47,10 +47,12 @@ def everywhere(monkeypatch):
 
 
 @pytest.fixture
-def large_tiles(monkeypatch):
-    """Fewer programs: the interpreter's time depends on their number, hardly on their size."""
-    for name, value in (("TILE", 1 << 16), ("CHANNELS", 512), ("WIDTH", 512)):
-        monkeypatch.setattr(triton_ops, name, value)
+def large_tiles():
+    """Fewer programs: the interpreter's time depends more on their number than on their size."""
+    sizes = triton_ops.TILE, triton_ops.CHANNELS, triton_ops.WIDTH, triton_ops.WARPS
+    triton_ops.set_tiles(1 << 14, 256, 256, 4)
+    yield
+    triton_ops.set_tiles(*sizes)
 
 
 @pytest.fixture
@@ -342,8 +344,7 @@ def test_kernels_that_differ_are_turned_off_with_a_warning(monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_the_comparison_before_the_first_use_passes(monkeypatch, launched):
-    monkeypatch.setattr(triton_ops, "CHANNELS", 256)
+def test_the_comparison_before_the_first_use_passes(large_tiles, launched):
     for dtype in (torch.float32, torch.bfloat16):
         fused.check(torch.device(DEVICE), dtype)
     assert len({*launched}) == 5
@@ -449,11 +450,11 @@ def test_kernels_compile_for_an_h100():
 def test_operators_are_registered_correctly():
     """Their schemas, and the shapes that they have on fake tensors."""
     x, c = images(2, 8, 4, 6), torch.randn(8, device=DEVICE)
-    y, mean, rstd = triton_ops.NORM_FORWARD(x, c, c, c, torch.cat([c, c]), 2, 1e-5, True)
+    y, statistics = triton_ops.NORM_FORWARD(x, c, c, c, torch.cat([c, c]), 2, 1e-5, True)
     f = torch.full((1, 1, 2, 2), 0.25, device=DEVICE)
     for operator, arguments in (
         (triton_ops.NORM_FORWARD, (x, c, c, c, torch.cat([c, c]), 2, 1e-5, True)),
-        (triton_ops.NORM_BACKWARD, (y, x, c, c, c, torch.cat([c, c]), mean, rstd, 2, True)),
+        (triton_ops.NORM_BACKWARD, (y, x, c, c, c, torch.cat([c, c]), statistics, 2, True)),
         (triton_ops.RESIDUAL_FORWARD, (x, c, y, 0.5)),
         (triton_ops.RESIDUAL_BACKWARD, (x, 0.5)),
         (triton_ops.RESAMPLE, (x, f, True, 0, 4.0, 8, 12)),

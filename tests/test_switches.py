@@ -73,8 +73,6 @@ def test_channels_last(tmp_path):
 @pytest.mark.slow
 def test_fused_training_differs_from_plain_training_by_rounding(tmp_path, monkeypatch):
     """In Triton's interpreter. The first iteration counts operations and is plain."""
-    for name, value in (("TILE", 1 << 14), ("CHANNELS", 256), ("WIDTH", 256)):
-        monkeypatch.setattr(triton_ops, name, value)
     monkeypatch.setattr(kernels, "agrees", lambda name, check: True)
     launched, launch = [], triton_ops.launch
     monkeypatch.setattr(triton_ops, "launch", lambda *a, **k: launched.append(launch(*a, **k)))

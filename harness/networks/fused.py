@@ -91,28 +91,28 @@ class _Norm(torch.autograd.Function):
         zeros = _zeros(2 * len(weight), weight.dtype, weight.device)
         given = zeros[: len(weight)] if shift is None else shift.contiguous(), weight, bias
         given = *given, zeros if modulation is None else modulation.contiguous()
-        y, mean, rstd = _operators().NORM_FORWARD(x, *given, groups, eps, silu)
-        ctx.save_for_backward(x, shift, weight, bias, modulation, mean, rstd, given[0], given[3])
+        y, statistics = _operators().NORM_FORWARD(x, *given, groups, eps, silu)
+        ctx.save_for_backward(x, shift, weight, bias, modulation, statistics, given[0], given[3])
         ctx.settings = groups, eps, silu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, shift, weight, bias, modulation, *statistics, added, modulated = ctx.saved_tensors
+        x, shift, weight, bias, modulation, statistics, added, modulated = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = x, shift, weight, bias, modulation
             return tuple(_through_plain(ctx, plain_norm, inputs, ctx.settings, dy))
-        groups, _, silu = ctx.settings
-        given = added, weight, bias, modulated
-        gradients = _operators().NORM_BACKWARD(dy, x, *given, *statistics, groups, silu)
-        dx, sums, dmodulation = gradients
-        needs = ctx.needs_input_grad
-        dweight = dbias = dshift = None
-        if needs[2] or needs[3]:
-            dweight, dbias = sums[:2].sum(1).to(weight.dtype)
+        (groups, _, silu), (n, c), needs = ctx.settings, x.shape[:2], ctx.needs_input_grad
+        given = added, weight, bias, modulated, statistics, groups, silu
+        dx, gradients = _operators().NORM_BACKWARD(dy, x, *given)
+        dshift = dweight = dbias = dmodulation = None
         if needs[1]:
-            dshift = (sums[2] if shift.dim() == 2 else sums[2].sum(0)).to(shift.dtype)
-        dmodulation = dmodulation.to(modulation.dtype) if needs[4] else None
+            dshift = gradients[4].view(n, c)
+            dshift = (dshift if shift.dim() == 2 else dshift.sum(0)).to(shift.dtype)
+        if needs[2] or needs[3]:
+            dweight, dbias = gradients[2:4].view(2, n, c).sum(1).to(weight.dtype)
+        if needs[4]:
+            dmodulation = gradients[:2].view(n, 2 * c).to(modulation.dtype)
         return dx, dshift, dweight, dbias, dmodulation, None, None, None
 
 

@@ -12,6 +12,7 @@ The kernels compute in float32 (float64 for float64 inputs), whatever the dtype 
 
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import triton
@@ -28,11 +29,16 @@ _tracing = threading.local()
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """Launch a kernel, unless only shapes are traced."""
+    """Launch a kernel, unless only shapes are traced. The first argument is a tensor."""
     if getattr(_tracing, "shapes", False):
         return
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
-        kernel[grid](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+    options = constants | {"num_warps": WARPS, "enable_fp_fusion": True}
+    device = arguments[0].get_device()  # -1: on CPU, for Triton's interpreter
+    if device < 0 or device == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+    else:  # Triton launches on the current device
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -69,8 +75,8 @@ def _silu_slope(t, silu):
 
 @triton.jit
 def _norm_forward(
-    x, shift, weight, bias, modulation, y, mean_out, rstd_out,
-    S, C, G, x_row, shift_row, modulation_row, silu, eps,
+    x, shift, weight, bias, modulation, y, statistics,
+    N, S, C, G, x_row, shift_row, modulation_row, silu, eps,
     SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +109,8 @@ def _norm_forward(
     variance = _group_sum(squares, GROUPS, PADDED) / total - excess * excess
     average += excess
     rstd = 1.0 / tl.sqrt(variance + eps)
-    tl.store(mean_out + n * G + g, average, mask=real & leader)
-    tl.store(rstd_out + n * G + g, rstd, mask=real & leader)
+    tl.store(statistics + n * G + g, average, mask=real & leader)
+    tl.store(statistics + (N + n) * G + g, rstd, mask=real & leader)
 
     modulation += n * modulation_row
     scale = 1.0 + tl.load(modulation + c, mask=real, other=0.0).to(ACC)
@@ -123,7 +129,7 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    x, dy, shift, weight, bias, modulation, mean_in, rstd_in, dx, sums, dmodulation,
+    x, dy, shift, weight, bias, modulation, statistics, dx, gradients,
     N, S, C, G, x_row, dy_row, shift_row, modulation_row, silu,
     SIZE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     ACC: tl.constexpr,
@@ -131,9 +137,9 @@ def _norm_backward(
     n = tl.program_id(0).to(tl.int64)
     c, real, g, _ = _group_channels(tl.program_id(1), C, SIZE, PADDED, GROUPS)
     r = tl.arange(0, ROWS)
-    rstd = tl.load(rstd_in + n * G + g, mask=real, other=0.0)
+    rstd = tl.load(statistics + (N + n) * G + g, mask=real, other=0.0)
     centre = tl.load(shift + n * shift_row + c, mask=real, other=0.0).to(ACC)
-    centre -= tl.load(mean_in + n * G + g, mask=real, other=0.0)
+    centre -= tl.load(statistics + n * G + g, mask=real, other=0.0)
     w = tl.load(weight + c, mask=real, other=0.0).to(ACC)
     b = tl.load(bias + c, mask=real, other=0.0).to(ACC)
     modulation += n * modulation_row
@@ -154,11 +160,12 @@ def _norm_backward(
         sum_d += d
         sum_dz += d * z
     by_offset, by_gain = tl.sum(sum_d, 0), tl.sum(sum_dz, 0)
-    tl.store(sums + n * C + c, by_gain * scale, mask=real)
-    tl.store(sums + (N + n) * C + c, by_offset * scale, mask=real)
-    o = dmodulation + n * 2 * C + c
+    # Of the modulation `(N, 2, C)`, the weight, the bias and, below, the shift, `(N, C)` each.
+    o = gradients + n * 2 * C + c
     tl.store(o, w * by_gain + b * by_offset, mask=real)
     tl.store(o + C, by_offset, mask=real)
+    tl.store(gradients + (2 * N + n) * C + c, by_gain * scale, mask=real)
+    tl.store(gradients + (3 * N + n) * C + c, by_offset * scale, mask=real)
 
     mean_d = _group_sum(gain * by_offset, GROUPS, PADDED) / (S * SIZE)
     mean_dz = _group_sum(gain * by_gain, GROUPS, PADDED) / (S * SIZE)
@@ -173,7 +180,7 @@ def _norm_backward(
         dv = rstd[None, :] * (d * gain[None, :] - mean_d[None, :] - z * mean_dz[None, :])
         by_shift += tl.where(mask, dv, 0.0)
         tl.store(dx + rows * C + c[None, :], dv.to(dx.dtype.element_ty), mask=mask)
-    tl.store(sums + (2 * N + n) * C + c, tl.sum(by_shift, 0), mask=real)
+    tl.store(gradients + (4 * N + n) * C + c, tl.sum(by_shift, 0), mask=real)
 
 
 @triton.jit
@@ -242,10 +249,15 @@ def _resample(
 # compilers see named operators.
 
 
+# All of it runs several times for each block of a network: what depends on shapes alone is cached.
+
+
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """An image with channels in rows, and the distance of the rows in elements: the tensor itself
     if it is channels-last or a slice of its channels, otherwise a channels-last copy."""
     n, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x, c
     row = x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c
     expected = zip(x.shape, x.stride(), (h * w * row, 1, w * row, row), strict=True)
     if row >= c and all(stride == dense for size, stride, dense in expected if size > 1):
@@ -253,21 +265,31 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(memory_format=torch.channels_last), c
 
 
-def _empty(x: Tensor, *size: int) -> Tensor:
-    size = size or x.shape
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _image(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """A new channels-last image of the dtype and on the device of x."""
+    return x.new_empty_strided(size, _strides(*size[1:]))
 
 
-def _precision(x: Tensor) -> dict:
-    """Of sums and of everything that is computed per channel."""
-    return {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
+@cache
+def _strides(c: int, h: int, w: int) -> tuple[int, ...]:
+    return c * h * w, 1, c * w, c
 
 
-def _accumulator(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+def _sums(x: Tensor, *size: int) -> Tensor:
+    """New memory for what is computed per channel, in the precision of sums."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(size, dtype=dtype)
 
 
-def _group_tiles(channels: int, groups: int) -> dict[str, int]:
+def _accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _sample_stride(x: Tensor) -> int:
+    return x.stride(0) if x.dim() == 2 else 0
+
+
+def group_tiles(channels: int, groups: int) -> dict[str, int]:
     """Constants of the kernels of group norms: groups per program, and the size of its tile."""
     size = channels // groups
     padded = triton.next_power_of_2(size)
@@ -276,10 +298,26 @@ def _group_tiles(channels: int, groups: int) -> dict[str, int]:
     return {"SIZE": size, "PADDED": padded, "GROUPS": together, "ROWS": rows}
 
 
-def _norm_settings(x: Tensor, groups: int) -> tuple[tuple[int, int], dict]:
-    tiles = _group_tiles(x.shape[1], groups)
-    grid = (len(x), triton.cdiv(groups, tiles["GROUPS"]))
-    return grid, tiles | {"ACC": _accumulator(x)}
+@cache
+def _norm_settings(n: int, channels: int, groups: int, dtype: torch.dtype) -> tuple[tuple, dict]:
+    """The grid and the constants."""
+    tiles = group_tiles(channels, groups)
+    grid = (n, triton.cdiv(groups, tiles["GROUPS"]))
+    return grid, tiles | {"ACC": _accumulator(dtype)}
+
+
+@cache
+def _row_settings(rows: int, channels: int, dtype: torch.dtype) -> tuple[tuple, dict]:
+    constants = {"ROWS": TILE // WIDTH, "WIDTH": WIDTH, "ACC": _accumulator(dtype)}
+    return (triton.cdiv(rows, TILE // WIDTH), triton.cdiv(channels, WIDTH)), constants
+
+
+def set_tiles(tile: int, channels: int, width: int, warps: int) -> None:
+    """Set the sizes of all tiles, for benchmarks and tests."""
+    global TILE, CHANNELS, WIDTH, WARPS
+    TILE, CHANNELS, WIDTH, WARPS = tile, channels, width, warps
+    _norm_settings.cache_clear()
+    _row_settings.cache_clear()
 
 
 # One kernel serves all norms, so that little is compiled: shift `(C,)` or `(B, C)` and modulation
@@ -295,16 +333,15 @@ def norm_forward(
     groups: int,
     eps: float,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """The result, and the mean and 1 / standard deviation of each group, `(2, B, G)`."""
     (x, row), (n, c, h, w) = _rows(x), x.shape
-    y, mean = _empty(x), torch.empty(n, groups, **_precision(x))
-    rstd = torch.empty_like(mean)
-    grid, constants = _norm_settings(x, groups)
-    tensors = x, shift, weight, bias, modulation, y, mean, rstd
-    strides = row, *map(_sample_stride, (shift, modulation))
-    numbers = h * w, c, groups, *strides, float(silu), eps
-    launch(_norm_forward, grid, *tensors, *numbers, **constants)
-    return y, mean, rstd
+    y, statistics = _image(x, x.shape), _sums(x, 2, n, groups)
+    grid, constants = _norm_settings(n, c, groups, x.dtype)
+    numbers = n, h * w, c, groups, row, _sample_stride(shift), _sample_stride(modulation)
+    tensors = x, shift, weight, bias, modulation, y, statistics
+    launch(_norm_forward, grid, *tensors, *numbers, float(silu), eps, **constants)
+    return y, statistics
 
 
 def norm_backward(
@@ -314,36 +351,25 @@ def norm_backward(
     weight: Tensor,
     bias: Tensor,
     modulation: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, by (weight, bias, shift) of each image `(3, B, C)`, and by the modulation."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient by x, and those for each image by the modulation `(B, 2, C)`, the weight, the
+    bias and the shift, `(B, C)` each, behind one another `(5, B C)`."""
     (x, row), (dy, dy_row), (n, c, h, w) = _rows(x), _rows(dy), x.shape
-    dx, sums = _empty(x), torch.empty(3, n, c, **_precision(x))
-    dmodulation = sums.new_empty(n, 2 * c)
-    grid, constants = _norm_settings(x, groups)
-    tensors = x, dy, shift, weight, bias, modulation, mean, rstd, dx, sums, dmodulation
-    strides = row, dy_row, *map(_sample_stride, (shift, modulation))
-    numbers = n, h * w, c, groups, *strides, float(silu)
-    launch(_norm_backward, grid, *tensors, *numbers, **constants)
-    return dx, sums, dmodulation
-
-
-def _sample_stride(x: Tensor) -> int:
-    return x.stride(0) if x.dim() == 2 else 0
-
-
-def _row_tiles(rows: int, channels: int, x: Tensor) -> tuple[tuple, dict]:
-    constants = {"ROWS": TILE // WIDTH, "WIDTH": WIDTH, "ACC": _accumulator(x)}
-    return (triton.cdiv(rows, TILE // WIDTH), triton.cdiv(channels, WIDTH)), constants
+    dx, gradients = _image(x, x.shape), _sums(x, 5, n * c)
+    grid, constants = _norm_settings(n, c, groups, x.dtype)
+    strides = row, dy_row, _sample_stride(shift), _sample_stride(modulation)
+    tensors = x, dy, shift, weight, bias, modulation, statistics, dx, gradients
+    launch(_norm_backward, grid, *tensors, n, h * w, c, groups, *strides, float(silu), **constants)
+    return dx, gradients
 
 
 def residual_forward(h: Tensor, bias: Tensor, x: Tensor, scale: float) -> Tensor:
     (h, h_row), (x, x_row), (n, c, height, width) = _rows(h), _rows(x), h.shape
-    y, pixels = _empty(h), n * height * width
-    grid, constants = _row_tiles(pixels, c, h)
+    y, pixels = _image(h, h.shape), n * height * width
+    grid, constants = _row_settings(pixels, c, h.dtype)
     launch(_residual_forward, grid, h, bias, x, y, pixels, c, h_row, x_row, scale, **constants)
     return y
 
@@ -352,10 +378,10 @@ def residual_backward(dy: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The gradient by h and by x, and sums of it by channel, `(P, C)` of P parts of the pixels."""
     (dy, row), (n, c, height, width) = _rows(dy), dy.shape
     pixels = n * height * width
-    (tiles, blocks), constants = _row_tiles(pixels, c, dy)
-    each = triton.cdiv(tiles, 256)  # tiles of a program: enough programs, few parts
-    grid = (triton.cdiv(tiles, each), blocks)
-    dx, sums = _empty(dy), torch.empty(grid[0], c, **_precision(dy))
+    (tiles, blocks), constants = _row_settings(pixels, c, dy.dtype)
+    each = -(-tiles // 256)  # tiles of a program: enough programs, few parts
+    grid = (-(-tiles // each), blocks)
+    dx, sums = _image(dy, dy.shape), _sums(dy, grid[0], c)
     launch(_residual_backward, grid, dy, dx, sums, pixels, c, row, scale, each, **constants)
     return dx, sums
 
@@ -364,10 +390,10 @@ def resample(
     x: Tensor, taps: Tensor, up: bool, padding: int, gain: float, height: int, width: int
 ) -> Tensor:
     (x, row), (n, c, h, w) = _rows(x), x.shape
-    y = _empty(x, n, c, height, width)
-    (tiles, blocks), constants = _row_tiles(height * width, c, x)
+    y = _image(x, (n, c, height, width))
+    (tiles, blocks), constants = _row_settings(height * width, c, x.dtype)
     numbers = h, w, height, width, c, row, padding, gain
-    constants |= {"TAPS": taps.shape[-1], "UP": up}
+    constants = constants | {"TAPS": taps.shape[-1], "UP": up}
     launch(_resample, (n, tiles, blocks), x, taps, y, *numbers, **constants)
     return y
 
