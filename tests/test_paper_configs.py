@@ -127,6 +127,7 @@ def test_settings_equal_the_published_ones(name, student, expected):
     assert {key: getattr(config, key) for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_official_networks():
     # Without micro-batches, images are generated once per iteration.
     whole = {"training": {"micro_batch": None}}

@@ -229,15 +229,15 @@ def test_interrupted_scoring_resumes(project, tmp_path, monkeypatch):
     stage("score", "dmd", "0")
     whole = read_json(path)
     samples = path.with_name(whole["samples"]["file"]).read_bytes()
-    add, calls = FeatureAccumulator.add, []
+    complete, calls = FeatureAccumulator.complete, []
 
-    def broken(self, pixels, labels):
-        calls.append(len(pixels))
+    def broken(self, block):
+        calls.append(len(block.pixels))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        add(self, pixels, labels)
+        complete(self, block)
 
-    monkeypatch.setattr(FeatureAccumulator, "add", broken)
+    monkeypatch.setattr(FeatureAccumulator, "complete", broken)
     path.unlink()
     with pytest.raises(KeyboardInterrupt):
         stage("score", "dmd", "0")
@@ -245,11 +245,11 @@ def test_interrupted_scoring_resumes(project, tmp_path, monkeypatch):
     assert len(list(parts.glob("*/shard-*.safetensors"))) == 3
     calls.clear()
 
-    def counted(self, pixels, labels):
-        calls.append(len(pixels))
-        add(self, pixels, labels)
+    def counted(self, block):
+        calls.append(len(block.pixels))
+        complete(self, block)
 
-    monkeypatch.setattr(FeatureAccumulator, "add", counted)
+    monkeypatch.setattr(FeatureAccumulator, "complete", counted)
     stage("score", "dmd", "0")
     assert calls == [4, 4, 2] and not parts.exists()
     again = read_json(path)
