@@ -49,7 +49,12 @@ QUOTED = {
     "device": "NVIDIA H200, torch 2.11.0+cu130, 2026-11-27",
     "images/s": {"float32": 60.5, "their half-precision option": 283.6},
 }
-GOALS = {"share of peak": 0.40, "times the authors' half precision": 2.5, "first iteration s": 30}
+GOALS = {
+    "share of peak": 0.40,
+    "times the authors' half precision": 2.5,
+    "first iteration s": 30,
+    "first iteration s, kernels cached": 10,
+}
 TINY = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
 PLAIN, FUSED = "plain", "fused"
 
@@ -426,8 +431,8 @@ def goals(results: dict[str, Any]) -> dict[str, str]:
             found["share of peak"] = row["share of peak"]
             found["times the authors' half precision"] = round(ratio, 2)
     for row in results.get("first iteration", ()):
-        if row["cache of kernels"] == "empty":
-            found["first iteration s"] = row["seconds"]
+        state = "" if row["cache of kernels"] == "empty" else ", kernels cached"
+        found[f"first iteration s{state}"] = row["seconds"]
     return {name: f"{value} (goal: {GOALS[name]})" for name, value in found.items()}
 
 

@@ -51,7 +51,8 @@ def everywhere(monkeypatch):
 def large_tiles():
     """Fewer programs: the interpreter's time depends more on their number than on their size."""
     sizes = triton_ops.TILE, triton_ops.CHANNELS, triton_ops.WIDTH, triton_ops.WARPS
-    triton_ops.set_tiles(1 << 14, 256, 256, 4)
+    if DEVICE == "cpu":
+        triton_ops.set_tiles(1 << 14, 256, 256, 4)
     yield
     triton_ops.set_tiles(*sizes)
 
@@ -109,6 +110,7 @@ NORMS = [
 ]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", NORMS, ids=str)
 def test_norm_equals_the_plain_one_in_float64(case, dtype):
@@ -285,6 +287,7 @@ def call(network: nn.Module, x: Tensor | None = None) -> Tensor:
     return network(x.to(DEVICE), torch.tensor([0.1, 0.2], device=DEVICE))
 
 
+@pytest.mark.contract
 def test_which_pass_runs(launched):
     network = small()
     call(network)
@@ -351,6 +354,7 @@ def test_the_comparison_before_the_first_use_passes(large_tiles, launched):
     assert len({*launched}) == 5
 
 
+@pytest.mark.contract
 def test_weights_are_cast_once_per_update():
     network = small()
     call(network)
@@ -443,7 +447,7 @@ def test_kernels_compile_for_an_h100():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) > 30 and all(row["bytes"] > 1000 for row in rows)
+    assert len(rows) >= 18 and all(row["bytes"] > 1000 for row in rows)
     assert all(row["stack"] <= 64 for row in rows if "stack" in row)
 
 
