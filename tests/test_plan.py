@@ -1,6 +1,5 @@
 """`harness plan`: the printed table. tests/test_paper_configs.py tests the counts."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import yaml
 
 from harness.cli import main
+from harness.io.records import DataRecord
 from harness.networks import build_denoiser
 from harness.training.ledger import measure
 from harness.validation import parse_experiment
@@ -89,12 +89,17 @@ def test_disk_of_embeddings_says_which_prompts_are_assumed(missing, tmp_path, ti
         assert text == " Embeddings of 2 prompts for teacher sd: 0.0 GB."
 
 
+PREPARED = {
+    **{"name": "digits", "registered": True, "class_names": [], "train_images": 1438},
+    **{"held_out_images": 359, "image_shape": [1, 8, 8], "images_sha256": "i", "sha256": "d"},
+}
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A function that sets the memory of a GPU, in bytes; there is no driver."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(plan, "PERIOD", 1)
 
     def set_memory(size: int) -> None:
         facts = SimpleNamespace(total_memory=size)
@@ -103,29 +108,37 @@ def gpu(monkeypatch):
     return set_memory
 
 
-def test_training_requests_its_share_of_a_gpu(tiny, tmp_path, gpu):
+def test_training_requests_its_share_of_a_gpu(tiny, tmp_path, gpu, monkeypatch):
     """The estimate with its allowance, the context and the real images, rounded up to percents."""
+    memory = {"sid": 8, "gdd": 10, "dmd": 8, "edm": 4}  # GiB
+
+    def estimate(experiment, name):
+        return SimpleNamespace(memory=memory[name] * 2**30)
+
+    monkeypatch.setattr(plan, "Estimate", estimate)
+    monkeypatch.setattr(plan, "TeacherEstimate", estimate)
     tiny["device"] = "cuda"
-    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
-    sid = plan.Estimate(experiment, "sid").memory
-    teacher = plan.TeacherEstimate(experiment, "edm").memory
-    total = 40 * 2**30
-    gpu(total)
-    for kind, name, memory, images in (
-        ("run", "sid", sid, 0),
-        ("teacher", "edm", teacher, plan.ON_DEVICE),  # the data are not prepared yet
-    ):
-        share = (plan.CONTEXT + plan.ALLOWANCE * memory + images) / total
-        assert plan.gpu_percent(experiment, kind, name) == math.ceil(100 * share), name
+    tiny["students"]["dmd"]["settings"]["regression"] = "lpips"
+    gpu(80 * 2**30)
+
+    def shares() -> list[int]:
+        experiment = parse_experiment(tiny, "tiny.yaml", tmp_path, files=False, check=False)
+        kinds = ["run"] * 3 + ["teacher"]
+        return [plan.gpu_percent(experiment, *job) for job in zip(kinds, memory, strict=True)]
+
+    # 2 GiB of context; 1.25 times the estimate, or twice with LPIPS; before the data are prepared,
+    # 4 GiB of real images for GDD and the teacher: 12, 18.5, 18 and 11 GiB.
+    assert shares() == [15, 24, 23, 14]
+    DataRecord.model_validate(PREPARED).write(tmp_path / "tiny" / "data" / "data.json")
+    assert shares() == [15, 19, 23, 9]  # 0.1 MB of images: 12, 14.5, 18 and 7 GiB
+    gpu(13 * 2**30)
+    assert shares() == [93, 100, 100, 54]
 
 
 def test_training_of_unknown_memory_requests_a_whole_gpu(tiny, tmp_path, gpu, monkeypatch):
-    gpu(2**30)  # smaller than any job
+    gpu(2**60)
     tiny["device"] = "cuda"
     tiny["students"] = {"sid": tiny["students"]["sid"]}
-    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
-    assert plan.gpu_percent(experiment, "run", "sid") == 100
-    gpu(2**60)
     tiny["training"]["budget"] = [{"unit": "seconds", "amount": 5}]
     assert plan.gpu_percent(parse_experiment(tiny, "", tmp_path), "run", "sid") == 100
     tiny["training"]["budget"] = [{"unit": "images", "amount": 160}]
