@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,6 +178,27 @@ def test_students_of_other_machines_are_left_out(tmp_path, monkeypatch, experime
     assert clock.started == ["data", "teacher edm", "train b 0", "score b 0"]
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_stage_is_stopped_at_the_end_of_a_slice(experiment, ends):
+    """It can save its work on SIGINT; one that does not end is killed in time."""
+    current, handler = Slice(experiment, 1.0, None), "raise SystemExit(5)" if ends else "pass"
+    code = f"""
+import signal, time
+def stop(*_):
+    print("SIGINT", flush=True)
+    {handler}
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+    status, log = current._execute([sys.executable, "-c", code], "train sid 0")
+    assert status is None and "SIGINT" in log.read_text()
+    assert 0.9 < current.elapsed < 5
+    failing = [sys.executable, "-c", "raise SystemExit(2)"]
+    assert Slice(experiment, 60.0, None)._execute(failing, "train sid 0")[0] == 2
+
+
 # -- estimates --------------------------------------------------------------------------------------
 
 
@@ -341,26 +365,38 @@ def run_slices(workspace: Workspace, config: str, seconds: int, limit: int) -> l
     raise AssertionError("\n".join(outputs))
 
 
-@pytest.mark.slow
-def test_slices_give_the_numbers_of_one_run(empty_workspace):
-    """A training that slices cut, against the same one without an interruption."""
-    config = empty_workspace.config()
+def test_slices_give_the_numbers_of_the_workflow(finished, tmp_path):
+    """One student in pieces: a slice that is stopped by a signal during a training, and the rest.
+    Its rows are those of the whole experiment by Snakemake."""
+    workspace = empty(finished, tmp_path / "project")
+    config = workspace.config()
     config["students"] = {"sid": config["students"]["sid"]}
     del config["features"]["tiny-critic"]
-    for section in config["features"].values():
-        section["images"] = 640
-    config["evaluation"]["sampling_seeds"] = [0]
-    config["training"]["budget"] = [{"unit": "images", "amount": 12800}]
-    empty_workspace.write_config(config)
-    outputs = run_slices(empty_workspace, "tiny", seconds=45, limit=40)
-    assert any("train sid 0: stopped after" in output for output in outputs)
-    log = empty_workspace.results / "logs" / "slices" / "train-sid-0.log"
-    assert "resumed at" in log.read_text()
-    cut = metrics(empty_workspace)
-    shutil.rmtree(empty_workspace.results / "students")
-    shutil.rmtree(empty_workspace.results / "scores" / "sid")
-    run_slices(empty_workspace, "tiny", seconds=900, limit=1)
-    assert metrics(empty_workspace).equals(cut)
+    config["training"]["budget"] = [{"unit": "images", "amount": 160}]
+    workspace.write_config(config)
+    options = ["--configfile", "configs/tiny.yaml", "--seconds", "900"]
+    path = os.pathsep.join(map(str, (workspace.root, ROOT)))
+    process = subprocess.Popen(
+        workspace.command("tools.slice", *options),
+        cwd=workspace.root,
+        env=workspace.environment | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    student = workspace.results / "students" / "sid" / "seed0"
+    while not list(student.glob("runs/*/state.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == slices.REMAINING and "continue with" in output
+    assert not (student / "student.json").exists() and not (student / "failure.json").exists()
+    outputs = run_slices(workspace, "tiny", seconds=900, limit=1)
+    assert "images are left at" in outputs[0]  # estimated by its own rate
+    assert "resumed at" in (workspace.results / "logs/slices/train-sid-0.log").read_text()
+    expected = metrics(finished)
+    expected = expected[expected.student.isin(["teacher", "teacher-1step", "floor", "sid"])]
+    assert metrics(workspace).equals(expected.reset_index(drop=True))
 
 
 @pytest.mark.slow

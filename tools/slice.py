@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -271,7 +272,7 @@ def matrix_rate(device: str) -> float:
 
 class Slice:
     """One slice of `seconds`. students: the others are left out, and the report. cut: also start
-    a stage that is longer than the slice."""
+    a stage that is longer than the slice. age: seconds of the slice that have passed."""
 
     def __init__(
         self,
@@ -280,9 +281,10 @@ class Slice:
         estimates: Estimates,
         students: list[str] | None = None,
         cut: bool = False,
+        age: float = 0.0,
     ):
         self.experiment, self.seconds, self.estimates = experiment, seconds, estimates
-        self.cut, self.started = cut, time.monotonic()
+        self.cut, self.started = cut, time.monotonic() - age
         self.snapshot = experiment.write_snapshot()
         self.stages = stages_of(experiment, students)
         self.failed: list[str] = []
@@ -351,24 +353,24 @@ class Slice:
             process = subprocess.Popen(
                 command, stdout=output, stderr=output, start_new_session=True
             )
+        stop = min(STOP, 0.1 * self.seconds)
         try:
-            stop = min(STOP, 0.1 * self.seconds)
-            for request, seconds in ((None, -stop), (signal.SIGINT, 0.0), (signal.SIGTERM, 2.0)):
+            for request, left in ((None, 1.0), (signal.SIGINT, 0.3), (signal.SIGTERM, 0.1)):
                 if request is not None:
                     process.send_signal(request)
                 try:
-                    code = process.wait(max(0.0, self.seconds + seconds - self.elapsed))
+                    code = process.wait(max(0.0, self.seconds - left * stop - self.elapsed))
                     return (None if request is not None and code != 0 else code), log
                 except subprocess.TimeoutExpired:
                     continue
         finally:
-            if process.poll() is None:  # also if this program itself is interrupted
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(2.0)
-                except subprocess.TimeoutExpired:
+            if process.poll() is None:  # it did not end, or this program itself is interrupted
+                with suppress(subprocess.TimeoutExpired):
+                    process.send_signal(signal.SIGINT)
+                    process.wait(0.1 * stop)
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait()
         return None, log
 
     def _finish(self) -> int:
@@ -405,6 +407,16 @@ def stages_of(experiment: Experiment, students: list[str] | None) -> dict[str, S
 
     stages = all_stages(experiment)
     return {name: s for name, s in stages.items() if students is None or is_included(s)}
+
+
+def process_age() -> float:
+    """Seconds since this process started, as far as the system tells: imports take some."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def print_plan(experiment: Experiment, seconds: float, estimates: Estimates, stages: dict) -> int:
@@ -452,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         options = experiment, args.seconds, estimates
         if args.dry_run:
             return print_plan(*options, stages_of(experiment, args.students))
-        return Slice(*options, args.students, args.cut).run()
+        return Slice(*options, args.students, args.cut, process_age()).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
