@@ -178,23 +178,19 @@ def test_students_of_other_machines_are_left_out(tmp_path, monkeypatch, experime
     assert clock.started == ["data", "teacher edm", "train b 0", "score b 0"]
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_a_stage_is_stopped_at_the_end_of_a_slice(experiment, ends):
-    """It can save its work on SIGINT; one that does not end is killed in time."""
-    current, handler = Slice(experiment, 1.0, None), "raise SystemExit(5)" if ends else "pass"
-    code = f"""
+def test_a_stage_is_stopped_at_the_end_of_a_slice(experiment):
+    """It gets SIGINT; one that does not end is killed in time."""
+    current = Slice(experiment, 2.0, None)
+    code = """
 import signal, time
-def stop(*_):
-    print("SIGINT", flush=True)
-    {handler}
-signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGINT, lambda *_: print("SIGINT", flush=True))
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 for _ in range(600):
     time.sleep(0.1)
 """
     status, log = current._execute([sys.executable, "-c", code], "train sid 0")
     assert status is None and "SIGINT" in log.read_text()
-    assert 0.9 < current.elapsed < 5
+    assert 1.9 < current.elapsed < 5
     failing = [sys.executable, "-c", "raise SystemExit(2)"]
     assert Slice(experiment, 60.0, None)._execute(failing, "train sid 0")[0] == 2
 
@@ -421,7 +417,7 @@ def test_slices_of_small_colour_images(empty_workspace):
             "edm": {"network": network, "images": 256, "batch": 32, "augment": 0.12}
             | {"sampler": {"steps": 2}}
         },
-        "students": {"sid": {"method": "sid"}, "sim": {"method": "sim"}},
+        "students": {"sid": {"method": "sid"}},
         "training": {
             "seeds": [0],
             "budget": [{"unit": "images", "amount": 64}],
@@ -435,7 +431,7 @@ def test_slices_of_small_colour_images(empty_workspace):
     run_slices(empty_workspace, "colour", seconds=600, limit=2)
     results = empty_workspace.root / "results" / "colour"
     table = pd.read_csv(results / "tables" / "metrics.csv")
-    assert {"sid", "sim", "teacher"} <= set(table.student) and (table.status == "ok").all()
+    assert {"sid", "teacher"} <= set(table.student) and (table.status == "ok").all()
     images, results_pack = (empty_workspace.root / name for name in ("images-pack", "results-pack"))
     for out, options in ((images, ["--images"]), (results_pack, [])):
         arguments = ["pack", "--configfile", str(path), "--out", str(out), *options]
