@@ -10,10 +10,13 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from harness.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,10 @@ def usable(tensor: Tensor) -> bool:
 
 
 def has_fused_pass(network: nn.Module) -> bool:
-    """Whether modules of a network have a fused pass, for weights in channels-last memory."""
+    """Whether modules of a network have a fused pass, for weights in channels-last memory, and this
+    process has kernels for it. The plain pass is slower in this memory on a GPU."""
+    if _mode == "off" or find_spec("triton") is None:
+        return False
     return any(getattr(module, "has_fused_pass", False) for module in network.modules())
 
 
@@ -58,8 +64,8 @@ def agrees(name: str, check: Callable[[], None]) -> bool:
     `name` fail or differ from the plain path, which then runs with a warning."""
     if name not in _agreement:
         try:
-            # The first use may be under `no_grad` or autocast.
-            with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            # The first use may be under `no_grad` or autocast, or with TF32 in the plain path.
+            with torch.enable_grad(), torch.autocast("cuda", enabled=False), full_precision():
                 check()
         except Exception as error:  # compilers and drivers may fail in any way
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

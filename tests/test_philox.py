@@ -87,6 +87,15 @@ def test_the_comparison_before_the_first_use_may_differentiate(monkeypatch):
         assert switch.agrees("sampling", lambda: torch.autograd.grad(x.square().sum(), x))
 
 
+def test_the_comparison_before_the_first_use_is_without_tf32(monkeypatch):
+    """The plain path would round; afterwards the flag is what it was."""
+    monkeypatch.setattr(switch, "_agreement", {})
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    found = []
+    assert switch.agrees("training", lambda: found.append(torch.backends.cudnn.allow_tf32))
+    assert found == [False] and torch.backends.cudnn.allow_tf32
+
+
 def test_one_ulp_is_the_distance_to_the_next_number():
     a = torch.tensor([1.0, -3e-30, 0.7])
     assert within_one_ulp(a, a) and within_one_ulp(a, a.nextafter(torch.tensor(9.0)))

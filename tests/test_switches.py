@@ -101,6 +101,8 @@ def test_networks_with_fused_kernels_are_channels_last_on_a_gpu_in_bf16(tmp_path
     assert not placed(net, "cpu", precision="bf16") and not placed(net, "cuda")
     assert not placed(net, "cuda", precision="bf16", channels_last=False)
     assert not placed(classifier, "cuda", precision="bf16")
+    with kernels.kernels("off"):
+        assert not placed(net, "cuda", precision="bf16")
 
 
 def test_all_nonfinite_gradients_are_replaced_together():

@@ -148,7 +148,7 @@ class FeatureAccumulator:
             if self.nearest and extractor.name == self.nearest.extractor:
                 self.nearest.add(pixels, found["features"])
         if self.count < min(self.keep, KEPT_BYTES // pixels[0].numel()):
-            self._parts["pixels"].append(pixels)
+            self._parts["pixels"].append(pixels.clone())  # not in pinned memory, which is scarce
         if labels is not None:
             self._parts["labels"].append(labels)
             if self.attributes:

@@ -238,6 +238,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         """Build the layers of the embedding, the encoder and the decoder. noise_width: of
         `map_noise`. channels: output of the first convolution; returns those of the decoder."""
         self._cast: fused.CastWeights | None = None
+        self._convolutions: list[Conv2d] | None = None  # found at the first fused pass
         config, linear = self.config, partial(EmbeddingLinear, bias=False)
         emb_channels = config.model_channels * config.channel_mult_emb
         self.map_augment = linear(config.augment_dim, noise_width) if config.augment_dim else None
@@ -349,12 +350,14 @@ class EDMUNet(ModelMixin, ConfigMixin):
     def _fused_weights(self, x: Tensor) -> Weights | None:
         """The weights of convolutions for a fused pass: in autocast's dtype or, without autocast,
         their own. None: the pass is plain."""
-        convolutions = [m.weight for m in self.modules() if isinstance(m, Conv2d) and m.kernel]
+        if not kernels.usable(x):
+            return None
+        if self._convolutions is None:  # a search takes as long as several kernels
+            self._convolutions = [m for m in self.modules() if isinstance(m, Conv2d) and m.kernel]
+        convolutions = [m.weight for m in self._convolutions]
         largest, layout = max(convolutions, key=Tensor.numel), torch.channels_last
         # With one channel or one pixel, all layouts are the same.
         if largest.is_contiguous() or not largest.is_contiguous(memory_format=layout):
-            return None
-        if not kernels.usable(x):
             return None
         kind, dtype = x.device.type, largest.dtype
         if torch.is_autocast_enabled(kind):

@@ -71,6 +71,8 @@ def plain_resample(x: Tensor, taps: Tensor, up: bool, padding: int) -> Tensor:
 def _through_plain(ctx, plain: Callable, tensors: tuple, settings: tuple, dy: Tensor) -> list:
     """Gradients by the inputs that can be differentiated again (`create_graph`)."""
     with torch.enable_grad():
+        # By aliases: one input may depend on another, if a network evaluates its own result.
+        tensors = [None if t is None else t.view_as(t) for t in tensors]
         y = plain(*tensors, *settings)
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     gradients = torch.autograd.grad(y, [tensors[i] for i in wanted], dy, create_graph=True)

@@ -73,7 +73,8 @@ class TrainingLoop:
                 saved = time.monotonic()
 
     def _log_first_iteration(self, started: float) -> None:
-        """It measures costs and, on a GPU, compiles kernels or loads them from a cache."""
+        """It measures costs, with the plain pass. Kernels are compiled, or loaded from a cache, at
+        the next one; in a process that resumes a run, here."""
         if self.run.device.startswith("cuda"):
             torch.cuda.synchronize(self.run.device)
         total, iteration = time.monotonic() - STARTED, time.perf_counter() - started
