@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from harness.errors import UserError
 from harness.io.artifacts import link, load_tensors, save_tensors, sha256_file
 from harness.io.records import DataRecord
 from harness.validation import parse_experiment
+from harness.workflow.stages import Stage, all_stages
 from tools import container, merge, mosaics, pack
 from tools.container import MANIFEST, Manifest, Pack, write_parts
 
+MOSAIC = {"file": "m.webp", "size": 1, "sha256": "s", "shard": "s", "tensor": "t", "first": 0}
 CODE = {"commit": "a" * 40, "dirty": False, "sha256": "s"}
 
 
@@ -79,6 +82,11 @@ def change(folder, edit):
         lambda folder: change(folder, lambda m: m["files"].pop("data/b.bin")),
         lambda folder: change(folder, lambda m: m["files"]["data/a.bin"].update(sha256="0" * 64)),
         lambda folder: change(folder, lambda m: m["files"]["data/a.bin"].update(size=10**9)),
+        lambda folder: change(folder, lambda m: m["files"]["data/a.bin"].update(size=-1)),
+        lambda folder: change(folder, lambda m: m["code"].clear()),
+        lambda folder: change(folder, lambda m: m.update(origins=[{"pack": "p"}])),
+        lambda folder: change(folder, lambda m: m.update(mosaics=[MOSAIC | {"shape": [3, 1]}])),
+        lambda folder: change(folder, lambda m: m.update(mosaics=[MOSAIC | {"shape": [0] * 4}])),
         lambda folder: change(folder, lambda m: m["parts"][0].update(sha256="0" * 64)),
     ],
 )
@@ -130,6 +138,36 @@ def test_links_lead_only_to_runs_of_the_same_folder(tmp_path, links, code):
         assert code_of(make_pack, tmp_path / "p", files, links=links) == code
 
 
+def test_a_name_is_not_a_file_and_a_folder(tmp_path):
+    make_pack(tmp_path / "p", {"data/a": b"x"})
+    change(tmp_path / "p", lambda m: m["files"].update({"data/a/b": m["files"]["data/a"]}))
+    assert code_of(Pack, tmp_path / "p") == "unsafe"
+
+
+def test_results_are_not_a_pack(tmp_path):
+    """Their manifest is that of the report: the error does not ask to delete it."""
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=r"give a folder that tools\.pack wrote") as error:
+        Pack(tmp_path)
+    assert "delete" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("x", "y")])
+def test_an_error_of_the_system_is_one_line(monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pack, "unpack", fail)
+    assert pack.main(["unpack", "p"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_output_is_not_a_file(tmp_path, tiny):
+    (out := tmp_path / "file").write_text("x")
+    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
+    assert code_of(pack.write_pack, experiment, out, False, False, False) == "exists"
+
+
 # -- images -----------------------------------------------------------------------------------------
 
 
@@ -144,6 +182,13 @@ def test_mosaics_are_lossless_and_small(shape):
     assert np.array_equal(np.concatenate(decoded), pixels)
     assert code_of(mosaics.decode, parts[0][2], (10 * shape[0], *shape[1:])) == "damaged"
     assert code_of(mosaics.decode, b"not a picture", shape) == "damaged"
+
+
+def test_a_huge_mosaic_is_refused(monkeypatch):
+    pixels = np.zeros((4, 3, 8, 8), np.uint8)
+    ((_, _, content),) = mosaics.encode(pixels)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    assert code_of(mosaics.decode, content, pixels.shape) == "damaged"
 
 
 # -- joining ----------------------------------------------------------------------------------------
@@ -336,3 +381,48 @@ def test_weights_are_packed_in_the_precision_that_was_scored(tmp_path, tiny):
         expected = weights["w"].bfloat16() if precision == "bf16" else weights["w"]
         assert stored["w"].equal(expected)
         selection.__exit__()
+
+
+def test_a_run_without_scores_is_packed_with_all_weights(tmp_path, tiny, monkeypatch):
+    """The next machine scores all snapshots: it needs the weights bit for bit."""
+    tiny["evaluation"]["precision"] = "bf16"
+    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
+    stage, root = all_stages(experiment)["train sid 0"], experiment.paths.root
+    snapshots = [SimpleNamespace(name=name) for name in ("a", "b")]
+    record = SimpleNamespace(snapshots=snapshots, run_id="r")
+    monkeypatch.setattr(pack.StudentRecord, "read", lambda path: record)
+    monkeypatch.setattr(pack.Selection, "_training", lambda self, stage: None)
+    weights = [f"{RUN}/runs/r/snapshots/{name}/{pack.WEIGHTS}" for name in "ab"]
+    for name in weights:
+        save_tensors(root / name, {"w": torch.ones(1)})
+    for todo, expected in ({"score sid 0"}, {*weights}), (set(), set()):
+        selection = pack.Selection(experiment)
+        selection._todo = todo
+        selection._add_run(stage)
+        assert {name for name in selection.files if name.endswith("safetensors")} == expected
+        selection.__exit__()
+
+
+@pytest.mark.parametrize(
+    ("todo", "packed"),
+    [
+        ({"train a 0", "train a 1"}, set()),  # generated again
+        ({"train a 1"}, {"pairs.json", "r/shard"}),  # a 0 was trained on the same
+        (set(), {"pairs.json"}),
+    ],
+)
+def test_pairs_are_packed_where_a_student_is_trained_and_another_is_not(
+    tmp_path, tiny, todo, packed
+):
+    experiment = parse_experiment(tiny, "tiny.yaml", tmp_path)
+    folder = experiment.paths.pairs("p")
+    (folder / "r").mkdir(parents=True)
+    (folder / "pairs.json").write_text('{"run_id": "r"}')
+    (folder / "r" / "shard").write_text("x")
+    pairs = Stage("pairs", ("p",), folder / "pairs.json", is_current=bool)
+    runs = [Stage("train", ("a", str(n)), folder / "x", bool, needs=("pairs p",)) for n in (0, 1)]
+    selection = pack.Selection(experiment)
+    selection._all, selection._todo = {stage.name: stage for stage in (pairs, *runs)}, todo
+    assert selection._add_pairs(pairs) == bool(packed)
+    assert {path.relative_to(folder).as_posix() for path in selection.files.values()} == packed
+    selection.__exit__()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -195,6 +196,15 @@ for _ in range(600):
     assert Slice(experiment, 60.0, None)._execute(failing, "train sid 0")[0] == 2
 
 
+def test_a_stopped_stage_is_not_finished_without_its_files(tmp_path, experiment, capsys):
+    """Its record may be older: `data` was stopped while it prepared the images again."""
+    current, log = Slice(experiment, 60.0, None), tmp_path / "log"
+    current.stages = fake(tmp_path, EVERYTHING, {"data"})
+    current._execute = lambda command, name: (None, log)
+    assert not current._run("data")
+    assert "data: stopped after" in capsys.readouterr().out
+
+
 # -- estimates --------------------------------------------------------------------------------------
 
 
@@ -248,6 +258,19 @@ def test_an_unknown_student_is_rejected(tmp_path, capsys):
     arguments = ["--configfile", str(ROOT / "tests/data/tiny.yaml"), "--students", "sidd"]
     assert slices.main(arguments) == 2
     assert "unknown student 'sidd'; did you mean 'sid'?" in capsys.readouterr().err
+    assert slices.main([*arguments[:2], "--seconds", "nan"]) == 2
+    assert "--seconds and --rate must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ignored", [False, True])  # by nohup
+def test_a_closed_connection_stops_a_slice(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        assert slices.main(["--configfile", "missing.yaml"]) == 2
+        expected = signal.SIG_IGN if ignored else signal.default_int_handler
+        assert signal.getsignal(signal.SIGHUP) == expected
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # -- a finished run ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,10 +31,13 @@ FILES = ("report.html", "manifest.json", HISTORY)
 NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*")
 
 
+Positive = Annotated[int, Field(ge=1)]
+
+
 class Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    size: int
+    size: int = Field(ge=0)
     sha256: str
 
 
@@ -48,7 +51,28 @@ class Mosaic(PartEntry):
     shard: str
     tensor: str
     first: int
-    shape: list[int]  # (N, C, H, W)
+    shape: tuple[Positive, Positive, Positive, Positive]  # (N, C, H, W)
+
+
+class Code(BaseModel):
+    """The code that made a pack. sha256: of all Python sources."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    commit: str | None = None
+    dirty: bool | None = None
+    sha256: str
+
+
+class Origin(BaseModel):
+    """A pack that was unpacked: the sha256 of its manifest, and what it said of itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pack: str
+    code: Code
+    devices: dict[str, str]
+    stages: list[str]
 
 
 class Manifest(Record):
@@ -57,13 +81,11 @@ class Manifest(Record):
     FORMAT: ClassVar[int] = 1
     kind: str  # "results" or "images"
     experiment: dict[str, Any]  # the resolved configuration
-    code: dict[str, Any]  # commit, dirty, sha256 of the sources
+    code: Code
     data: str | None = None  # sha256 of the data set
     devices: dict[str, str] = Field(default_factory=dict)  # stage -> device
     stages: list[str] = Field(default_factory=list)
-    origins: list[dict[str, Any]] = Field(
-        default_factory=list
-    )  # of packs that were unpacked before
+    origins: list[Origin] = Field(default_factory=list)  # packs that were unpacked before
     files: dict[str, Entry] = Field(default_factory=dict)
     links: dict[str, str] = Field(default_factory=dict)  # path -> file or folder of this pack
     parts: list[PartEntry] = Field(default_factory=list)
@@ -112,12 +134,21 @@ class Pack:
         self.folder = folder
         if not (folder / MANIFEST).is_file():
             raise refuse(folder, f"has no {MANIFEST}; give a folder that tools.pack wrote", "pack")
-        self.manifest = manifest = Manifest.read(folder / MANIFEST)
+        try:
+            self.manifest = manifest = Manifest.read(folder / MANIFEST)
+        except UserError as error:  # without the remedy, which is that for results
+            reason = str(error).rpartition("; ")[0]
+            remedy = "give a folder that tools.pack wrote, or copy it again"
+            raise UserError(f"{reason}; {remedy}", error.code) from None
         for path in (*manifest.files, *manifest.links, *manifest.links.values(), *manifest.shards):
             check_name(folder, path)
         for part in (*manifest.parts, *manifest.mosaics):
             if not NAME.fullmatch(part.file):
                 raise refuse(folder, f"the name {part.file!r} is not allowed", "unsafe")
+        files = {*manifest.files, *manifest.shards}
+        for path in files:
+            if folder_file := files & {str(parent) for parent in PurePosixPath(path).parents}:
+                raise refuse(folder, f"{folder_file.pop()} is a file and a folder", "unsafe")
         for path, target in manifest.links.items():
             self._check_link(path, target)
 

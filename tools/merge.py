@@ -81,7 +81,7 @@ def check_alike(packs: list[Pack], experiment: Experiment, allow_commits: bool) 
             message = "{}: {} is {}, not {}: another configuration"
             raise UserError(message.format(pack.folder, different[0], *values), "configuration")
         data[str(pack.folder)] = pack.manifest.data
-        codes[str(pack.folder)] = pack.manifest.code
+        codes[str(pack.folder)] = pack.manifest.code.model_dump()
     (first, sha256), *others = data.items()
     for name, other in others:
         if other != sha256:
@@ -91,11 +91,7 @@ def check_alike(packs: list[Pack], experiment: Experiment, allow_commits: bool) 
     for name, other in others:
         commits = {code["commit"], other["commit"]} - {None}
         if not allow_commits and (len(commits) == 2 or code["sha256"] != other["sha256"]):
-            texts = [
-                f"{c['commit'] or 'unknown'}{' (modified)' * bool(c['dirty'])}"
-                for c in (code, other)
-            ]
-            message = f"{first} is of commit {texts[0]}, and {name} of {texts[1]}"
+            message = f"{first} is of {_code_text(code)}, and {name} of {_code_text(other)}"
             raise UserError(f"{message}; to join them nevertheless, add --allow-commits", "commit")
 
 
@@ -277,9 +273,10 @@ def unpack(folders: list[Path], configfile: Path | None, allow_commits: bool) ->
     origins = read_origins(root)
     for pack in packs:
         manifest = pack.manifest
-        facts = {"pack": sha256_file(pack.folder / MANIFEST), "code": manifest.code}
+        facts = {"pack": sha256_file(pack.folder / MANIFEST), "code": manifest.code.model_dump()}
         facts |= {"devices": manifest.devices, "stages": manifest.stages}
-        origins += [o for o in (*manifest.origins, facts) if o not in origins]
+        earlier = [origin.model_dump() for origin in manifest.origins]
+        origins += [o for o in (*earlier, facts) if o not in origins]
     write_json(root / ORIGINS, origins)
     remaining = unfinished(all_stages(experiment))
     left = f"; {len(remaining)} stages remain: {', '.join(remaining)}" if remaining else ""

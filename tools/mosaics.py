@@ -63,7 +63,7 @@ def decode(content: bytes, shape: tuple[int, ...], source: Path | str = "mosaic"
             if picture.size != (columns * width, rows * height):
                 raise UserError(f"{source}: the mosaic has another size", "damaged")
             mosaic = np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{source}: not a WebP mosaic ({error})", "damaged") from None
     tiles = mosaic.reshape(rows, height, columns, width, 3).transpose(0, 2, 4, 1, 3)
     return np.ascontiguousarray(tiles.reshape(-1, 3, height, width)[:count, :channels])

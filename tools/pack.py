@@ -6,11 +6,13 @@
 
 A pack is a folder of files of at most 15 MB (`tools.container`). It holds what is finished: the
 records, the teachers' weights, trained feature networks, scores, the samples of the figures, the
-logs of trainings, and the report if it is complete. `--students` adds the weights of each run's
-last and selected snapshot, in the precision in which they were scored (bfloat16 as
-`diffusion_pytorch_model.bf16.safetensors`, which diffusers reads as `variant="bf16"`); `--pairs`
-adds teacher pairs, which otherwise are generated again where a student still needs them. `--images`
-packs the prepared data set instead, as lossless WebP mosaics.
+logs of trainings, and the report if it is complete. A run that is trained and not
+scored yet comes with the weights of all its snapshots. `--students` adds the weights of each scored
+run's last and selected snapshot, in the precision in which they were scored (bfloat16 as
+`diffusion_pytorch_model.bf16.safetensors`, which diffusers reads as `variant="bf16"`). `--pairs`
+adds teacher pairs. Otherwise they are generated again where a student still needs them, and packed
+only if another run was trained on them, so that both use the same. `--images` packs the prepared
+data set instead, as lossless WebP mosaics.
 
 Unpacking joins packs with each other and with the results that exist. All packs must be of the same
 configuration, code and data. Files that exist with the same content are left alone. Anything that
@@ -64,7 +66,7 @@ class Selection:
         self._converted = Path(tempfile.mkdtemp(prefix="onestep-pack-"))
 
     def __enter__(self) -> "Selection":
-        stages = all_stages(self.experiment)
+        self._all = stages = all_stages(self.experiment)
         self._todo = set(unfinished(stages))
         for name, stage in stages.items():
             if set(stage.needs) <= {*self.stages} and stage.is_current() and self._add(stage):
@@ -132,31 +134,32 @@ class Selection:
             self.devices[stage.name] = device
 
     def _add_pairs(self, stage: Stage) -> bool:
-        """Add the record of a pair set, and with `--pairs` its files. A student that is not trained
-        yet needs the files; without them the set is left out, and generated again."""
+        """Add the record of a pair set, and its files with `--pairs`, or if some of its students
+        are trained and others are not. If none is, it is left out, and generated again."""
         folder, files = stage.record.parent, []
-        if self.pairs and stage.has_files():
+        readers = {name for name, other in self._all.items() if stage.name in other.needs}
+        needed, used = readers & self._todo, readers - self._todo
+        if stage.has_files() and (self.pairs or (needed and used)):
             run = folder / read_json(stage.record)["run_id"]
             files = [path for path in sorted(run.iterdir()) if path.is_file()]
-        elif stage.name in self._todo or self._is_needed(stage):
+        elif needed and not used:
             return False
         for path in (stage.record, *(p for p in files if not p.name.startswith("."))):
             self._file(path)
         return True
 
-    def _is_needed(self, stage: Stage) -> bool:
-        stages = all_stages(self.experiment)
-        return any(stage.name in stages[name].needs for name in self._todo if name != "report")
-
     def _add_run(self, stage: Stage) -> None:
         record, folder = StudentRecord.read(stage.record), stage.record.parent
         self._file(stage.record)
         self._training(stage)
+        unscored = f"score {' '.join(stage.arguments)}" in self._todo
         weights = self._packed_weights(stage) if self.students else set()
         for snapshot in record.snapshots:
             run = folder / "runs" / record.run_id / "snapshots" / snapshot.name
             for path in sorted(run.iterdir()):
-                if path.name == WEIGHTS and snapshot.name in weights:
+                if path.name == WEIGHTS and unscored:
+                    self._file(path)  # as they are: the score checks their hash
+                elif path.name == WEIGHTS and snapshot.name in weights:
                     self._add_weights(path)
                 elif path.is_file() and path.name not in (WEIGHTS, BF16_WEIGHTS):
                     self._file(path)
@@ -196,8 +199,8 @@ class Selection:
 
 def write_pack(experiment: Experiment, out: Path, images: bool, students: bool, pairs: bool) -> str:
     """Write a pack to a new folder; returns a line for the user."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; name a new folder", "exists")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out: {out} exists and is not an empty folder; name a new one", "exists")
     data = read(DataRecord, experiment.paths.data / "data.json")
     if data is None:
         raise UserError(f"{experiment.paths.root} has no prepared data to pack", "missing-file")
@@ -276,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
             print(write_pack(experiment, args.out, args.images, args.students, args.pairs))
         else:
             print(unpack(args.folders, args.configfile, args.allow_commits))
-    except UserError as error:
+    except (UserError, OSError) as error:  # such as a full disk or a read-only folder
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

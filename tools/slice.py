@@ -330,7 +330,7 @@ class Slice:
         command = [sys.executable, "-m", "harness", stage.command, *stage.arguments]
         code, log = self._execute([*command, "--configfile", str(self.snapshot)], name)
         seconds = time.monotonic() - began
-        if code is None and not stage.is_current():
+        if code is None and not (stage.is_current() and stage.has_files()):
             self.say(f"{name}: stopped after {seconds:.0f} s; the next slice continues it")
             return False
         if code not in (0, None):
@@ -449,8 +449,10 @@ def main(argv: list[str] | None = None) -> int:
     # Children then begin with the default handlers, also if this program runs in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed connection
     try:
-        if args.seconds <= 0 or (args.rate is not None and args.rate <= 0):
+        if not (args.seconds > 0 and (args.rate is None or args.rate > 0)):  # nan is neither
             raise UserError("--seconds and --rate must be positive", "arguments")
         experiment = load_experiment(args.configfile)
         for name in args.students or ():
@@ -465,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             return print_plan(*options, stages_of(experiment, args.students))
         return Slice(*options, args.students, args.cut, process_age()).run()
-    except UserError as error:
+    except (UserError, OSError) as error:  # such as a full disk or a read-only folder
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
