@@ -161,8 +161,6 @@ def training_row(
         options = {"precision": precision or "bf16", "tf32": False}
         options |= {"channels_last": None if kind == FUSED else False}
         experiment = bench.experiment(path, batch, **options)
-        if bench.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
         iterations = iterations if bench.on_gpu else 2
         speed = measure(experiment, student, experiment.student_training(student), iterations)
         peak = bench.results["peak TFLOP/s"].get(experiment.training.precision)
@@ -177,7 +175,8 @@ def training_row(
             "TFLOP/s": round(rate, 2),
             "share of peak": round(rate / peak, 3) if peak else None,
             "first two iterations s": round(speed.start, 1),
-            "GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if bench.on_gpu else None,
+            "GiB, first": round(speed.memory[0] / 2**30, 1) if bench.on_gpu else None,
+            "GiB, others": round(speed.memory[1] / 2**30, 1) if bench.on_gpu else None,
         }
         bench.add("training", row)
     return speed
@@ -197,7 +196,7 @@ def first_iteration(bench: Benchmark) -> None:
                 command += ["--device", bench.device]
                 options = {"env": os.environ | {"TRITON_CACHE_DIR": cache}, "text": True}
                 started = time.perf_counter()
-                done = subprocess.run(command, capture_output=True, **options)
+                done = subprocess.run(command, capture_output=True, timeout=120, **options)
                 seconds = round(time.perf_counter() - started, 1)
                 if done.returncode:
                     raise RuntimeError(done.stderr[-200:])

@@ -118,11 +118,13 @@ def switched(section: TrainingSection, switches: list[str], on: bool) -> Trainin
 @dataclass(frozen=True)
 class Speed:
     """Of training. rate: images per second (median over iterations). flops: per image. start:
-    seconds of the first two iterations; the first counts operations, without fused kernels."""
+    seconds of the first two iterations; the first counts operations, without fused kernels.
+    memory: peak bytes of a GPU in the first iteration, and in the others."""
 
     rate: float
     flops: float
     start: float
+    memory: tuple[int, int]
     trainer: Trainer
 
 
@@ -140,7 +142,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         inputs = dry_run_inputs(experiment, student)
         trainer = kind(assemble(run, inputs, Path(folder), "benchmark"))
-    times, flops = [], []
+    times, flops, memory = [], [], []
+    on_gpu = run.device.startswith("cuda")
     for _ in range(warm_up + iterations):
         synchronise(run.device)
         started, before = time.perf_counter(), trainer.ledger.flops
@@ -148,10 +151,19 @@ def measure(
         synchronise(run.device)
         times.append(time.perf_counter() - started)
         flops.append(trainer.ledger.flops - before)
+        memory.append(torch.cuda.max_memory_allocated() if on_gpu else 0)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
     batch = trainer.run.batch
     rate = batch / statistics.median(times[warm_up:])
     logger.info("%s, %s: %.3g images/s", student, kind.__name__, rate)
-    return Speed(rate, statistics.mean(flops[warm_up:]) / batch, sum(times[:2]), trainer)
+    return Speed(
+        rate,
+        statistics.mean(flops[warm_up:]) / batch,
+        sum(times[:2]),
+        (memory[0], max(memory[1:], default=0)),
+        trainer,
+    )
 
 
 def _overrides(args: argparse.Namespace) -> dict:

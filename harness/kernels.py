@@ -21,7 +21,9 @@ from harness.precision import full_precision
 logger = logging.getLogger(__name__)
 
 SWITCH = "HARNESS_KERNELS"
-_mode = "off" if os.environ.get(SWITCH) == "0" else "gpu"  # "gpu", "off", or for tests "always"
+_mode = (
+    "off" if os.environ.get(SWITCH) in ("0", "off", "false") else "gpu"
+)  # "gpu", "off", or for tests "always"
 _agreement: dict[str, bool] = {}  # by the name of a module of kernels
 
 
@@ -65,7 +67,8 @@ def agrees(name: str, check: Callable[[], None]) -> bool:
     if name not in _agreement:
         try:
             # The first use may be under `no_grad` or autocast, or with TF32 in the plain path.
-            with torch.enable_grad(), torch.autocast("cuda", enabled=False), full_precision():
+            autocast = torch.autocast("cuda", enabled=False)
+            with torch.inference_mode(False), torch.enable_grad(), autocast, full_precision():
                 check()
         except Exception as error:  # compilers and drivers may fail in any way
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -41,8 +41,11 @@ class Processes:
         flat = torch.cat([t.flatten() for t in tensors])
         torch.distributed.all_reduce(flat)
         flat *= factor
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        parts = flat.split([t.numel() for t in tensors])
+        with torch.no_grad():
+            torch._foreach_copy_(
+                tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)]
+            )
 
     def agree(self, value: float) -> float:
         """The first process's value in all processes, sent between hosts without the device."""

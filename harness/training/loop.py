@@ -47,8 +47,8 @@ class TrainingLoop:
             started = time.perf_counter()
             before = ledger.model_dump(include={"images", "flops", "seconds"})
             trainer.step()
-            if trainer.iteration == self.first + 1:
-                self._log_first_iteration(started)
+            if trainer.iteration <= self.first + 2:
+                self._log_time(started)
             self._count_seconds(before["seconds"], started)
             ticked = trainer.iteration % tick_steps == 0
             if ticked or self._grid_position() != position or ledger.reached(run.budget):
@@ -72,15 +72,17 @@ class TrainingLoop:
                     save_checkpoint(run, trainer.state_dict() | {"snapshots": self.snapshots})
                 saved = time.monotonic()
 
-    def _log_first_iteration(self, started: float) -> None:
-        """It measures costs, with the plain pass. Kernels are compiled, or loaded from a cache, at
-        the next one; in a process that resumes a run, here."""
+    def _log_time(self, started: float) -> None:
+        """Log the time of the first two iterations of a process. The first of a new run measures
+        costs, with the plain pass; then kernels are compiled, or loaded from a cache, in the second
+        one."""
         if self.run.device.startswith("cuda"):
             torch.cuda.synchronize(self.run.device)
         total, iteration = time.monotonic() - STARTED, time.perf_counter() - started
         if self.processes.first:
-            text = "first iteration %.1f s after the start of the process; it took %.1f s"
-            logger.info(text, total, iteration)
+            name = "first" if self.trainer.iteration == self.first + 1 else "second"
+            text = "%s iteration %.1f s after the start of the process; it took %.1f s"
+            logger.info(text, name, total, iteration)
 
     def _count_seconds(self, before: float, started: float) -> None:
         """Add the time since `started`; by the first process's clock if a limit is in seconds."""
