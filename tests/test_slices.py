@@ -1,6 +1,7 @@
 """Stages without Snakemake, and slices of time. The fast tests start no process of a stage."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -19,8 +20,10 @@ from PIL import Image
 from harness.validation import parse_experiment
 from harness.workflow.stages import Stage, all_stages, unfinished
 from tests.conftest import ROOT, Workspace
+from tools import estimates as estimating
 from tools import slice as slices
-from tools.slice import STARTUP, Estimated, Estimates, Slice
+from tools.estimates import METRICS, STARTUP, UNKNOWN, Estimated, Estimates
+from tools.slice import Slice
 
 STUDENTS = ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
 SCORED = [name for student in STUDENTS for name in (f"train {student} 0", f"score {student} 0")]
@@ -209,15 +212,33 @@ def test_a_stopped_stage_is_not_finished_without_its_files(tmp_path, experiment,
 
 
 def test_without_a_measurement_the_rate_is_assumed(experiment, monkeypatch):
-    monkeypatch.setattr(slices, "matrix_rate", lambda device: 5e9)
-    work = {"train sid 0": 3e10, "teacher edm": 4e10}
+    rates = {"fp32": 5e9, "bf16": 5e10}
+    monkeypatch.setattr(estimating, "matrix_rate", lambda device, precision: rates[precision])
+    work = {"train sid 0": 3e10, "teacher edm": 4e10, "score-references edm": 3e10}
     monkeypatch.setattr(Estimates, "work", lambda self, stage: work.get(stage.name))
     stages, estimates = all_stages(experiment), Estimates(experiment)
     assert estimates.of(stages["train sid 0"]).seconds == 30 + STARTUP
-    assert "20% of a matrix product" in estimates.of(stages["teacher edm"]).reason
+    assert "20% of a matrix product's rate in fp32" in estimates.of(stages["teacher edm"]).reason
+    low = experiment.training.model_copy(update={"precision": "bf16"})
+    low = Estimates(dataclasses.replace(experiment, training=low))
+    assert low.of(stages["train sid 0"]).seconds == 3 + STARTUP
+    scores, evaluation = low.of(stages["score-references edm"]), experiment.evaluation
+    samples = 2 * len(evaluation.sampling_seeds) * evaluation.num_samples
+    assert scores.seconds == pytest.approx(30 + STARTUP + METRICS * samples)  # features in fp32
     given = Estimates(experiment, rate=0.002).of(stages["teacher edm"])
     assert given.seconds == 20 + STARTUP and "assumed" in given.reason
-    assert estimates.of(stages["data"]) == Estimated(slices.UNKNOWN, "assumed")
+    assert estimates.of(stages["data"]) == Estimated(UNKNOWN, "assumed")
+
+
+def test_two_slices_at_once_keep_each_others_times(experiment):
+    one, other = Estimates(experiment).history, Estimates(experiment).history
+    one.add("train sid 0", "cpu", 1.0, 2.0)
+    other.work("teacher edm", lambda: 3.0)
+    other.add("train sim 0", "cpu", 1.0, 2.0)
+    one.work("pairs", lambda: None)
+    content = Estimates(experiment).history.content
+    assert [run["stage"] for run in content["runs"]] == ["train sid 0", "train sim 0"]
+    assert content["work"] == {"teacher edm": 3.0, "pairs": None}
 
 
 def test_stages_that_ran_give_the_rate_of_the_same_device(experiment, monkeypatch):

@@ -11,7 +11,7 @@ and starts only with `--cut`. If a stage fails, independent ones still run.
 
 The estimate is the work (operations, as `harness plan` counts them) over a rate. The rate is that
 of an interrupted training of the stage itself, else of finished stages of the same command on the
-same device; without any it is `--rate`, or SHARE of a matrix product that is measured once.
+same device; without any it is `--rate`, or a share of a matrix product's (`tools.estimates`).
 `results/<experiment>/slices.json` keeps the work of the stages, and the times of those that ran;
 `tools.pack` packs it. Counting the work of a student takes seconds, so run `--dry-run` once before
 the first slice, on any machine: it prints the plan of slices.
@@ -20,254 +20,26 @@ Exit status: 0 everything is finished, 3 stages remain, 1 a stage failed, 2 an e
 """
 
 import argparse
-import csv
-import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from harness.config.experiment import Experiment
-from harness.config.schema import ImportedTeacher
 from harness.errors import UserError, did_you_mean
-from harness.features.base import FEATURES
-from harness.io.artifacts import digest, read_json, write_json
-from harness.io.records import StudentRecord
-from harness.training.ledger import device_name
-from harness.training.run import DEVICES
 from harness.validation import load_experiment
-from harness.workflow import plan
 from harness.workflow.stages import Stage, all_stages, unfinished
+from tools.estimates import UNKNOWN, Estimates
 
 FINISHED, FAILED, REMAINING = 0, 1, 3  # exit status
-SHARE = 0.2  # of a matrix product's rate, which a stage reaches: assumed
-STARTUP = 8.0  # seconds of a stage before its first iteration: imports and data, assumed
-UNKNOWN = 30.0  # seconds of a stage whose work is not counted, assumed
-PRETRAINED_FLOPS = 12e9  # of an image through a pretrained network: Inception's at 299 x 299
 STOP = 10.0  # seconds before the end at which a stage gets SIGINT
-TRAININGS = ("features", "teacher", "train")
-
-
-@dataclass(frozen=True)
-class Estimated:
-    """Seconds of a stage, and where the number comes from."""
-
-    seconds: float
-    reason: str
-
-
-class History:
-    """`slices.json`: the work of stages, and the times of those that ran."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.content = read_json(path, owner=path) if path.exists() else {"work": {}, "runs": []}
-
-    def work(self, key: str, compute: Callable[[], float | None]) -> float | None:
-        """Operations of a stage, computed once: the dry run of a student takes seconds."""
-        if key not in self.content["work"]:
-            self.content["work"][key] = compute()
-            write_json(self.path, self.content)
-        return self.content["work"][key]
-
-    def add(self, stage: str, device: str, work: float | None, seconds: float) -> None:
-        """Record a stage that ran from its start to its end."""
-        facts = {"stage": stage, "device": device, "work": work, "seconds": round(seconds, 2)}
-        self.content["runs"].append(facts)
-        write_json(self.path, self.content)
-
-    def runs(self, command: str, device: str) -> list[dict]:
-        found = (run for run in self.content["runs"] if run["device"] == device)
-        return [run for run in found if run["stage"].split()[0] == command]
-
-
-class Estimates:
-    """Estimates of an experiment's stages on this machine. rate: TFLOP/s instead of the measured
-    matrix product, where no stage has run yet."""
-
-    def __init__(self, experiment: Experiment, rate: float | None = None):
-        self.experiment, self.paths = experiment, experiment.paths
-        self.history = History(experiment.paths.root / "slices.json")
-        self.device = device_name(experiment.device)
-        self.rate, self.assumed = rate and rate * 1e12, ""
-        self._dry_runs: dict[str, plan.Estimate] = {}
-
-    def of(self, stage: Stage) -> Estimated:
-        if stage.command == "train":
-            budget = self.experiment.students[stage.arguments[0]].budget
-            if seconds := [limit.amount for limit in budget if limit.unit == "seconds"]:
-                return Estimated(min(seconds) + STARTUP, "its budget is in seconds")
-        if stage.command in TRAININGS and (found := self._interrupted(stage)):
-            return found
-        work = self.work(stage)
-        if work is None:
-            if times := [run["seconds"] for run in self.history.runs(stage.command, self.device)]:
-                return Estimated(max(times), f"as {stage.command} before")
-            return Estimated(UNKNOWN, "assumed")
-        rate, source = self._rate(stage)
-        amount = f"{work / 1e12:.4g} TFLOP at {rate / 1e12:.3g} TFLOP/s, {source}"
-        return Estimated(work / rate + STARTUP, amount)
-
-    # -- work -----------------------------------------------------------------------------------
-
-    def work(self, stage: Stage) -> float | None:
-        """Operations of a stage; None if they are not counted."""
-        name = " ".join([stage.command, *stage.arguments[:1]])  # the same for all training seeds
-        return self._known(name, lambda: self._count(stage))
-
-    def _known(self, name: str, compute: Callable[[], float | None]) -> float | None:
-        return self.history.work(f"{name} {digest(self.experiment.raw)}", compute)
-
-    def _dry_run(self, student: str) -> plan.Estimate:
-        if student not in self._dry_runs:
-            self._dry_runs[student] = plan.Estimate(self.experiment, student)
-        return self._dry_runs[student]
-
-    def _count(self, stage: Stage) -> float | None:
-        e, command = self.experiment, stage.command
-        name = stage.arguments[0] if stage.arguments else ""
-        try:
-            if command == "features":
-                forward = plan.feature_flops(e, name)
-                return forward and 3 * forward * e.features[name].images  # forward and backward
-            if command == "teacher":
-                imported = isinstance(e.teachers[name], ImportedTeacher)
-                return None if imported else plan.TeacherEstimate(e, name).flops
-            if command == "pairs":
-                pairs = e.pair_sets[name]
-                nfe = pairs.sampler.nfe
-                return pairs.count * nfe * plan.forward_flops(e, pairs.teacher)
-            if command == "train":
-                estimate = self._dry_run(name)
-                finite = math.isfinite(estimate.flops)
-                return estimate.flops - estimate.pair_flops if finite else None
-            if command in ("score", "score-references"):
-                return self._count_scores(command, name)
-        except UserError:  # a network that is known only from its file
-            pass
-        return None
-
-    def _count_scores(self, command: str, name: str) -> float | None:
-        """Samples through the generating network and through all feature networks."""
-        e, evaluation = self.experiment, self.experiment.evaluation
-        seeds, size = len(evaluation.sampling_seeds), evaluation.num_samples
-        if command == "score":
-            teacher = e.students[name].teacher
-            if teacher is None:
-                return None
-            count = int(
-                self._known(f"snapshots {name}", lambda: self._dry_run(name).snapshots) or 1
-            )
-            streams = seeds + (count - 1) * (evaluation.snapshot_seeds or seeds)
-            if evaluation.selection_seed is not None:
-                streams = count + 2 * seeds
-            evaluations = streams
-        else:
-            teacher, streams = name, 2 * seeds
-            evaluations = seeds * (e.teachers[name].sampler.nfe + 1)
-        features = sum(map(self._count_features, evaluation.extractors))
-        return size * (evaluations * plan.forward_flops(e, teacher) + streams * features)
-
-    def _count_features(self, name: str) -> float:
-        """Operations of an image through a feature network; of a small one, 0 if not counted."""
-        if not FEATURES[self.experiment.features[name].type].trained:
-            return PRETRAINED_FLOPS
-        return plan.feature_flops(self.experiment, name) or 0.0
-
-    # -- rates ----------------------------------------------------------------------------------
-
-    def _folder(self, stage: Stage) -> Path:
-        return stage.record.parent
-
-    def _interrupted(self, stage: Stage) -> Estimated | None:
-        """The rest of a training that was interrupted on this device, by its own rate."""
-        if stage.record.exists():
-            return None
-        logs = sorted(self._folder(stage).glob("runs/*/train.csv"), key=lambda p: p.stat().st_mtime)
-        if not logs or self.device not in _list(logs[-1].with_name(DEVICES)):
-            return None
-        with open(logs[-1], newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]
-        rates = [float(row["images_per_second"]) for row in rows]
-        if not rates or not (rate := statistics.median(rates)):
-            return None
-        left = max(0.0, self._images(stage) - float(rows[-1]["images"]))
-        reason = f"{left:,.0f} images are left at {rate:.4g} images/s, measured"
-        return Estimated(left / rate + STARTUP, reason)
-
-    def _images(self, stage: Stage) -> float:
-        """The images of a training's budget."""
-        name = stage.arguments[0]
-        if stage.command == "train":
-            limits = {limit.unit: limit.amount for limit in self.experiment.students[name].budget}
-            if "images" in limits:
-                return limits["images"]
-            return self._known(f"images {name}", lambda: self._dry_run(name).images)
-        sections = {"features": self.experiment.features, "teacher": self.experiment.teachers}
-        return sections[stage.command][name].images
-
-    def _rate(self, stage: Stage) -> tuple[float, str]:
-        """Operations per second, and where the number comes from."""
-        runs = [run for run in self.history.runs(stage.command, self.device) if run["work"]]
-        if runs:
-            rates = [run["work"] / max(run["seconds"] - STARTUP, 1.0) for run in runs]
-            return min(rates), f"measured for {runs[rates.index(min(rates))]['stage']}"
-        if stage.command == "train" and (found := self._trained_rates()):
-            student = min(found, key=found.get)
-            return found[student], f"measured for {student}"
-        if self.rate is None:
-            self.rate = SHARE * matrix_rate(self.experiment.device)
-            self.assumed = f"{SHARE:.0%} of a matrix product's rate"
-        return self.rate, f"assumed{self.assumed and f': {self.assumed}'}"
-
-    def _trained_rates(self) -> dict[str, float]:
-        """FLOP/s of the students that were trained on this device."""
-        rates = {}
-        for student, seed in self.experiment.runs:
-            path = self.paths.run(student, seed) / "student.json"
-            try:
-                record = StudentRecord.read_optional(path)
-            except UserError:
-                continue
-            if record and record.ledger and record.device_name == self.device:
-                charges = record.ledger.charges.values()
-                flops = record.ledger.flops - sum(charge["flops"] for charge in charges)
-                seconds = record.ledger.seconds - sum(charge["seconds"] for charge in charges)
-                if flops > 0 and seconds > 0:
-                    rates[student] = min(flops / seconds, rates.get(student, math.inf))
-        return rates
-
-
-def _list(path: Path) -> list[str]:
-    try:
-        return read_json(path)
-    except UserError:
-        return []
-
-
-def matrix_rate(device: str) -> float:
-    """FLOP/s of a matrix product: 8192³ in bfloat16 on a GPU, 1024³ in float32 on CPU."""
-    gpu = device.startswith("cuda")
-    size, kind = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in "ab")
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        product = a @ b
-        if gpu:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    del product
-    return 2 * size**3 / statistics.median(times)
 
 
 class Slice:
