@@ -139,6 +139,7 @@ def test_class_tables_are_read_before_any_work(conditional, embedding, tmp_path,
         fetch_pretrained(students)
 
 
+@pytest.mark.slow
 def test_class_table_is_an_input_of_the_training_job(conditional, embedding, empty_workspace):
     save_tensors(empty_workspace.root / "table.safetensors", {"any": embedding.weight})
     empty_workspace.write_config(conditional)

@@ -318,6 +318,7 @@ def test_paper_tables_are_written_as_csv_markdown_and_latex(cifar, tmp_path):
     assert "nan" not in markdown.read_text() and "<NA>" not in markdown.read_text()
 
 
+@pytest.mark.slow
 def test_the_workflow_declares_the_paper_table(empty_workspace):
     config = empty_workspace.config() | {"paper": {"dataset": "FFHQ-64", "setting": "toy"}}
     empty_workspace.write_config(config)
@@ -491,6 +492,7 @@ def test_verify_teacher_names_the_target_of_missing_inputs(cifar, tmp_path, monk
     assert error.value.code == "outdated"
 
 
+@pytest.mark.slow
 def test_a_teachers_scores_are_a_target_that_trains_no_student(empty_workspace):
     target = "results/tiny/scores/teachers/edm.json"
     command = ("-n", "--cores", "8", target, "--configfile", "configs/tiny.yaml")
