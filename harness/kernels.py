@@ -43,9 +43,10 @@ def usable(tensor: Tensor) -> bool:
     """Whether kernels may compute on this tensor: on a GPU, but not while a dispatch mode observes
     the operations (to count them, or with fake tensors), under forward-mode derivatives and other
     transforms of `torch.func`, or while `torch.compile` traces."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace the rest
+        return False
     on_device = tensor.is_cuda if _mode == "gpu" else _mode == "always" and not tensor.is_meta
-    observed = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()
-    return on_device and not observed and not transformed()
+    return on_device and not torch._C._len_torch_dispatch_stack() and not transformed()
 
 
 def has_fused_pass(network: nn.Module) -> bool:

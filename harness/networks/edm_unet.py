@@ -46,6 +46,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.transformed():  # PyTorch 2.11 has no forward-mode derivative for channels-last
+            x = x.contiguous()
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
