@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import kernels
 from harness.networks import fused, triton_ops
-from harness.networks.edm_unet import Conv2d, SongUNet, UNetBlock
+from harness.networks.edm_unet import Conv2d, DhariwalUNet, SongUNet, UNetBlock
 from harness.precision import full_precision
 from tests.conftest import DATA, ROOT
 from tests.test_edm_networks import error, from_official, golden, golden_denoiser
@@ -314,13 +314,19 @@ def test_which_pass_runs(launched):
         function()
         return bool(launched)
 
-    def jvp():
+    def jvp(network=network):
         x, direction = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
         _, tangent = torch.func.jvp(lambda x: call(network, x), (x,), (direction,))
         with kernels.kernels("off"):
             step = 1e-2 * direction
             difference = (call(network, x + step) - call(network, x - step)) / 2e-2
         assert relative(tangent, difference.double()) < 1e-2
+
+    def jvp_of_adm():
+        adm = small(DhariwalUNet)
+        for p in adm.parameters():  # the last layers of a new network are zero
+            nn.init.normal_(p, std=0.1)
+        jvp(adm)
 
     def counted():
         with FlopCounterMode(display=False) as counter:
@@ -339,7 +345,8 @@ def test_which_pass_runs(launched):
             (gradient,) = torch.autograd.grad(call(network, x).sum(), x, create_graph=True)
             gradient.square().sum().backward()
 
-    assert not launches(jvp) and not launches(counted) and not launches(off)
+    assert not launches(jvp) and not launches(jvp_of_adm)
+    assert not launches(counted) and not launches(off)
     assert launches(double_backward)
     assert not launches(lambda: call(small().to(memory_format=torch.contiguous_format)))
     with kernels.kernels("gpu"):
