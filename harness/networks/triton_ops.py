@@ -74,6 +74,14 @@ def _silu_slope(t, silu):
 
 
 @triton.jit
+def _load_normalised(x, dy, mask, centre, rstd, gain, offset, silu, ACC: tl.constexpr):
+    """The normalised z of a tile, and the derivative by t = gain * z + offset."""
+    z = (tl.load(x, mask=mask, other=0.0).to(ACC) + centre) * rstd
+    d = tl.load(dy, mask=mask, other=0.0).to(ACC)
+    return z, d * _silu_slope(z * gain + offset, silu)
+
+
+@triton.jit
 def _norm_forward(
     x, shift, weight, bias, modulation, y, statistics,
     N, S, C, G, x_row, shift_row, modulation_row, silu, eps,
@@ -153,10 +161,10 @@ def _norm_backward(
     for start in range(0, S, ROWS):
         mask = (start + r < S)[:, None] & real[None, :]
         rows = (n * S + start + r)[:, None]
-        z = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
-        z = (z + centre[None, :]) * rstd[None, :]
-        d = tl.load(dy + rows * dy_row + c[None, :], mask=mask, other=0.0).to(ACC)
-        d *= _silu_slope(z * gain[None, :] + offset[None, :], silu)
+        z, d = _load_normalised(
+            x + rows * x_row + c[None, :], dy + rows * dy_row + c[None, :], mask,
+            centre[None, :], rstd[None, :], gain[None, :], offset[None, :], silu, ACC,
+        )  # fmt: skip
         sum_d += d
         sum_dz += d * z
     by_offset, by_gain = tl.sum(sum_d, 0), tl.sum(sum_dz, 0)
@@ -173,10 +181,10 @@ def _norm_backward(
     for start in range(0, S, ROWS):
         mask = (start + r < S)[:, None] & real[None, :]
         rows = (n * S + start + r)[:, None]
-        z = tl.load(x + rows * x_row + c[None, :], mask=mask, other=0.0).to(ACC)
-        z = (z + centre[None, :]) * rstd[None, :]
-        d = tl.load(dy + rows * dy_row + c[None, :], mask=mask, other=0.0).to(ACC)
-        d *= _silu_slope(z * gain[None, :] + offset[None, :], silu)
+        z, d = _load_normalised(
+            x + rows * x_row + c[None, :], dy + rows * dy_row + c[None, :], mask,
+            centre[None, :], rstd[None, :], gain[None, :], offset[None, :], silu, ACC,
+        )  # fmt: skip
         dv = rstd[None, :] * (d * gain[None, :] - mean_d[None, :] - z * mean_dz[None, :])
         by_shift += tl.where(mask, dv, 0.0)
         tl.store(dx + rows * C + c[None, :], dv.to(dx.dtype.element_ty), mask=mask)
