@@ -111,6 +111,12 @@ def test_reference_rows(finished):
     assert accuracy == pytest.approx(100 * record["held_out_accuracy"])
 
 
+def test_untrained_teacher_is_named_in_the_notes(finished):
+    """The tiny teacher's class accuracy is 11% with ten classes."""
+    notes = (finished.results / "tables" / "comparison.md").read_text()
+    assert "* Warning: teacher edm is near chance: tiny-cnn" in notes
+
+
 def test_every_row_has_its_nearest_training_images(experiment):
     train = datasets.load(experiment.paths.data).train.pixels.numpy()
     train = {image.tobytes() for image in train}

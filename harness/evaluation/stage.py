@@ -25,6 +25,7 @@ from harness.evaluation.pruned import PrunedSnapshots
 from harness.evaluation.registry import column_name
 from harness.evaluation.scorer import Scorer, Scores
 from harness.evaluation.selection import Criterion, best, criterion, scores_of
+from harness.features.chance import network_warnings, teacher_warnings
 from harness.io import artifacts, records
 from harness.io.shards import TensorShards
 from harness.networks import denoiser_record, load_codec, load_denoiser, pipeline_sha256
@@ -306,6 +307,10 @@ def score_references(scoring: Scoring, job: TeacherJob, output: Path) -> None:
         facts["ema"] = getattr(job.section, "ema_half_life", None)  # unknown of imported teachers
         inputs = generate, denoiser.image_shape, teacher.sha256, identity
         file.add(common | facts, *inputs, keep=max(count, grid), per_image=name == "teacher")
+    if scorer.first:
+        blind = network_warnings(scoring.extractors, scorer.dataset, len(scorer.dataset.held_out))
+        for line in teacher_warnings(job.name, file.entries[0].rows, scorer.dataset, blind):
+            logger.warning(line)
     facts = {"teacher": job.name, "weights": teacher.sha256}
     facts["trained_on"] = teacher.device_name or teacher.device
     if scorer.first:  # samples of the first sampling seed, for other libraries

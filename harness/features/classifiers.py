@@ -120,6 +120,9 @@ class ClassifierExtractor(TrainedExtractor):
     def correct(self, x: Tensor, labels: Tensor) -> Tensor:
         return self.network(x).argmax(dim=1) == labels
 
+    def answers(self, dataset: Dataset) -> Tensor:
+        return dataset.classes(super().answers(dataset))
+
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         features = self.network.features(x)
         return {"features": features, "probabilities": self.network.logits(features).softmax(1)}

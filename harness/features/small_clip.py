@@ -129,6 +129,11 @@ class SmallCLIPExtractor(TrainedExtractor):
         nearest = (clip.features(x) @ clip.class_features().T).argmax(dim=1)
         return clip.meaning[nearest] == clip.meaning[labels]
 
+    def answers(self, dataset: Dataset) -> Tensor:
+        if dataset.attributes:
+            return dataset.attributes.meanings()
+        return super().answers(dataset)
+
     def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
         super().load(record, folder, dataset, device)
         self.hashes["head"] = record.aesthetic["sha256"]

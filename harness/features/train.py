@@ -1,5 +1,6 @@
 """Feature networks trained in the workflow."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from harness.denoiser import to_model_space
 from harness.errors import Problem
 from harness.features.aesthetic import train_head
 from harness.features.base import NetworkExtractor
+from harness.features.chance import network_warning
 from harness.io.artifacts import damaged, digest, link, load_tensors, save_tensors
 from harness.io.locks import run_lock
 from harness.io.records import FeatureRecord
@@ -26,6 +28,8 @@ from harness.streams import seeded
 from harness.training.loop import train
 from harness.training.run import TrainingRun, loop_settings
 from harness.transfers import to_device
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "features.safetensors"
 
@@ -72,6 +76,18 @@ class TrainedExtractor(NetworkExtractor):
     def correct(self, x: Tensor, labels: Tensor) -> Tensor:
         """Whether the network recognises each of the images `x` in [-1, 1], bool `(B,)`."""
 
+    def answers(self, dataset: Dataset) -> Tensor:
+        """The answer that `correct` expects for each condition, int64 `(conditions,)`; conditions
+        with equal answers are confused without an error."""
+        return torch.arange(dataset.num_conditions)
+
+    def chance(self, dataset: Dataset) -> float:
+        """The accuracy of the best constant answer: its share of the training images."""
+        counts = torch.tensor(dataset.label_counts, dtype=torch.float64)
+        shares = torch.zeros(len(counts), dtype=torch.float64)
+        shares.index_add_(0, self.answers(dataset), counts)
+        return (shares.max() / counts.sum()).item()
+
     @abstractmethod
     def outputs(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """Outputs for images in [-1, 1]."""
@@ -111,6 +127,10 @@ class TrainedExtractor(NetworkExtractor):
             record = FeatureRecord(name=job.name, **facts)
             TrainedExtractor.load(self, record, folder, dataset, "cpu")  # without a head
             record.held_out_accuracy = self.held_out_accuracy(dataset)
+            if record.held_out_accuracy is not None:
+                facts = record.held_out_accuracy, self.chance(dataset), len(dataset.held_out)
+                if warning := network_warning(job.name, *facts):
+                    logger.warning(warning)
             if "aesthetic" in self.provided:
                 record.aesthetic = train_head(self.network, dataset, folder)
             record.write(folder / "features.json")

@@ -1,5 +1,7 @@
 """The report stage: metrics.csv, the tables, the figures, report.html and manifest.json."""
 
+import logging
+
 from harness.config.experiment import Experiment
 from harness.io.artifacts import sha256_file, write_json, write_text
 from harness.reporting import tables
@@ -8,6 +10,8 @@ from harness.reporting.collect import COLUMNS, collect, is_unavailable
 from harness.reporting.formatting import markdown
 from harness.reporting.intervals import write_pairwise
 from harness.reporting.manifest import manifest
+
+logger = logging.getLogger(__name__)
 
 
 def write_report(experiment: Experiment, partial: bool = False) -> None:
@@ -20,6 +24,8 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     (root / "manifest.json").unlink(missing_ok=True)
     table, protocols = collect(experiment, partial)
     summary = tables.summarise(experiment, table)
+    for warning in summary.warnings:
+        logger.warning(warning)
     failed = (table.status != "ok") & ~is_unavailable(table.status)
     title = f"One-step students on {experiment.name}"
     if failed.any():

@@ -14,7 +14,7 @@ from harness.evaluation.checks import small_sample_warning
 from harness.evaluation.registry import FRECHET, METRICS
 from harness.evaluation.selection import criterion
 from harness.features.base import FEATURES
-from harness.reporting import collect
+from harness.reporting import collect, trust
 from harness.reporting.collect import (
     column_of,
     is_unavailable,
@@ -71,6 +71,7 @@ class Summary:
     sampling_seeds: int
     notes: list[str] = field(default_factory=list)
     selected: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(SELECTED)))
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def main(self) -> list[str]:
@@ -92,8 +93,9 @@ def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
     facts = [_student(experiment, name, rows_of[name]) for name in names]
     costs = pd.DataFrame(facts, columns=list(STUDENT_COLUMNS))
     seeds = len(experiment.evaluation.sampling_seeds)
-    notes, selected = list(_notes(experiment, table)), selected_scores(table, columns)
-    return Summary(scores, costs, columns, pairs, seeds, notes, selected)
+    selected, warnings = selected_scores(table, columns), trust.warnings(experiment, table)
+    notes = [*(f"Warning: {line}." for line in warnings), *_notes(experiment, table)]
+    return Summary(scores, costs, columns, pairs, seeds, notes, selected, warnings)
 
 
 def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
