@@ -18,10 +18,9 @@ include: "harness/workflow/rules/report.smk"
 
 # If pretrained weights are not available, stop here and not after hours of teacher training.
 onstart:
-    try:
+    with one_line_errors():
         fetch_pretrained(E.students.values())
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
+    INTERRUPTION.started = True
 
 
 localrules:

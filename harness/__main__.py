@@ -2,6 +2,15 @@
 
 import sys
 
-from harness.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line. An interruption while it is imported gives no traceback, either."""
+    try:
+        from harness.cli import main as run
+    except KeyboardInterrupt:
+        return 130
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

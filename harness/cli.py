@@ -9,10 +9,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from harness.errors import UserError, did_you_mean
-from harness.io import logs
+from harness.errors import (
+    INTERRUPTED,
+    UserError,
+    did_you_mean,
+    file_system_error,
+    file_system_message,
+)
+from harness.io import environment, logs
+from harness.io.environment import is_first, launched
 from harness.io.locks import machine_slot
-from harness.workflow.machine import is_first, launched, record_failure, relaunch
+from harness.workflow.machine import record_failure, relaunch
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +38,7 @@ ARGUMENTS = {
 }
 KINDS = {"features": "feature network", "pairs": "pair set", "a": "student", "b": "student"}
 COMMANDS = {}
+STAGES = set()  # commands that continue where they were interrupted
 OUT_OF_MEMORY = (
     "\nFor training, reduce training.micro_batch, or set gradient_checkpointing or lora; for "
     "sampling and pairs, reduce evaluation.block."
@@ -104,6 +112,7 @@ def stage(help: str, arguments: str = "", label: str = "", slot: bool = True, ma
                 function(experiment, args)
 
         run.__name__ = function.__name__
+        STAGES.add(function.__name__.replace("_", "-"))
         return tool(help, arguments)(run)
 
     return decorate
@@ -292,8 +301,21 @@ def methods(args):
             print(f"    {key} = {field.default!r}  ({origin}: {field.description})")
 
 
+def _interrupted(command: str) -> int:
+    """Print one line after Ctrl-C; returns the exit status."""
+    if is_first():
+        continues = "; the same command continues" if command in STAGES else ""
+        print(f"{command}: interrupted{continues}", file=sys.stderr)
+    if launched():  # torchrun passes the signal on once more, and a collective may still wait
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    return INTERRUPTED
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for an error that the user can fix."""
+    logs.configure(logging.INFO if is_first() else logging.ERROR)
+    environment.prepare()
     parser = argparse.ArgumentParser(prog="harness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run in COMMANDS.items():
@@ -303,12 +325,13 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument(argument.rstrip("?"), **ARGUMENTS.get(argument, optional))
     args = parser.parse_args(argv)
     args.argv = argv or sys.argv[1:]
-    logs.configure(logging.INFO if is_first() else logging.ERROR)
     if not sys.stderr.isatty() and not launched():  # a log file begins with its command
         logger.info("python -m harness %s", shlex.join(args.argv))
     process = "" if is_first() else f"process {os.environ['RANK']}: "
     try:
         COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        return _interrupted(args.command)
     except BrokenPipeError:  # as in `harness summary | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
@@ -317,8 +340,8 @@ def main(argv: list[str] | None = None) -> int:
             message = str(error)
         elif type(error).__name__ == "OutOfMemoryError":
             message += OUT_OF_MEMORY
-        elif "No space left on device" in str(error):
-            message += "; free some space and repeat the command"
+        elif (found := file_system_error(error)) is not None:
+            message = file_system_message(found)
         else:
             raise
         print(f"{process}error: {message}", file=sys.stderr)

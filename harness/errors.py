@@ -1,5 +1,8 @@
 """Errors that a user can fix."""
 
+import errno
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -33,6 +36,43 @@ class ConfigError(UserError):
         self.problems = tuple(dict.fromkeys(problems))
         title = f"{source}: {len(self.problems)} error{'s' * (len(self.problems) != 1)}"
         super().__init__("\n  ".join([title, *map(str, self.problems)]), "config")
+
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell: 128 + SIGINT
+
+# Errors of a file system -> what to do.
+_ELSEWHERE = "or work in another folder (snakemake --directory, or a link results -> /scratch/…)"
+REMEDIES = {
+    errno.ENOSPC: "free some space and repeat the command",
+    errno.EDQUOT: f"free some space and repeat the command, {_ELSEWHERE}",
+    errno.EROFS: f"make it writable, {_ELSEWHERE}",
+    errno.EACCES: f"ask its owner for access, {_ELSEWHERE}",
+    errno.EPERM: f"ask its owner for access, {_ELSEWHERE}",
+    errno.ESTALE: "the network file system has replaced it; repeat the command",
+    errno.EIO: "check the disk or the network file system, then repeat the command",
+}
+
+
+def file_system_error(error: BaseException) -> OSError | None:
+    """The error of a file system (one of REMEDIES) in an exception: itself, its cause, or, from a
+    library in Rust, its text. None for any other exception."""
+    if isinstance(error, UserError):
+        return None
+    found = getattr(error, "errno", None)
+    if found is None and (number := re.search(r"\(os error (\d+)\)", str(error))):
+        found = int(number[1])
+    if found is None:
+        names = {os.strerror(number): number for number in REMEDIES}
+        found = next((number for name, number in names.items() if name in str(error)), None)
+    if found in REMEDIES:
+        return OSError(found, os.strerror(found), getattr(error, "filename", None))
+    return file_system_error(error.__cause__) if error.__cause__ is not None else None
+
+
+def file_system_message(error: OSError) -> str:
+    """One line that names the file, if it is known, what is wrong and what to do."""
+    file = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+    return f"{file}{error.strerror}; {REMEDIES[error.errno]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+os.environ["MPLBACKEND"] = "agg"  # as commands set it: a notebook's may not be installed
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"

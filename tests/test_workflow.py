@@ -155,6 +155,38 @@ def test_an_invalid_experiment_starts_no_job(empty_workspace):
     assert not empty_workspace.results.exists()
 
 
+@pytest.mark.slow
+def test_interrupted_workflow_reports_and_continues(empty_workspace):
+    """Ctrl-C reaches all processes of a terminal."""
+    options = ("--cores", "8", "all", "--configfile", "configs/tiny.yaml")
+    process = subprocess.Popen(
+        empty_workspace.command("snakemake", *options),
+        cwd=empty_workspace.root,
+        env=empty_workspace.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = empty_workspace.results / "logs/features/tiny-cnn.log"
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, output = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "Traceback" not in output and "failed" not in output and "Error" not in output
+    _, end = output.split("\nInterrupted: ")
+    assert end.splitlines() == [
+        "jobs stop, and a partial report is being written. The same command continues.",
+        "The partial report: results/tiny/tables/comparison.md, and results/tiny/report.html",
+    ]
+    assert "features: interrupted; the same command continues" in log.read_text()
+    assert not list(empty_workspace.results.rglob("failure.json"))
+    table = metrics(empty_workspace)
+    assert table[table.student.isin(STUDENTS)].status.str.startswith("missing (not finished").all()
+
+
 # -- results ----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, file_system_error
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -44,6 +44,8 @@ def _reading(path: Path, owner: Path | None = None, errors: type | tuple = ()) -
         message = f"{path} does not exist; run the workflow, or the stage that writes it"
         raise UserError(message, "missing-file") from None
     except errors as error:
+        if file_system_error(error) is not None:  # the file itself may be right
+            raise
         raise damaged(path, str(error), owner) from None
 
 
@@ -78,17 +80,30 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file in an error of the file system that names none, such as a full disk's."""
+    try:
+        yield
+    except Exception as error:
+        found = file_system_error(error)
+        if found is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file or link made there replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        yield temporary
-        if not temporary.is_symlink():
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _writing(path):
+            yield temporary
+            if not temporary.is_symlink():
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,11 +114,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
+        with _writing(folder):
+            yield temporary
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.chmod(0o755)
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

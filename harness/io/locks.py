@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+LOCK = ".lock"  # in the folder of a run
+MODE = 0o664  # of lock files: members of a group may share results and caches
 
 
 @contextlib.contextmanager
@@ -17,7 +19,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK, mode=MODE)
     try:
         held = lock.acquire(blocking=False)
     except Timeout:
@@ -25,6 +27,21 @@ def run_lock(folder: Path) -> Iterator[None]:
         held = lock.acquire()
     with held:
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process works on a folder. Reads the lock file only, as another user may; False if
+    it cannot be read."""
+    import fcntl
+
+    try:
+        with open(folder / LOCK, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 @contextlib.contextmanager

@@ -42,7 +42,8 @@ def commit_and_changes() -> tuple[str | None, bool | None]:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    names = re.findall(r"model name\s*: (.*)", text)
     return names[0] if names else platform.processor() or platform.machine()
 
 

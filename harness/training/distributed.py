@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.io.environment import launched
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Processes:
 @cache
 def processes() -> Processes:
     """Join the processes that torchrun started; a single one otherwise."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ["WORLD_SIZE"]) if launched() else 1
     if size == 1:
         return Processes()
     if cuda := torch.cuda.is_available():

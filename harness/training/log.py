@@ -65,12 +65,12 @@ class CsvLogger:
 
     def _rows(self) -> list[dict]:
         """The rows of the file that are not cut off."""
-        with open(self.path, newline="") as file:
+        with open(self.path, newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def _rewrite(self, rows: list[dict]) -> None:
         self.columns = {name: None for row in rows for name in row}
-        with atomic_path(self.path) as path, open(path, "w", newline="") as file:
+        with atomic_path(self.path) as path, open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
@@ -78,7 +78,7 @@ class CsvLogger:
     def write(self, row: dict[str, float]) -> None:
         """Append a row; a column that appears late (of a phase that runs seldom) is added."""
         if row.keys() <= self.columns.keys():
-            with open(self.path, "a", newline="") as file:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         else:
             self._rewrite([*(self._rows() if self.columns else ()), row])

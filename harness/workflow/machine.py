@@ -7,18 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.io.artifacts import write_json
+from harness.io.environment import for_torchrun, is_first, launched
 
 FAILURE = "failure.json"  # in the folder of what the stage would have made
-
-
-def is_first() -> bool:
-    """Whether this process is the only one of its stage, or rank 0 under torchrun."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def relaunch(count: int, arguments: list[str]) -> None:
@@ -26,10 +17,10 @@ def relaunch(count: int, arguments: list[str]) -> None:
     process is enough, or if torchrun started this process."""
     if count == 1 or launched():
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "harness.workflow.torchrun", "--standalone", "--nnodes=1"]
     command += [f"--nproc-per-node={count}", "-m", "harness", *arguments]
     sys.stderr.flush()
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, for_torchrun(os.environ))
 
 
 @contextlib.contextmanager

@@ -2,13 +2,13 @@
 
 import csv
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 from harness.config.experiment import Experiment
 from harness.config.schema import Limit
 from harness.io.artifacts import read_json
+from harness.io.locks import is_locked
 from harness.workflow.machine import FAILURE
 
 
@@ -36,27 +36,15 @@ def _status(experiment: Experiment, *folders: Path | None) -> str:
 def _last_row(folder: Path) -> dict[str, str]:
     """The last complete row of the train.csv of the latest run in a folder, or {}."""
     logs = sorted(folder.glob("runs/*/train.csv"), key=lambda path: path.stat().st_mtime)
-    rows = csv.DictReader(logs[-1].read_text().splitlines()) if logs else []
+    rows = csv.DictReader(logs[-1].read_text(encoding="utf-8").splitlines()) if logs else []
     return next((row for row in reversed([*rows]) if None not in row.values()), {})
-
-
-def _locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a run's folder."""
-    from filelock import FileLock, Timeout
-
-    path = folder / ".lock"
-    try:
-        with FileLock(path, timeout=0) if path.exists() else nullcontext():
-            return False
-    except Timeout:
-        return True
 
 
 def _line(
     name: str, folder: Path, record: str, budget: Sequence[Limit], scores: Path | None = None
 ) -> dict[str, str]:
     row = _last_row(folder)
-    if _locked(folder):
+    if is_locked(folder):
         state = "running"
     elif (folder / FAILURE).exists():
         state = "failed"

@@ -1,4 +1,5 @@
 # The validated experiment, and values that all rules use.
+import contextlib
 import math
 import os
 import re
@@ -11,19 +12,40 @@ sys.path.insert(0, str(workflow.basedir))
 import joblib
 from snakemake.exceptions import WorkflowError
 
-from harness.errors import UserError
+from harness.errors import INTERRUPTED, UserError, file_system_error, file_system_message
+from harness.io import environment
 
 # A parameter of each job: the part of the experiment that its results depend on.
 from harness.io.artifacts import canonical as spec
 from harness.students.inputs import fetch_pretrained
 from harness.validation import load_experiment, load_snapshot
+from harness.workflow.interruption import Interruption
+
+environment.prepare()
+INTERRUPTION = Interruption()
+if workflow.is_main_process:
+    INTERRUPTION.install()
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Report an error that the user can fix as Snakemake reports its own, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    except Exception as error:
+        if (found := file_system_error(error)) is None:
+            raise
+        raise WorkflowError(file_system_message(found)) from None
+
 
 # `jobs` without `cores` submits to a cluster, where every job starts a Snakemake of its own.
 CLUSTER = workflow.resource_settings.nodes is not None or not workflow.is_main_process
 # That Snakemake reads the snapshot of the submitted experiment, not a file edited since.
 SNAPSHOT = "HARNESS_SNAPSHOT"
 
-try:
+with one_line_errors():
     if workflow.is_main_process:
         E = load_experiment(workflow.configfiles, dict(workflow.config_settings.config))
         os.environ[SNAPSHOT] = str(E.write_snapshot())
@@ -31,8 +53,6 @@ try:
         E = load_snapshot(Path(os.environ[SNAPSHOT]))
     if not CLUSTER:
         E.check_device()
-except UserError as error:
-    raise WorkflowError(str(error)) from None
 
 
 # Pass the variable to the jobs of any executor.

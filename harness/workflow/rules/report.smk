@@ -44,8 +44,15 @@ use rule data as report with:
 
 onerror:
     # Report the finished runs; failed ones appear with their reason.
-    shell("{HARNESS} report --partial --configfile {CONFIG} >> {ROOT}/logs/report.log 2>&1")
-    tables = f"{ROOT}/tables/comparison.md, and {ROOT}/report.html"
+    REPORT_LOG = f"{ROOT}/logs/report.log"
+    try:
+        shell("{HARNESS} report --partial --configfile {CONFIG} >> {REPORT_LOG} 2>&1")
+        tables = f"{ROOT}/tables/comparison.md, and {ROOT}/report.html"
+    except Exception:
+        tables = f"none; the reason is in {REPORT_LOG}"
+    if INTERRUPTION.interrupted:
+        print(f"The partial report: {tables}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
     print(f"\nSome jobs failed; the table with the reasons: {tables}", file=sys.stderr)
 
 

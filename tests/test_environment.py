@@ -1,0 +1,296 @@
+"""What a machine does to a command: interruptions, file systems, variables of a platform, other
+users' files."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from harness import cli
+from harness.errors import REMEDIES, UserError, file_system_error
+from harness.evaluation import references
+from harness.io import environment, locks
+from harness.io.artifacts import atomic_folder, load_tensors, save_tensors, write_json
+from harness.io.downloads import cache_dir, fetch
+from harness.training import distributed
+from harness.validation import parse_experiment
+from harness.workflow import interruption, machine, torchrun
+from harness.workflow.status import print_status
+from tests.conftest import DATA, ROOT
+
+TINY = ["--configfile", str(DATA / "tiny.yaml")]
+OTHER = 12345  # a user id without an entry in passwd
+
+
+def as_another_user(work) -> None:
+    """Run `work` in a fork without root's access to the files of others. As another user than
+    root, permissions count anyway."""
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return
+    try:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(OTHER)
+            os.setuid(OTHER)
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.fixture
+def open_path(tmp_path):
+    """A temporary folder that other users can enter."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    return tmp_path
+
+
+def stage_that_raises(monkeypatch, error: BaseException) -> None:
+    def prepare(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("harness.data.datasets.prepare", prepare)
+
+
+# -- interruptions ----------------------------------------------------------------------------------
+
+
+def test_interrupted_stage_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stage_that_raises(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["data", *TINY]) == 130
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == "data: interrupted; the same command continues"
+    assert not list(tmp_path.rglob("failure.json"))
+
+
+def test_interruption_of_an_import_has_no_traceback():
+    code = "import sys, harness.__main__ as m; sys.modules['harness.cli'] = None; "
+    code += "import builtins; imp = builtins.__import__\n"
+    code += "def stop(name, *a, **k):\n    if name == 'harness.cli': raise KeyboardInterrupt\n"
+    code += "    return imp(name, *a, **k)\nbuiltins.__import__ = stop\nsys.exit(m.main())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_interrupted_workflow_says_so_at_once(monkeypatch, capfd, number):
+    """The first interruption stops jobs and leads to the report; the second ends the process."""
+
+    def leave(status):
+        raise OSError(f"status {status}")
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(fileno=lambda: 2))
+    handler = interruption.Interruption()
+    handler.started = True
+    with pytest.raises(SystemExit) as stopped:
+        handler._handle(signal.SIGINT, None)
+    assert stopped.value.code == 130 and handler.interrupted
+    assert capfd.readouterr().err == (
+        "\nInterrupted: jobs stop, and a partial report is being written."
+        " The same command continues.\n"
+    )
+    with pytest.raises(OSError, match="status 130"):
+        handler._handle(signal.SIGINT, None)
+    assert capfd.readouterr().err == "\nInterrupted. The same command continues.\n"
+
+
+@pytest.mark.slow
+def test_processes_of_a_stage_end_in_their_own_line(tmp_path, capfd):
+    """Without torchrun's traceback, and with the status of the process that failed."""
+    (tmp_path / "work.py").write_text("import sys\nprint('error: x', file=sys.stderr)\nsys.exit(2)")
+    command = [sys.executable, "-m", "harness.workflow.torchrun", "--standalone", "--nnodes=1"]
+    command += ["--nproc-per-node=1", str(tmp_path / "work.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: x\n")
+
+
+# -- file systems -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", REMEDIES)
+def test_error_of_a_file_system_is_one_line(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.chdir(tmp_path)
+    stage_that_raises(monkeypatch, OSError(number, os.strerror(number), "data/x"))
+    assert cli.main(["data", *TINY]) == 2
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"error: data/x: {os.strerror(number)}; {REMEDIES[number]}"]
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage_that_raises(monkeypatch, OSError(errno.EINVAL, "Invalid argument", "x"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        cli.main(["data", *TINY])
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """`write` and libraries in Rust name none."""
+    for error in (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ):
+        with pytest.raises(OSError) as caught, atomic_folder(tmp_path / "model"):
+            raise error
+        assert caught.value.filename == str(tmp_path / "model")
+        assert caught.value.errno in (errno.ENOSPC, errno.EDQUOT)
+        assert file_system_error(RuntimeError("x")) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_file_is_not_called_damaged(open_path):
+    path = open_path / "x.safetensors"
+    sha256 = save_tensors(path, {})
+    path.chmod(0)
+
+    def read():
+        with pytest.raises(PermissionError):
+            load_tensors(path, sha256)
+        with pytest.raises(PermissionError):
+            load_tensors(path)
+
+    as_another_user(read)
+
+
+# -- variables --------------------------------------------------------------------------------------
+
+PLATFORM = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "PET_NNODES": "2"}
+
+
+def test_ranks_of_a_platform_do_not_count(monkeypatch):
+    """Some platforms set them in every container; only torchrun's own count."""
+    for name, value in PLATFORM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert distributed.processes.__wrapped__() == distributed.Processes(0, 1)
+    assert environment.is_first()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert not environment.is_first()
+
+
+def test_torchrun_starts_without_the_platform_s_variables(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    for name, value in PLATFORM.items():
+        monkeypatch.setenv(name, value)
+    machine.relaunch(2, ["train", "sid", "0"])
+    ((_, command, variables),) = started
+    assert command[1:3] == ["-m", torchrun.__name__] and "--nnodes=1" in command
+    assert not variables.keys() & PLATFORM.keys() and variables["PATH"] == os.environ["PATH"]
+
+
+def test_notebook_s_backend_of_matplotlib_is_replaced(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    environment.prepare()
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_ascii_output_replaces_arrows(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    environment.prepare()
+    print("fd ↓", flush=True)
+    assert stream.buffer.getvalue() == b"fd ?\n"
+
+
+def test_user_without_a_home_gets_a_private_folder(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("ONESTEP_CACHE", raising=False)
+    for name in ("HOME", "USER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError) as error:
+        cache_dir()
+    assert error.value.code == "no-home"
+    environment.prepare()
+    folder = tmp_path / f"onestep-harness-{os.getuid()}"
+    assert os.environ["HOME"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)  # perhaps another user's
+    environment.prepare()
+    assert os.environ["HOME"] != str(folder)
+
+
+# -- other users' files -----------------------------------------------------------------------------
+
+
+def test_status_reads_the_results_of_another_user(tiny, open_path, capsys):
+    experiment = parse_experiment(tiny, "tiny", open_path / "results")
+    folder = experiment.paths.run("sid", 0)
+    write_json(folder / "failure.json", {"stage": "training", "reason": "x"})
+    with locks.run_lock(folder):
+        assert (folder / ".lock").stat().st_mode & 0o777 == 0o664
+        assert locks.is_locked(folder)
+        (folder / ".lock").chmod(0o644)
+    for path in (open_path / "results").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+    def look():
+        assert not locks.is_locked(folder)
+        print_status(experiment)
+        assert "failed (training: x)" in capsys.readouterr().out
+
+    as_another_user(look)
+
+
+def test_references_of_another_user_are_read_without_a_lock(tmp_path, monkeypatch):
+    """`score-folder` writes nothing where the features are stored, and stores none where it may
+    not write."""
+    extracted, dataset = [], SimpleNamespace(train=[0], sha256="x")
+    extractor = SimpleNamespace(name="cnn", hashes={}, resize="", settings=SimpleNamespace(type=""))
+    scoring = SimpleNamespace(extractors={"cnn": (None, tmp_path)}, device="cpu")
+
+    def extract(*arguments, **options):
+        extracted.append(1)
+        return {"features": torch.ones(3, 2), "index": torch.arange(3)}
+
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(references, "_extract", extract)
+    with monkeypatch.context() as other_user:
+        other_user.setattr(references, "run_lock", refuse)
+        references.load_reference(scoring, extractor, dataset, None)
+        assert extracted == [1] and not list(tmp_path.iterdir())
+    references.load_reference(scoring, extractor, dataset, None)
+    assert extracted == [1, 1]
+    monkeypatch.setattr(references, "run_lock", refuse)
+    found = references.load_reference(scoring, extractor, dataset, None)
+    assert extracted == [1, 1] and torch.equal(found.features, torch.ones(3, 2))
+
+
+def test_cache_of_another_user_is_one_line(open_path, monkeypatch):
+    monkeypatch.setenv("ONESTEP_CACHE", str(open_path))
+    lock = open_path / f"{'0' * 16}-x.bin.lock"
+    lock.touch(0o644)
+    lock.chmod(0o444)  # a test without root is its owner
+
+    def download():
+        for place in (lock, open_path):
+            with pytest.raises(UserError) as error:
+                fetch("http://127.0.0.1:9/x.bin", "0" * 64)
+            assert error.value.code == "cache-access" and "\n" not in str(error.value)
+            assert str(error.value).startswith(f"{place} belongs to ")
+            assert "set ONESTEP_CACHE" in str(error.value)
+            os.environ["ONESTEP_CACHE"] = str(open_path / "new")
+            open_path.chmod(0o555) if os.getuid() != OTHER else None
+
+    as_another_user(download)
+    open_path.chmod(0o755)
