@@ -217,7 +217,7 @@ class MethodRegistry(Registry[type[Method]]):
         return super().__getitem__(name)
 
 
-METHODS = MethodRegistry("method")
+METHODS = MethodRegistry("method", base=Method)
 
 
 def _method_files() -> set[str]:

@@ -167,6 +167,23 @@ def workspace(finished, tmp_path) -> Workspace:
 
 
 @pytest.fixture
+def registries(monkeypatch) -> None:
+    """Restore the registries after a test that loads plug-ins."""
+    # Not above: Triton's mode is set before anything of `harness` is imported.
+    from harness.data.registry import DATASETS
+    from harness.evaluation.registry import METRICS
+    from harness.features.base import FEATURES
+    from harness.method import METHODS
+    from harness.networks.registry import BACKBONES
+
+    for registry in (FEATURES, METRICS, METHODS, DATASETS, BACKBONES):
+        sorted(registry)  # imports the repository's entries
+        for name in ("_entries", "_sources"):
+            monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    monkeypatch.setattr("harness.registry._plugins", {})
+
+
+@pytest.fixture
 def empty_workspace(tmp_path) -> Workspace:
     return Workspace.create(tmp_path / "project")
 

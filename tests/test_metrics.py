@@ -288,7 +288,8 @@ def test_the_pairs_of_the_figure_are_the_nearest_of_all():
 class Wide:
     """An extractor of 256 random features."""
 
-    name, start = "wide", FeatureExtractor.start
+    name, start, provided = "wide", FeatureExtractor.start, frozenset({"features"})
+    plugin, captions = None, ()
 
     def extract(self, pixels, labels):
         return {"features": torch.randn(len(pixels), 256)}

@@ -19,7 +19,7 @@ def with_plugins(config: dict, path) -> dict:
         "data": {"name": "stripes"},
         "features": {
             "cnn": {"type": "cnn", "images": 1280, "width": 8},
-            "raw-pixels": {"type": "pixels"},
+            "raw-pixels": {"type": "raw-pixels"},
         },
         "teachers": {
             "conv": {
@@ -55,7 +55,7 @@ def test_one_file_adds_a_class_of_every_kind(tmp_path):
     assert student[student.metric == "mean-brightness"].value.between(0, 1).all()
 
 
-def test_plugin_file_enters_the_fingerprints_that_depend_on_it(tiny, tmp_path):
+def test_plugin_file_enters_the_fingerprints_that_depend_on_it(tiny, tmp_path, registries):
     experiment = parse_experiment(with_plugins(tiny, FILE), "x", tmp_path)
     assert set(experiment.plugin_hashes) == {"data", "features.raw-pixels", "teachers.conv"}
     assert "plugin" in experiment.features_fingerprint("raw-pixels")
@@ -63,7 +63,7 @@ def test_plugin_file_enters_the_fingerprints_that_depend_on_it(tiny, tmp_path):
     assert experiment.student_run("example", 0).method_source == (FILE.resolve(),)
 
 
-def test_missing_or_broken_plugin_is_a_user_error(tiny, tmp_path):
+def test_missing_or_broken_plugin_is_a_user_error(tiny, tmp_path, registries):
     broken = tmp_path / "broken.py"
     broken.write_text("raise RuntimeError('no')\n")
     for path, code in ((tmp_path / "none.py", "missing-file"), (broken, "plugin")):

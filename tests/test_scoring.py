@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,8 @@ from harness.sampling import sample
 class Extractor:
     """Features and a quantity of its own, from the pixels; counts the images that it is given."""
 
-    name = "stub"
+    name, provided = "stub", frozenset({"features", "brightness"})
+    plugin, captions = None, ()
 
     def __init__(self):
         self.images = 0
@@ -166,7 +166,14 @@ def stub_extractor(name: str, settings, **facts) -> SimpleNamespace:
 
     fields = {"name": name, "settings": settings, "provided": provides(settings)}
     fields |= {"unavailable": None, "missing": {}, "alias": None, "pretraining": ()}
-    fields |= {"resize": "none", "details": {}, "hashes": {"weights": "0"}, "extract": extract}
+    fields |= {
+        "plugin": None,
+        "captions": (),
+        "resize": "none",
+        "details": {},
+        "hashes": {"weights": "0"},
+        "extract": extract,
+    }
     stub = SimpleNamespace(**fields | facts)
     stub.start = partial(FeatureExtractor.start, stub)
     return stub
@@ -340,7 +347,9 @@ def test_small_samples_are_warned_about_once(scoring, caplog):
 
 def test_values_that_are_not_finite_are_refused(scoring):
     def broken(pixels, labels=None):
-        return {"features": torch.full((len(pixels), DIM), torch.nan if labels is not None else 1)}
+        return {
+            "features": torch.full((len(pixels), DIM), torch.nan if labels is not None else 1.0)
+        }
 
     scorer = Scorer(scoring(facts={"cnn": {"extract": broken}}))
     with pytest.raises(UserError) as error:
@@ -461,16 +470,7 @@ def test_singular_statistics_in_single_precision_are_read(tmp_path):
 # -- plug-ins -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def metrics() -> Iterator[None]:
-    """Restore the registry after a test that adds to it."""
-    sorted(METRICS)
-    entries, sources = dict(METRICS._entries), dict(METRICS._sources)
-    yield
-    METRICS._entries, METRICS._sources = entries, sources
-
-
-def test_a_metric_of_a_new_output_is_one_file(tmp_path, metrics):
+def test_a_metric_of_a_new_output_is_one_file(tmp_path, registries):
     file = tmp_path / "brightness.py"
     file.write_text(
         "from harness.evaluation.feature_set import mean_estimate\n"

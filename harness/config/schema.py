@@ -239,6 +239,7 @@ class EvaluationSection(Section):
     snapshot_seeds: Positive | None = Field(None, description="of snapshots before the last")
     selection_seed: Seed | None = Field(None, description="compares snapshots; None: no selection")
     extractors: list[str] = Field(min_length=1)
+    metrics: list[str] | None = Field(None, min_length=1, description="default: all defined ones")
     main_metric: str = "fd"
     statistics: str | None = Field(None, min_length=1, description=".npz with mu and sigma of FID")
     statistics_sha256: Sha256 | None = None
@@ -249,8 +250,10 @@ class EvaluationSection(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of sampling and teacher pairs")
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides scores. `precision` is listed where it is not fp32."""
-        return self.model_dump(exclude={"precision"} if self.precision == "fp32" else None)
+        """What decides scores, without `metrics`, which `harness.evaluation` adds by name.
+        `precision` is listed where it is not fp32."""
+        default = {"precision"} if self.precision == "fp32" else set()
+        return self.model_dump(exclude={"metrics"} | default)
 
 
 class PublishedName(Section):

@@ -215,7 +215,7 @@ class DescribedSet(DataSource):
         return problems
 
 
-DATASETS: Registry[type[DataSource]] = Registry("data set", "harness.data")
+DATASETS: Registry[type[DataSource]] = Registry("data set", "harness.data", DataSource)
 
 
 def data_source(section: DataSection) -> DataSource:

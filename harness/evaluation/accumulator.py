@@ -12,18 +12,18 @@ from torch import Tensor
 
 from harness.data.registry import AttributeChecker, Images
 from harness.errors import UserError
+from harness.evaluation.checks import KEPT_BYTES
 from harness.evaluation.feature_set import FeatureSet
 from harness.evaluation.frechet import BLOCK
 from harness.evaluation.neighbours import nearest
 from harness.evaluation.references import Reference
-from harness.features.base import FeatureExtractor, Outputs
+from harness.features.base import FeatureExtractor, Outputs, start_checked
 from harness.io.shards import TensorShards
 from harness.precision import full_precision
 from harness.training.distributed import processes
 from harness.transfers import is_gpu, to_device
 
 NEAREST = 10  # image pairs in the figure of nearest neighbours
-KEPT_BYTES = 2 << 30  # of images that a score file holds
 
 
 class Checkpoints:
@@ -131,7 +131,7 @@ class FeatureAccumulator:
 
     def start(self, pixels: Tensor, labels: Tensor | None) -> StartedBlock:
         """Start to extract from one block: uint8 pixels `(B, C, H, W)`, labels int64 `(B,)`."""
-        outputs = [extractor.start(pixels, labels) for extractor in self.extractors]
+        outputs = [start_checked(extractor, pixels, labels) for extractor in self.extractors]
         return StartedBlock(pixels, labels, outputs)
 
     def add(self, pixels: Tensor, labels: Tensor | None) -> None:
@@ -144,7 +144,12 @@ class FeatureAccumulator:
         for extractor, outputs in zip(self.extractors, block.outputs, strict=True):
             found = outputs()
             for name, output in found.items():
-                self._parts[f"{extractor.name}/{name}"].append(output)
+                parts = self._parts[f"{extractor.name}/{name}"]
+                if parts and parts[-1].shape[1:] != output.shape[1:]:
+                    shapes = " and ".join(str(tuple(t.shape[1:])) for t in (parts[-1], output))
+                    message = f"extract returned {name!r} of two shapes per image, {shapes}"
+                    raise UserError(f"features.{extractor.name}: {message}", "outputs")
+                parts.append(output)
             if self.nearest and extractor.name == self.nearest.extractor:
                 self.nearest.add(pixels, found["features"])
         if self.count < min(self.keep, KEPT_BYTES // pixels[0].numel()):
@@ -182,13 +187,20 @@ class FeatureAccumulator:
     def feature_set(self, name: str, reference: Reference, neighbours: int) -> FeatureSet:
         """Join an extractor's outputs; call it once per extractor. Blocks are freed as they are
         joined, so that memory holds all features only once."""
+        extractor = next(e for e in self.extractors if e.name == name)
         # Shards list tensors by name, so that a resumed job has the same order.
         names = sorted(key for key in self._parts if key.startswith(f"{name}/"))
         outputs = {key.removeprefix(f"{name}/"): _join(self._parts.pop(key)) for key in names}
-        blocks = outputs["features"].split(BLOCK)  # a mask of all features would double the memory
-        if bad := sum((~block.isfinite().all(dim=1)).sum().item() for block in blocks):
-            message = f"the features of {bad} of {self.count} images are not finite"
-            raise UserError(f"{name}: {message}; are its weights damaged?", "not-finite")
+        for key, output in outputs.items():
+            if not output.is_floating_point():
+                continue
+            # A mask of all features would double the memory.
+            blocks = (block.reshape(len(block), -1) for block in output.split(BLOCK))
+            if bad := sum((~block.isfinite().all(dim=1)).sum().item() for block in blocks):
+                weights = "are its weights damaged?"
+                cause = f"check {extractor.plugin}" if extractor.plugin else weights
+                message = f"the {key} of {bad} of {self.count} images are not finite"
+                raise UserError(f"{name}: {message}; {cause}", "not-finite")
         labels = torch.cat(self._parts["labels"]) if self._parts["labels"] else None
         classes = None
         if self._parts["attributes"]:
@@ -196,7 +208,8 @@ class FeatureAccumulator:
             outputs["attributes_correct"] = correct.all(dim=1)
             attributes = zip(self.attributes.names, correct.T, strict=True)
             outputs |= {f"{key}_correct": column for key, column in attributes}
-        return FeatureSet(outputs, reference, labels, classes, neighbours)
+        facts = {"neighbours": neighbours, "captions": extractor.captions}
+        return FeatureSet(outputs, reference, labels, classes, **facts)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from harness.evaluation.metrics.distances import SIGMA
 from harness.evaluation.metrics.scores import SPLITS
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import FRECHET, METRICS
-from harness.features.base import FeatureExtractor, load_extractor
+from harness.features.base import FeatureExtractor, load_extractor, provides
 from harness.io.artifacts import load_tensors, write_text
 from harness.io.records import ScoreRecord
 from harness.precision import set_precision
@@ -52,7 +52,9 @@ def write_agreement(scoring: Scoring, teacher: str, scores: Path, folder: Path):
         both = generated[:count], train[drawn]
         for pixels, images in zip(both, folders, strict=True):
             write_images(pixels, images)
-        for name, (_, extractor_folder) in scoring.extractors.items():
+        for name, (settings, extractor_folder) in scoring.extractors.items():
+            if "features" not in provides(settings):
+                continue
             extractor = load_extractor(extractor_folder, dataset, scoring.device)
             if extractor.unavailable:
                 status = f"unavailable ({extractor.unavailable})"

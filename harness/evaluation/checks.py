@@ -1,18 +1,20 @@
 """Checks of the section `evaluation` and of the metrics in `claims`."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 
 from harness.config.schema import DataSection, EvaluationSection, ExperimentFile, Names
-from harness.data.registry import has_captions
-from harness.errors import Problem, did_you_mean
+from harness.data.registry import data_source, has_captions
+from harness.errors import Problem, UserError, did_you_mean
 from harness.evaluation.feature_set import DENSITY_NEIGHBOURS, GROUPS
 from harness.evaluation.references import statistics_extractor
-from harness.evaluation.registry import METRICS, defined_for
+from harness.evaluation.registry import METRICS, Metric, defined_for
 from harness.evaluation.selection import criterion_in
 from harness.features.base import provides
 from harness.features.inception import DIM
 from harness.io.downloads import source_problems
 
+KEPT_BYTES = 2 << 30  # of the images that are in memory at once
 PATCH_SIZE = 299  # pixels of a patch FID
 
 Provided = Mapping[str, Collection[str]]  # extractor -> what it provides
@@ -34,26 +36,90 @@ def small_sample_warning(extractor: str, dim: int, count: int, floor: int | None
     )
 
 
+def check_pixels(metric: Metric, size: int) -> None:
+    """Raise a `UserError` if a metric needs all pixels at once and the samples have more than
+    KEPT_BYTES. size: their bytes."""
+    if metric.stores_pixels and size > KEPT_BYTES:
+        sizes = f"{size / 2**30:.1f} GiB of pixels, at most {KEPT_BYTES / 2**30:.0f} GiB are kept"
+        remedy = "define it by register_per_image, or lower evaluation.num_samples"
+        raise UserError(f"metric {metric.name!r} needs {sizes}; {remedy}", "too-large")
+
+
 def check(file: ExperimentFile, names: Names, files: bool) -> list[Problem]:
     """Errors in `evaluation` and in the metrics of `claims` (see `harness.validation.CHECKS`)."""
     evaluation, data, features = file.evaluation, file.data, file.features
     extractors = evaluation.extractors if evaluation else []
     provided = {name: provides(features[name]) for name in extractors if name in features}
-    problems = []
-    if evaluation is not None:
-        problems += _check_samples(evaluation)
-        problems += _check_extractors(extractors, data, provided, set(names["features"]))
-        problems += _check_statistics(evaluation, data, provided, files)
-        main = "evaluation.main_metric", evaluation.main_metric
-        found = list(_check_metric(*main, data, provided, evaluation.statistics is not None))
-        # Without errors in these, the criterion of a selection is known.
-        if not found and data is not None and provided.keys() == {*extractors}:
-            found += _check_selection(evaluation, data, provided)
-        problems += found
-    for i, claim in enumerate(file.claims):
-        if claim.metric is not None:
-            problems += _check_metric(f"claims.{i}.metric", claim.metric, data, provided)
+    ranking = {f"claims.{i}.metric": c.metric for i, c in enumerate(file.claims) if c.metric}
+    if evaluation is None:
+        return [p for use in ranking.items() for p in _check_metric(*use, data, provided)]
+    problems = [
+        *_check_samples(evaluation),
+        *_check_extractors(extractors, data, provided, set(names["features"])),
+        *_check_statistics(evaluation, data, provided, files),
+    ]
+    main = "evaluation.main_metric", evaluation.main_metric
+    found = list(_check_selected(evaluation, data, provided, ranking))
+    found += _check_metric(*main, data, provided, evaluation.statistics is not None)
+    # Without errors in these, the criterion of a selection is known.
+    if not found and data is not None and provided.keys() == {*extractors}:
+        found += _check_selection(evaluation, data, provided)
+    problems += found
+    for key, name in ranking.items():
+        problems += _check_metric(key, name, data, provided)
     return problems
+
+
+def _check_selected(
+    evaluation: EvaluationSection,
+    data: DataSection | None,
+    provided: Provided,
+    ranking: Mapping[str, str],
+) -> Iterator[Problem]:
+    """Check `evaluation.metrics`: its names, that an extractor has each metric, and that it lists
+    the metrics that rank students. ranking: the metric of each claim, by its key."""
+    key, selection = "evaluation.metrics", evaluation.metrics
+    complete = provided.keys() == {*evaluation.extractors}
+    for name in dict.fromkeys(selection or ()):
+        if name not in METRICS:
+            message = f"unknown metric {name!r}{did_you_mean(name, METRICS)}"
+            yield Problem(key, "unknown-name", message)
+        elif complete and (reason := _unserved(METRICS[name], data, provided)):
+            yield Problem(key, "unsupported", reason)
+    if selection is not None:
+        if repeated := [name for name in dict.fromkeys(selection) if selection.count(name) > 1]:
+            yield Problem(key, "duplicate", f"duplicate metric {repeated[0]!r}")
+        for use, name in {"evaluation.main_metric": evaluation.main_metric, **ranking}.items():
+            if name not in selection:
+                message = f"{name!r} is not in evaluation.metrics; add it there"
+                yield Problem(use, "not-selected", message)
+    shape = _image_shape(data)
+    for metric in defined_for(provided.values(), selection) if shape else ():
+        try:
+            check_pixels(metric, evaluation.num_samples * math.prod(shape))
+        except UserError as error:
+            yield Problem(key, error.code, str(error))
+
+
+def _unserved(metric: Metric, data: DataSection | None, provided: Provided) -> str | None:
+    """Why no extractor has a metric, in words; None if one has it."""
+    if "attributes_correct" in metric.needs and data is not None and not has_captions(data):
+        return f"{metric.name!r} needs captions; this data set has none"
+    if any(map(metric.applies_to, provided.values())):
+        return None
+    if "pixels" in metric.requires:
+        remedy = "add one of type pixels to features and to evaluation.extractors"
+        return f"{metric.name!r} needs an extractor of pixels; {remedy}"
+    names = ", ".join(metric.requires)
+    return f"no extractor provides what {metric.name!r} requires ({names})"
+
+
+def _image_shape(data: DataSection | None) -> tuple[int, int, int] | None:
+    """The shape of the samples, if it is known before the data set is read."""
+    try:
+        return data and data_source(data).image_shape
+    except UserError:
+        return None
 
 
 def _check_samples(evaluation: EvaluationSection) -> Iterator[Problem]:
@@ -78,12 +144,18 @@ def _check_extractors(
     extractors: list[str], data: DataSection | None, provided: Provided, names: set[str]
 ) -> Iterator[Problem]:
     key = "evaluation.extractors"
-    for name in extractors:
+    for name in dict.fromkeys(extractors):
         if name not in names:
             message = f"{name!r} is not under features{did_you_mean(name, names)}"
             yield Problem(key, "unknown-name", message)
-    # Inception with several resizes is one network.
-    networks = {"inception" if "inception" in provided.get(n, ()) else n for n in extractors}
+        if extractors.count(name) > 1:
+            yield Problem(key, "duplicate", f"duplicate extractor {name!r}")
+    # Inception with several resizes is one network; pixels are none.
+    networks = {
+        "inception" if "inception" in provided.get(name, ()) else name
+        for name in extractors
+        if "features" in provided.get(name, ("features",))
+    }
     if len(networks) < 2 and (data is None or data.has_images):
         message = "name at least two networks; a lead in one may vanish in another's features"
         yield Problem(key, "too-few", message)
@@ -145,6 +217,8 @@ def _check_metric(
     elif "attributes_correct" in metric.needs and not captioned:
         message = f"{name!r} needs captions; this data set has none"
         yield Problem(key, "needs-captions", message)
+    elif provided and "pixels" in metric.requires and _unserved(metric, data, provided):
+        yield Problem(key, "unsupported", _unserved(metric, data, provided))
     elif provided and not any(map(metric.applies_to, provided.values())):
         known = sorted(
             other.name

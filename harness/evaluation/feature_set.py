@@ -68,12 +68,13 @@ def mean_over_subsets(estimates: Sequence[Estimate]) -> Estimate:
 class FeatureSet:
     """What one feature extractor computed of a set of images.
 
-    outputs: per-image tensors by name, `(N, ...)`: "features" `(N, D)`, what else the extractor
-    provides, and, if a program can check the attributes that the captions name, bool
-    "attributes_correct" (all of them) and "<attribute>_correct".
+    outputs: per-image tensors by name, `(N, ...)`: "features" `(N, D)` (not of type `pixels`), what
+    else the extractor provides, and, if a program can check the attributes that the captions name,
+    bool "attributes_correct" (all of them) and "<attribute>_correct".
     labels: requested class or prompt of each image; classes: the classes that the prompts name
-    (default: `labels`). neighbours: k of precision and recall. is_subset: one of several subsets,
-    whose spread gives the standard error, so metrics may omit it.
+    (default: `labels`). captions: the text of each class or prompt, if known. neighbours: k of
+    precision and recall. is_subset: one of several subsets, whose spread gives the standard error,
+    so metrics may omit it.
     """
 
     outputs: dict[str, Tensor]
@@ -82,11 +83,22 @@ class FeatureSet:
     classes: Tensor | None = None
     neighbours: int = 3
     is_subset: bool = False
+    captions: Sequence[str] = ()
     _subsets: dict[int, list[FeatureSet]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def features(self) -> Tensor:
         return self.outputs["features"]
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The prompt or caption of each image; None if unknown."""
+        if self.labels is None or not self.captions:
+            return None
+        return [self.captions[label] for label in self.labels.tolist()]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.outputs.values())))
 
     def has(self, name: str) -> bool:
         """Whether there is an output, or an attribute such as "reference.held_out"."""
@@ -129,7 +141,7 @@ class FeatureSet:
     def subsets(self, count: int) -> list[FeatureSet]:
         """All disjoint subsets of `count` consecutive images, without the remainder. The same
         objects at every call, so that metrics share cached quantities."""
-        starts = range(0, len(self.features) - count + 1, count)
+        starts = range(0, len(self) - count + 1, count)
 
         def subset(rows: slice) -> FeatureSet:
             outputs = {name: tensor[rows] for name, tensor in self.outputs.items()}

@@ -13,9 +13,10 @@ from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
 
 
 def fingerprint(scoring: Scoring) -> dict[str, Any]:
-    """What decides the scores of a run. It lists the metrics that are defined for at least one
-    extractor, so that a new metric makes scores outdated."""
-    metrics = defined_for(provides(settings) for settings, _ in scoring.extractors.values())
+    """What decides the scores of a run. It lists the selected metrics that are defined for at least
+    one extractor, so that a new metric makes scores outdated."""
+    provided = (provides(settings) for settings, _ in scoring.extractors.values())
+    metrics = defined_for(provided, scoring.evaluation.metrics)
     plugins = {metric.name: METRICS.plugin_sha256(metric.name) for metric in metrics}
     return scoring.fingerprint | {"metrics": plugins}
 

@@ -95,7 +95,8 @@ def _read(path: Path) -> SnapshotScores | None:
 def _valid(stored: SnapshotScores, scorer: Scorer) -> list[ScoreRow]:
     extractors, rows = {extractor.name for extractor in scorer.extractors}, []
     for row in stored.rows:
-        if row.extractor not in extractors or row.metric not in METRICS:
+        selection = scorer.scoring.evaluation.metrics
+        if row.extractor not in extractors or row.metric not in (selection or METRICS):
             continue
         metric = METRICS[row.metric]
         if row.num_samples in map(metric.count, scorer.counts):

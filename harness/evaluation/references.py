@@ -16,7 +16,7 @@ from harness.data.datasets import Dataset
 from harness.errors import UserError
 from harness.evaluation import frechet
 from harness.evaluation.neighbours import nearest, neighbour_radii
-from harness.features.base import FeatureExtractor, provides
+from harness.features.base import FEATURES, FeatureExtractor, provides, start_checked
 from harness.features.inception import DIM
 from harness.io import artifacts
 from harness.io.downloads import fetch
@@ -113,14 +113,17 @@ def published_statistics(scoring: Scoring) -> tuple[str, Statistics, str] | tupl
 def load_reference(
     scoring: Scoring, extractor: FeatureExtractor, dataset: Dataset, published: Statistics | None
 ) -> Reference:
-    """The training part in an extractor's features. `published`: statistics that replace its own.
+    """The training part in an extractor's features, if it has features. `published`: statistics
+    that replace its own.
 
     The first scoring job stores the features in the extractor's folder; the others read them.
     """
-    if not len(dataset.train):
+    if not len(dataset.train) or "features" not in extractor.provided:
         return Reference(None, published)
     key = [extractor.hashes, extractor.settings.type, extractor.resize, dataset.sha256]
     key += [PAIRWISE_LIMIT, published is None, torch.__version__, scoring.device]
+    if sha256 := FEATURES.plugin_sha256(extractor.settings.type):  # it may read any setting
+        key += [sha256, extractor.settings.model_dump()]
     folder = scoring.extractors[extractor.name][1]
     path = folder / f"reference-{artifacts.digest(key)}.safetensors"
     record = path.with_suffix(".json")
@@ -159,7 +162,7 @@ def _extract(
     everything = torch.arange(len(train))
     drawn = Stream(0, "reference").uniform(everything).argsort()[:PAIRWISE_LIMIT].sort().values
     blocks = (everything if moments else drawn).split(256)
-    started = ahead(lambda index: extractor.start(train.pixels[index]), blocks, device)
+    started = ahead(lambda index: start_checked(extractor, train.pixels[index]), blocks, device)
     for index, outputs in zip(blocks, started, strict=True):
         features = outputs()["features"]
         parts.append(features[torch.isin(index, drawn)])
@@ -169,6 +172,7 @@ def _extract(
     if sums:
         tensors |= dict(zip(("mean", "covariance"), sums.statistics(), strict=True))
     if len(held_out):
-        started = ahead(lambda block: extractor.start(block[0]), held_out.blocks(), device)
+        held_blocks = held_out.blocks()
+        started = ahead(lambda block: start_checked(extractor, block[0]), held_blocks, device)
         tensors["held_out"] = torch.cat([outputs()["features"] for outputs in started])
     return tensors

@@ -1,6 +1,7 @@
 """Score images against an experiment's reference, the training part."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -22,12 +23,13 @@ from harness.evaluation.accumulator import (
     NearestImages,
     StartedBlock,
 )
-from harness.evaluation.checks import minimum_samples, small_sample_warning
+from harness.evaluation.checks import check_pixels, minimum_samples, small_sample_warning
 from harness.evaluation.feature_set import FeatureSet, mean_over_subsets
 from harness.evaluation.references import Reference, load_reference, published_statistics
-from harness.evaluation.registry import Metric, defined_for
+from harness.evaluation.registry import METRICS, Metric, defined_for
 from harness.evaluation.selection import Criterion
-from harness.features.base import FeatureExtractor, load_extractor
+from harness.features.base import FEATURES, FeatureExtractor, load_extractor
+from harness.features.pixels import PerImage, PixelExtractor
 from harness.io.artifacts import digest
 from harness.io.records import ScoreRow
 from harness.io.shards import TensorShards
@@ -86,10 +88,30 @@ class Scorer:
                 given = statistics if name == self.published else None
                 self.references[name] = load_reference(scoring, extractor, data, given)
         # The features in which the figure of nearest neighbours searches.
-        self.nearest_in = next(iter(self.references), None) if len(data.train) else None
+        compared = (name for name, known in self.references.items() if known.features is not None)
+        self.nearest_in = next(compared, None) if len(data.train) else None
         self.checkpoints = Checkpoints(scoring.checkpoint_seconds)
         self.protocols: dict[str, dict] = {}
         self.dimensions: dict[str, int] = {}
+
+        wanted = [metric for e in self.extractors for metric in self.metrics(e.provided)]
+        size = scoring.evaluation.num_samples * math.prod(data.image_shape)
+        for metric in wanted:
+            check_pixels(metric, size)
+
+    def metrics(
+        self, provided: Collection[str], final: bool = True, only: Criterion | None = None
+    ) -> list[Metric]:
+        """The selected metrics of an extractor that provides these outputs, see `score`."""
+        found = defined_for([provided], self.scoring.evaluation.metrics)
+        found = [metric for metric in found if final or not metric.final_only]
+        return [metric for metric in found if only is None or metric is only.metric]
+
+    def per_image_metrics(self, final: bool) -> dict[str, str | None]:
+        """The metrics of single images that `score` computes, with the hashes of their plug-ins."""
+        found = [metric for e in self.extractors for metric in self.metrics(e.provided, final)]
+        pixels = [metric.name for metric in found if metric.per_image or metric.stores_pixels]
+        return {name: METRICS.plugin_sha256(name) for name in sorted(pixels)}
 
     def check_available(self, chosen: Criterion) -> None:
         """Raise a `UserError` (code "unavailable") if a criterion can have no number, as far as
@@ -146,6 +168,15 @@ class Scorer:
             inputs = self.references[self.nearest_in], self.dataset.train, self.scoring.device
             search = NearestImages(self.nearest_in, *inputs)
         available = [extractor for extractor in extractors if not extractor.unavailable]
+        for extractor in available:
+            if isinstance(extractor, PixelExtractor):
+                metrics = self.metrics(extractor.provided, final, only)
+                extractor.stores_pixels = any(metric.stores_pixels for metric in metrics)
+                extractor.functions = {
+                    m.name: PerImage(m.per_image, METRICS.plugin(m.name), "texts" in m.requires)
+                    for m in metrics
+                    if m.per_image
+                }
         options = keep or 0, search, shards, self.checkpoints
         accumulator = FeatureAccumulator(available, self.dataset.attributes, *options)
 
@@ -190,7 +221,7 @@ class Scorer:
         """The number of each metric that applies to an extractor, at each of its sample counts, or
         a `status` if a network is unavailable (without features: for metrics that would apply)."""
         data, name, dim = self.dataset, extractor.name, 0
-        if features is not None:
+        if features is not None and "features" in features.outputs:
             dim = features.features.shape[1]
             floor = self.floor_count if len(data.held_out) else None
             for few in counts if name not in self.dimensions else ():
@@ -204,12 +235,8 @@ class Scorer:
                 return need not in parts or len(parts[need]) > 0
             return need in extractor.missing or features.has(need)
 
-        metrics = [
-            metric
-            for metric in defined_for([extractor.provided])
-            if (final or not metric.final_only) and all(map(has, metric.needs))
-            if only is None or metric is only.metric
-        ]
+        metrics = self.metrics(extractor.provided, final, only)
+        metrics = [metric for metric in metrics if all(map(has, metric.needs))]
         if only is not None:
             counts = [only.num_samples]
         for metric, count in dict.fromkeys((m, m.count(n)) for n in counts for m in metrics):
@@ -249,6 +276,12 @@ class Scorer:
             extra["reference_draw"] = f"a fixed draw of {metric.limit} images"
         if precision := sampling_precision(self.scoring.evaluation):
             extra["sampling_precision"] = precision
+        plugins = {
+            "metric": METRICS.plugin_sha256(metric.name),
+            "extractor": FEATURES.plugin_sha256(extractor.settings.type),
+        }
+        if plugins := {key: sha256 for key, sha256 in plugins.items() if sha256}:
+            extra["plugin_sha256"] = plugins
         if data.evaluation_prompts:
             extra["prompts_sha256"] = data.evaluation_prompts.sha256
         return {

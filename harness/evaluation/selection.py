@@ -38,7 +38,9 @@ def criterion_in(
     evaluation: EvaluationSection, provided: Mapping[str, Collection[str]]
 ) -> Criterion:
     """The same, from what each extractor provides."""
-    metrics = {name: main_metric(evaluation.main_metric, p) for name, p in provided.items()}
+    main, selection = evaluation.main_metric, evaluation.metrics
+    found = {name: main_metric(main, outputs, selection) for name, outputs in provided.items()}
+    metrics = {name: metric for name, metric in found.items() if metric is not None}
     names = [name for name, metric in metrics.items() if metric.name == evaluation.main_metric]
     name = (names or list(metrics))[0]
     return Criterion(name, metrics[name], metrics[name].count(evaluation.num_samples))

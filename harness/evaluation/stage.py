@@ -82,7 +82,8 @@ class ScoreFile:
         options |= {"final": full, "per_image": per_image and prompts}
         for seed in evaluation.sampling_seeds[: None if full else evaluation.snapshot_seeds]:
             kept = None if self.images else keep
-            shards = self._shards(*identity, seed, kept)
+            pixels = self.scorer.per_image_metrics(full)
+            shards = self._shards(*identity, seed, kept, *filter(None, [pixels]))
             scores = self._score(generate, shape, seed, shards, keep=kept, **options)
             rows += scores.rows
             self.images = self.images or scores.images

@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.evaluation.frechet import BLOCK, Moments, frechet_distance
 from harness.evaluation.prepared import check_prepared
 from harness.evaluation.references import published_statistics
-from harness.features.base import load_extractor
+from harness.features.base import load_extractor, start_checked
 from harness.precision import set_precision
 from harness.transfers import ahead
 
@@ -43,7 +43,7 @@ def data_distance(scoring: Scoring) -> tuple[float, str]:
         message = f"{name} is unavailable ({extractor.unavailable}); provide its weights"
         raise UserError(f"features.{name}: {message}", "unavailable")
     blocks = dataset.train.blocks(BLOCK)
-    started = ahead(lambda block: extractor.start(block[0]), blocks, scoring.device)
+    started = ahead(lambda block: start_checked(extractor, block[0]), blocks, scoring.device)
     moments = Moments.over(outputs()["features"] for outputs in started)
     distance = frechet_distance(*statistics, *moments.statistics())
     images = f"{len(dataset.train):,} training images of {dataset.name}"

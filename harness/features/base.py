@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from harness.io.artifacts import sha256_file
 from harness.io.downloads import fetch, source_problems
 from harness.io.records import FeatureRecord
 from harness.precision import full_precision, set_precision
-from harness.registry import Registry
+from harness.registry import Registry, plugin_errors
 from harness.transfers import HostCopy, is_gpu
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,16 @@ class FeatureExtractor(ABC):
     # All others may be properties.
     # What metrics may require: names of outputs, the name of its Fréchet distance ("fd", or
     # "fid-..." for Inception), and the traits "data-classes" (probabilities of the data set's
-    # classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP of this data set).
+    # classes), "inception", "image-text" (a CLIP), "short-captions" (a CLIP of this data set),
+    # "pixels" and "texts" (the images and their texts, see `harness.features.pixels`).
     provided: frozenset[str]
     unavailable: str | None = None  # why there are no weights; `missing`: the same per output
     resize: str = "none"  # how images are brought to the network's input size
     pretraining: tuple[str, ...] = ()  # data sets of the published weights' training
     alias: str | None = None  # another name of it in the records of students trained against it
+    captions: Sequence[str] = ()  # the text of each condition of the samples, if known
     text_shape: tuple[int, int] | None = None  # tokens and width, if it is a `TextEncoder`, too
+    plugin: Path | None = None  # the plug-in file that registered it
     sha256: str  # of the weights
     hashes: dict[str, str]  # of all weights that its outputs depend on
 
@@ -103,6 +106,7 @@ class FeatureExtractor(ABC):
         pixels: uint8 `(B, C, H, W)` at the data set's resolution. labels: the requested class or
         prompt of each image, int64 `(B,)`, if known."""
 
+    @torch.no_grad()
     def start(self, pixels: Tensor, labels: Tensor | None = None) -> Outputs:
         """Start to `extract`; the result waits for the outputs and returns them. By default nothing
         is left to wait for."""
@@ -142,15 +146,28 @@ class NetworkExtractor(FeatureExtractor):
         return NetworkExtractor.start(self, pixels, labels)()
 
 
-FEATURES: Registry[type[FeatureExtractor]] = Registry("feature network", "harness.features")
+def _lacks(name: str, extractor: type[FeatureExtractor]) -> str | None:
+    """What a class lacks to be registered under a name."""
+    settings = getattr(extractor, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, FeatureSettings)):
+        return "has no class Settings, a subclass of FeatureSettings"
+    names = get_args(settings.model_fields["type"].annotation)
+    if names and name not in names:
+        return f"has Settings.type {', '.join(map(repr, names))}; use Literal[{name!r}]"
+    return None
+
+
+FEATURES: Registry[type[FeatureExtractor]] = Registry(
+    "feature network", "harness.features", FeatureExtractor, _lacks
+)
 
 
 def settings_class(raw: Any) -> type[FeatureSettings]:
     """The class that validates the section of a feature network; a `UserError` about its `type`."""
     if not isinstance(raw, Mapping):
         return FeatureSettings
-    if "type" not in raw:
-        raise UserError("missing", "missing-key")
+    if raw.get("type") is None:
+        raise UserError(f"missing; known: {', '.join(sorted(FEATURES))}", "missing-key")
     return FEATURES[str(raw["type"])].Settings
 
 
@@ -161,7 +178,11 @@ def parse_settings(raw: Any) -> FeatureSettings:
 
 def new_extractor(name: str, settings: FeatureSettings) -> FeatureExtractor:
     """The extractor of a feature network, without its weights."""
-    return FEATURES[settings.type](name, settings)
+    file = FEATURES.plugin(settings.type)
+    with plugin_errors(file, f"feature network {settings.type!r}"):
+        extractor = FEATURES[settings.type](name, settings)
+        extractor.plugin, _ = file, extractor.provided
+    return extractor
 
 
 def provides(settings: FeatureSettings) -> frozenset[str]:
@@ -175,14 +196,59 @@ def load_extractor(folder: Path, dataset: Dataset, device: str = "cpu") -> Featu
     extractor = new_extractor(record.name, parse_settings(record.settings))
     extractor.sha256 = record.sha256 or extractor.known_sha256 or "unknown"
     extractor.hashes = {"weights": extractor.sha256}
-    extractor.load(record, folder, dataset, device)
+    with errors_in(extractor):
+        extractor.load(record, folder, dataset, device)
     return extractor
+
+
+def errors_in(extractor: FeatureExtractor) -> contextlib.AbstractContextManager[None]:
+    """A context in which an error of a plug-in's feature network becomes one line."""
+    return plugin_errors(extractor.plugin, f"features.{extractor.name}")
+
+
+def start_checked(
+    extractor: FeatureExtractor, pixels: Tensor, labels: Tensor | None = None
+) -> Outputs:
+    """`extractor.start`; its outputs must have one row per image, and features two dimensions
+    (otherwise a `UserError`, code "outputs")."""
+
+    def outputs() -> dict[str, Tensor]:
+        with errors_in(extractor):
+            found = {name: output.detach().cpu() for name, output in waiting().items()}
+        what, reason = "extract returned", None
+        if "features" in extractor.provided and "features" not in found:
+            reason = f"{what} no 'features', which it provides"
+        for name, output in found.items():
+            shape = tuple(output.shape)
+            if shape[:1] != (len(pixels),):
+                reason = f"{what} {name!r} of shape {shape} for {len(pixels)} images"
+            elif name == "features" and not (output.ndim == 2 and output.is_floating_point()):
+                reason = f"{what} 'features' of shape {shape} and {output.dtype}, not (B, D) floats"
+        if reason is not None:
+            place = f" ({extractor.plugin})" if extractor.plugin else ""
+            raise UserError(f"features.{extractor.name}{place}: {reason}", "outputs")
+        return found
+
+    with errors_in(extractor):
+        waiting = extractor.start(pixels, labels)
+    return outputs
 
 
 def make_features(job: FeatureJob) -> FeatureRecord:
     """Train or fetch a feature network: leaves `features/<name>/` with its `features.json`."""
     set_precision(job.device, static_shapes=True)
-    return new_extractor(job.name, job.settings).make(job)
+    extractor = new_extractor(job.name, job.settings)
+    with errors_in(extractor):
+        return extractor.make(job)
+
+
+def captions_of(dataset: Dataset, template: str) -> tuple[str, ...]:
+    """The text of each condition of the samples: the prompt, or the class's name in a template.
+    Empty if a class has only a number, which is not a description."""
+    names, prompts = dataset.class_names, dataset.evaluation_prompts
+    if prompts:
+        return prompts.texts
+    return () if any(map(str.isdigit, names)) else tuple(map(template.format, names))
 
 
 class FeatureMaps(nn.Module):

@@ -1,7 +1,7 @@
 """Warnings about networks that hardly do better than guessing: their numbers rank nothing.
 
 An accuracy is near chance if it exceeds the accuracy of the best constant answer by less than
-three standard errors, or by less than a margin: a tenth of what is left up to 100%, but at most
+three standard errors, or by less than a margin: a tenth of the distance to 100%, but at most
 half of the chance. So the limit is at least 55% with two balanced classes, 40% with three, 15% with
 ten and 1.5% with a hundred.
 """

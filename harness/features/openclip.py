@@ -95,9 +95,9 @@ class OpenCLIPExtractor(base.PretrainedExtractor):
 
     def load(self, record: FeatureRecord, folder: Path, dataset: Dataset, device: str) -> None:
         super().load(record, folder, dataset, device)
-        settings, names, prompts = self.settings, dataset.class_names, dataset.evaluation_prompts
+        settings = self.settings
         self.pretraining = (f"clip-{settings.pretrained}",)
-        caption = "the prompt" if prompts else settings.caption
+        caption = "the prompt" if dataset.evaluation_prompts else settings.caption
         self.details = settings.model_dump(include={"model", "pretrained"}) | {"caption": caption}
         if self.network is None:
             return
@@ -107,9 +107,7 @@ class OpenCLIPExtractor(base.PretrainedExtractor):
         self.embed_block = cache(self.embed_block)
         outputs = {f"aesthetic_{version}": version for version in settings.aesthetic}
         self.heads = {o: laion_head(v) for o, v in outputs.items() if o not in self.missing}
-        numbered = any(map(str.isdigit, names))  # a number is not a description
-        captions = () if numbered else map(settings.caption.format, names)
-        self.captions = list(prompts.texts if prompts else captions)
+        self.captions = base.captions_of(dataset, settings.caption)
         if self.captions:
             for key, prefix in (("truncated_captions", ""), ("truncated_after_prefix", PREFIX)):
                 self.details[key] = f"{self.truncated(prefix)} of {len(self.captions)}"

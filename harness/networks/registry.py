@@ -51,7 +51,7 @@ class Backbone:
         return next((c for c in cls.denoisers if c.preconditioning == preconditioning), None)
 
 
-BACKBONES: Registry[type[Backbone]] = Registry("network", "harness.networks.backbones")
+BACKBONES: Registry[type[Backbone]] = Registry("network", "harness.networks.backbones", Backbone)
 
 
 def trainable_backbones() -> list[str]:

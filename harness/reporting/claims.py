@@ -28,7 +28,7 @@ def claims_table(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
         for extractor in experiment.evaluation.extractors:
             main = main_metric_in(experiment, extractor)
             metric = METRICS[claim.metric] if claim.metric else main
-            if not metric.applies_to(provides(experiment.features[extractor])):
+            if metric is None or not metric.applies_to(provides(experiment.features[extractor])):
                 continue
             column = column_of(experiment, metric, extractor)
             scores = seed_scores(final, column)

@@ -27,9 +27,16 @@ TEXTS = ("experiment", "student", "metric", "extractor", "protocol", "flag", "st
 RERUN = "run the workflow again: it scores again and trains nothing"
 
 
-def main_metric_in(experiment: Experiment, extractor: str) -> Metric:
-    """The metric that ranks the students in an extractor's features."""
-    return main_metric(experiment.evaluation.main_metric, provides(experiment.features[extractor]))
+def main_metric_in(experiment: Experiment, extractor: str) -> Metric | None:
+    """The metric that ranks the students in an extractor's features; None without such a metric."""
+    evaluation, settings = experiment.evaluation, experiment.features[extractor]
+    return main_metric(evaluation.main_metric, provides(settings), evaluation.metrics)
+
+
+def ranking_extractors(experiment: Experiment) -> list[str]:
+    """The extractors that have a main metric."""
+    names = experiment.evaluation.extractors
+    return [name for name in names if main_metric_in(experiment, name) is not None]
 
 
 def column_of(experiment: Experiment, metric: Metric, extractor: str) -> str:
@@ -38,6 +45,7 @@ def column_of(experiment: Experiment, metric: Metric, extractor: str) -> str:
 
 
 def main_column(experiment: Experiment, extractor: str) -> str:
+    """The column that ranks the students, of one of the `ranking_extractors`."""
     return column_of(experiment, main_metric_in(experiment, extractor), extractor)
 
 

@@ -413,7 +413,7 @@ def to_latex(summary: Summary, title: str) -> str:
 def headline(experiment: Experiment, summary: Summary) -> str:
     """A markdown table of few columns: quality in the first available extractor, agreement of
     images and texts, and the costs."""
-    extractors = experiment.evaluation.extractors
+    extractors = collect.ranking_extractors(experiment)
     scored = set(summary.scores.column[summary.scores["mean"].notna()])
     available = [name for name in extractors if main_column(experiment, name) in scored]
     extractor = (available or extractors)[0]

@@ -25,9 +25,12 @@ def check(file: schema.ExperimentFile, names: schema.Names, files: bool) -> Iter
                 yield from _check_captions(key, teacher, file, names["features"])
 
 
-def _check_type(key: str, kind: str, known: Collection[str]) -> Iterator[Problem]:
-    if kind not in known:
-        message = f"unknown network {kind!r}{did_you_mean(kind, known)}"
+def _check_type(key: str, kind: object, known: Collection[str]) -> Iterator[Problem]:
+    if kind is None:
+        message = f"missing; known: {', '.join(sorted(known))}"
+        yield Problem(f"{key}.network.type", "missing-key", message)
+    elif str(kind) not in known:
+        message = f"unknown network {str(kind)!r}{did_you_mean(str(kind), known)}"
         yield Problem(f"{key}.network.type", "unknown-name", message)
 
 
@@ -53,13 +56,13 @@ def _check_imported(
         yield Problem(key, "reads-no-text", message)
     if teacher.network is not None:
         known = sorted(BACKBONES) if pipeline else trainable_backbones()
-        yield from _check_type(key, str(teacher.network.get("type")), known)
+        yield from _check_type(key, teacher.network.get("type"), known)
 
 
 def _check_trained(
     key: str, teacher: TrainedTeacher, data: schema.DataSection | None
 ) -> Iterator[Problem]:
-    yield from _check_type(key, str(teacher.network.get("type")), trainable_backbones())
+    yield from _check_type(key, teacher.network.get("type"), trainable_backbones())
     if teacher.sampler.guidance != 1 and not teacher.label_dropout:
         message = "needs an unconditional score; train the teacher with label_dropout"
         yield Problem(f"{key}.sampler.guidance", "label-dropout", message)

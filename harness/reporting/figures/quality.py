@@ -7,7 +7,7 @@ import pandas as pd
 
 from harness.config.experiment import Experiment
 from harness.evaluation.registry import FRECHET, METRICS
-from harness.reporting.collect import column_of, main_column, main_metric_in
+from harness.reporting.collect import column_of, main_column, main_metric_in, ranking_extractors
 from harness.reporting.figures import charts
 from harness.reporting.formatting import number_text
 
@@ -26,7 +26,8 @@ def drawn_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[str
     """The (metric, extractor) pairs that are drawn if scored: main metrics, then accuracies."""
     scored = set(zip(table.metric, table.extractor, strict=True))
     extractors = experiment.evaluation.extractors
-    pairs = [(main_metric_in(experiment, name).name, name) for name in extractors]
+    ranking = ranking_extractors(experiment)
+    pairs = [(main_metric_in(experiment, name).name, name) for name in ranking]
     pairs += [("accuracy", name) for name in extractors]
     return [pair for pair in dict.fromkeys(pairs) if pair in scored]
 

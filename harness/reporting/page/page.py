@@ -37,7 +37,7 @@ class Content:
         self.experiment, self.summary, self.manifest = e, summary, manifest
         self.table = table[~collect.is_unavailable(table.status)]
         self.final = self.table[self.table.final]
-        self.main = {name: collect.main_column(e, name) for name in e.evaluation.extractors}
+        self.main = {name: collect.main_column(e, name) for name in collect.ranking_extractors(e)}
         self.samples = samples.read_samples(e, self.table)
         self.is_ranked = summary.scores["rank"].astype(str).str.match(NUMBER).any()
 
@@ -168,13 +168,15 @@ def header(content: Content) -> Iterator[Markup]:
 def scores(content: Content) -> Iterator[Markup]:
     experiment, columns = content.experiment, content.summary.columns
     fixed = int(content.summary.students.student.isin(experiment.reference_rows).sum())
-    # Shown: main columns; recall, accuracy and the floor's column of the first available extractor.
+    # Shown: main columns; recall, accuracy and the floor's column of the first available extractor;
+    # metrics of plug-ins.
     scored, count = set(content.table.extractor), experiment.evaluation.num_samples
     first = next((name for name in content.main if name in scored), next(iter(content.main)))
     names = [column_name(m, METRICS[m].count(count), first) for m in ("recall", "accuracy")]
     floor = content.final[(content.final.student == "floor") & (content.final.extractor == first)]
     floor = floor[floor.metric == collect.main_metric_in(experiment, first).name]
-    names = dict.fromkeys([*content.main.values(), *names, *floor.column])
+    own = columns[columns.main & columns.metric.map(METRICS.plugin).notna()]
+    names = dict.fromkeys([*content.main.values(), *names, *own.index, *floor.column])
     table = students_table(content, [name for name in names if name in columns.index])
     hidden = [h for h in table if "best of" in h or h in ("seeds", "parameters", "frozen")]
     caption = (
@@ -416,10 +418,11 @@ def protocol(content: Content) -> Iterator[Markup]:
     caption = "Each column has one protocol; its hash is in every row of metrics.csv."
     yield html.datatable(table.rename_axis("column").reset_index(), caption)
 
+    scoring = content.experiment.evaluation.extractors
     features = [
         {
             "network": name,
-            "role": "scores" if name in content.main else "trains students",
+            "role": "scores" if name in scoring else "trains students",
             "held-out accuracy, %": number_text(record.get("held_out_accuracy"), scale=0.01),
             "weights (sha256)": html.hash(record.get("sha256")),
         }

@@ -108,12 +108,12 @@ class TeacherOutput(Method):
         return (images.x - target).square().mean()
 
 
-@FEATURES.register("pixels")
-class Pixels(FeatureExtractor):
+@FEATURES.register("raw-pixels")
+class RawPixels(FeatureExtractor):
     """The pixels themselves: no weights."""
 
     class Settings(FeatureSettings):
-        type: Literal["pixels"]
+        type: Literal["raw-pixels"]
 
     provided = frozenset({"features", "brightness", "fd"})
 
