@@ -8,9 +8,10 @@ RESULTS_FORMAT = 4
 # The same for scores and the format of their files: everything is scored again, nothing retrained.
 SCORES_FORMAT = 6
 
-# Public classes, which diffusers also looks up here when it loads an exported pipeline.
+# Public names. diffusers looks up the classes of an exported pipeline here, too.
 _MODULES = {
-    "OneStepPipeline": "harness.students.export",
+    "OneStepPipeline": "harness.students.pipeline",
+    "load_plugin": "harness.registry",
     "SongUNet": "harness.networks.edm_unet",
     "DhariwalUNet": "harness.networks.edm_unet",
     "ModelMixin": "diffusers",
@@ -18,9 +19,15 @@ _MODULES = {
 
 
 def __getattr__(name: str):
-    """Import public classes on first use: their libraries take seconds to import."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import public names on first use: their libraries take seconds to import. The network classes
+    of loaded plug-ins are public, too."""
     import importlib
+    import sys
 
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    networks = sys.modules.get("harness.networks.registry")
+    # Class names only: Python looks up submodules here as well, while they are being imported.
+    if networks is not None and name[0].isupper() and name in networks.BACKBONES:
+        return networks.BACKBONES[name].model_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -26,6 +26,7 @@ from harness import kernels
 from harness.networks import fused
 
 Weights = Mapping[nn.Parameter, Tensor]  # parameters of convolutions in the activations' dtype
+HALF = (torch.float16, torch.bfloat16)
 
 
 class EmbeddingLinear(nn.Linear):
@@ -48,7 +49,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if kernels.transformed():  # PyTorch 2.11 has no forward-mode derivative for channels-last
             x = x.contiguous()
-        if x.dtype == self.weight.dtype:
+        if x.dtype == self.weight.dtype and x.dtype not in HALF:
             return super().forward(x)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -118,6 +119,15 @@ class NoiseEmbedding(nn.Module):
         self.half, self.kind, self.endpoint = size // 2, kind, endpoint
         if kind == "fourier":
             self.register_buffer("freqs", torch.randn(self.half) * 16.0)
+
+    def _apply(self, fn, recurse=True):
+        """Keep the frequencies in float32 in a network of half precision: phases of hundreds of
+        radians would be rounded by tenths."""
+        frequencies = getattr(self, "freqs", None)
+        super()._apply(fn, recurse)
+        if frequencies is not None and self.freqs.dtype in HALF:
+            self.freqs = frequencies.to(self.freqs.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "fourier":
@@ -235,6 +245,14 @@ class EDMUNet(ModelMixin, ConfigMixin):
 
     adm: ClassVar[bool]
     has_fused_pass: ClassVar[bool] = True
+
+    @classmethod
+    def from_pretrained(cls, *args, torch_dtype=None, dtype=None, **kwargs) -> Self:
+        """Load as any diffusers model. A network of half precision keeps its Fourier frequencies in
+        float32, which diffusers would convert."""
+        model = super().from_pretrained(*args, **kwargs)
+        dtype = dtype or torch_dtype
+        return model if dtype is None else nn.Module.to(model, dtype)
 
     def _build(self, noise_width: int, channels: int) -> int:
         """Build the layers of the embedding, the encoder and the decoder. noise_width: of

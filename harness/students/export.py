@@ -51,64 +51,6 @@ def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> SchedulerMixin
     return scheduler_class(num_train_timesteps=time + 1, trained_betas=betas.tolist(), **options)
 
 
-class OneStepPipeline(DiffusionPipeline):
-    """A one-step student with EDM's preconditioning: `pipe(class_labels=[3, 7]).images`. It is
-    evaluated at noise level `sigma_init`; the other arguments are those of `EDMDenoiser`."""
-
-    def __init__(
-        self,
-        network: torch.nn.Module,
-        sigma_init: float = 80.0,
-        sigma_data: float = 0.5,
-        epsilon: float = 0.0,
-        num_classes: int = 0,
-    ):
-        super().__init__()
-        self.register_modules(network=network)
-        self.register_to_config(
-            sigma_init=sigma_init, sigma_data=sigma_data, epsilon=epsilon, num_classes=num_classes
-        )
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: list[int] | Tensor | None = None,
-        num_images: int = 1,
-        latents: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        output_type: str = "pil",
-    ) -> ImagePipelineOutput:
-        """Generate one image per class label, or `num_images` without labels: PIL images, or float
-        `(B, C, H, W)` in [0, 1] with `output_type="pt"`.
-
-        class_labels: random by default if the student has classes. latents: standard normal
-        `(B, C, H, W)`, random by default.
-        """
-        from torchvision.transforms.functional import to_pil_image
-
-        denoiser_class = BACKBONES[type(self.network).__name__].denoiser("edm")
-        settings = {name: self.config[name] for name in denoiser_class.settings}
-        denoiser = denoiser_class(self.network, **settings).eval()
-        classes, device = self.config.num_classes, self.network.device
-        if class_labels is None and classes:
-            count = num_images if latents is None else len(latents)
-            class_labels = torch.randint(classes, (count,), generator=generator)
-        if class_labels is not None:
-            class_labels = torch.as_tensor(class_labels).to(device)
-            if not classes:
-                raise ValueError("this student has no classes")
-            if class_labels.min() < 0 or class_labels.max() >= classes:
-                raise ValueError(f"class_labels run from 0 to {classes - 1}")
-            num_images = len(class_labels)
-        if latents is None:
-            latents = torch.randn(num_images, *denoiser.image_shape, generator=generator)
-        x = one_step(denoiser, latents.to(device), class_labels, self.config.sigma_init)
-        images = (x / 2 + 0.5).clip(0, 1).cpu()
-        if output_type != "pt":
-            images = list(map(to_pil_image, (images * 255 + 0.5).clip(0, 255).to(torch.uint8)))
-        return ImagePipelineOutput(images=images)
-
-
 def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: Path) -> None:
     """Write a finished student and its model card to a new or empty folder, all or nothing.
     `scores`: the run's score file, which need not exist."""
