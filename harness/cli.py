@@ -33,6 +33,13 @@ ARGUMENTS = {
     "--partial": {"action": "store_true", "help": "show missing runs as failed"},
     "--dry-run": {"action": "store_true", "help": "remove nothing"},
     "--tflops": {"type": float, "default": 100.0, "help": "sustained TFLOP/s"},
+    "--push-to-hub": {
+        "metavar": "OWNER/NAME",
+        "help": "also upload to this Hugging Face repository",
+    },
+    "--private": {"action": "store_true", "help": "make a new repository private"},
+    "--revision": {"metavar": "BRANCH", "help": "upload to this branch; default: main"},
+    "--commit-message": {"metavar": "TEXT", "help": "of the upload"},
     "--out": {"type": Path, "help": "write all columns to this CSV file"},
     "--configfile": {"type": Path, "default": "configs/digits.yaml", "help": "experiment file"},
 }
@@ -261,13 +268,23 @@ def prompts(experiment, args):
     call("reporting.compare.print_prompts", experiment, args.a, args.b, args.seed)
 
 
-@tool("write a student as a diffusers pipeline with a model card", "student seed folder")
+@tool(
+    "write a student as a diffusers pipeline with a model card",
+    "student seed folder --push-to-hub --private --revision --commit-message",
+)
 def export(experiment, args):
     run = experiment.student_run(args.student, args.seed)
     teacher = experiment.teacher_job(run.student.teacher)
-    scores = experiment.paths.scores(args.student, args.seed)
-    call("students.export.export_student", run, teacher, scores, args.folder)
+    scores, target = experiment.paths.scores(args.student, args.seed), None
+    if args.push_to_hub is not None:
+        options = args.private or None, args.revision, args.commit_message
+        target = call("io.uploads.Destination", args.push_to_hub, *options)
+    elif args.private or args.revision or args.commit_message:
+        raise UserError("--private, --revision, --commit-message need --push-to-hub", "arguments")
+    address = call("students.export.export_student", run, teacher, scores, args.folder, target)
     print(f"{args.folder}: a diffusers pipeline; README.md is its model card")
+    if address:
+        print(f"uploaded to {address}")
 
 
 @tool("compare finished experiments", "folders --out", configfile=False)

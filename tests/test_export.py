@@ -8,9 +8,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 import harness
 from harness.denoiser import one_step
 from harness.io.artifacts import read_json
-from harness.networks import build_denoiser, load_denoiser
+from harness.networks import load_denoiser
 from harness.sampling import noise_and_labels
-from harness.students.export import OneStepPipeline, one_step_scheduler, write_pipeline
+from harness.students.export import one_step_scheduler, write_pipeline
+from harness.students.pipeline import OneStepPipeline
 from harness.teachers.pipelines import PipelineFolder
 from tests import pipelines
 
@@ -31,8 +32,6 @@ def test_exported_student_generates_the_same_images(finished, tmp_path):
     assert torch.equal(images, (expected / 2 + 0.5).clip(0, 1))
     pictures = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
     assert [p.size for p in pictures] == [(8, 8)] * 2 and pictures[0].mode == "L"
-    with pytest.raises(ValueError, match="class_labels run from 0 to 9"):
-        pipe(class_labels=[10])
 
 
 def test_model_card_has_origin_and_scores(finished, tmp_path):
@@ -53,19 +52,6 @@ def test_model_card_has_origin_and_scores(finished, tmp_path):
     assert again.returncode == 2 and "already exists" in again.stderr
     assert (folder / "README.md").read_text() == card
     assert not any(path.suffix in (".bin", ".pkl", ".py") for path in folder.rglob("*"))
-
-
-@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
-def test_edm_network_survives_export(kind, tmp_path):
-    torch.manual_seed(0)
-    network = {"type": kind, "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1}
-    denoiser = build_denoiser(network | {"attn_resolutions": [8]}, (3, 16, 16), 10)
-    pipe = OneStepPipeline(denoiser.eval().backbone, 2.5, **denoiser.precondition)
-    pipe.save_pretrained(tmp_path)
-    again = OneStepPipeline.from_pretrained(tmp_path)
-    z, labels = torch.randn(2, 3, 16, 16), torch.tensor([1, 9])
-    images = [p(class_labels=labels, latents=z, output_type="pt").images for p in (pipe, again)]
-    assert torch.equal(*images)
 
 
 @pytest.mark.contract

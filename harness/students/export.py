@@ -5,25 +5,25 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    EulerDiscreteScheduler,
-    ImagePipelineOutput,
-    SchedulerMixin,
-)
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import Tensor
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin
 
 from harness.config.jobs import StudentRun, TeacherJob
-from harness.config.schema import ImportedTeacher
-from harness.data import datasets
-from harness.denoiser import one_step
+from harness.denoiser import Denoiser
 from harness.errors import UserError
-from harness.io.artifacts import atomic_folder, read_json, read_text, write_json
-from harness.io.records import ScoreRecord, StudentRecord, TeacherRecord
-from harness.networks import BACKBONES, denoiser_record, load_denoiser
+from harness.io.artifacts import (
+    atomic_folder,
+    load_tensors,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
+from harness.io.records import StudentRecord, TeacherRecord
+from harness.io.uploads import Destination, check_destination, upload_folder
+from harness.networks import BACKBONES, WEIGHTS, denoiser_record, load_denoiser
 from harness.networks.vp import VPDenoiser
+from harness.students.model_card import model_card
+from harness.students.pipeline import OneStepPipeline
 from harness.teachers.pipelines import PipelineFolder
 
 LARGE_SIGMA = 200.0  # above it, DDIM's step is more precise for predicted velocities
@@ -51,25 +51,75 @@ def one_step_scheduler(student: VPDenoiser, sigma_init: float) -> SchedulerMixin
     return scheduler_class(num_train_timesteps=time + 1, trained_betas=betas.tolist(), **options)
 
 
-def export_student(run: StudentRun, teacher: TeacherJob, scores: Path, folder: Path) -> None:
-    """Write a finished student and its model card to a new or empty folder, all or nothing.
-    `scores`: the run's score file, which need not exist."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def export_student(
+    run: StudentRun,
+    teacher: TeacherJob,
+    scores: Path,
+    folder: Path,
+    destination: Destination | None = None,
+) -> str | None:
+    """Write a finished student and its model card to a new or empty folder, all or nothing. scores:
+    the run's score file, which need not exist.
+
+    destination: also upload the folder, and return its address. A folder that contains this
+    student is then uploaded as it is, so that the command can be repeated.
+    """
+    folder = folder.expanduser()
+    if destination is not None:
+        check_destination(destination)
+    elif _has_content(folder):
         raise UserError(f"{folder} already exists; choose a new or empty folder", "exists")
     model, record = run.folder / "model", StudentRecord.read(run.folder / "student.json")
     denoiser = load_denoiser(model, record.sha256, owner=run.folder)
     sigma_init = denoiser_record(model)["sigma_init"]
-    with atomic_folder(folder) as temporary:
-        if isinstance(denoiser, VPDenoiser):
-            _write_stock(denoiser, sigma_init, teacher, temporary)
-        elif denoiser.text_width:
-            encoder = "needs the experiment's own text encoder, which is not part of a pipeline"
-            message = "text-to-image students can be exported if their teacher is a pipeline"
-            raise UserError(f"{run.student.name} {encoder}; {message}", "not-exportable")
-        else:
-            pipeline = OneStepPipeline(denoiser.backbone, sigma_init, **denoiser.precondition)
-            pipeline.save_pretrained(temporary, safe_serialization=True)
-        model_card(run, teacher, record, scores).save(temporary / "README.md")
+    name = destination.repository if destination else folder.name
+    if not _has_content(folder):
+        _check_exportable(denoiser, run.student.name)
+        card = model_card(run, teacher, record, denoiser, sigma_init, scores, name)
+        with atomic_folder(folder) as temporary:
+            if denoiser.text_width:
+                _write_stock(denoiser, sigma_init, teacher, temporary)
+            else:
+                settings = denoiser.preconditioning, denoiser.precondition
+                pipeline = OneStepPipeline(denoiser.backbone, sigma_init, *settings)
+                pipeline.save_pretrained(temporary, safe_serialization=True)
+            card.save(temporary / "README.md")
+    elif not _contains(folder, denoiser):
+        message = f"{folder} already exists, without the weights of {run.student.name}"
+        raise UserError(f"{message}, seed {run.seed}; choose a new or empty folder", "exists")
+    if destination is None:
+        return None
+    _name_repository(folder / "README.md", folder.name, destination.repository)
+    return upload_folder(folder, destination)
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _check_exportable(denoiser: Denoiser, student: str) -> None:
+    if denoiser.text_width and not isinstance(denoiser, VPDenoiser):
+        encoder = "needs the experiment's own text encoder, which is not part of a pipeline"
+        message = "text-to-image students can be exported if their teacher is a pipeline"
+        raise UserError(f"{student} {encoder}; {message}", "not-exportable")
+
+
+def _contains(folder: Path, denoiser: Denoiser) -> bool:
+    """Whether a folder is an export of this student."""
+    pipeline = BACKBONES[type(denoiser.backbone).__name__].pipeline
+    path = folder / (pipeline.folder if denoiser.text_width and pipeline else "network") / WEIGHTS
+    if not path.is_file():
+        return False
+    stored, own = load_tensors(path), denoiser.backbone.state_dict()
+    return stored.keys() == own.keys() and all(torch.equal(stored[key], own[key]) for key in own)
+
+
+def _name_repository(card: Path, folder: str, repository: str) -> None:
+    """Replace the folder's name by the repository's in the example of an earlier export."""
+    text = read_text(card) if card.is_file() else ""
+    named = text.replace(f'from_pretrained("{folder}")', f'from_pretrained("{repository}")')
+    if named != text:
+        write_text(card, named)
 
 
 def _write_stock(student: VPDenoiser, sigma_init: float, teacher: TeacherJob, folder: Path) -> None:
@@ -101,107 +151,3 @@ def write_pipeline(
         new |= {key: [None, None] for key in ("safety_checker", "feature_extractor")}
         new["requires_safety_checker"] = False
     write_json(folder / "model_index.json", new)
-
-
-CARD = """\
----
-{{ card_data }}
----
-
-# {{ record.student }}: a one-step student of {{ teacher }}
-
-Distilled with `{{ record.method }}` ({{ record.paper }}), training seed {{ record.seed }} of the
-experiment `{{ record.experiment }}`. It generates an image in one network evaluation.
-
-```python
-{% if dataset.prompts %}from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{{ name }}")
-image = pipe("a lighthouse at dusk", num_inference_steps=1, guidance_scale=0).images[0]
-{%- else %}from harness import OneStepPipeline
-
-pipe = OneStepPipeline.from_pretrained("{{ name }}")
-images = pipe({{ "class_labels=[0, 1]" if dataset.num_classes else "num_images=4" }}).images
-{%- endif %}
-```
-
-| | |
-|---|---|
-| teacher | {{ teacher }}, weights sha256 {{ record.inputs.teacher }} |
-| data | {{ data }} |
-| training | {{ "{:,}".format(record.ledger.images) }} images, \
-{{ "%.3g" % (record.ledger.flops / 1e12) }} TFLOPs |
-| parameters | {{ "{:,}".format(record.parameters) }} |
-| weights | sha256 {{ record.sha256 }} |
-
-## Scores
-
-{% if scores %}Means over sampling seeds, and the smallest and largest value. A score depends on the
-feature network (`extractor`), the number of samples and the protocol (reference images,
-quantisation, resize, library): compare only values for which all three are equal. Distances such as
-`fd`, `fid` and `kd` are better when lower.
-
-{{ scores }}{% else %}These weights have not been scored.{% endif %}
-
-Deviations from the paper: {{ record.deviations | join("; ") or "none" }}.
-
-{% if base_model %}The weights were initialised from the teacher, so its licence \
-({{ license or "see its source" }}) applies.
-{%- else %}The weights were trained from this data only.{% endif %}
-"""
-
-
-def model_card(
-    run: StudentRun, teacher: TeacherJob, record: StudentRecord, scores: Path
-) -> ModelCard:
-    """The model card of an exported student: its origin, its cost, and its scores, which are also
-    in the machine-readable `model-index` of the Hugging Face hub."""
-    from tabulate import tabulate
-
-    dataset, data = datasets.load(run.data, images=False), teacher.data_section.name
-    task = "text-to-image" if dataset.prompts else "unconditional-image-generation"
-    rows = _mean_scores(scores, record.sha256)
-    table = tabulate(rows, "keys", "pipe", floatfmt=".4g")
-    results = [
-        EvalResult(task, data, data, row.pop("metric"), row.pop("mean"), metric_args=row)
-        for row in rows
-    ]
-    card_data = ModelCardData(
-        model_name=f"{run.experiment}-{run.student.name}",
-        library_name="diffusers",
-        pipeline_tag=task,
-        tags=["one-step-diffusion", record.method],
-        eval_results=results or None,
-    )
-    origin = teacher.name
-    if isinstance(teacher.section, ImportedTeacher):
-        source = Path(teacher.section.source)
-        origin += f" ({source.name})"
-        card_data.base_model, readme = source.name, source.expanduser() / "README.md"
-        if readme.is_file():
-            text = read_text(readme)
-            card_data.license = ModelCard(text, ignore_metadata_errors=True).data.license
-    return ModelCard.from_template(
-        card_data,
-        template_str=CARD,
-        name=card_data.model_name,
-        teacher=origin,
-        record=record,
-        dataset=dataset,
-        data=data,
-        scores=table,
-    )
-
-
-def _mean_scores(path: Path, sha256: str) -> list[dict]:
-    """Final scores of weights `sha256`: mean, smallest and largest value over sampling seeds."""
-    import pandas
-
-    columns = ["metric", "extractor", "num_samples", "protocol"]
-    record, rows = ScoreRecord.read_optional(path), []
-    if record is not None and record.weights == sha256:
-        rows = next(entry for entry in record.entries if entry.final).rows
-    frame = pandas.DataFrame([row.model_dump() for row in rows], columns=[*columns, "value"])
-    groups = frame.dropna(subset="value").groupby(columns, sort=False).value
-    table = groups.agg(["mean", "min", "max", "count"]).reset_index()
-    return table.rename(columns={"count": "sampling_seeds"}).to_dict("records")
