@@ -17,17 +17,27 @@ from harness.errors import (
     file_system_message,
 )
 from harness.io import environment, logs
+from harness.io.downloads import expand
 from harness.io.environment import is_first, launched
 from harness.io.locks import machine_slot
 from harness.workflow.machine import record_failure, relaunch
 
 logger = logging.getLogger(__name__)
 
+
+def path(text: str) -> Path:
+    """A path of the command line. A shell does not replace the `~` of `--option=~/x`."""
+    try:
+        return expand(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 ARGUMENTS = {
     "seed": {"type": int, "help": "training seed"},
-    "file": {"type": Path},
-    "folder": {"type": Path},
-    "folders": {"type": Path, "nargs": "+", "help": "results/a results/b …"},
+    "file": {"type": path},
+    "folder": {"type": path},
+    "folders": {"type": path, "nargs": "+", "help": "results/a results/b …"},
     "b": {"help": "another student, or teacher: the first of the experiment"},
     "--seed": {"type": int, "help": "training seed; default: the first"},
     "--partial": {"action": "store_true", "help": "show missing runs as failed"},
@@ -40,8 +50,8 @@ ARGUMENTS = {
     "--private": {"action": "store_true", "help": "make a new repository private"},
     "--revision": {"metavar": "BRANCH", "help": "upload to this branch; default: main"},
     "--commit-message": {"metavar": "TEXT", "help": "of the upload"},
-    "--out": {"type": Path, "help": "write all columns to this CSV file"},
-    "--configfile": {"type": Path, "default": "configs/digits.yaml", "help": "experiment file"},
+    "--out": {"type": path, "help": "write all columns to this CSV file"},
+    "--configfile": {"type": path, "default": "configs/digits.yaml", "help": "experiment file"},
 }
 KINDS = {"features": "feature network", "pairs": "pair set", "a": "student", "b": "student"}
 COMMANDS = {}

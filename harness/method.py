@@ -13,9 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 import methods
@@ -32,6 +39,20 @@ def _setting(origin: str, default, source: str, **limits) -> Any:
     return Field(default, description=source, json_schema_extra={"origin": origin}, **limits)
 
 
+Items = TypeVar("Items", list, tuple)
+
+
+def _unique(values: Items) -> Items:
+    """Raise an error for a list or tuple with equal items."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"duplicate {value!r}")
+    return values
+
+
+UNIQUE = AfterValidator(_unique)  # of a field: `Annotated[list[str], UNIQUE]`
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
+
 # Settings with defaults from the paper, from the authors' code, and without published defaults.
 paper, code, ours = (partial(_setting, origin) for origin in ("paper", "code", "ours"))
 
@@ -41,7 +62,7 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -77,6 +98,26 @@ class MethodConfig(BaseModel):
     labels: Literal["data", "uniform"] = ours(
         "data", "law of the student's labels; uniform without images"
     )
+
+    # Of settings that several methods have.
+    @field_validator("betas", "generator_betas", check_fields=False)
+    @classmethod
+    def _betas_of_adam(cls, betas: tuple[float, float] | None) -> tuple[float, float] | None:
+        if betas is not None and not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"must be at least 0 and below 1, not {list(betas)}")
+        return betas
+
+    @field_validator("backbones", check_fields=False)
+    @classmethod
+    def _different_backbones(cls, backbones: tuple[str, ...]) -> tuple[str, ...]:
+        return _unique(backbones)
+
+    @model_validator(mode="after")
+    def _times_are_in_order(self) -> Self:
+        t_min, t_max = getattr(self, "t_min", 0.0), getattr(self, "t_max", 1.0)
+        if t_min >= t_max:
+            raise ValueError(f"t_min {t_min:g} must be below t_max {t_max:g}")
+        return self
 
     def without_effect(self, names: Iterable[str], reason: str) -> list[tuple[str, str, str]]:
         """Problems, as of `Method.check`: settings of `names` that differ from their defaults."""

@@ -9,7 +9,13 @@ from pydantic import ValidationError
 
 from harness.config import schema
 from harness.config.experiment import Experiment, Paths
-from harness.config.loading import merge, read_experiment, read_yaml, translate
+from harness.config.loading import (
+    merge,
+    read_experiment,
+    read_yaml,
+    translate,
+    value_problems,
+)
 from harness.config.schema import NAME, ExperimentFile, Names
 from harness.data import checks as data_checks
 from harness.data.registry import DATASETS
@@ -148,6 +154,8 @@ def parse_experiment(
 ) -> Experiment:
     """Validate a resolved configuration; a `ConfigError` reports all its errors. `files`: whether
     the files that it names must exist. `check`: whether to check more than the schema."""
+    if problems := list(value_problems(raw)):
+        raise ConfigError(source, problems)
     plugins = raw.get("plugins")
     for path in plugins if isinstance(plugins, list) else ():
         load_plugin(Path(str(path)))

@@ -1,6 +1,7 @@
 """Experiment files: what is accepted, what is rejected, and how errors are reported."""
 
 import pytest
+import torch
 import yaml
 
 from harness.cli import main
@@ -8,6 +9,7 @@ from harness.config.loading import read_yaml
 from harness.config.schema import micro_batch
 from harness.errors import ConfigError, Problem, UserError
 from harness.io.artifacts import canonical
+from harness.networks import build_denoiser
 from harness.validation import load_experiment, load_snapshot, parse_experiment
 
 
@@ -101,6 +103,35 @@ def test_shipped_experiment_is_valid(name):
         ("features.inception", {"type": "inception", "weights": "none.pth"}, "features.inception.weights"),
         ("features.inception", 3, "features.inception"),
         ("device", "gpu", "device"),
+        ("students.sid.settings", {"betas": [0.9, 1.0]}, "students.sid.settings.betas"),
+        ("students.sid.settings", {"generator_betas": [-0.1, 0.9]}, "students.sid.settings.generator_betas"),
+        ("training.settings.betas", [0.9, 1.0], "training.settings.betas"),
+        ("students.dmd.settings.t_min", 0.99, "students.dmd.settings"),
+        ("students.gdd.settings.backbones", ["vgg16_bn", "vgg16_bn"], "students.gdd.settings.backbones"),
+        ("teachers.edm.betas", [0.9, 1.0], "teachers.edm.betas.1"),
+        ("teachers.edm.sampler", {"sigma_min": 80.0, "sigma_max": 80.0}, "teachers.edm.sampler"),
+        ("teachers.edm.sampler", {"s_min": 2.0, "s_max": 1.0}, "teachers.edm.sampler"),
+        ("teachers.edm.lr", float("nan"), "teachers.edm.lr"),
+        ("teachers.edm.p_mean", float("-inf"), "teachers.edm.p_mean"),
+        ("teachers.edm.network.norm_eps", float("inf"), "teachers.edm.network.norm_eps"),
+        ("teachers.edm.images", 2**63, "teachers.edm.images"),
+        ("training.seeds", [2**63], "training.seeds.0"),
+        ("training.budget", [{"unit": "images", "amount": 0}], "training.budget.0.amount"),
+        ("training.budget", [{"unit": "images", "amount": a} for a in (16, 32)], "training.budget"),
+        ("training.loggers", ["csv", "csv"], "training.loggers"),
+        ("evaluation.extractors", ["tiny-cnn", "tiny-clip", "tiny-cnn"], "evaluation.extractors"),
+        ("students", {1: {"method": "sid"}}, "students.1"),
+        ("students", {False: {"method": "sid"}}, "students.False"),
+        ("students", {(1, 2): {"method": "sid"}}, "students.(1, 2)"),
+        ("data.source", "~nosuchuser/x", "data.source"),
+        ("data.prompts", "~nosuchuser", "data.prompts"),
+        ("plugins", ["~nosuchuser/x.py"], "plugins.0"),
+        ("teachers.vp", {"source": "~nosuchuser/x.pkl"}, "teachers.vp.source"),
+        ("features.inception", {"type": "inception", "weights": "~nosuchuser/x"}, "features.inception.weights"),
+        ("evaluation.statistics", "~nosuchuser/x.npz", "evaluation.statistics"),
+        ("students.gdd.settings.class_table", "~nosuchuser/x", "students.gdd.settings.class_table"),
+        ("teachers.edm.network.x", {1, 2}, "teachers.edm.network.x"),
+        ("teachers.edm.network.x", b"x", "teachers.edm.network.x"),
         ("name", "a/b", "name"),
     ],
 )  # fmt: skip
@@ -212,6 +243,116 @@ def test_unreadable_file_is_one_clear_error(tmp_path, text, code):
         load_experiment(tmp_path / "x.yaml")
     assert error.value.code == code
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "hint"),
+    [
+        ("students:\n  1: {method: sid}", 2, "'1' in quotes"),
+        ("no: 1", 1, "'no' in quotes"),
+        ("a: 1\non: {b: 1}", 2, "'on' in quotes"),
+        ("8: 1", 1, "'8' in quotes"),
+        ("~: 1", 1, "'~' in quotes"),
+        ("? [a, b]\n: 1", 1, "not a list"),
+        ("? {a: 1}\n: 1", 1, "not a list"),
+    ],
+)
+def test_key_that_is_no_text_is_rejected_with_its_line(tmp_path, text, line, hint):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"line {line}: .*{hint}") as error:
+        read_yaml(tmp_path / "x.yaml")
+    assert error.value.code == "invalid-name" and "\n" not in str(error.value)
+
+
+def test_numbers_are_read_as_in_yaml_1_2(tmp_path):
+    text = "[1e-6, 1E6, 2e+3, 1.5e3, 1.e2, .5, -3.0e-4, 12, -7, 0x1F, 1_000, 0, 010, 1:30, 2024-01-01, "
+    (tmp_path / "x.yaml").write_text("a: " + text + "1e, e5, '1e-6', true, null]")
+    values = read_yaml(tmp_path / "x.yaml")["a"]
+    numbers = [1e-6, 1e6, 2000.0, 1500.0, 100.0, 0.5, -3e-4, 12, -7, 31, 1000, 0]
+    texts = ["010", "1:30", "2024-01-01", "1e", "e5", "1e-6"]
+    assert values == [*numbers, *texts, True, None]
+    assert [type(value) for value in values[:12]] == [type(number) for number in numbers]
+
+
+def test_exponents_reach_a_network_as_numbers(tmp_path, tiny):
+    text = yaml.safe_dump(tiny).replace(
+        "norm_num_groups: 4", "norm_num_groups: 4\n      norm_eps: 1e-6"
+    )
+    (tmp_path / "x.yaml").write_text(text)
+    network = load_experiment(tmp_path / "x.yaml").teachers["edm"].network
+    assert network["norm_eps"] == 1e-6
+    denoiser = build_denoiser(network, (1, 8, 8), 10)
+    x = denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    assert x.shape == (1, 1, 8, 8)
+
+
+def test_text_that_is_read_as_a_number_gets_a_hint(tiny):
+    put(tiny, "students.sid.method", 1)
+    (problem,) = (p for p in problems(tiny) if p.key == "students.sid.method")
+    assert problem.message == (
+        "input should be a valid string, not 1; put text in quotes that YAML reads otherwise"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [*x]", "a: !!int x", "a: " + 5000 * "9", "a: " + 3000 * "["]
+)
+def test_unusual_yaml_is_one_line(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_experiment(tmp_path / "x.yaml")
+    assert error.value.code in ("invalid-yaml", "config")
+
+
+def test_home_folders_are_found(tmp_path, monkeypatch, tiny, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/x.yaml").write_text("extends: ~/base.yaml\nplugins: [~/plugin.py]\n")
+    (tmp_path / "plugin.py").write_text("x = 1")
+    assert main(["status", "--configfile", "~/sub/x.yaml"]) == 0
+    with pytest.raises(SystemExit):
+        main(["status", "--configfile", "~nosuchuser/x.yaml"])
+    assert (
+        "argument --configfile: ~nosuchuser/x.yaml: there is no user 'nosuchuser'"
+        in capsys.readouterr().err
+    )
+
+
+def test_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch, capsys):
+    """As after a command in another folder, without --configfile."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == (
+        f"error: configs/digits.yaml: experiment file not found in {tmp_path}; name one with "
+        "--configfile, or change to the folder of the project"
+    )
+    assert main(["status", "--configfile", str(tmp_path)]) == 2
+    assert f"{tmp_path}: is a folder, not an experiment file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "message"),
+    [
+        ("cuda:1", "fp32", None),
+        ("cuda:2", "fp32", "device: cuda:2 is not available; this machine has 2 GPUs, from cuda:0"),
+        ("cuda:0", "bf16", "training.precision: V100 does not compute in bf16; use fp32"),
+        ("cuda:1", "bf16", None),
+    ],
+)
+def test_machine_lacks_a_gpu_or_its_precision(tiny, monkeypatch, device, precision, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(7, 0), (8, 0)][index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "V100")
+    tiny["device"], tiny["training"]["precision"] = device, precision
+    experiment = parse_experiment(tiny, "x")
+    if message is None:
+        return experiment.check_device()
+    with pytest.raises(UserError) as error:
+        experiment.check_device()
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(

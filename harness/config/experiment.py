@@ -120,10 +120,34 @@ class Experiment:
         return auto if self.device_setting == "auto" else self.device_setting
 
     def check_device(self) -> None:
-        """Raise a `UserError` if this machine does not have the device. Jobs of a cluster are
-        submitted and reported from machines without it."""
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+        """Raise a `UserError` if this machine does not have the device, or if the device lacks a
+        precision. Jobs of a cluster are submitted and reported from machines without it."""
+        if not self.device.startswith("cuda"):
+            return
+        if not torch.cuda.is_available():
             raise UserError(f"device: {self.device} is not available; use cpu", "device")
+        count, index = torch.cuda.device_count(), int(self.device.partition(":")[2] or 0)
+        if index >= count:
+            message = f"{self.device} is not available; this machine has {count} GPUs, from cuda:0"
+            raise UserError(f"device: {message}", "device")
+        if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+            for key in self._bf16_keys():
+                message = f"{torch.cuda.get_device_name(index)} does not compute in bf16; use fp32"
+                raise UserError(f"{key}: {message}", "precision")
+
+    def _bf16_keys(self) -> list[str]:
+        """The keys that set the precision bf16."""
+        sections = {"training": self.training, "evaluation": self.evaluation}
+        sections |= {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
+        found = [
+            k for k, section in sections.items() if getattr(section, "precision", "") == "bf16"
+        ]
+        found += [
+            f"students.{n}"
+            for n, s in self.students.items()
+            if ("precision", "bf16") in s.switches.items()
+        ]
+        return [f"{key}.precision" for key in found]
 
     def processes(self, parts: int | None = None) -> int:
         """Number of processes that share a job: a divisor of the parts of its batch, at most the

@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
+from harness.method import UNIQUE, Beta
 from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Names = dict[str, list[str]]  # section -> names of all its items, valid or not
 PROMPT_SETS = ("prompts", "evaluation_prompts")
@@ -55,6 +55,17 @@ class DataSection(Section):
 class Limit(Section):
     unit: Literal["images", "flops", "seconds"]
     amount: float = Field(gt=0, allow_inf_nan=False)
+
+
+def _one_limit_per_unit(limits: list[Limit]) -> list[Limit]:
+    units = [limit.unit for limit in limits]
+    for unit in set(units):
+        if units.count(unit) > 1:
+            raise ValueError(f"more than one limit in {unit}")
+    return limits
+
+
+Budget = Annotated[list[Limit], AfterValidator(_one_limit_per_unit)]
 
 
 class Grid(Section):
@@ -110,6 +121,14 @@ class Sampler(Section):
     s_max: float | None = Field(None, gt=0)
     s_noise: float = Field(1.0, gt=0)
     guidance: float = Field(1.0, ge=0, description="scale of classifier-free guidance; 1: off")
+
+    @model_validator(mode="after")
+    def _levels_are_in_order(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max")
+        if self.s_max is not None and self.s_min > self.s_max:
+            raise ValueError(f"s_min {self.s_min:g} must not be above s_max")
+        return self
 
     @property
     def nfe(self) -> int:
@@ -195,7 +214,7 @@ class StudentSection(Section):
     freeze: Literal["none", "innate"] = "none"
     lora: LoraSection | None = None
     settings: dict[str, Any] = {}
-    budget: list[Limit] | None = Field(None, min_length=1, description="default: training.budget")
+    budget: Budget | None = Field(None, min_length=1, description="default: training.budget")
     snapshots: Snapshots | None = Field(None, description="default: training.snapshots")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="default: of training")
     micro_batch: Positive | None = Field(None, description="default: of training")
@@ -220,7 +239,8 @@ class LoopSettings(Switches):
     max_nonfinite: int = Field(20, ge=0, description="more such steps in a row end the run")
     tick_images: Positive = Field(1024, description="images between two rows of the log")
     checkpoint_seconds: float = Field(15.0, ge=0, description="least time between saved states")
-    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]  # train.csv is always written
+    # train.csv is always written
+    loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], UNIQUE] = ["csv"]
 
 
 class TrainingSection(LoopSettings):
@@ -228,7 +248,7 @@ class TrainingSection(LoopSettings):
     method's defaults."""
 
     seeds: list[Seed] = Field(min_length=1)
-    budget: list[Limit] = Field(min_length=1)
+    budget: Budget = Field(min_length=1)
     settings: dict[str, Any] = {}
     snapshots: Snapshots = {}
 
@@ -238,8 +258,10 @@ class EvaluationSection(Section):
     sampling_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     snapshot_seeds: Positive | None = Field(None, description="of snapshots before the last")
     selection_seed: Seed | None = Field(None, description="compares snapshots; None: no selection")
-    extractors: list[str] = Field(min_length=1)
-    metrics: list[str] | None = Field(None, min_length=1, description="default: all defined ones")
+    extractors: Annotated[list[str], UNIQUE] = Field(min_length=1)
+    metrics: Annotated[list[str], UNIQUE] | None = Field(
+        None, min_length=1, description="default: all defined ones"
+    )
     main_metric: str = "fd"
     statistics: str | None = Field(None, min_length=1, description=".npz with mu and sigma of FID")
     statistics_sha256: Sha256 | None = None
@@ -290,7 +312,9 @@ class ExperimentFile(Section):
     name: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     processes: Literal["auto"] | Positive = "auto"  # per job; auto: one per GPU, or 1 on CPU
-    plugins: list[str] = Field([], description="Python files that register more classes")
+    plugins: Annotated[list[str], UNIQUE] = Field(
+        [], description="Python files that register more classes"
+    )
     data: DataSection
     features: dict[str, Any]
     teachers: dict[str, Any] = {}  # required to train students

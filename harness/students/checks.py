@@ -97,7 +97,7 @@ def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
             yield Problem(f"{where}.method", error.code, str(error))
         except ValidationError as error:
             for problem in translate(error, METHODS[section.method].Config):
-                own = problem.key.split(".")[0] in section.settings
+                own = not problem.key or problem.key.split(".")[0] in section.settings
                 # A shared setting is reported once, where it is written.
                 place = f"{where}.settings" if own else "training.settings"
                 yield Problem(f"{place}.{problem.key}".rstrip("."), problem.code, problem.message)
