@@ -123,6 +123,10 @@ def test_damaged_cache_is_detected(server):
         (pickle.dumps(os.getcwd, 2), "it contains posix.getcwd, which is not a tensor"),
         (pickle.dumps(Fraction, 2), "it contains fractions.Fraction, which is not a tensor"),
         (pickle.dumps(Fraction, 4), "it is damaged or contains other objects than tensors"),
+        (
+            b"<!DOCTYPE html>\n<title>404</title>",
+            "it is damaged or contains other objects than tensors",
+        ),
         (b"no weights", "it is damaged or contains other objects than tensors"),
         (b"", "it is damaged or contains other objects than tensors"),
     ],

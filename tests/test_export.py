@@ -54,6 +54,28 @@ def test_model_card_has_origin_and_scores(finished, tmp_path):
     assert not any(path.suffix in (".bin", ".pkl", ".py") for path in folder.rglob("*"))
 
 
+def test_pixart_under_the_name_of_its_publication_is_exported(tmp_path):
+    """Its config.json and model_index.json name `Transformer2DModel`."""
+    teacher = tmp_path / "teacher"
+    pipelines.pixart().save_pretrained(teacher)
+    for path in (teacher / "model_index.json", teacher / "transformer" / "config.json"):
+        text = path.read_text()
+        assert "PixArtTransformer2DModel" in text
+        path.write_text(text.replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    source = PipelineFolder(teacher)
+    student, encoder = source.denoiser(), source.text_encoder()
+    assert type(student.backbone).__name__ == "PixArtTransformer2DModel"
+    write_pipeline(student, 14.0, source, tmp_path / "student")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"guidance_scale": 0, "output_type": "latent", "use_resolution_binning": False}
+    prompt = ["a red seven"]
+    latents = stock(prompt, latents=z.clone(), num_inference_steps=1, **options).images
+    with torch.no_grad():
+        expected = one_step(student, z, encoder.encode(prompt), 14.0)
+    assert float((latents - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
 @pytest.mark.contract
 @pytest.mark.parametrize("sigma_init", [2.5, 14.0])
 @pytest.mark.parametrize("make", [pipelines.stable_diffusion, pipelines.pixart])

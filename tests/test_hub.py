@@ -8,6 +8,7 @@ import huggingface_hub.constants
 import pytest
 
 from harness.errors import UserError
+from harness.features.base import fetch_from_hub
 from harness.io import hub
 
 pytestmark = pytest.mark.contract
@@ -126,3 +127,13 @@ def test_a_repository_outside_the_cache_needs_the_network(server, monkeypatch):
 def test_a_revision_is_the_commit_of_a_repository(source, revision, message):
     found = [str(problem) for problem in hub.revision_problems("data", source, revision)]
     assert found == ([f"data.revision: {message}"] if message else [])
+
+
+def test_weights_that_are_not_in_the_cache_are_named_offline(server, monkeypatch):
+    """A pretrained network with HF_HUB_OFFLINE=1."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as error:
+        fetch_from_hub("timm/resnet18", "model.safetensors", "put a copy at /cache/x")
+    message = str(error.value)
+    assert error.value.code == "download" and "\n" not in message and server.requests == []
+    assert "model.safetensors of timm/resnet18" in message and "/cache/x" in message

@@ -281,6 +281,23 @@ def test_truncated_or_missing_file_is_a_one_line_error(official, tmp_path):
     assert error.value.code == "missing-file"
 
 
+def test_page_or_state_of_a_training_in_place_of_a_pickle_is_named(tmp_path):
+    """What a browser saves under the name of a file that it may not download, and files of
+    `torch.save` in both formats."""
+    file = tmp_path / "edm-cifar10.pkl"
+    file.write_text("<!DOCTYPE html><html><title>Google Drive - Virus scan warning</title></html>")
+    contents = [file.read_bytes()]
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save({"net": {"weight": torch.ones(2)}, "optimizer_state": {}}, file, **options)
+        contents.append(file.read_bytes())
+    for content in contents:
+        file.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            read_edm_pickle(file)
+        assert error.value.code in ("damaged", "rejected")
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_import_replaces_only_an_earlier_import(official, tmp_path, capsys):
     file, net = write(tmp_path / "network.pkl", official("ncsnpp")), tmp_path / "net"
     assert main(["import-edm", str(file), str(net)]) == 0

@@ -337,3 +337,53 @@ def test_linked_parts_are_read_and_a_link_without_a_target_is_named(saved, sd, t
     Path(blob).unlink()
     code, message = fails(lambda: PipelineFolder(sd))
     assert code == "dangling-link" and str(weights) in message
+
+
+def weights_of(folder: Path) -> list[Path]:
+    parts = (NETWORKS[folder.name], "text_encoder", "vae")
+    return [next((folder / part).glob("*.safetensors")) for part in parts]
+
+
+def outputs(folder: Path) -> list[torch.Tensor]:
+    """A denoised latent, its pixels and a text embedding."""
+    pipeline = PipelineFolder(folder)
+    condition = pipeline.text_encoder().encode(PROMPTS[:1])
+    denoiser, codec = pipeline.denoiser(condition), pipeline.codec()
+    parameters = [*denoiser.parameters(), *codec.parameters()]
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    x = torch.linspace(-1, 1, 4 * 64).view(1, 4, 8, 8)
+    with torch.no_grad():
+        x = denoiser(x, torch.ones(1), condition)
+        return [x, codec(x), condition["embeddings"]]
+
+
+def test_float16_weights_are_read_as_float32(folder):
+    expected = outputs(folder)
+    for path in weights_of(folder):
+        halves = {key: value.half() for key, value in load_file(path).items()}
+        save_file(halves, path, {"format": "pt"})
+    for found, value in zip(outputs(folder), expected, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, value, rtol=0.03, atol=0.03)
+
+
+def test_sharded_weights_are_read(folder):
+    expected = outputs(folder)
+    pipeline = PipelineFolder(folder)
+    for part, model in (
+        (NETWORKS[folder.name], pipeline.denoiser().backbone),
+        ("text_encoder", pipeline.text_encoder().network),
+        ("vae", pipeline.codec().vae),
+    ):
+        next((folder / part).glob("*.safetensors")).unlink()
+        model.save_pretrained(folder / part, max_shard_size="60KB")
+        assert len(list((folder / part).glob("*.safetensors"))) > 1
+    for found, value in zip(outputs(folder), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+
+
+def test_cut_prompt_keeps_the_token_that_ends_it(sd):
+    encoder = text_encoder(sd)
+    long, whole = encoder.encode(["a " * 300, "a " * 75])["embeddings"]
+    assert torch.equal(long, whole)
+    assert encoder.truncated(["a " * 300, "a " * 75, "a"]) == 1

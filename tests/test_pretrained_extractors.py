@@ -139,6 +139,9 @@ def test_captions_longer_than_the_context_are_counted():
     extractor.captions = ["short", "word " * 72, "word " * 75, "word " * 76]
     extractor.tokenizer = open_clip.get_tokenizer(MODEL["model"])
     assert extractor.truncated() == 1 and extractor.truncated(openclip.PREFIX) == 2
+    # A cut caption keeps the token that ends it, at which CLIP reads the embedding.
+    long, whole = extractor.tokenizer(["word " * 300, "word " * 75])
+    assert torch.equal(long, whole) and len(long) == 77 and int(long[-1]) == 49407
 
 
 def test_images_are_resized_and_normalised_as_in_open_clip():

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pandas as pd
@@ -365,3 +366,13 @@ def test_the_example_method_survives_a_killed_snakemake(finished, workspace):
     (workspace.root / "methods" / "diff_instruct.py").unlink()
     removed = workspace.stage("status")
     assert removed.returncode == 2 and "students.diff-instruct.method: " in removed.stderr
+
+
+@pytest.mark.slow
+def test_spaces_in_the_folder_and_in_the_interpreters_path(tmp_path, monkeypatch):
+    workspace = Workspace.create(tmp_path / "my project")
+    (tmp_path / "my env").symlink_to(sys.prefix)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "bin" / "python"))
+    done = workspace.snakemake("--until", "data")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (workspace.results / "data" / "data.json").is_file()

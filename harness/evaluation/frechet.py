@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -29,13 +30,21 @@ def load_statistics(path: Path, dim: int | None = None) -> tuple[Tensor, Tensor]
     usual format of published reference statistics. dim: the extractor's number of features."""
     import numpy as np
 
+    path, names = Path(path), []
+    if not path.exists():
+        raise UserError(f"{path} does not exist", "missing-file")
     try:
+        if not zipfile.is_zipfile(path):  # numpy would recommend to unpickle it
+            raise ValueError("save them with numpy.savez(path, mu=mu, sigma=sigma)")
         with np.load(path, allow_pickle=False) as archive:
+            names = archive.files
             mu, sigma = archive["mu"], archive["sigma"]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "missing-file") from None
     except Exception as error:  # a foreign file may fail in any way
         reason = (str(error) or repr(error)).splitlines()[0]
+        if isinstance(error, KeyError):
+            reason = f"it contains {', '.join(names)}"
+        elif "pickle" in reason:
+            reason = "it contains Python objects"
         message = f"{path} is not an .npz file with mu and sigma ({reason})"
         raise UserError(message, "damaged") from None
     if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape or dim not in (None, len(mu)):
