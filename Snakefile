@@ -1,12 +1,13 @@
 # Distil, sample, score and compare: `snakemake --cores 8 all`.
-# --configfile replaces the default experiment, configs/digits.yaml.
+# --configfile replaces the default experiment, configs/digits.yaml. Results, and all relative paths
+# in an experiment, are in the working directory (--directory), wherever this file is.
 from snakemake.utils import min_version
 
 min_version("9.27")
 
 if not workflow.configfiles:
 
-    configfile: "configs/digits.yaml"
+    configfile: f"{workflow.basedir}/configs/digits.yaml"
 
 
 include: "harness/workflow/rules/common.smk"

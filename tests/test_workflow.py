@@ -19,7 +19,7 @@ from harness.sampling import heun
 from harness.streams import PAIR_NOISE
 from harness.teachers.pairs import load_pairs
 from tests import stages
-from tests.conftest import DATA, Workspace
+from tests.conftest import DATA, ROOT, Workspace
 from tests.test_denoiser import tiny_denoiser
 
 STUDENTS = ["dmd", "dmd-noreg", "sid", "sim", "gdd", "gdd-i"]
@@ -154,6 +154,43 @@ def test_an_invalid_experiment_starts_no_job(empty_workspace):
     assert done.returncode != 0 and "Traceback" not in output
     assert "students.sid.method: " in output and "training.budget.0.amount: " in output
     assert not empty_workspace.results.exists()
+
+
+@pytest.mark.slow
+def test_results_in_another_folder(tmp_path):
+    """Code here, results on scratch: by --directory, by a link, and with -s from elsewhere."""
+    work, scratch = tmp_path / "work", tmp_path / "scratch"
+    for folder in (work, scratch):
+        folder.mkdir()
+    (work / "results").symlink_to(scratch)
+
+    def run(*arguments, cwd) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", *map(str, arguments)]
+        variables = os.environ | {"PYTHONPATH": ""}  # jobs find the code by the Snakefile
+        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+    config = "--configfile", os.path.relpath(DATA / "tiny.yaml", ROOT)
+    done = run("--directory", work, "results/tiny/data/data.json", *config, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (scratch / "tiny/data/data.json").exists()
+
+    snakefile = ROOT / "Snakefile"
+    done = run("-n", "-s", snakefile, "all", "--configfile", DATA / "tiny.yaml", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert sum(job.startswith("train ") for job in jobs(done.stdout + done.stderr)) == 6
+    assert "data" not in jobs(done.stdout + done.stderr)
+
+    (work / "results").unlink()
+    (work / "results").symlink_to("/sys")  # nobody may write there
+    done = run("-n", "-s", snakefile, "all", cwd=work)  # the default experiment
+    output = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in output
+    reason = (
+        r"results/digits: Operation not permitted; ask its owner for access, or work in another"
+    )
+    assert (
+        reason in output or reason.replace("Operation not permitted", "Permission denied") in output
+    )
 
 
 @pytest.mark.slow

@@ -33,6 +33,11 @@ def for_torchrun(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: variables[name] for name in ours if not name.startswith(OPTIONS)}
 
 
+def joined_path(folder: str) -> str:
+    """PYTHONPATH with `folder` first."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
 def prepare() -> None:
     """Make a process independent of its platform: output in any encoding, figures without the
     backend of a notebook, and a folder for caches where the user has no home."""

@@ -21,6 +21,8 @@ from harness.students.inputs import fetch_pretrained
 from harness.validation import load_experiment, load_snapshot
 from harness.workflow.interruption import Interruption
 
+# Jobs run the code of this file's folder, whatever their working directory.
+os.environ["PYTHONPATH"] = environment.joined_path(workflow.basedir)
 environment.prepare()
 INTERRUPTION = Interruption()
 if workflow.is_main_process:
