@@ -367,22 +367,6 @@ def test_float16_weights_are_read_as_float32(folder):
         torch.testing.assert_close(found, value, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2])
-def test_only_a_variant_or_a_pickle_of_the_weights_is_named(folder, part):
-    pipeline, path = PipelineFolder(folder), weights_of(folder)[part]
-    read = (pipeline.denoiser, pipeline.text_encoder, pipeline.codec)[part]
-    read()
-    half = path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    code, message = fails(read)
-    assert code == "damaged" and str(path.parent) in message
-    assert f"it has {half.name}: rename it to {path.name}" in message
-    half.rename(path.with_suffix(".bin"))
-    code, message = fails(read)
-    assert code == "damaged" and f"{path.stem}.bin is a pickle, which is not read" in message
-    path.with_suffix(".bin").rename(path)
-    read()
-
-
 def test_sharded_weights_are_read(folder):
     expected = outputs(folder)
     pipeline = PipelineFolder(folder)

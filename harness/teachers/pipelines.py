@@ -13,7 +13,6 @@ from harness.errors import UserError, did_you_mean
 from harness.io.artifacts import digest, read_json, reject_lfs_pointer, sha256_file
 from harness.networks import BACKBONES, vp
 from harness.teachers.tokenizers import load_tokenizer
-from harness.teachers.weights import weights_hint
 
 # The autoencoder of the supported pipelines: 8 x 8 pixels per latent.
 STABLE_DIFFUSION_VAE = {
@@ -145,8 +144,7 @@ class PipelineFolder:
         try:
             model, info = model_class.from_pretrained(folder, use_safetensors=True, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split()) + weights_hint(folder)
-            raise UserError(f"{folder}: {reason}", "damaged") from None
+            raise UserError(f"{folder}: {' '.join(str(error).split())}", "damaged") from None
         if missing := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
             message = f"{len(missing)} weights of {model_class.__name__} are missing: {missing[0]}"
             raise UserError(f"{folder}: {message}, …; download it again", "damaged")
