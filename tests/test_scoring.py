@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from harness.config.jobs import Scoring
 from harness.config.schema import DataSection, EvaluationSection
 from harness.data.datasets import prepare
+from harness.data.order import content_order, mixed_order
 from harness.data.registry import Images
 from harness.errors import UserError
 from harness.evaluation import accumulator, references, scorer
@@ -410,6 +412,8 @@ def test_folder_of_images_has_the_numbers_of_its_images(scoring, tmp_path, capsy
     assert set(rows) == set(expected)
     for key, row in rows.items():
         same = row.value == pytest.approx(expected[key].value, rel=1e-5)
+        if row.metric in ("fd-inf", "inception-score"):  # of subsets, so the order matters
+            same = abs(row.value - expected[key].value) < 3 * row.stderr
         assert same or math.isnan(row.value)
     print_folder(made, folder)
     assert "| fd_n359_cnn" in capsys.readouterr().out
@@ -420,6 +424,51 @@ def test_folder_of_images_has_the_numbers_of_its_images(scoring, tmp_path, capsy
     with pytest.raises(UserError) as error:
         score_folder(made, folder)
     assert error.value.code == "too-few"
+
+
+def test_scores_of_a_folder_do_not_depend_on_names_or_order(scoring, tmp_path):
+    """600 images in class folders and under shuffled names. Subsets of consecutive files of class
+    folders would have one or two classes, and a distance more than ten times as large."""
+    made = scoring({"cnn": {"type": "cnn", "images": 1}}, num_samples=200)
+    held, train = Scorer(made).dataset.held_out, Scorer(made).dataset.train
+    pixels, labels = torch.cat([held.pixels, train.pixels]), torch.cat([held.labels, train.labels])
+    order = labels[:600].argsort(stable=True)
+    pixels, labels, names = pixels[order], labels[order], Scorer(made).dataset.class_names
+    folders, shuffled = tmp_path / "folders", tmp_path / "shuffled"
+    shuffle, entries = torch.randperm(600, generator=torch.Generator().manual_seed(0)), []
+    shuffled.mkdir()
+    for i, (image, label, place) in enumerate(zip(pixels, labels, shuffle, strict=True)):
+        (folders / names[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(folders / names[label] / f"{i:03d}.png")
+        Image.fromarray(image[0].numpy()).save(shuffled / f"{place:03d}.png")
+        entries.append([f"{place:03d}.png", int(label)])
+    (shuffled / "dataset.json").write_text(json.dumps({"labels": entries}))
+    first, second = score_folder(made, folders), score_folder(made, shuffled)
+    # Values, errors and estimates without each group, bit for bit; nan is not equal to nan.
+    assert [str(row) for row in first] == [str(row) for row in second]
+
+    def distance(rows: list[ScoreRow]) -> ScoreRow:
+        return by_key(rows)["fd", "cnn", 200]
+
+    by_class = Scorer(made).score([(pixels, labels)], [200]).rows
+    random = Scorer(made).score([(pixels[shuffle], labels[shuffle])], [200]).rows
+    found, other = distance(first), distance(random)
+    assert distance(by_class).value > 3 * found.value
+    assert abs(found.value - other.value) < 3 * math.hypot(found.stderr, other.stderr)
+
+
+def test_mixed_orders_spread_the_classes():
+    labels = torch.arange(1000).mul(7).remainder(10).sort().values.clamp_max(7)
+    order = mixed_order(labels)
+    assert torch.equal(order.sort().values, torch.arange(1000))
+    shares = labels.bincount() / 1000
+    for part in labels[order].split(100):
+        assert ((part.bincount(minlength=8) - 100 * shares).abs() <= 2).all()
+    pixels = torch.arange(1000).view(-1, 1, 1, 1).to(torch.uint8)  # 256 images, some of them twice
+    shuffle = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    order, other = content_order(pixels, labels), content_order(pixels[shuffle], labels[shuffle])
+    assert torch.equal(pixels[order], pixels[shuffle][other])
+    assert torch.equal(labels[order], labels[shuffle][other])
 
 
 # -- statistics files ---------------------------------------------------------------------------

@@ -169,15 +169,15 @@ class Experiment:
 
     @cached_property
     def data_fingerprint(self) -> dict:
-        """Where files lie is not included: their content counts, by the hashes of what is prepared.
-        Prompts count by their embeddings, so that other evaluation prompts retrain nothing."""
-        values = self.data.model_dump(exclude={"source", *schema.PROMPT_KEYS})
+        """See `DataSection.fingerprint`."""
+        values = self.data.fingerprint()
         return {"format": RESULTS_FORMAT, **values, **self.plugin_hashes.get("data", {})}
 
     @property
     def prepared_data(self) -> str:
         """Digest of the settings and the files that the prepared data set is made from."""
-        return digest([self.data_fingerprint, self.data.source, self.data.prompt_files])
+        settings = self.data_fingerprint | {"num_classes": self.data.num_classes}
+        return digest([settings, self.data.source, self.data.prompt_files])
 
     def features_fingerprint(self, name: str) -> dict:
         fingerprint = {"data": self.data_fingerprint, "features": self.features[name].model_dump()}
@@ -301,12 +301,16 @@ class Experiment:
     # -- files ----------------------------------------------------------------------------------
 
     def data_files(self) -> list[Path]:
-        """Local files that the data set is made from: of a folder, its list of labels."""
-        sources = [self.data.source, *(file for file, _ in self.data.prompt_files.values())]
-        files = [file for source in sources for file in local_files(source)]
-        if self.data.source is not None and files and files[0].is_dir():
-            lists = (files[0] / name for name in ("dataset.json", "labels"))
-            files[0] = next(filter(Path.is_file, lists), files[0])
+        """Local files that the data set is made from: of a folder, its list of labels or, without
+        one, the folder and those in it, which change when a file is added."""
+        prompts = [file for file, _ in self.data.prompt_files.values()]
+        files = [file for source in prompts for file in local_files(source)]
+        for source in local_files(None if self.data.revision else self.data.source):
+            lists = ("dataset.json", "labels", "metadata.csv", "metadata.jsonl")
+            found = list(filter(Path.is_file, (source / name for name in lists)))[:1]
+            if not found and source.is_dir():
+                found = sorted(path for path in source.glob("*/") if path.name[0] != ".")
+            files = [*(found if found and found[0].is_file() else [source, *found]), *files]
         return files
 
     def teacher_files(self, name: str) -> list[Path]:

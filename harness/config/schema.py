@@ -23,18 +23,36 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ResizeSection(Section):
+    """How images of a source get the width and height `size`. center-crop: the largest centred
+    square, then Lanczos; lanczos: stretched; none: all images must have this size."""
+
+    mode: Literal["center-crop", "lanczos", "none"] = "center-crop"
+    size: int = Field(gt=0, le=2048)
+
+    def __str__(self) -> str:
+        size = f"{self.size} x {self.size} pixels"
+        actions = {"center-crop": "centred square, Lanczos to", "lanczos": "Lanczos to"}
+        return f"{actions.get(self.mode, 'none; images of')} {size}"
+
+
 class DataSection(Section):
-    """The data set: a registered one (`name` alone), image files (`source`), or only the shape of
-    its images (`image_shape`) for an experiment that needs none. With `prompts`, labels in `source`
-    are line numbers of prompts. Files are paths relative to the working directory, or URLs."""
+    """The data set: a registered one (`name` alone), image files (`source`, see docs/data.md), or
+    only the shape of its images (`image_shape`) for an experiment that needs none. With `prompts`,
+    labels in `source` are line numbers of prompts, or their texts. Files are paths relative to the
+    working directory, or URLs. With `revision`, `source` is a repository of the Hugging Face hub.
+    """
 
     name: str
     held_out: float = Field(0.2, ge=0, lt=1, description="fraction of each class to hold out")
     source: str | None = Field(None, min_length=1, description="zip or folder of images")
     sha256: Sha256 | None = Field(None, description="of `source`, if it is one file")
+    revision: str | None = Field(None, description="commit of the hub's repository `source`")
     labels: bool = Field(True, description="false: ignore the source's labels")
-    num_classes: Positive | None = Field(None, description="default: the largest label + 1")
+    label_column: str | None = Field(None, min_length=1, description="of a table; default: label")
+    num_classes: Positive | None = Field(None, description="default: what the source has")
     resolution: Positive | None = Field(None, description="width that the images must have")
+    resize: ResizeSection | None = Field(None, description="default: all images have one size")
     image_shape: tuple[Positive, Positive, Positive] | None = Field(None, description="C, H, W")
     prompts: str | None = Field(None, min_length=1, description="text file, one prompt per line")
     prompts_sha256: Sha256 | None = None
@@ -44,6 +62,23 @@ class DataSection(Section):
     @property
     def has_images(self) -> bool:
         return self.source is not None or self.image_shape is None
+
+    @property
+    def size(self) -> int | None:
+        """Width and height of the images, if the section declares them."""
+        if self.resize is not None:
+            return self.resize.size
+        return self.image_shape[1] if self.image_shape else self.resolution
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the images and their labels. Where they lie is not included, nor are
+        declarations that are only compared with a source: of its classes, what was found is in the
+        hash of the prepared data. Keys that are newer than results are listed where they are set.
+        Prompts count by their embeddings, so that other evaluation prompts retrain nothing."""
+        new = {key for key in ("revision", "label_column", "resize") if getattr(self, key) is None}
+        values = self.model_dump(exclude={"source", *PROMPT_KEYS, *new})
+        declared = ("resolution", *(["num_classes"] if self.source is not None else []))
+        return values | dict.fromkeys(declared)
 
     @property
     def prompt_files(self) -> dict[str, tuple[str, str | None]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.config.schema import PROMPT_SETS, DataSection
 from harness.data import registry
-from harness.data.registry import DATASETS, DataSource, Images, Prompts
+from harness.data.registry import DATASETS, DataSource, DescribedSet, Images, Prompts
 from harness.errors import UserError
 from harness.io.artifacts import digest, sha256_file, verify, write_text
 from harness.io.downloads import fetch
@@ -40,6 +40,7 @@ class Dataset:
     images_sha256: str = ""
     label_counts: tuple[int, ...] | None = None  # training images of each condition
     caption_templates: tuple[str, ...] = DataSource.caption_templates
+    resize: str | None = None  # how the source's images got their size
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -96,10 +97,16 @@ def prepare(
         check_sizes(Dataset(section.name, train, held, class_names, ""), minimum)
         shape, sha256 = train.pixels.shape[1:], _write_images(folder, train, held)
         counts = _label_counts(train, source, class_names, prompts) if section.labels else None
+        content = [sha256]
+        if isinstance(source, DescribedSet) and class_names:
+            largest = torch.cat([train.labels, held.labels]).max().item()
+            if class_names != tuple(map(str, range(largest + 1))):
+                content.append(class_names)  # the labels do not decide them; captions contain them
     else:
         train, held, counts = (), (), None
         class_names, shape = tuple(map(str, range(source.num_classes))), section.image_shape
         sha256 = digest([section.name, class_names, shape])
+        content = [sha256]
     record = DataRecord(
         name=section.name,
         fingerprint=fingerprint,
@@ -109,8 +116,9 @@ def prepare(
         held_out_images=len(held),
         image_shape=list(shape),
         label_counts=counts,
+        resize=str(section.resize) if section.resize else None,
         images_sha256=sha256,
-        sha256=digest([sha256, {key: copy.model_dump() for key, copy in prompts.items()}]),
+        sha256=digest([*content, {key: copy.model_dump() for key, copy in prompts.items()}]),
         **prompts,
     )
     record.write(folder / "data.json")
@@ -166,6 +174,7 @@ def load(folder: Path, images: bool = True) -> Dataset:
         images_sha256=record.images_sha256,
         label_counts=record.label_counts and tuple(record.label_counts),
         caption_templates=source.caption_templates,
+        resize=record.resize,
         **prompts,
     )
 

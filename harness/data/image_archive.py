@@ -1,53 +1,45 @@
-"""Image files in the layout of EDM's dataset tool (Karras et al. 2022, arXiv 2206.00364).
+"""Files in a folder, a zip, or a single file, by name.
 
-A zip or a folder of square PNG files of one size, grey or RGB, and `dataset.json` or `labels` with
-`{"labels": [["00000/img00000000.png", 6], ...]}`, or null. Images are sorted by name; hidden files
-are ignored; links to files and folders are followed. A folder in which two names lead to one image
-is rejected: such an image would have twice the weight of others. Nothing is extracted to disk.
+Hidden files are ignored; links to files and folders are followed. A folder in which two names lead
+to one image is rejected: such an image would have twice the weight of others. Nothing is extracted
+to disk.
 """
 
-import codecs
-import io
-import logging
 import os
 import stat
-import struct
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
-import torch
-from pydantic import BaseModel, ValidationError
-from torch import Tensor
+from typing import BinaryIO, Self
 
 from harness.errors import UserError
 from harness.io.artifacts import LFS_POINTER
 
-logger = logging.getLogger(__name__)
-INDEXES = ("dataset.json", "labels")
-MAX_SIDE = 2048
-MAX_IMAGE_BYTES, MAX_INDEX_BYTES = 1 << 25, 1 << 30  # unpacked
-MAX_CLASSES = 1 << 16
+INDEXES = ("dataset.json", "labels")  # EDM's lists of labels
+TABLES = ("metadata.csv", "metadata.jsonl")  # Hugging Face's
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_IMAGES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".ppm", ".tif", ".tiff"),
+)
+PACKED = (".parquet", ".npz")
+MAX_IMAGE_BYTES, MAX_INDEX_BYTES = 1 << 27, 1 << 30  # unpacked
 
 
-class _Index(BaseModel):
-    labels: list[tuple[str, int]] | None
-
-
-def _files_below(root: Path) -> dict[str, int]:
-    """Sizes of the files in a folder and in folders that it links to, by name relative to it. Every
-    folder and every file counts once: a link to another part of `root`, or to the target of another
-    link, is an error, as is a link without a target, and a folder that cannot be read. The index
-    may be a link to any file."""
+def _files_below(root: Path) -> tuple[dict[str, int], int]:
+    """Sizes of the files in a folder and in folders that it links to, by name relative to it, and
+    the number of hidden files and folders. Every folder and every file counts once: a link to
+    another part of `root`, or to the target of another link, is an error, as is a link without a
+    target, and a folder that cannot be read. The index may be a link to any file. In the cache of
+    the Hugging Face hub equal files are links to one file."""
 
     def unreadable(error: OSError) -> None:
         raise UserError(f"{error.filename} could not be read ({error.strerror})", "unreadable")
 
-    sizes, links, visited = {}, [], {}
+    sizes, links, visited, hidden = {}, [], {}, 0
     for name, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         folder = Path(name)
+        hidden += sum(name.startswith(".") for name in (*folders, *files))
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         first = visited.setdefault(folder.resolve(), folder)
         if first is not folder:
@@ -72,146 +64,100 @@ def _files_below(root: Path) -> dict[str, int]:
         if target.parent in visited and not target.name.startswith("."):
             message = f"{path} is a link to {target}, which is in the data set itself"
             raise UserError(f"{message}; {remedy}", "link")
-        if first is not path:
+        cached = target.parent.name == "blobs" and target.parents[1].name.startswith("datasets--")
+        if first is not path and not cached:
             message = f"{path} and {first} are links to the same file, {target}"
             raise UserError(f"{message}; {remedy}", "link")
-    return sizes
+    return sizes, hidden
 
 
 class Files:
-    """The files in a zip or a folder, by name. Threads may read at the same time."""
+    """The files in a zip or a folder, or one file of another kind, by name. Backslashes in names
+    are separators, as Windows writes them. Threads may read at the same time.
+
+    sizes: name -> bytes. hidden: number of files that are left out as hidden.
+    """
 
     def __init__(self, path: Path):
-        self.path, self._zip = path, None
+        self.path, self._zip, self.hidden = path, None, 0
         if path.is_dir():
-            sizes = _files_below(path)
+            sizes, self.hidden = _files_below(path)
+        elif path.suffix.lower() == ".parquet":
+            sizes = {path.name: path.stat().st_size}
         else:
-            try:
-                self._zip = zipfile.ZipFile(path)
-            except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-                message = f"{path} is not a zip file, or is incomplete ({error})"
-                raise UserError(message, "damaged") from None
-            entries = [entry for entry in self._zip.infolist() if not entry.is_dir()]
-            links = {e.filename for e in entries if stat.S_ISLNK(e.external_attr >> 16)}
-            if others := sorted(links.difference(INDEXES)):
-                message = (
-                    f"{path}: {others[0]} is a symbolic link; pack the files, without zip's -y"
-                )
-                raise UserError(message, "link")
-            entries = [entry for entry in entries if entry.filename not in links]
-            sizes = {entry.filename: entry.file_size for entry in entries}
-            if twice := [e.filename for e in entries if self._zip.getinfo(e.filename) is not e]:
-                raise UserError(f"{path} contains {twice[0]} more than once", "duplicate-name")
-        self.sizes = {name: size for name, size in sizes.items() if "/." not in f"/{name}"}
+            sizes = self._open_zip(path)
+            shown = {name for name in sizes if "/." not in f"/{name}".replace("\\", "/")}
+            self.hidden = len(sizes) - len(shown)
+            sizes = {name: size for name, size in sizes.items() if name in shown}
+        self._stored = {name.replace("\\", "/"): name for name in sizes}
+        if len(self._stored) < len(sizes):
+            twice = next(name for name in sizes if name not in self._stored.values())
+            raise UserError(f"{path} contains {twice} with \\ and with /", "duplicate-name")
+        self.sizes = {name: sizes[stored] for name, stored in self._stored.items()}
 
-    def read(self, name: str, limit: int) -> bytes:
-        """The content of a file of at most `limit` bytes."""
-        where, size = f"{self.path}: {name}", self.sizes[name]
+    def _open_zip(self, path: Path) -> dict[str, int]:
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            message = f"{path} is not a zip file, or is incomplete ({error})"
+            raise UserError(message, "damaged") from None
+        entries = [entry for entry in self._zip.infolist() if not entry.is_dir()]
+        links = {e.filename for e in entries if stat.S_ISLNK(e.external_attr >> 16)}
+        if others := sorted(name for name in links if Path(name).name not in INDEXES):
+            message = f"{path}: {others[0]} is a symbolic link; pack the files, without zip's -y"
+            raise UserError(message, "link")
+        entries = [entry for entry in entries if entry.filename not in links]
+        if twice := [e.filename for e in entries if self._zip.getinfo(e.filename) is not e]:
+            raise UserError(f"{path} contains {twice[0]} more than once", "duplicate-name")
+        return {entry.filename: entry.file_size for entry in entries}
+
+    def below(self, folder: str) -> Self:
+        """The files in a folder, such as "train", by their names in it."""
+        part, prefix = object.__new__(type(self)), f"{folder}/"
+        part.path, part._zip, part.hidden = self.path, self._zip, self.hidden
+        inside = [name for name in self.sizes if name.startswith(prefix)]
+        part.sizes = {name.removeprefix(prefix): self.sizes[name] for name in inside}
+        part._stored = {name.removeprefix(prefix): self._stored[name] for name in inside}
+        return part
+
+    def where(self, name: str) -> str:
+        """A file in a message."""
+        stored = self._stored[name]
+        return f"{self.path}" if self.path.name == stored else f"{self.path}: {stored}"
+
+    def images(self) -> list[str]:
+        """The names of the images, sorted. An image in a format that cannot be read is an error."""
+        names = sorted(name for name in self.sizes if name.lower().endswith(IMAGES))
+        if others := sorted(name for name in self.sizes if name.lower().endswith(OTHER_IMAGES)):
+            message = "is not a PNG, JPEG or WebP file; convert it, or move it elsewhere"
+            raise UserError(f"{self.where(others[0])} {message}", "image-format")
+        return names
+
+    def top_folders(self, names: Iterable[str]) -> list[str]:
+        """The folders at the top that contain these files, sorted; "" for the top itself."""
+        return sorted({name.partition("/")[0] if "/" in name else "" for name in names})
+
+    def open(self, name: str) -> BinaryIO:
+        """The content of a file as a stream."""
+        try:
+            if self._zip:
+                return self._zip.open(self._stored[name])
+            folder = self.path if self.path.is_dir() else self.path.parent
+            return open(folder / self._stored[name], "rb")
+        except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.where(name)} could not be read ({error})", "damaged") from None
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The content of a file of at most `limit` bytes; default: MAX_IMAGE_BYTES."""
+        where, size, limit = self.where(name), self.sizes[name], limit or MAX_IMAGE_BYTES
         if size > limit:
             raise UserError(f"{where} has {size} bytes, more than {limit}", "too-large")
         try:
-            content = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+            with self.open(name) as file:
+                content = file.read()
         except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(f"{where} could not be read ({error})", "damaged") from None
         if content.startswith(LFS_POINTER):
             message = f"{where} is a pointer of Git LFS, not the file; run git lfs pull"
             raise UserError(message, "lfs-pointer")
         return content
-
-
-def has_labels(path: Path) -> bool:
-    """Whether a zip or a folder has a list of labels."""
-    return any(name in Files(path).sizes for name in INDEXES)
-
-
-def _labels(files: Files, names: list[str], num_classes: int) -> Tensor:
-    """The label of each image: int64 `(N,)`, below `num_classes`."""
-    index = next((name for name in INDEXES if name in files.sizes), None)
-    where = f"{files.path}: {index}"
-    try:
-        content = files.read(index, MAX_INDEX_BYTES) if index else b'{"labels": null}'
-        content = content.removeprefix(codecs.BOM_UTF8)
-        entries = _Index.model_validate_json(content, strict=True).labels
-    except ValidationError as error:
-        form = '{"labels": [[file name, class], ...]}'
-        raise UserError(f"{where}: expected {form}; {error.errors()[0]['msg']}", "labels") from None
-    if entries is None:
-        message = f"{files.path} has no labels in {INDEXES[0]}; set data.labels: false"
-        if inner := [name for name in names if name.rpartition("/")[2] in INDEXES]:
-            message += f", or use the folder that contains {inner[0]} as data.source"
-        raise UserError(message, "no-labels")
-    for name, label in entries:
-        if not 0 <= label < num_classes:
-            message = f"{where}: label {label} of {name} is not in 0..{num_classes - 1}"
-            raise UserError(message, "label-range")
-    # As in EDM's reader: Windows writes backslashes.
-    names = [name.replace("\\", "/") for name in names]
-    labels = {name.replace("\\", "/"): label for name, label in entries}
-    if missing := sorted(set(names) - labels.keys()):
-        found = f"{len(entries)} labels for {len(names)} images"
-        raise UserError(f"{where} has {found}, and none for {missing[0]}", "labels")
-    if len(entries) != len(names):
-        unused = sorted(labels.keys() - set(names)) or ["an image that has another"]
-        message = f"has {len(entries)} labels for {len(names)} images, and one for {unused[0]}"
-        raise UserError(f"{where} {message}", "labels")
-    return torch.tensor([labels[name] for name in names])
-
-
-def _decode(files: Files, name: str) -> np.ndarray:
-    """A PNG file as uint8 `(H, H, C)`, C = 1 or 3. The header is checked before unpacking."""
-    from PIL import Image, UnidentifiedImageError
-
-    where, data = f"{files.path}: {name}", files.read(name, MAX_IMAGE_BYTES)
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            # The depth in IHDR, the first chunk: PIL would truncate 16-bit RGB.
-            (width, height), mode, depth = image.size, image.mode, data[24]
-            if mode in ("L", "RGB") and depth == 8 and width == height <= MAX_SIDE:
-                return np.asarray(image).reshape(height, width, -1)
-    except UnidentifiedImageError:
-        raise UserError(f"{where} is not a PNG file", "image-format") from None
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} is a damaged PNG file ({error})", "damaged") from None
-    expected = f"expected 8-bit RGB or grey, square, at most {MAX_SIDE} pixels wide"
-    found = f"{width} x {height}, {mode} with {depth} bits"
-    raise UserError(f"{where} is {found}; {expected}", "image-format")
-
-
-def read_images(
-    path: Path, labelled: bool = True, num_classes: int | None = None, resolution: int | None = None
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 `(N, C, H, H)`, labels int64 `(N,)` and class names ("0", "1", ...).
-
-    labelled: False ignores labels: all are 0, without class names. num_classes: default: the
-    largest label + 1. resolution: the required H. Errors name the file.
-    """
-    import joblib
-
-    files = Files(path)
-    names = sorted(name for name in files.sizes if name not in INDEXES)
-    if not names:
-        raise UserError(f"{path} has no images", "no-images")
-    labels, class_names = torch.zeros(len(names), dtype=torch.int64), ()
-    if labelled:
-        labels = _labels(files, names, num_classes or MAX_CLASSES)
-        class_names = tuple(map(str, range(num_classes or int(labels.max()) + 1)))
-    side, _, channels = _decode(files, names[0]).shape
-    if resolution not in (None, side):
-        message = f"{path}: {names[0]} is {side} pixels wide, but data.resolution is {resolution}"
-        raise UserError(message, "shape")
-    pixels = np.empty((len(names), channels, side, side), np.uint8)
-
-    def read_into_place(i: int) -> None:
-        image = _decode(files, names[i])
-        if image.shape != (side, side, channels):
-            message = f"has the shape {image.shape}, but {names[0]} has {(side, side, channels)}"
-            raise UserError(f"{path}: {names[i]} {message} (height, width, channels)", "shape")
-        pixels[i] = image.transpose(2, 0, 1)
-
-    step = max(1024, -(-len(names) // 20))
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
-        for start in range(0, len(names), step):
-            stop = min(start + step, len(names))
-            list(pool.map(read_into_place, range(start, stop)))
-            logger.info("%s: %d of %d images", path, stop, len(names))
-    return torch.from_numpy(pixels), labels, class_names

@@ -4,7 +4,7 @@ A data set is a subclass of `DataSource` in this package or a plug-in, registere
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import PROMPT_KEYS, DataSection
-from harness.data.image_archive import read_images
+from harness.data.image_archive import IMAGES, INDEXES, OTHER_IMAGES, PACKED, TABLES
+from harness.data.image_sources import ImageSource, PixelReader
+from harness.data.layouts.base import Listing
+from harness.data.order import mixed_order
 from harness.data.prompt_tables import table_format
 from harness.errors import Problem, UserError, did_you_mean
 from harness.io.artifacts import read_text, sha256_file
-from harness.io.downloads import fetch
+from harness.io.downloads import expand, fetch
+from harness.io.hub import snapshot
 from harness.registry import Registry
 from harness.streams import Stream
 
 FILE_KEYS = frozenset({"source", "sha256", "labels"})
+IMAGE_KEYS = frozenset({"held_out", "label_column", "resize", "resolution", "revision"})
+# What is downloaded of a repository; formats that cannot be read are reported by their name.
+HUB_FILES = [f"*{name}" for name in (*IMAGES, *OTHER_IMAGES, *PACKED, ".zip")]
+HUB_FILES += [name.upper() for name in HUB_FILES] + [f"*{name}" for name in (*INDEXES, *TABLES)]
 Part = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W) and labels uint8 (N,) of an official set
 
 
@@ -124,8 +132,10 @@ class DataSource:
         return None
 
     def local_source(self) -> Path:
-        """The path of `data.source`; a URL is downloaded."""
-        path = Path(self.section.source).expanduser()
+        """The path of `data.source`; a URL and a repository of the hub are downloaded."""
+        if self.section.revision is not None:
+            return snapshot(self.section.source, self.section.revision, "dataset", HUB_FILES)
+        path = expand(self.section.source)
         return path if path.is_dir() else fetch(self.section.source, self.section.sha256)
 
     def read(self) -> tuple[Images, Images, tuple[str, ...]]:
@@ -181,13 +191,13 @@ class OfficialSet(DataSource):
 
 class DescribedSet(DataSource):
     """A data set that is not registered: image files, or only the shape of images. With prompts,
-    labels are line numbers of prompts."""
+    labels are line numbers of prompts, or their texts. Test images of a source are held out."""
 
     def __init__(self, section: DataSection):
-        self.section, side, texts = section, section.resolution, section.prompts is not None
+        self.section, side, texts = section, section.size, section.prompts is not None
         if section.source is not None:
             self.description = "prompts with a source" if texts else "a source of image files"
-            self.keys = FILE_KEYS | {"held_out", "resolution"}
+            self.keys = FILE_KEYS | IMAGE_KEYS
         else:
             self.description = "prompts without images" if texts else "a data set without images"
             self.keys = frozenset({"image_shape"})
@@ -196,14 +206,51 @@ class DescribedSet(DataSource):
         self.num_classes = (section.num_classes or 0) if section.labels else 0
 
     def read(self):
-        section, count, classes = self.section, self.section.num_classes, None
+        section, names, texts = self.section, (), None
         if section.prompts is not None:
-            count = len(read_prompts(fetch(section.prompts, section.prompts_sha256)))
-        path, side = self.local_source(), section.resolution
-        pixels, labels, names = read_images(path, section.labels, count, side)
-        if section.prompts is not None:  # the split ignores them
-            names, classes = (), torch.zeros_like(labels)
-        return *split(pixels, labels, section.held_out, classes), names
+            texts = read_prompts(fetch(section.prompts, section.prompts_sha256)).texts
+        source = ImageSource(self.local_source(), section.label_column)
+        if section.labels and texts is None:
+            names = source.class_names(section.num_classes)
+        train, test = source.parts["train"], source.held_out()
+        listings = (train, test or train)
+        labels = [self._labels(source, listing, texts or names) for listing in listings]
+        classes = [torch.zeros_like(own) if texts else own for own in labels]
+        if test is None:  # the split and the order ignore prompts
+            rows = stratified_split(classes[0], section.held_out)
+        else:
+            self._check_held_out(source)
+            rows = [torch.arange(len(own)) for own in labels]
+        rows = [
+            index if listing.mixed else index[mixed_order(own[index])]
+            for listing, own, index in zip(listings, classes, rows, strict=True)
+        ]
+        pixels = self._pixels(source, list(zip(listings, rows, strict=True)))
+        labels = [own[index] for own, index in zip(labels, rows, strict=True)]
+        return *map(Images, pixels, labels), names
+
+    def _pixels(self, source: ImageSource, parts: list[tuple[Listing, Tensor]]) -> list[Tensor]:
+        reader = PixelReader(source.path, self.section.resize, self.section.resolution)
+        try:
+            return reader.read(parts)
+        except UserError as error:
+            if error.code != "shape":
+                raise
+            size = self.section.size or 64
+            hint = f"set data.resize: {{mode: center-crop, size: {size}}} to crop and resize images"
+            raise UserError(f"{error}; {hint}", "shape") from None
+
+    def _labels(self, source: ImageSource, listing: Listing, names: Sequence[str]) -> Tensor:
+        """The labels of a part, int64 `(N,)`; all 0 without labels."""
+        if not self.section.labels:
+            return torch.zeros(len(listing.names), dtype=torch.int64)
+        return source.numbers(listing, names)
+
+    def _check_held_out(self, source: ImageSource) -> None:
+        if "held_out" in self.section.model_fields_set:
+            message = f"not allowed: {source.path} has test images, which are held out"
+            message += "; remove the key, or use the training folder as data.source"
+            raise UserError(f"data.held_out: {message}", "split")
 
     def check(self) -> list[Problem]:
         problems, key, shape = super().check(), "data.image_shape", self.section.image_shape
@@ -228,7 +275,7 @@ def data_source(section: DataSection) -> DataSource:
         known = DATASETS[section.name]
         fits = section.image_shape is None or "source" not in known.keys
         if section.source is not None:
-            fits = known.accepts(Path(section.source).expanduser())
+            fits = known.accepts(expand(section.source))
         if fits:
             return known(section)
     if section.source is section.image_shape is section.prompts is None:

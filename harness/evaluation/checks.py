@@ -159,11 +159,10 @@ def _check_extractors(
     if len(networks) < 2 and (data is None or data.has_images):
         message = "name at least two networks; a lead in one may vanish in another's features"
         yield Problem(key, "too-few", message)
-    if data is not None and any("fid-patch" in outputs for outputs in provided.values()):
-        size = data.image_shape[1] if data.image_shape else data.resolution
-        if size and size < PATCH_SIZE:
-            message = f"resize: patch needs images of {PATCH_SIZE} pixels, not {size}"
-            yield Problem(key, "too-small", message)
+    patch = any("fid-patch" in outputs for outputs in provided.values())
+    if patch and data is not None and data.size and data.size < PATCH_SIZE:
+        message = f"resize: patch needs images of {PATCH_SIZE} pixels, not {data.size}"
+        yield Problem(key, "too-small", message)
 
 
 def _check_statistics(

@@ -282,6 +282,8 @@ class Scorer:
         }
         if plugins := {key: sha256 for key, sha256 in plugins.items() if sha256}:
             extra["plugin_sha256"] = plugins
+        if data.resize:
+            extra["data_resize"] = data.resize
         if data.evaluation_prompts:
             extra["prompts_sha256"] = data.evaluation_prompts.sha256
         return {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.jobs import Scoring, StudentRun, TeacherJob
-from harness.data.datasets import Images
-from harness.data.image_archive import has_labels, read_images
+from harness.data.image_sources import ImageSource, PixelReader
+from harness.data.order import content_order
 from harness.errors import UserError
 from harness.evaluation.accumulator import stored_images
 from harness.evaluation.checks import minimum_samples
@@ -335,18 +335,25 @@ def _costs(ledger: records.Costs | None) -> dict[str, Any]:
 
 
 def score_folder(scoring: Scoring, path: Path) -> list[records.ScoreRow]:
-    """Rows for the images in `path`, in the layout of a data set (`harness.data.image_archive`).
+    """Rows for the images in `path`, in any layout of a data set (docs/data.md). They are resized
+    as the experiment's data are.
 
     Labels are required if the experiment has classes, and optional for prompts. The sample counts
-    are the experiment's as far as there are enough images, otherwise the number of images.
+    are the experiment's as far as there are enough images, otherwise the number of images. Images
+    are scored in an order by content, so that names of files do not matter: subsets and groups of
+    consecutive images would otherwise hold few classes.
     """
     set_precision(scoring.device)
-    scorer = Scorer(scoring)
-    data = scorer.dataset
-    # With prompts labels are optional, and pretrained networks resize the images.
-    prompted = data.evaluation_prompts is not None and data.attributes is None
-    labelled = data.num_evaluated > 0 and (not prompted or has_labels(path))
-    pixels, labels, _ = read_images(path, labelled, data.num_evaluated or None)
+    scorer, section = Scorer(scoring), scoring.data_section
+    data, source = scorer.dataset, ImageSource(path, section.label_column)
+    listing, prompted = source.single(), data.prompts is not None and data.attributes is None
+    texts = data.evaluation_prompts.texts if data.evaluation_prompts else data.class_names
+    labels = torch.zeros(len(listing.names), dtype=torch.int64)
+    known = data.num_evaluated > 0 and not (prompted and listing.labels is None)
+    if known:
+        labels = source.numbers(listing, texts)
+    pixels = PixelReader(path, section.resize).read([(listing, torch.arange(len(labels)))])[0]
+    # Pretrained networks, as they score text to image, resize images.
     if not prompted and tuple(pixels.shape[1:]) != data.image_shape:
         size, expected = ("x".join(map(str, s)) for s in (pixels.shape[1:], data.image_shape))
         raise UserError(f"{path}: images are {size}; those of {data.name} are {expected}", "shape")
@@ -355,8 +362,9 @@ def score_folder(scoring: Scoring, path: Path) -> list[records.ScoreRow]:
         message = f"{path}: {len(pixels)} images; the metrics need at least {minimum}"
         raise UserError(message, "too-few")
     counts = [n for n in scorer.counts if n <= len(pixels)] or [len(pixels)]
-    known = labelled or not prompted
-    blocks = ((block, y if known else None) for block, y in Images(pixels, labels).blocks())
+    order = content_order(pixels, labels)
+    known = known or not prompted
+    blocks = ((pixels[rows], labels[rows] if known else None) for rows in order.split(256))
     return scorer.score(blocks, counts).rows
 
 

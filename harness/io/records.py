@@ -178,6 +178,7 @@ class DataRecord(Record):
     images_sha256: str  # of the images, or of their shape and classes if there are none
     sha256: str  # of images and prompts
     label_counts: list[int] | None = None  # training images of each class or prompt, if labelled
+    resize: str | None = None  # how the source's images got their size
     prompts: PromptFile | None = None
     evaluation_prompts: PromptFile | None = None
 

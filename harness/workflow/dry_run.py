@@ -17,6 +17,7 @@ from harness.denoiser import Denoiser
 from harness.discriminators.class_table import SHAPE
 from harness.errors import UserError
 from harness.features.base import FeatureMaps, new_extractor
+from harness.io.records import DataRecord
 from harness.networks import build_denoiser
 from harness.networks.vp import Codec
 from harness.students.inputs import Inputs
@@ -77,11 +78,18 @@ def dry_run_data(experiment: Experiment, teacher: str, images: int = 2) -> tuple
 
 
 def dry_run_dataset(experiment: Experiment, images: int) -> Dataset:
-    """Random images with the experiment's shape and labels; no files are read."""
+    """Random images with the shape and labels of the prepared data, or those that the experiment
+    declares; no images are read."""
     data, source = experiment.data, data_source(experiment.data)
     shape, classes = source.image_shape, source.num_classes
+    record = DataRecord.read_optional(experiment.paths.data / "data.json")
+    if record is not None and record.fingerprint == experiment.prepared_data:
+        shape, classes = tuple(record.image_shape), len(record.class_names)
     if shape is None:
-        raise UserError("data.resolution: required for the shape of the images", "missing-key")
+        message = "the size of the images is unknown before `harness data` has read them"
+        raise UserError(
+            f"data.resolution or data.resize: required to plan; {message}", "missing-key"
+        )
     texts, attributes = source.captions() or (None, None)
     if data.prompts is not None:
         texts, classes = ("a prompt",) * 256, 0

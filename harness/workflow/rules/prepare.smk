@@ -11,7 +11,10 @@ rule data:
     threads: THREADS
     params:
         command="data",
-        spec=spec(E.data_fingerprint | {"prompts": E.data.prompt_files}),
+        spec=spec(
+            E.data_fingerprint
+            | {"prompts": E.data.prompt_files, "num_classes": E.data.num_classes}
+        ),
     shell:
         "{HARNESS} {params.command} --configfile {CONFIG} > {log} 2>&1"
 

@@ -1,0 +1,1 @@
+"""Layouts of image sources, one file each."""
