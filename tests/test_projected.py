@@ -149,8 +149,8 @@ def train_gdd(folder, backbone: Backbone, **settings):
     ("name", "channels"),
     [
         ("resnet18", 3),
-        ("vit_tiny_patch16_224", 1),
-        pytest.param(LITE0, 1, marks=needs_lite0),
+        pytest.param("vit_tiny_patch16_224", 1, marks=pytest.mark.slow),
+        pytest.param(LITE0, 1, marks=[needs_lite0, pytest.mark.slow]),
         pytest.param(LITE0, 3, marks=needs_lite0),
     ],
 )

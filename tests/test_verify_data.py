@@ -25,6 +25,11 @@ from harness.features.inception import InceptionExtractor
 DIM = 6
 
 
+def slow(*values):
+    """A case that `make test` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class StandIn(nn.Module):
     """Inception's outputs from a projection of every tenth pixel. The trace of the features'
     covariance is about 170, as of Inception's features of real images."""
@@ -89,7 +94,7 @@ def test_images_of_the_statistics_pass(project, capsys):
     assert abs(float(line.split()[2])) < 1e-6
 
 
-@pytest.mark.parametrize("fault", ["resize", "statistics", "images"])
+@pytest.mark.parametrize("fault", [slow("resize"), slow("statistics"), "images"])
 def test_every_mismatch_fails_in_one_line(project, capsys, fault):
     """Statistics of another resize, of other images, and of a part of the images."""
     config, write, run = project
@@ -119,9 +124,9 @@ FEATURES = "python -m harness features inception --configfile x.yaml"
     ("key", "value", "commands"),
     [
         ("held_out", 0.3, DATA),
-        ("source", "more", DATA),  # the same images in another place must be read again
-        ("resize", "clean", FEATURES),
-        ("both", None, f"{DATA} && {FEATURES}"),
+        slow("source", "more", DATA),  # the same images in another place must be read again
+        slow("resize", "clean", FEATURES),
+        slow("both", None, f"{DATA} && {FEATURES}"),
     ],
 )
 def test_outdated_data_and_networks_are_refused(project, capsys, key, value, commands):
