@@ -1,18 +1,22 @@
 """`harness plan`: the printed table. tests/test_paper_configs.py tests the counts."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from harness.cli import main
+from harness.data.datasets import prepare
+from harness.errors import UserError
 from harness.io.records import DataRecord
 from harness.networks import build_denoiser
 from harness.training.ledger import measure
 from harness.validation import parse_experiment
 from harness.workflow import plan
-from harness.workflow.dry_run import SavedTensorMemory
+from harness.workflow.dry_run import SavedTensorMemory, dry_run_dataset
 
 
 def test_every_student_has_a_row(tiny, tmp_path, capsys):
@@ -41,6 +45,27 @@ def test_every_student_has_a_row(tiny, tmp_path, capsys):
     work = 160 * float(gdd["GFLOPs/image"])
     assert float(gdd["PFLOPs"]) == pytest.approx(work / 1e6, rel=1e-3)
     assert float(gdd["hours"]) == pytest.approx(work / 3600, rel=1e-2)  # at one GFLOP/s
+
+
+def test_plan_reads_the_prepared_data(tiny, tmp_path, monkeypatch):
+    """Without declarations the size and the classes of a source are unknown. Data that were
+    prepared with other settings do not count."""
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    tiny["data"] = {"name": "x", "source": "set", "held_out": 0.0}
+    for i in range(8):
+        Path(f"set/{i}").mkdir()
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(f"set/{i}/x.png")
+    experiment = parse_experiment(tiny, "x")
+    with pytest.raises(UserError, match=r"data\.resolution or data\.resize") as error:
+        dry_run_dataset(experiment, 2)
+    assert error.value.code == "missing-key"
+    prepare(experiment.data, experiment.paths.data, fingerprint=experiment.prepared_data)
+    dataset = dry_run_dataset(experiment, 2)
+    assert dataset.image_shape == (3, 4, 4) and dataset.num_classes == 8
+    tiny["data"] |= {"num_classes": 8, "resize": {"size": 16}}
+    changed = dry_run_dataset(parse_experiment(tiny, "x"), 2)
+    assert changed.image_shape == (3, 16, 16) and changed.num_classes == 8
 
 
 def test_tensors_saved_under_autocast_count_as_bfloat16():

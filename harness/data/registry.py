@@ -126,6 +126,11 @@ class DataSource:
         """Whether a `data.source` holds this data set; otherwise it is read as image files."""
         return False
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether images have classes, even if their number is unknown before reading."""
+        return self.num_classes > 0
+
     @classmethod
     def captions(cls) -> tuple[tuple[str, ...], AttributeChecker] | None:
         """All captions, and their checker, of a text-to-image data set."""
@@ -204,6 +209,11 @@ class DescribedSet(DataSource):
         self.keys |= PROMPT_KEYS if texts else {"num_classes"}
         self.image_shape = section.image_shape or ((3, side, side) if side else None)
         self.num_classes = (section.num_classes or 0) if section.labels else 0
+
+    @property
+    def has_classes(self) -> bool:
+        of_source = self.section.source is not None and self.section.prompts is None
+        return self.num_classes > 0 or (self.section.labels and of_source)
 
     def read(self):
         section, names, texts = self.section, (), None

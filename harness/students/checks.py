@@ -149,7 +149,7 @@ def _conditions(data: DataSection | None) -> tuple[bool, bool]:
         return data is not None, False
     with suppress(UserError):  # reported by the checks of `data`
         source = data_source(data)
-        return source.captions() is not None, source.captions() is None and source.num_classes > 0
+        return source.captions() is not None, source.captions() is None and source.has_classes
     return False, False
 
 
