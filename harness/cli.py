@@ -212,7 +212,7 @@ def agreement(experiment, args):
         logger.warning("%s in %s: %s", row.quantity, row.extractor, values)
 
 
-@stage("score a folder or zip of images from elsewhere", "folder")
+@stage("score a folder, zip, parquet or .npz file of images from elsewhere", "folder")
 def score_folder(experiment, args):
     call("evaluation.stage.print_folder", experiment.scoring(), args.folder)
 
