@@ -1,25 +1,37 @@
-"""Plug-ins: classes from a file outside the repository."""
+"""Plug-ins: classes from files outside the repository, and what is said of faulty ones."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
+from harness.data.datasets import Dataset
+from harness.data.registry import Images
 from harness.errors import UserError
+from harness.evaluation.accumulator import FeatureAccumulator
+from harness.evaluation.references import Reference
+from harness.evaluation.registry import METRICS
+from harness.features.base import load_extractor, new_extractor, parse_settings
+from harness.io.records import FeatureRecord
+from harness.registry import load_plugin
 from harness.validation import parse_experiment
 from tests.conftest import DATA, Workspace
 
-FILE = DATA / "example" / "plugins.py"
+EXAMPLE = DATA / "example"
+NAMES = ("stripes", "convnet", "teacher_output", "raw_pixels", "metrics")
 
 
-def with_plugins(config: dict, path) -> dict:
-    """The tiny experiment with every class of the plug-in file."""
+def with_plugins(config: dict, folder: Path) -> dict:
+    """The tiny experiment with every class of the plug-in files in a folder."""
     return config | {
-        "plugins": [str(path)],
+        "plugins": [str(folder / f"{name}.py") for name in NAMES],
         "data": {"name": "stripes"},
         "features": {
             "cnn": {"type": "cnn", "images": 1280, "width": 8},
-            "raw-pixels": {"type": "raw-pixels"},
+            "raw": {"type": "raw-pixels"},
+            "pixels": {"type": "pixels"},
         },
         "teachers": {
             "conv": {
@@ -34,33 +46,43 @@ def with_plugins(config: dict, path) -> dict:
         "evaluation": {
             "num_samples": 100,
             "sampling_seeds": [0],
-            "extractors": ["cnn", "raw-pixels"],
+            "extractors": ["cnn", "raw", "pixels"],
+            "metrics": ["fd", "accuracy", "energy-distance", "saturation", "direction"],
         },
     }
 
 
 @pytest.mark.workflow
 def test_one_file_adds_a_class_of_every_kind(tmp_path):
-    plugins = tmp_path / "elsewhere" / "plugins.py"
-    plugins.parent.mkdir()
-    shutil.copy(FILE, plugins)
+    plugins = tmp_path / "elsewhere"
+    shutil.copytree(EXAMPLE, plugins)
     workspace = Workspace.create(tmp_path / "project")
     workspace.write_config(with_plugins(workspace.config(), plugins))
     done = workspace.snakemake()
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_csv(workspace.results / "tables" / "metrics.csv")
-    student = table[(table.student == "example") & (table.status == "ok")]
-    assert set(student.extractor) == {"cnn", "raw-pixels"}
-    assert set(student[student.metric == "mean-brightness"].extractor) == {"raw-pixels"}
-    assert student[student.metric == "mean-brightness"].value.between(0, 1).all()
+    assert set(table.status) == {"ok"}
+    found = {"cnn": {"fd", "accuracy", "energy-distance"}, "raw": {"fd", "energy-distance"}}
+    found["pixels"] = {"saturation", "direction"}
+    for student in ("example", "teacher", "floor"):
+        rows = table[table.student == student]
+        assert {name: set(rows[rows.extractor == name].metric) for name in found} == found
+        assert rows[rows.metric == "direction"].stderr.notna().all()
+    assert (table[(table.metric == "direction") & (table.student == "floor")].value > 95).all()
+    assert (table[table.metric == "saturation"].value == 0).all()  # grey
+    comparison = pd.read_csv(workspace.results / "tables" / "comparison.csv")
+    assert "direction_n100_pixels" in comparison
+    page = (workspace.results / "report.html").read_text()
+    assert "direction_n100_pixels ↑" in page
 
 
 def test_plugin_file_enters_the_fingerprints_that_depend_on_it(tiny, tmp_path, registries):
-    experiment = parse_experiment(with_plugins(tiny, FILE), "x", tmp_path)
-    assert set(experiment.plugin_hashes) == {"data", "features.raw-pixels", "teachers.conv"}
-    assert "plugin" in experiment.features_fingerprint("raw-pixels")
+    experiment = parse_experiment(with_plugins(tiny, EXAMPLE), "x", tmp_path)
+    assert set(experiment.plugin_hashes) == {"data", "features.raw", "teachers.conv"}
+    assert "plugin" in experiment.features_fingerprint("raw")
     assert "plugin" not in experiment.features_fingerprint("cnn")
-    assert experiment.student_run("example", 0).method_source == (FILE.resolve(),)
+    method = (EXAMPLE / "teacher_output.py").resolve()
+    assert experiment.student_run("example", 0).method_source == (method,)
 
 
 def test_missing_or_broken_plugin_is_a_user_error(tiny, tmp_path, registries):
@@ -70,3 +92,204 @@ def test_missing_or_broken_plugin_is_a_user_error(tiny, tmp_path, registries):
         with pytest.raises(UserError) as error:
             parse_experiment(tiny | {"plugins": [str(path)]}, "x")
         assert error.value.code == code
+
+
+def plugin(tmp_path, text: str) -> Path:
+    path = tmp_path / "plugin.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import none_such\n", "line 1: ModuleNotFoundError"),
+        ("x = 1\ndef f(:\n", "SyntaxError"),
+        ("raise SystemExit(2)\n", "line 1: SystemExit"),
+        (
+            "from harness.features.base import FEATURES\n"
+            "@FEATURES.register('own')\n"
+            "class Own:\n    pass\n",
+            "feature network 'own' is not a subclass of FeatureExtractor",
+        ),
+        (
+            "from harness.features.base import FEATURES, PretrainedExtractor\n"
+            "@FEATURES.register('own')\n"
+            "class Own(PretrainedExtractor):\n"
+            "    def outputs(self, x): return {}\n",
+            "feature network 'own' does not define load_network",
+        ),
+        (
+            "from harness.features.base import FEATURES, PretrainedExtractor\n"
+            "@FEATURES.register('own')\n"
+            "class Own(PretrainedExtractor):\n"
+            "    def outputs(self, x): return {}\n"
+            "    def load_network(self, path): return None\n",
+            "has no class Settings",
+        ),
+        (
+            "from typing import Literal\n"
+            "from harness.features.base import *\n"
+            "from harness.features.base import FEATURES\n"
+            "@FEATURES.register('own')\n"
+            "class Own(PretrainedExtractor):\n"
+            "    class Settings(PretrainedSettings):\n"
+            "        type: Literal['other']\n"
+            "    def outputs(self, x): return {}\n"
+            "    def load_network(self, path): return None\n",
+            "use Literal['own']",
+        ),
+        (
+            "from harness.evaluation.registry import register\n"
+            "@register('own', 'Own', 'higher')\n"
+            "def own(features): return 0.0\n",
+            "use True, False or None",
+        ),
+        (
+            "from harness.evaluation.registry import register\n"
+            "@register('own', 'Own', True, requires='pixels')\n"
+            "def own(features): return 0.0\n",
+            "use a tuple of names",
+        ),
+        (
+            "from harness.networks.registry import BACKBONES\n"
+            "@BACKBONES.register('own')\n"
+            "class Own:\n    pass\n",
+            "network 'own' is not a subclass of Backbone",
+        ),
+        (
+            "from harness.data.registry import DATASETS\n"
+            "@DATASETS.register('own')\n"
+            "class Own:\n    pass\n",
+            "data set 'own' is not a subclass of DataSource",
+        ),
+    ],
+)
+def test_faulty_plugin_is_refused_in_one_line_with_its_file(tmp_path, registries, text, reason):
+    path = plugin(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load_plugin(path)
+    assert error.value.code == "plugin"
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert reason in str(error.value)
+
+
+NETWORK = """
+from typing import Literal
+import torch
+from harness.config.schema import FeatureSettings
+from harness.features.base import FEATURES, FeatureExtractor
+from harness.io.records import FeatureRecord
+
+@FEATURES.register("own")
+class Own(FeatureExtractor):
+    class Settings(FeatureSettings):
+        type: Literal["own"]
+    provided = frozenset({"features", "fd", "brightness"})
+    def make(self, job): pass
+    def load(self, record, folder, dataset, device): pass
+    def extract(self, pixels, labels=None):
+        features = torch.zeros(len(pixels), 2)
+        BODY
+"""
+METRIC = """
+from harness.evaluation.registry import register
+@register("own-brightness", "Brightness", None, requires=("brightness",))
+def brightness(features):
+    return features.outputs["brightness"].mean()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "reason"),
+    [
+        ("return {'features': features[1:]}", "outputs", "of shape (3, 2) for 4 images"),
+        ("return {'features': features[:, 0]}", "outputs", "not (B, D) floats"),
+        ("return {'features': features.long()}", "outputs", "not (B, D) floats"),
+        ("return {'brightness': features[:, 0]}", "outputs", "no 'features'"),
+        ("return {'features': features / 0}", "not-finite", "are not finite"),
+        ("return {'features': features, 'brightness': features[:, 0] / 0}", "not-finite", "finite"),
+        ("return {'features': undefined}", "plugin", "NameError"),
+        ("return {'features': features}", "plugin", "KeyError: 'brightness'"),
+    ],
+)
+def test_faulty_outputs_are_refused_in_one_line_with_their_file(
+    tmp_path, registries, body, code, reason
+):
+    path = plugin(tmp_path, NETWORK.replace("BODY", body) + METRIC)
+    load_plugin(path)
+    extractor = new_extractor("x", parse_settings({"type": "own"}))
+    accumulator = FeatureAccumulator([extractor])
+    with pytest.raises(UserError) as error:
+        accumulator.add(torch.zeros(4, 1, 2, 2).byte(), None)
+        METRICS["own-brightness"].estimate(accumulator.feature_set("x", Reference(None), 3))
+    assert error.value.code == code
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert reason in str(error.value)
+
+
+def test_blocks_with_different_outputs_are_refused(tmp_path, registries):
+    body = "return {'features': torch.zeros(len(pixels), len(pixels))}"
+    load_plugin(plugin(tmp_path, NETWORK.replace("BODY", body)))
+    accumulator = FeatureAccumulator([new_extractor("x", parse_settings({"type": "own"}))])
+    accumulator.add(torch.zeros(4, 1, 2, 2).byte(), None)
+    with pytest.raises(UserError) as error:
+        accumulator.add(torch.zeros(3, 1, 2, 2).byte(), None)
+    assert error.value.code == "outputs" and "(4,) and (3,)" in str(error.value)
+
+
+def test_metric_may_return_a_number(tmp_path, registries):
+    body = "return {'features': features, 'brightness': features[:, 0] + 7}"
+    load_plugin(plugin(tmp_path, NETWORK.replace("BODY", body) + METRIC))
+    accumulator = FeatureAccumulator([new_extractor("x", parse_settings({"type": "own"}))])
+    accumulator.add(torch.zeros(4, 1, 2, 2).byte(), None)
+    estimate = METRICS["own-brightness"].estimate(accumulator.feature_set("x", Reference(None), 3))
+    assert estimate.value == 7 and isinstance(estimate.value, float)
+
+
+# -- torchvision's resnet18 ---------------------------------------------------------------------
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("file", ["resnet18.pth", "resnet18.safetensors", "parallel.pth"])
+def test_resnet18_features_equal_torchvisions(tmp_path, registries, monkeypatch, file):
+    import numpy as np
+    import torchvision
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18().eval()
+    weights = network.state_dict()
+    if file.endswith("safetensors"):
+        save_file(weights, tmp_path / file)
+    elif file == "parallel.pth":
+        parallel = {f"module.{name}": tensor for name, tensor in weights.items()}
+        torch.save({"state_dict": parallel, "epoch": 3}, tmp_path / file)
+    else:
+        torch.save(weights, tmp_path / file)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load_plugin(EXAMPLE / "resnet18.py")
+    settings = parse_settings({"type": "resnet18", "weights": f"~/{file}"})
+    FeatureRecord(name="x", settings=settings.model_dump()).write(tmp_path / "x" / "features.json")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32)).byte()
+    none = Images(pixels[:0], torch.empty(0).long())
+    extractor = load_extractor(tmp_path / "x", Dataset("x", none, none, ("a", "b"), ""))
+    features = extractor.extract(pixels)["features"]
+
+    # Pillow's bicubic resize is at most one of 255 levels away.
+    resized = torch.stack(
+        [
+            torch.from_numpy(
+                np.array(Image.fromarray(image.movedim(0, -1).numpy()).resize((224, 224), 3))
+            ).movedim(-1, 0)
+            for image in pixels
+        ]
+    )
+    normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    captured = []
+    network.fc.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
+    with torch.no_grad():
+        network(normalise(resized.float() / 255))
+    assert features.shape == (2, 512)
+    torch.testing.assert_close(features, captured[0], rtol=5e-3, atol=5e-3)

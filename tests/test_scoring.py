@@ -32,7 +32,7 @@ from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
 from harness.evaluation.scorer import Scorer, Scores
 from harness.evaluation.stage import print_folder, score_folder
-from harness.features.base import FeatureExtractor, parse_settings, provides
+from harness.features.base import FeatureExtractor, new_extractor, parse_settings, provides
 from harness.io.records import ScoreRow
 from harness.io.shards import TensorShards
 from harness.registry import load_plugin
@@ -192,13 +192,17 @@ def scoring(tmp_path, monkeypatch):
     def make(types: dict | None = None, facts: dict | None = None, **evaluation) -> Scoring:
         raw = types or {"cnn": {"type": "cnn", "images": 1}, "inception": {"type": "inception"}}
         settings = {name: parse_settings(value) for name, value in raw.items()}
-        monkeypatch.setattr(
-            scorer,
-            "load_extractor",
-            lambda folder, dataset, device: stub_extractor(
-                folder.name, settings[folder.name], **(facts or {}).get(folder.name, {})
-            ),
-        )
+
+        def load(folder, dataset, device):
+            name, chosen = folder.name, settings[folder.name]
+            if chosen.type != "pixels":
+                return stub_extractor(name, chosen, **(facts or {}).get(name, {}))
+            extractor = new_extractor(name, chosen)
+            extractor.hashes = {"weights": "none"}
+            extractor.load(None, folder, dataset, device)
+            return extractor
+
+        monkeypatch.setattr(scorer, "load_extractor", load)
         section_of = EvaluationSection(extractors=list(raw), **evaluation)
         return Scoring(
             experiment="x",

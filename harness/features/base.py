@@ -21,7 +21,7 @@ from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError
 from harness.features.resize import bicubic
 from harness.io.artifacts import sha256_file
-from harness.io.downloads import fetch, source_problems
+from harness.io.downloads import fetch, load_pickled, source_problems
 from harness.io.records import FeatureRecord
 from harness.precision import full_precision, set_precision
 from harness.registry import Registry, plugin_errors
@@ -360,6 +360,21 @@ def reading_weights(path: Path, network: str) -> Iterator[None]:
             reason = "it holds other objects than tensors"
         message = f"{path} does not hold the weights of {network}: {reason[:200]}"
         raise UserError(message, "weights") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or in a file of torch's format, where it may lie under
+    the key `state_dict`. The prefix `module.`, of training on several GPUs, is removed."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+    else:
+        weights = load_pickled(path)
+        weights = weights.get("state_dict", weights)
+    if weights and all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
