@@ -21,7 +21,7 @@ from harness.data import checks as data_checks
 from harness.data.registry import DATASETS
 from harness.errors import ConfigError, Problem, UserError
 from harness.evaluation import checks as evaluation_checks
-from harness.features.base import FEATURES, new_extractor, settings_class
+from harness.features.base import FEATURES, errors_in, new_extractor, settings_class
 from harness.networks.registry import BACKBONES
 from harness.registry import load_plugin
 from harness.reporting import checks as reporting_checks
@@ -117,7 +117,10 @@ def _check_training(file: ExperimentFile, names: Names, files: bool) -> Iterator
 
 def _check_features(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
     for name, settings in file.features.items():
-        yield from new_extractor(name, settings).check(file.data, files)
+        extractor = new_extractor(name, settings)
+        with errors_in(extractor):
+            problems = list(extractor.check(file.data, files))
+        yield from problems
 
 
 # Errors that no section shows by itself. Each check takes the valid parts of the file, all names

@@ -1,5 +1,6 @@
-"""Plug-ins: classes from files outside the repository, and what is said of faulty ones."""
+"""Plug-ins: classes from files outside the repository, errors in them, and docs/extending.md."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from harness.evaluation.registry import METRICS
 from harness.features.base import load_extractor, new_extractor, parse_settings
 from harness.io.records import FeatureRecord
 from harness.registry import load_plugin
-from harness.validation import parse_experiment
-from tests.conftest import DATA, Workspace
+from harness.validation import load_experiment, parse_experiment
+from tests.conftest import DATA, ROOT, Workspace
 
 EXAMPLE = DATA / "example"
 NAMES = ("stripes", "convnet", "teacher_output", "raw_pixels", "metrics")
@@ -245,6 +246,40 @@ def test_metric_may_return_a_number(tmp_path, registries):
     accumulator.add(torch.zeros(4, 1, 2, 2).byte(), None)
     estimate = METRICS["own-brightness"].estimate(accumulator.feature_set("x", Reference(None), 3))
     assert estimate.value == 7 and isinstance(estimate.value, float)
+
+
+def test_error_in_the_code_of_a_plugin_is_not_blamed_on_the_weights(tmp_path, registries):
+    code = (EXAMPLE / "resnet18.py").read_text().replace("read_weights(path)", "undefined")
+    load_plugin(plugin(tmp_path, code))
+    (tmp_path / "x.pth").write_bytes(b"")
+    settings = parse_settings({"type": "resnet18", "weights": str(tmp_path / "x.pth")})
+    record = FeatureRecord(name="x", settings=settings.model_dump())
+    record.write(tmp_path / "x" / "features.json")
+    with pytest.raises(UserError, match="undefined") as error:
+        load_extractor(tmp_path / "x", None)
+    assert error.value.code == "plugin" and str(tmp_path / "plugin.py") in str(error.value)
+
+
+# -- docs/extending.md --------------------------------------------------------------------------
+
+
+def test_python_in_the_documentation_is_the_content_of_tested_files():
+    text = (ROOT / "docs" / "extending.md").read_text()
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == text.count("```python") == 5
+    for path, code in blocks:
+        assert code == (ROOT / path).read_text(), path
+
+
+def test_experiments_in_the_documentation_are_valid(tmp_path, registries):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    blocks = re.findall(r"```yaml\n# configs/(\S+)\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == text.count("```yaml") == 4
+    shutil.copy(ROOT / "configs" / "digits.yaml", tmp_path)
+    for name, content in blocks:
+        (tmp_path / name).write_text(content)
+        experiment = load_experiment(tmp_path / name, files=False)
+        assert f"{experiment.name}.yaml" == name
 
 
 # -- torchvision's resnet18 ---------------------------------------------------------------------

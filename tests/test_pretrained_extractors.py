@@ -20,6 +20,7 @@ from harness.features.aesthetic import AestheticHead, laion_head
 from harness.features.base import (
     load_extractor,
     make_features,
+    new_extractor,
     parse_settings,
     provides,
     reading_weights,
@@ -168,6 +169,10 @@ def test_half_precision_state_dicts_are_read_and_other_files_are_refused(clip_we
     torch.save({"state_dict": half}, path)
     extractor = OpenCLIPExtractor("x", parse_settings(MODEL))
     network = extractor.load_network(path)
+    parallel = {f"module.{key}": value for key, value in half.items()}  # on several GPUs
+    torch.save({"state_dict": parallel, "epoch": 3, "optimizer": {}}, tmp_path / "parallel.pt")
+    again = extractor.load_network(tmp_path / "parallel.pt").state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in network.state_dict().items())
     assert network.visual.proj.dtype == torch.float32
     torch.testing.assert_close(network.visual.proj.data, weights["visual.proj"], atol=1e-3, rtol=0)
     missing = tmp_path / "missing.safetensors"
@@ -335,6 +340,22 @@ def test_errors_in_a_clip_section_are_reported(tiny, name, settings, key, code):
         parse_experiment(tiny, "x.yaml")
     key = f"features.{name}{key}" if key.startswith(".") else key
     assert (key, code) in {(problem.key, problem.code) for problem in error.value.problems}
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "valid"),
+    [("resnet", 4, True), ("resnet", 6, False), ("clip", 8, True), ("clip", 12, True),
+     ("clip", 4, False), ("clip", 9, False), ("clip", 26, False), ("cnn", 3, True)],
+)  # fmt: skip
+def test_widths_that_cannot_be_built_are_refused(dataset, kind, width, valid):
+    extractor = new_extractor("x", parse_settings({"type": kind, "images": 128, "width": width}))
+    problems = list(extractor.check(None, True))
+    assert [p.key for p in problems] == ([] if valid else ["features.x.width"])
+    if valid:
+        extractor.build(dataset).features(torch.zeros(1, 3, 16, 16))
+    else:
+        with pytest.raises((ValueError, AssertionError)):
+            extractor.build(dataset).features(torch.zeros(1, 3, 16, 16))
 
 
 def test_training_a_network_needs_labelled_images(tiny):

@@ -212,7 +212,7 @@ def scoring(tmp_path, monkeypatch):
             extractors={name: (value, tmp_path / name) for name, value in settings.items()},
             checkpoint_seconds=15,
             device="cpu",
-            fingerprint={"evaluation": section_of.model_dump(), "features": {}},
+            fingerprint={"evaluation": section_of.fingerprint(), "features": {}},
         )
 
     return make

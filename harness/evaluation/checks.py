@@ -80,15 +80,13 @@ def _check_selected(
     the metrics that rank students. ranking: the metric of each claim, by its key."""
     key, selection = "evaluation.metrics", evaluation.metrics
     complete = provided.keys() == {*evaluation.extractors}
-    for name in dict.fromkeys(selection or ()):
+    for name in selection or ():
         if name not in METRICS:
             message = f"unknown metric {name!r}{did_you_mean(name, METRICS)}"
             yield Problem(key, "unknown-name", message)
         elif complete and (reason := _unserved(METRICS[name], data, provided)):
             yield Problem(key, "unsupported", reason)
     if selection is not None:
-        if repeated := [name for name in dict.fromkeys(selection) if selection.count(name) > 1]:
-            yield Problem(key, "duplicate", f"duplicate metric {repeated[0]!r}")
         for use, name in {"evaluation.main_metric": evaluation.main_metric, **ranking}.items():
             if name not in selection:
                 message = f"{name!r} is not in evaluation.metrics; add it there"
@@ -144,12 +142,10 @@ def _check_extractors(
     extractors: list[str], data: DataSection | None, provided: Provided, names: set[str]
 ) -> Iterator[Problem]:
     key = "evaluation.extractors"
-    for name in dict.fromkeys(extractors):
+    for name in extractors:
         if name not in names:
             message = f"{name!r} is not under features{did_you_mean(name, names)}"
             yield Problem(key, "unknown-name", message)
-        if extractors.count(name) > 1:
-            yield Problem(key, "duplicate", f"duplicate extractor {name!r}")
     # Inception with several resizes is one network; pixels are none.
     networks = {
         "inception" if "inception" in provided.get(name, ()) else name

@@ -348,7 +348,7 @@ def reading_weights(path: Path, network: str) -> Iterator[None]:
     """Turn any error of reading a file of weights, but a `UserError`, into one line."""
     try:
         yield
-    except UserError:
+    except (UserError, NameError, ImportError):  # these are faults of the code, not of the file
         raise
     except Exception as error:  # a foreign file may fail in any way
         # torch's list of differences comes after a title.

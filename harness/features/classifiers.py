@@ -1,6 +1,6 @@
 """Small classifiers trained on the data set: types `cnn` and `resnet`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Literal
 
@@ -8,10 +8,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, max_pool2d, relu, silu
 
+from harness.config.schema import DataSection
 from harness.context import Context
 from harness.data.datasets import Dataset, Images
+from harness.errors import Problem
 from harness.features.base import FEATURES
 from harness.features.train import TrainedExtractor, TrainedSettings, augmented
+
+GROUPS = 4  # of GroupNorm in `ResNet`
 
 
 class Classifier(nn.Module):
@@ -54,7 +58,7 @@ class PlainCNN(Classifier):
 class _ResidualBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(4, channels), nn.GroupNorm(4, out_channels)
+        self.norm1, self.norm2 = (nn.GroupNorm(GROUPS, c) for c in (channels, out_channels))
         self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, 1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1)
         self.skip = nn.Conv2d(channels, out_channels, 1, stride)
@@ -104,6 +108,12 @@ class ClassifierExtractor(TrainedExtractor):
 
     has_feature_maps = True
     provided = frozenset({"features", "probabilities", "data-classes", "fd"})
+
+    def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
+        yield from super().check(data, files)
+        if self.settings.type == "resnet" and self.settings.width % GROUPS:
+            message = f"must be a multiple of {GROUPS}, not {self.settings.width}"
+            yield Problem(f"features.{self.name}.width", "invalid-value", message)
 
     def build(self, dataset: Dataset) -> Classifier:
         architecture = {"cnn": PlainCNN, "resnet": ResNet}[self.settings.type]

@@ -1,6 +1,6 @@
 """A small CLIP (open_clip's model class) trained on the data set: type `clip`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from harness.config.schema import DataSection
 from harness.context import Context
 from harness.data.datasets import Dataset
+from harness.errors import Problem
 from harness.features import aesthetic
 from harness.features.base import FEATURES
 from harness.features.train import TrainedExtractor, TrainedSettings, augmented
@@ -19,6 +21,7 @@ from harness.io.records import FeatureRecord
 from harness.transfers import to_device
 
 CONTEXT_LENGTH = 16  # tokens; the usual 77 would only cost time for short captions
+HEAD_WIDTH = 16  # of the image transformer's attention
 
 
 @cache
@@ -42,7 +45,7 @@ class SmallCLIP(nn.Module):
 
         self.size = dataset.image_shape[1]
         sizes = {"image_size": self.size, "patch_size": 2 if self.size < 16 else 4}
-        vision = CLIPVisionCfg(layers=3, width=2 * width, head_width=16, **sizes)
+        vision = CLIPVisionCfg(layers=3, width=2 * width, head_width=HEAD_WIDTH, **sizes)
         text = CLIPTextCfg(context_length=CONTEXT_LENGTH, width=2 * width, heads=4, layers=2)
         self.clip = CLIP(self.embed_dim, vision, text)
         if dataset.attributes:
@@ -106,6 +109,13 @@ class SmallCLIPExtractor(TrainedExtractor):
     def truncated(self, texts: Sequence[str]) -> int:
         length = self.limit - 2  # without start and end of the text
         return sum(len(tokenizer().encode(text)) > length for text in texts)
+
+    def check(self, data: DataSection | None, files: bool) -> Iterable[Problem]:
+        yield from super().check(data, files)
+        width, heads = self.settings.width, 2 * self.settings.width // HEAD_WIDTH
+        if width % 2 or not heads or 2 * width % heads:
+            message = f"must be a multiple of {HEAD_WIDTH // 2}, not {width}"
+            yield Problem(f"features.{self.name}.width", "invalid-value", message)
 
     def build(self, dataset: Dataset) -> SmallCLIP:
         return SmallCLIP(dataset, self.settings.width)
