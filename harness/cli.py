@@ -51,6 +51,11 @@ ARGUMENTS = {
     "--revision": {"metavar": "BRANCH", "help": "upload to this branch; default: main"},
     "--commit-message": {"metavar": "TEXT", "help": "of the upload"},
     "--out": {"type": path, "help": "write all columns to this CSV file"},
+    "--metric": {
+        **{"action": "append", "default": [], "metavar": "NAME"},
+        "help": "only this metric, at the largest sample count; may be repeated",
+    },
+    "--all": {"action": "store_true", "help": "every metric and sample count"},
     "--configfile": {"type": path, "default": "configs/digits.yaml", "help": "experiment file"},
 }
 KINDS = {"features": "feature network", "pairs": "pair set", "a": "student", "b": "student"}
@@ -297,9 +302,9 @@ def export(experiment, args):
         print(f"uploaded to {address}")
 
 
-@tool("compare finished experiments", "folders --out", configfile=False)
+@tool("compare finished experiments", "folders --metric --all --out", configfile=False)
 def compare(args):
-    call("reporting.compare.print_comparison", args.folders, args.out)
+    call("reporting.compare.print_comparison", args.folders, args.out, args.metric, args.all)
 
 
 @tool("print the papers' tables with the results of all experiments", configfile=False)

@@ -30,8 +30,10 @@ def tidy_table(
     flags: dict | None = None,
     features: int = 64,
     devices: dict | None = None,
+    curve: bool = False,
 ) -> pd.DataFrame:
-    """`collect`'s table of last snapshots.
+    """`collect`'s table of last snapshots and, with `curve`, of one at half the images and compute,
+    where all values of students are twice as large.
 
     numbers: (metric, extractor) -> row -> one value per training seed, or a status. flags: (row,
     extractor) -> flags. devices: row -> device, default "cpu". The sample count is the main one, HELD_OUT for the floor. features: the
@@ -63,7 +65,14 @@ def tidy_table(
                     }  # fmt: skip
                     rows.append(row)
     integers = ("seed", "nfe", "images", "sample_seed", "num_samples", "selected")
-    return pd.DataFrame(rows).astype(dict.fromkeys(integers, "Int64"))
+    table = pd.DataFrame(rows).astype(dict.fromkeys(integers, "Int64"))
+    if not curve:
+        return table
+    first = table[table.seed.notna() & (table.status == "ok")]
+    first = first.drop_duplicates(["student", "seed", "column"])
+    numbers = {"images": first.images // 2, "flops": first.flops / 2, "value": first.value * 2}
+    first = first.assign(seconds=0.5, final=False, snapshot="half", **numbers)
+    return pd.concat([table, first], ignore_index=True)
 
 
 def write_run(experiment, student: str, seed: int, **fields) -> None:

@@ -209,3 +209,60 @@ def test_invalid_folders_and_tables_are_rejected(tmp_path, capsys):
         table.write_text(text)
         assert code_of(read_results, old) == "damaged"
     assert code_of(print_comparison, [good], None) == "arguments"
+
+
+def more(folder, *rows):
+    """Add rows to a folder's metrics.csv: copies of the first one with other fields."""
+    path = folder / "tables" / "metrics.csv"
+    table = pd.read_csv(path)
+    table = table[table.student == "sid"]
+    extra = [table.assign(**row, protocol=digest({**PROTOCOL, **row})) for row in rows]
+    pd.concat([pd.read_csv(path), *extra]).to_csv(path, index=False)
+
+
+def headings(text):
+    return [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+
+
+COSTS = ["images that received a generator update", "training compute, TFLOPs", "training, seconds"]
+
+
+def test_each_experiment_is_shown_at_its_own_largest_sample_count(tmp_path, capsys):
+    """A small experiment is not dropped, whatever the others' sample counts are."""
+    a, b = write(tmp_path / "a", "large"), write(tmp_path / "b", "small", num_samples=100)
+    more(a, {"num_samples": 50_000}, {"num_samples": 200})
+    _, text, _ = compare(capsys, a, b)
+    assert headings(text) == ["fd_n50000_cnn ↓", "fd_n100_cnn ↓", *COSTS]
+    assert cells(text, "fd_n100_cnn ↓")[-1] == ["sid", "–", "1.50 ± 0.71"]
+    assert cells(text, "fd_n50000_cnn ↓")[-1] == ["sid", "1.50 ± 0.71", "–"]
+
+
+def test_headline_columns_are_shown_unless_others_are_chosen(tmp_path, capsys):
+    a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two")
+    for folder in (a, b):
+        more(
+            folder,
+            {"metric": "recall"},
+            {"metric": "recall", "extractor": "clip"},
+            {"metric": "kd"},
+            {"metric": "kd", "num_samples": 100},
+            {"metric": "fd", "extractor": "clip"},
+        )
+    _, text, _ = compare(capsys, a, b)
+    assert headings(text) == ["fd_n400_cnn ↓", "recall_n400_cnn ↑", "fd_n400_clip ↓", *COSTS]
+    assert "Not shown: 3 columns of recall, kd (`--metric NAME`, `--all`)." in text
+    _, text, _ = compare(capsys, a, b, "--metric", "kd", "--metric", "recall")
+    assert headings(text) == ["recall_n400_cnn ↑", "recall_n400_clip ↑", "kd_n400_cnn ↓", *COSTS]
+    _, text, _ = compare(capsys, a, b, "--all", "--out", tmp_path / "all.csv")
+    assert len(headings(text)) == 6 + 3 and "Not shown" not in text
+    assert pd.read_csv(tmp_path / "all.csv").column.nunique() == 6
+    code, out, line = compare(capsys, a, b, "--metric", "recal")
+    assert (code, out) == (2, "") and line.endswith(
+        "--metric recal: no experiment has this metric; did you mean 'recall'?"
+    )
+
+
+def test_an_experiment_without_headline_metrics_shows_all(tmp_path, capsys):
+    a, b = write(tmp_path / "a", "one"), write(tmp_path / "b", "two", metric="sharpness")
+    _, text, _ = compare(capsys, a, b)
+    assert headings(text)[:2] == ["fd_n400_cnn ↓", "sharpness_n400_cnn"]

@@ -72,7 +72,9 @@ def full(tmp_path_factory):
     for name, rows in TABLES.items():
         pd.DataFrame(rows).to_csv(experiment.paths.tables / f"{name}.csv", index=False)
     scores = {key: REFERENCE | STUDENTS for key in (("fd", "tiny-cnn"), ("recall", "tiny-cnn"))}
-    page(experiment, tidy_table(experiment, scores), kept_samples(["teacher", *STUDENTS]))
+    page(
+        experiment, tidy_table(experiment, scores, curve=True), kept_samples(["teacher", *STUDENTS])
+    )
     return experiment.paths.root / "report.html"
 
 
@@ -98,7 +100,8 @@ def test_ids_are_unique_and_links_have_targets(full):
 def test_charts_and_images_have_descriptions(full):
     content = Page(full)
     drawn = [a for a in content.all("div") if a.get("class") == "chart"]
-    assert len(drawn) == len(content.charts) == 1 + 2 + 2 * 3
+    # Final scores; costs; curves of one metric; losses and gradient norms.
+    assert len(drawn) == len(content.charts) == 1 + 3 + 2 + 2 * 3
     for a, chart in zip(drawn, content.charts, strict=True):
         assert a["aria-label"] == chart["description"] and len(a["aria-label"]) > 20
     label = next(
@@ -116,16 +119,41 @@ def test_text_is_escaped(full):
     assert "<script>alert" not in content.source and HOSTILE in content.text
 
 
+def test_warnings_are_in_the_lead(tmp_path):
+    experiment = make_experiment(tmp_path)
+    table = tidy_table(experiment, {("fd", "tiny-cnn"): STUDENTS})
+    with pytest.MonkeyPatch.context() as patch:
+        line = "tiny-cnn is near chance: it recognises <30%"
+        patch.setattr("harness.reporting.trust.warnings", lambda *_: [line])
+        content = page(experiment, table)
+    assert f"These limit what the numbers mean. {line}" in content.words
+    assert content.words.index(line) < content.words.index("Which student is best?")
+    assert "1 warning above" in content.words
+
+
+def test_markup_survives_pandas_with_pyarrow(full):
+    """pyarrow's strings would lose the markup, which would then be escaped."""
+    source = Page(full).source
+    assert "&lt;small" not in source and "&lt;span" not in source
+
+
 def test_a_full_page_has_every_section(full):
     content = Page(full)
     assert content.sections == [
-        *("scores", "curves", "sample_rows", "neighbours", "training", "claims", "pairwise"),
-        *("agreement", "paper", "protocol", "provenance"),
+        *("scores", "costs", "curves", "claims", "pairwise", "paper", "sample_rows"),
+        *("neighbours", "training", "agreement", "protocol", "provenance"),
     ]
     for text in (
         "1.10 ± 0.10", "1 of 1 quantities agree", "unavailable (no weights)", "▲ −0.5", "▼ +0.5",
         "s1 − s2", "−0.50 (−0.90 to −0.10)", "2.01 ± 0.02", "torch",
         "nearest of 1,438 training images in the features of tiny-cnn",
+        # The lead: who, by how much, at what cost, how reliable.
+        "ahead of s2, 95% interval +1.0e+00 to +1.0e+00. The interval excludes 0.",
+        "s1: 160 images, 1 TFLOPs, 1 seconds At equal compute (1 TFLOPs) s1 leads: 1.10, then s2",
+        "Cheapest to reach Fréchet distance 2.5: s1 (≤ 80 images, ≤ 0.5 TFLOPs",
+        "3 training seeds; 2 sampling seeds", "Floor: 0.300 with 359 real held-out images",
+        # The costs, and a student's own level.
+        "No student reaches the teacher's 0.500.", "≤ 1.5", "not reached",
     ):  # fmt: skip
         assert text in content.words, text
     assert "Incomplete" not in content.text
@@ -135,8 +163,9 @@ def test_sections_without_data_are_left_out(tmp_path):
     experiment = make_experiment(tmp_path, ["s1", "s2"])
     one = {"s1": [1.0], "s2": [2.0]}
     content = page(experiment, tidy_table(experiment, {("fd", "tiny-cnn"): one}))
-    assert content.sections == ["scores", "curves", "protocol", "provenance"]
-    assert "No ranks are given" in content.text
+    assert content.sections == ["scores", "protocol", "provenance"] and content.charts == []
+    assert "too few for ranks (3 are needed)" in content.text
+    assert "Scored at the end of training only" in content.text
 
 
 def test_failed_runs_are_listed_at_the_top(tmp_path):
@@ -245,7 +274,7 @@ def test_headings_sort_the_students(full, browser):
         heading.click()
         assert cells.last.inner_text() == "–"
     names = table.locator("tbody.fixed th")
-    assert names.all_inner_texts() == ["teacher", "teacher-1step", "floor"]
+    assert [n.split("\n")[0] for n in names.all_inner_texts()] == list(REFERENCE)
     assert table.locator("[aria-sort]").count() == 1
 
 
@@ -254,7 +283,7 @@ def test_the_legend_highlights_a_student_in_all_charts(full, browser):
     view = open_page(browser, full)
     faded = "[...document.querySelectorAll('.chart .mark-line path')].filter(p => p.getAttribute('opacity') < 0.2 && p.getAttribute('stroke') !== null).length"
     before = view.evaluate(faded)
-    button = view.locator("[data-student=s2]")
+    button = view.locator("#curves ~ .legend [data-student=s2]").first
     button.click()
     assert button.get_attribute("aria-pressed") == "true"
     assert view.evaluate(faded) == before + 2 * 2  # two other students in two charts

@@ -6,17 +6,25 @@ A table of README belongs to the experiment of HEADLINES whose headline table ha
 the table of claims shows the verdicts of digits-claims. Columns that README omits stay omitted.
 """
 
+import re
 from pathlib import Path
 
 import pandas as pd
+
+from harness.reporting.formatting import escape_cell
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "results" / "reference"
 HEADLINES = ("digits", "fashion", "digits-t2i")
 
 
+def split(line: str) -> list[str]:
+    """The cells of a row, whose own `|` are written `\\|`."""
+    return re.split(r"(?<!\\)\|", line.strip().strip("|"))
+
+
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    return [cell.strip() for cell in split(line)]
 
 
 def headlines() -> dict[tuple[str, ...], list[str]]:
@@ -29,7 +37,7 @@ def headlines() -> dict[tuple[str, ...], list[str]]:
 def columns_of(table: list[str], wanted: list[str]) -> list[str]:
     """The lines of a table with these columns only; columns keep their widths."""
     kept = [cells(table[0]).index(column) for column in wanted]
-    rows = [line.strip("|").split("|") for line in table]
+    rows = [split(line) for line in table]
     return ["|" + "|".join(row[i] for i in kept) + "|" for row in rows]
 
 
@@ -38,7 +46,7 @@ def verdicts() -> list[str]:
     columns = [f"in {column.rsplit('_', 1)[1]}" for column in claims.column.unique()]
     lines = [f"| claim | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for claim, rows in claims.groupby("claim", sort=False):
-        lines.append(f"| {claim} | {' | '.join(rows.verdict)} |")
+        lines.append(f"| {escape_cell(claim)} | {' | '.join(rows.verdict)} |")
     return lines
 
 

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,18 +13,19 @@ import pandas as pd
 from harness.config.experiment import Experiment
 from harness.data import datasets
 from harness.data.registry import has_texts
-from harness.errors import UserError
-from harness.evaluation.registry import METRICS
+from harness.errors import UserError, did_you_mean
+from harness.evaluation.registry import FRECHET, METRICS
 from harness.io.artifacts import verify, write_text
 from harness.io.records import ScoreRecord
 from harness.reporting import collect
 from harness.reporting.formatting import MISSING, markdown, spread_text
 from harness.reporting.intervals import LEVEL
 from harness.reporting.manifest import read_manifest
-from harness.reporting.tables import seed_means
+from harness.reporting.tables import HEADLINE_METRICS, seed_means
 
 KEYS = ["sample_seed", "image", "prompt"]  # of the values per image
 LISTED_PROMPTS = 5  # for each student
+Names = Sequence[str]
 COSTS = {  # unit -> title, format, scale
     "images": ("images that received a generator update", "{:,.0f}", 1),
     "flops": ("training compute, TFLOPs", "{:.3g}", 1e12),
@@ -70,7 +72,7 @@ def _scores(final: pd.DataFrame) -> pd.DataFrame:
     keys = ["column", "student", "experiment"]
     final = final[final.column != ""]
     grouped = final.groupby(keys, sort=False)
-    scores = grouped[["metric", "num_samples", "protocol"]].first()
+    scores = grouped[["metric", "extractor", "num_samples", "protocol"]].first()
     scores["seeds"] = grouped.seed.nunique().replace(0, None)
     status = grouped.status.agg(lambda s: next((x for x in s if x != "ok"), "ok"))
     scores = scores.join(seed_means(final, keys))
@@ -113,14 +115,51 @@ def protocol_difference(protocols: dict[str, str], records: dict[str, dict]) -> 
     )
 
 
-def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
-    """A markdown text of the columns at each metric's largest sample count, and all columns as a
-    table: one row per column, protocol and student, three columns per experiment."""
+def shown_columns(scores: pd.DataFrame, main: dict[str, str], metrics: Names, every: bool) -> set:
+    """The columns to print. scores: `_scores`; main: experiment -> its main metric.
+
+    every: all of them. Otherwise each experiment's largest sample count of some metrics: the
+    chosen ones; or its main metric and Fréchet distances, and HEADLINE_METRICS in the first
+    extractor that has them; or all metrics, if it has none of these.
+    """
+    if every:
+        return set(scores.column)
+    groups = scores.groupby(["experiment", "metric", "extractor"])
+    largest = scores[scores.num_samples == groups.num_samples.transform("max")]
+    if metrics:
+        return set(largest.column[largest.metric.isin(metrics)])
+    shown = set()
+    for experiment, rows in largest.groupby("experiment"):
+        first = rows.extractor == rows.groupby("metric").extractor.transform("first")
+        headline = rows.metric.isin([*FRECHET, main.get(experiment)])
+        headline |= rows.metric.isin(HEADLINE_METRICS) & first
+        shown |= set(rows.column[headline] if headline.any() else rows.column)
+    return shown
+
+
+def check_metrics(metrics: Names, scores: pd.DataFrame) -> None:
+    """Raise a `UserError` (code "unknown-name") if no experiment has one of the metrics."""
+    known = list(scores.metric.unique())
+    for name in metrics:
+        if name not in known:
+            message = f"--metric {name}: no experiment has this metric{did_you_mean(name, known)}"
+            raise UserError(message, "unknown-name")
+
+
+def compare_results(
+    results: list[Results], metrics: Names = (), every: bool = False
+) -> tuple[str, pd.DataFrame]:
+    """A markdown text of `shown_columns`, and all columns as a table: one row per column, protocol
+    and student, three columns per experiment."""
     pairs = dict(zip(labels(results), results, strict=True))
     records = {name: r.manifest.get("protocols", {}) for name, r in pairs.items()}
     tables = [r.final.assign(experiment=name) for name, r in pairs.items()]
     final = pd.concat(tables, ignore_index=True)
     scores, sections, differences = _scores(final), [], {}
+    check_metrics(metrics, scores)
+    key = "config.evaluation.main_metric"
+    chosen = {name: collect.flatten(r.manifest).get(key) for name, r in pairs.items()}
+    shown = shown_columns(scores, chosen, metrics, every)
 
     def section(title: str, rows: pd.DataFrame, titles: dict[str, str]) -> None:
         """Add the `text` of each student and experiment. titles: longer headings of experiments."""
@@ -129,7 +168,6 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
         table = table.dropna(how="all").fillna(MISSING).rename(columns=titles)
         sections.append(f"## {title}\n\n{markdown(table.rename_axis('').reset_index())}")
 
-    largest = scores.groupby("metric").num_samples.transform("max")
     for column, rows in scores.groupby("column", sort=False):
         protocols = rows.drop_duplicates("experiment").set_index("experiment").protocol
         first = protocols.index[0]
@@ -138,7 +176,7 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
             reason = protocol_difference(protocols[[first, name]].to_dict(), records)
             differences.setdefault(reason, []).append(column)
         titles = {name: f"{name} (protocol {hash_[:8]})" for name, hash_ in protocols.items()}
-        if rows.num_samples.iloc[0] == largest[rows.index[0]]:
+        if column in shown:
             metric = rows.metric.iloc[0]
             arrow = METRICS[metric].arrow if metric in METRICS else ""
             section(column + arrow, rows, titles if len(others) else {})
@@ -149,6 +187,11 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
         if texts.notna().any():
             section(title, costs.assign(text=texts), {})
     facts = pd.DataFrame({name: _facts(r) for name, r in pairs.items()})
+    hidden = scores[~scores.column.isin(shown)]
+    more = (
+        f" Not shown: {hidden.column.nunique()} columns of {', '.join(hidden.metric.unique())} "
+        "(`--metric NAME`, `--all`)."
+    )
     failed = final[final.status.str.startswith("failed")]
     text = [
         f"# Comparison of {', '.join(pairs)}",
@@ -159,7 +202,7 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
         ),
         *dict.fromkeys(f"{r.experiment}: {r.student}: {r.status}" for r in failed.itertuples()),
         *sections,
-        "Mean ± std over training seeds, last weights.",
+        "Mean ± std over training seeds, last weights." + more * (len(hidden) > 0),
     ]
     wide = scores.set_index(["column", "protocol", "student", "experiment"])
     wide = wide.unstack("experiment", sort=False).swaplevel(axis="columns")
@@ -169,13 +212,16 @@ def compare_results(results: list[Results]) -> tuple[str, pd.DataFrame]:
     return "\n\n".join(text), wide.reset_index()
 
 
-def print_comparison(folders: list[Path], out: Path | None) -> None:
-    """Print the comparison of results folders; `out`: a CSV file for all columns."""
+def print_comparison(
+    folders: list[Path], out: Path | None, metrics: Names = (), every: bool = False
+) -> None:
+    """Print the comparison of results folders (see `shown_columns`). out: a CSV file for all
+    columns."""
     if len(folders) < 2:
         raise UserError(
             "compare needs at least two folders, such as results/a results/b", "arguments"
         )
-    text, table = compare_results([read_results(folder) for folder in folders])
+    text, table = compare_results([read_results(f) for f in folders], metrics, every)
     if out is not None:
         write_text(out, table.to_csv(index=False))
         text += f"\n\nAll columns: {out}"

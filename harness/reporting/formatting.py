@@ -1,6 +1,7 @@
 """Numbers as text, and text tables as markdown and LaTeX."""
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,8 @@ FLAGS = {
     "contended": ("§", "other jobs shared the machine: do not compare its seconds"),
 }
 LATEX = {
-    **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--"},
+    **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "−": "$-$"},
+    **{"≤": r"$\leq$", "≥": r"$\geq$", "×": r"$\times$"},
     **{"†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}", "¶": r"\P{}"},
 }
 
@@ -37,6 +39,15 @@ def spread_text(value: float | None, std: float | None = None) -> str:
 def number_text(value: object, form: str = ".3g", scale: float = 1) -> str:
     """A number in a format, divided by `scale`; "–" if unknown."""
     return format(value / scale, form) if pd.notna(value) else MISSING
+
+
+def rounded_text(value: float) -> str:
+    """A number with three significant digits and no exponent: "11,300", "0.83"; "–" if unknown."""
+    if not pd.notna(value) or math.isinf(value):
+        return MISSING
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    text = f"{round(value, decimals):,.{max(0, decimals)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def minus(text: str) -> str:
@@ -74,8 +85,16 @@ def flagged(text: str, flags: object) -> str:
     return text + "".join(FLAGS[flag][0] for flag in flags.split())
 
 
+def escape_cell(value: object) -> object:
+    """A cell of a markdown table: a text on one line, whose `|` do not end the cell."""
+    return re.sub(r"\s*\n\s*", " ", value).replace("|", r"\|") if isinstance(value, str) else value
+
+
 def markdown(table: pd.DataFrame, **options) -> str:
-    """A table of texts, unchanged (tabulate would reformat texts that look like numbers)."""
+    """A markdown table of texts (tabulate would reformat those that look like numbers). For the
+    terminal, with another `tablefmt`, texts are unchanged."""
+    if "tablefmt" not in options:
+        table = table.rename(columns=escape_cell).map(escape_cell)
     return table.to_markdown(index=False, disable_numparse=True, **options)
 
 

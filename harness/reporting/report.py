@@ -7,6 +7,7 @@ from harness.io.artifacts import sha256_file, write_json, write_text
 from harness.reporting import tables
 from harness.reporting.claims import write_claims
 from harness.reporting.collect import COLUMNS, collect, is_unavailable
+from harness.reporting.cost_to_reach import write_cost_to_reach
 from harness.reporting.formatting import markdown
 from harness.reporting.intervals import write_pairwise
 from harness.reporting.manifest import manifest
@@ -45,6 +46,7 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
     # The agreement stage writes agreement.*, where there are real images.
     outputs = [*(folder / name for name in files), *sorted(folder.glob("agreement.*"))]
     outputs += write_pairwise(summary.pairs, folder, experiment.name)
+    outputs += write_cost_to_reach(experiment, table, folder)
     if experiment.claims:
         outputs += write_claims(experiment, table, folder)
     if experiment.paper:

@@ -4,6 +4,7 @@ headline.md and the terminal's table.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ from harness.evaluation.checks import small_sample_warning
 from harness.evaluation.registry import FRECHET, METRICS
 from harness.evaluation.selection import criterion
 from harness.features.base import FEATURES
-from harness.reporting import collect, trust
+from harness.reporting import collect, cost_to_reach, trust
 from harness.reporting.collect import (
     column_of,
     is_unavailable,
@@ -37,6 +38,7 @@ OF_EXTRACTORS = ("trained-on-extractor", "shares-pretraining")  # flags
 SELECTED = ("student", "column", "mean", "std", "among")  # columns of `Summary.selected`
 # Metrics of the headline of text-to-image experiments, in any extractor.
 TEXT_METRICS = ("clip-score", "clip-score-100-plain", "aesthetic", "aesthetic-v2")
+HEADLINE_METRICS = ("recall", "accuracy", "attribute-accuracy", *TEXT_METRICS)
 FACTS = {  # heading -> column of `Summary.students`, format
     "NFE": ("nfe", "{:,.0f}"),
     "seeds": ("seeds", "{:,.0f}"),
@@ -62,6 +64,7 @@ class Summary:
     accepts, or a main metric) and `ranked` (the main metric of its extractor). pairs: `pairwise` in
     the main columns. notes: lines for below the table. selected: student, column, `mean`, `std` and
     `among` of the best snapshots in the ranked columns (see `harness.evaluation.selection`).
+    warnings: lines that limit how far the scores can be trusted. costs: `cost_to_reach.cost_table`.
     """
 
     scores: pd.DataFrame
@@ -72,6 +75,9 @@ class Summary:
     notes: list[str] = field(default_factory=list)
     selected: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(SELECTED)))
     warnings: list[str] = field(default_factory=list)
+    costs: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=list(cost_to_reach.COLUMNS))
+    )
 
     @property
     def main(self) -> list[str]:
@@ -95,7 +101,8 @@ def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
     seeds = len(experiment.evaluation.sampling_seeds)
     selected, warnings = selected_scores(table, columns), trust.warnings(experiment, table)
     notes = [*(f"Warning: {line}." for line in warnings), *_notes(experiment, table)]
-    return Summary(scores, costs, columns, pairs, seeds, notes, selected, warnings)
+    reach = cost_to_reach.cost_table(experiment, table)
+    return Summary(scores, costs, columns, pairs, seeds, notes, selected, warnings, reach)
 
 
 def _columns(experiment: Experiment, final: pd.DataFrame) -> pd.DataFrame:
@@ -360,10 +367,12 @@ def text_table(
     ranked: bool = True,
     score: Callable = score_text,
     label: Callable = column_label,
+    cost: Callable | None = itemgetter("flops"),
 ) -> pd.DataFrame:
     """A text table indexed by student: `columns`, the costs of training and, if a student failed,
     the status. ranked: with ranks and the best sampling seed. score, label: as `score_text` and
-    `column_label`."""
+    `column_label`. cost: makes a cell of the texts of each unit, in a column after the first ranked
+    one that has a level (`cost_to_reach.shown_level`); None: no such column."""
     students = summary.students.set_index("student")
     students["flops"] = students.flops.astype(float) / 1e12
     table = pd.DataFrame(index=students.index)
@@ -381,6 +390,12 @@ def text_table(
                 texts = map(spread_text, selected["mean"], selected["std"])
                 texts = [f"{text} (of {n})" for text, n in zip(texts, selected.among, strict=True)]
                 table[label(column, "selected")] = pd.Series(texts, selected.index, dtype=object)
+        level = cost_to_reach.shown_level(summary.costs, name) if cost and column.ranked else None
+        if level is not None:
+            texts = cost_to_reach.level_texts(summary.costs, name, level)
+            cells = {student: cost(units) for student, units in texts.items()}
+            table[label(column, f"TFLOPs to {level:.3g}")] = pd.Series(cells, dtype=object)
+            cost = None
     for heading, (fact, form) in FACTS.items():
         table[heading] = students[fact].map(form.format, na_action="ignore")
     table = table.astype(object).where(table.notna(), MISSING)
@@ -410,9 +425,9 @@ def to_latex(summary: Summary, title: str) -> str:
     return latex(table, comment, "l" + "r" * (table.shape[1] - 1))
 
 
-def headline(experiment: Experiment, summary: Summary) -> str:
-    """A markdown table of few columns: quality in the first available extractor, agreement of
-    images and texts, and the costs."""
+def headline_columns(experiment: Experiment, summary: Summary) -> list[str]:
+    """The few columns of the headline: quality in the first available extractor, the floor at its
+    own sample count, and agreement of images and texts."""
     extractors = collect.ranking_extractors(experiment)
     scored = set(summary.scores.column[summary.scores["mean"].notna()])
     available = [name for name in extractors if main_column(experiment, name) in scored]
@@ -423,5 +438,11 @@ def headline(experiment: Experiment, summary: Summary) -> str:
     chosen = (columns.extractor == extractor) & columns.metric.isin(names)
     if has_texts(experiment.data):
         chosen |= columns.metric.isin(TEXT_METRICS)
-    table = text_table(summary, list(columns.index[chosen]), ranked=False)
+    return list(columns.index[chosen])
+
+
+def headline(experiment: Experiment, summary: Summary) -> str:
+    """A markdown table of the headline's columns and the costs."""
+    columns = headline_columns(experiment, summary)
+    table = text_table(summary, columns, ranked=False, cost=None)
     return markdown(table.drop(columns=["parameters", "frozen"]).reset_index()) + "\n"

@@ -1,4 +1,5 @@
-"""Figures as PNG and PDF: quality against budget, samples, nearest neighbours, training health."""
+"""Figures as PNG and PDF: quality against budget, the cost to reach a score, samples, nearest
+neighbours, training health."""
 
 import io
 from pathlib import Path
@@ -9,7 +10,7 @@ from PIL import Image
 
 from harness.config.experiment import Experiment
 from harness.reporting.collect import is_unavailable
-from harness.reporting.figures import charts, health, quality, samples
+from harness.reporting.figures import charts, costs, health, quality, samples
 
 
 def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -22,6 +23,7 @@ def draw(experiment: Experiment, table: pd.DataFrame, folder: Path) -> list[Path
     for name, figure in {
         "quality_vs_images": quality.figure(experiment, table, "images"),
         "quality_vs_compute": quality.figure(experiment, table, "flops"),
+        "cost_to_reach": costs.figure(experiment, table),
         "training_health": health.figure(experiment, table),
         "samples": samples.sample_grid(experiment, kept),
         "nearest_neighbours": samples.neighbour_grid(kept),

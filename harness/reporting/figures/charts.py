@@ -8,13 +8,8 @@ import math
 import altair as alt
 import pandas as pd
 
-# Okabe and Ito's palette for colour-blind readers, with a grey that is visible on black and white;
-# shapes and dashes distinguish the students in grey print.
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#7F7F7F", "#8C8C00")
-SHAPES = ("circle", "cross", "square", "triangle-up", "diamond", "triangle-down", "triangle-left")
-GLYPHS = "●✚■▲◆▼◀"  # of the shapes, in the page's legend
-SOLID, DASHED, DOTTED, MIXED = [1, 0], [6, 4], [1, 3], [6, 3, 1, 3]
-DASHES = (SOLID, DASHED, SOLID, MIXED, SOLID, DASHED, DOTTED, MIXED)
+from harness.reporting.figures.styles import Style
+
 AXIS = {f"{part}Color": "currentColor" for part in ("label", "title", "grid", "domain", "tick")}
 AXIS |= {"gridOpacity": 0.1, "domainOpacity": 0.4, "tickOpacity": 0.4}
 AXIS |= {"titleFontWeight": "normal", "labelLimit": 160}
@@ -36,9 +31,23 @@ def data(table: pd.DataFrame) -> alt.Data:
     return alt.Data(values=table.astype(object).where(table.notna(), None).to_dict("records"))
 
 
-def categories(channel, field: str, names: list[str], values: tuple):
-    """A channel that gives each name of a field one of the values, cyclically."""
-    return channel(f"{field}:N", scale=alt.Scale(domain=names, range=values))
+def categories(channel, field: str, values: dict[str, object]):
+    """A channel that gives each name of a field its value."""
+    chosen = [list(value) if isinstance(value, tuple) else value for value in values.values()]
+    scale = alt.Scale(domain=list(values), range=chosen)
+    return channel(f"{field}:N", scale=scale)
+
+
+def student_channels(found: dict[str, Style]) -> dict:
+    """The channels `color`, `shape` and `strokeDash` of the students."""
+    colours = {name: style.colour for name, style in found.items()}
+    shapes = {name: style.shape for name, style in found.items()}
+    dashes = {name: style.dash for name, style in found.items()}
+    return {
+        "color": categories(alt.Color, "student", colours),
+        "shape": categories(alt.Shape, "student", shapes),
+        "strokeDash": categories(alt.StrokeDash, "student", dashes),
+    }
 
 
 def when_highlighted(opacity: float):

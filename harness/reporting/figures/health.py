@@ -1,15 +1,18 @@
 """Training health: losses, gradient norms and non-finite steps of every run."""
 
+from itertools import cycle
+
 import altair as alt
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.reporting.figures import charts
+from harness.reporting.figures import charts, styles
 
 # Column prefixes of train.csv -> title.
 PANELS = {"loss/": "loss", "grad_norm/": "gradient norm", "nonfinite/": "non-finite steps"}
-COLOURS = tuple(charts.COLOURS[i] for i in (0, 2, 4, 5, 3))
-DASHES = (charts.SOLID, charts.DASHED, charts.DOTTED, charts.MIXED)
+# Of the phases; a phase keeps its colour in all panels of an experiment.
+COLOURS = tuple(styles.HUES[hue][0] for hue in ("blue", "vermillion", "green", "orange", "violet"))
+DASHES = (styles.SOLID, styles.DASHED, styles.DOTTED, styles.MIXED)
 MAX_POINTS = 300  # of one line
 
 
@@ -49,19 +52,34 @@ def chart(student: str, log: pd.DataFrame, phases: list[str], prefix: str) -> al
         x=charts.numbers(alt.X, "images", None, False, drawn.images, form=".3~s", tickCount=4),
         y=charts.numbers(alt.Y, "value", None, is_log, values, tickCount=4),
         detail="seed:N",
-        color=charts.categories(alt.Color, "phase", phases, COLOURS),
-        strokeDash=charts.categories(alt.StrokeDash, "phase", phases, DASHES),
+        color=charts.categories(alt.Color, "phase", dict(zip(phases, cycle(COLOURS)))),
+        strokeDash=charts.categories(alt.StrokeDash, "phase", dict(zip(phases, cycle(DASHES)))),
         tooltip=charts.tooltips("phase:N", "seed:N", images="images", value="value"),
     )
     return chart.properties(width="container", height=120, description=text)
 
 
-def figure(experiment: Experiment, table: pd.DataFrame) -> alt.VConcatChart:
-    """One column per student with a run, one row per entry of PANELS."""
+def has_curve(log: pd.DataFrame) -> bool:
+    """Whether a run of this student logged more than one point."""
+    return log.groupby("seed").images.nunique().max() > 1
+
+
+def panels_of(logs: dict[str, pd.DataFrame]) -> dict[str, str]:
+    """The PANELS to draw: non-finite steps only if a run had some."""
+    columns = [log.filter(like="nonfinite/") for log in logs.values()]
+    skipped = any((counts > 0).any(axis=None) for counts in columns)
+    return {prefix: t for prefix, t in PANELS.items() if prefix != "nonfinite/" or skipped}
+
+
+def figure(experiment: Experiment, table: pd.DataFrame) -> alt.VConcatChart | alt.ConcatChart:
+    """One column per student with a curve, one row per drawn entry of PANELS."""
     logs = training_logs(experiment, table)
-    phases, rows = phases_of(logs), []
-    for prefix, title in PANELS.items() if phases else ():
-        panels = {student: chart(student, log, phases, prefix) for student, log in logs.items()}
-        titled = [p.properties(width=180, title=[name, title]) for name, p in panels.items()]
-        rows.append(alt.hconcat(*titled))
-    return alt.vconcat(*rows or [charts.message("no run")])
+    logs = {student: log for student, log in logs.items() if has_curve(log)}
+    phases, panels, drawn = phases_of(logs), panels_of(logs), []
+    for prefix, title in panels.items() if phases else ():
+        for student, log in logs.items():
+            panel = chart(student, log, phases, prefix)
+            drawn.append(panel.properties(width=180, title=[student, title]))
+    if not drawn:
+        return alt.vconcat(charts.message("no run logged more than one point"))
+    return alt.concat(*drawn, columns=len(logs), align="all")

@@ -6,9 +6,11 @@ import altair as alt
 import pandas as pd
 
 from harness.config.experiment import Experiment
+from harness.data.registry import has_captions
 from harness.evaluation.registry import FRECHET, METRICS
 from harness.reporting.collect import column_of, main_column, main_metric_in, ranking_extractors
 from harness.reporting.figures import charts
+from harness.reporting.figures.styles import student_styles
 from harness.reporting.formatting import number_text
 
 AXES = {  # column of the table -> title, unit
@@ -22,14 +24,20 @@ def direction(metric: str) -> str:
     return DIRECTIONS[METRICS[metric].higher_is_better]
 
 
-def drawn_metrics(experiment: Experiment, table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (metric, extractor) pairs that are drawn if scored: main metrics, then accuracies."""
-    scored = set(zip(table.metric, table.extractor, strict=True))
+def drawn_metrics(experiment: Experiment, table: pd.DataFrame, axis: str) -> list[tuple[str, str]]:
+    """The (metric, extractor) pairs that are drawn against an axis of AXES: main metrics, then
+    accuracies, if a student has scores at more than one of its points."""
     extractors = experiment.evaluation.extractors
     ranking = ranking_extractors(experiment)
     pairs = [(main_metric_in(experiment, name).name, name) for name in ranking]
-    pairs += [("accuracy", name) for name in extractors]
-    return [pair for pair in dict.fromkeys(pairs) if pair in scored]
+    accuracy = "attribute-accuracy" if has_captions(experiment.data) else "accuracy"
+    pairs += [(accuracy, name) for name in extractors]
+
+    def has_curve(metric: str, extractor: str) -> bool:
+        points = curves(experiment, table, axis, column_of(experiment, METRICS[metric], extractor))
+        return bool((points.groupby("student").x.nunique() > 1).any())
+
+    return [pair for pair in dict.fromkeys(pairs) if has_curve(*pair)]
 
 
 def curves(experiment: Experiment, table: pd.DataFrame, axis: str, column: str) -> pd.DataFrame:
@@ -69,7 +77,7 @@ def chart(
     """One metric against a budget, at the largest sample count that the metric accepts. Lines:
     means over training seeds; bands: from the lowest to the highest seed."""
     column, log = column_of(experiment, METRICS[metric], extractor), metric in FRECHET
-    names, x_title = list(experiment.students), AXES[axis][0]
+    look, x_title = charts.student_channels(student_styles(experiment)), AXES[axis][0]
     lines = curves(experiment, table, axis, column)
     reference = reference_lines(experiment, table, column, log)
     last = lines.groupby("student", sort=False)["mean"].last()
@@ -81,15 +89,13 @@ def chart(
     seeds = {"mean": "mean", "low": "lowest seed", "high": "highest seed"}
     base = alt.Chart().encode(
         x=charts.numbers(alt.X, "x", x_title, True, lines.x),
-        color=charts.categories(alt.Color, "student", names, charts.COLOURS),
+        color=look["color"],
         tooltip=charts.tooltips("student:N", x=x_title, **seeds),
     )
     opaque = charts.when_highlighted(1.0)
     bands = base.mark_area().encode(y="low:Q", y2="high:Q", opacity=charts.when_highlighted(0.15))
-    dashes = charts.categories(alt.StrokeDash, "student", names, charts.DASHES)
-    shapes = charts.categories(alt.Shape, "student", names, charts.SHAPES)
-    drawn = base.mark_line().encode(y=y, opacity=opaque, strokeDash=dashes)
-    points = base.mark_point(filled=True, size=45).encode(y=y, opacity=opaque, shape=shapes)
+    drawn = base.mark_line().encode(y=y, opacity=opaque, strokeDash=look["strokeDash"])
+    points = base.mark_point(filled=True, size=45).encode(y=y, opacity=opaque, shape=look["shape"])
     labels = {f"{name}: {value:.3g}": value for name, value in reference.items()}
     layers = [alt.layer(bands, drawn, points, data=charts.data(lines))]
     layers += charts.lines_across(labels, "y", align="right", dy=-6)
@@ -100,7 +106,8 @@ def final_chart(
     experiment: Experiment, final: pd.DataFrame, extractor: str
 ) -> alt.LayerChart | None:
     """The final score of every training seed in an extractor's main column, with two standard
-    errors of the mean over its sampling seeds to each side; None without scores."""
+    errors of the mean over its sampling seeds to each side; None if no student has several seeds,
+    because a table then shows as much."""
     names, column = list(experiment.students), main_column(experiment, extractor)
     metric = main_metric_in(experiment, extractor)
     rows = final[(final.column == column) & (final.status == "ok")]
@@ -115,7 +122,7 @@ def final_chart(
     error = 2 * scores.stderr.fillna(0)
     scores = scores.assign(low=scores.value - error, high=scores.value + error)
     scores = scores[scores.student.isin(names)]
-    if scores.empty:
+    if not (scores.groupby("student").seed.nunique() > 1).any():
         return None
     # The teacher's single step is far off and would squeeze the students together.
     near = final[~final.student.str.startswith("teacher-1step")]
@@ -123,15 +130,15 @@ def final_chart(
     log = metric.name in FRECHET and (scores.low > 0).all()
     values = [*scores.low, *scores.high, *reference.values()]
     x = charts.numbers(alt.X, "value", f"{column} ({direction(metric.name)})", log, values)
+    look = charts.student_channels(student_styles(experiment))
     base = alt.Chart().encode(
         y=alt.Y("student:N", sort=names, title=None, axis=alt.Axis(grid=False, ticks=False)),
         yOffset=alt.YOffset("seed:N"),
-        color=charts.categories(alt.Color, "student", names, charts.COLOURS),
+        color=look["color"],
         opacity=charts.when_highlighted(1.0),
         tooltip=charts.tooltips("student:N", "seed:N", value="score", stderr="sampling error"),
     )
-    shape = charts.categories(alt.Shape, "student", names, charts.SHAPES)
-    points = base.mark_point(filled=True, size=50).encode(x=x, shape=shape)
+    points = base.mark_point(filled=True, size=50).encode(x=x, shape=look["shape"])
     bars = base.mark_rule(strokeWidth=1.3).encode(x="low:Q", x2="high:Q")
     layers = [alt.layer(bars, points, data=charts.data(scores))]
     layers += charts.lines_across(reference, "x", dy=-8)
@@ -142,9 +149,11 @@ def final_chart(
 def figure(experiment: Experiment, table: pd.DataFrame, axis: str) -> alt.HConcatChart:
     """One panel per drawn metric and extractor against `axis` ("images" or "flops")."""
     panels = []
-    for metric, extractor in drawn_metrics(experiment, table):
+    for metric, extractor in drawn_metrics(experiment, table, axis):
         count = METRICS[metric].count(experiment.evaluation.num_samples)
         title = [f"{METRICS[metric].label} ({direction(metric)})", f"in {extractor}, n {count:,}"]
         panel = chart(experiment, table, axis, metric, extractor)
         panels.append(panel.properties(width=380, height=260, title=title))
-    return alt.hconcat(*panels or [charts.message("no scores")], spacing=30)
+    return alt.hconcat(
+        *panels or [charts.message("no student has scores at several snapshots")], spacing=30
+    )

@@ -17,6 +17,7 @@ from harness.io.records import Samples, ScoreRecord
 matplotlib.rcParams.update({"pdf.fonttype": 42, "savefig.dpi": 160, "savefig.bbox": "tight"})
 PROMPTS = 12  # columns of a grid of prompts
 CLASS_COLUMNS = 20  # columns of a grid of classes
+NAME_LETTERS = 6  # of a class name that fits above one column
 
 
 class ScoredSamples(NamedTuple):
@@ -48,27 +49,54 @@ def read_samples(experiment: Experiment, table: pd.DataFrame) -> dict[str, Score
     return samples
 
 
-def select_samples(
-    experiment: Experiment, samples: dict[str, ScoredSamples]
-) -> tuple[dict[str, np.ndarray], str, list[str]]:
-    """The images `(N, C, H, W)` uint8 of a grid by row, the kind of their conditions ("class" or
-    "prompt"), and the conditions (empty for unconditional data). Image i has the same noise in all
-    rows. Equally many images of each class, of the first classes if there are many; one of each of
+class Grid(NamedTuple):
+    """Images of every row and the conditions of their columns."""
+
+    images: dict[str, np.ndarray]  # row -> (N, C, H, W) uint8; image i has the same noise in all
+    kind: str  # of the conditions: "class" or "prompt"
+    conditions: list[str]  # in order, each of `width` adjacent columns; empty if unconditional
+    width: int
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the conditions are too long for headings: numbers, with a list below."""
+        longest = max(map(len, self.conditions), default=0)
+        return self.kind == "prompt" or longest > NAME_LETTERS * self.width
+
+    @property
+    def headings(self) -> list[str]:
+        """The headings of groups of `width` columns."""
+        numbers = [str(i + 1) for i in range(len(self.conditions))]
+        return numbers if self.is_numbered else self.conditions
+
+
+def condition_names(experiment: Experiment) -> tuple[str, tuple[str, ...]]:
+    """The kind of the conditions ("class" or "prompt") and their names, by label."""
+    kind = "prompt" if has_texts(experiment.data) else "class"
+    if not (experiment.paths.data / "data.json").exists():
+        return kind, ()
+    dataset = load(experiment.paths.data, images=False)
+    return kind, dataset.evaluation_prompts.texts if kind == "prompt" else dataset.class_names
+
+
+def select_samples(experiment: Experiment, samples: dict[str, ScoredSamples]) -> Grid:
+    """Equally many images of each class, of the first classes if there are many; one of each of
     PROMPTS prompts, evenly spaced."""
-    images, texts, conditions = {}, (), []
-    if has_texts(experiment.data) and (experiment.paths.data / "data.json").exists():
-        texts = load(experiment.paths.data, images=False).evaluation_prompts.texts
+    images, conditions, each = {}, [], 1
+    kind, texts = condition_names(experiment)
     for row, kept in samples.items():
         labels = kept.tensors["labels"]
         classes = np.unique(labels)
         spread = np.linspace(0, len(classes) - 1, min(len(classes), PROMPTS)).round().astype(int)
-        drawn = classes[spread] if texts else classes[:CLASS_COLUMNS]
-        each = 1 if texts else CLASS_COLUMNS // len(drawn)
-        chosen = np.concatenate([np.flatnonzero(labels == c)[:each] for c in drawn])
-        images[row] = kept.tensors["pixels"][chosen]
-        names = [texts[i] if texts else str(i) for i in labels[chosen]]
+        prompts = kind == "prompt"
+        drawn = classes[spread] if prompts else classes[:CLASS_COLUMNS]
+        each = 1 if prompts else CLASS_COLUMNS // len(drawn)
+        chosen = [np.flatnonzero(labels == c)[:each] for c in drawn]
+        each = min(map(len, chosen))
+        images[row] = kept.tensors["pixels"][np.concatenate([c[:each] for c in chosen])]
+        names = [texts[i] if len(texts) > i else str(i) for i in drawn]
         conditions = names if len(classes) > 1 else []
-    return images, "prompt" if texts else "class", conditions
+    return Grid(images, kind, conditions, each if conditions else 1)
 
 
 def nearest_neighbours(samples: dict[str, ScoredSamples]) -> tuple[dict[str, Neighbours], str]:
@@ -121,20 +149,30 @@ def _message(text: str) -> Figure:
 
 
 def sample_grid(experiment: Experiment, samples: dict[str, ScoredSamples]) -> Figure:
-    """Rows: the teachers and each student (first seed). Columns: one noise and one condition."""
-    images, kind, conditions = select_samples(experiment, samples)
-    if not images:
+    """Rows: the teachers and each student (first seed). Columns: one noise and one condition; long
+    conditions are numbered and listed below."""
+    grid = select_samples(experiment, samples)
+    if not grid.images:
         return _message("no samples")
-    cell, head = (0.8, 2.6) if kind == "prompt" else (0.5, 0.7)
-    size = (cell * max(map(len, images.values())) + 1.2, (cell + 0.02) * len(images) + head)
+    columns = max(map(len, grid.images.values()))
+    cell = 0.8 if grid.kind == "prompt" else 0.5
+    listed = []
+    if grid.is_numbered:
+        letters = max(24, int(columns * cell * 15))  # of a line at font size 8
+        lines = [f"{i + 1}  {text}" for i, text in enumerate(grid.conditions)]
+        listed = [textwrap.fill(line, letters, subsequent_indent="     ") for line in lines]
+    below = 0.14 * sum(text.count("\n") + 1 for text in listed)
+    size = (cell * columns + 1.2, (cell + 0.02) * len(grid.images) + 0.7 + below)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    _show(axes, list(images.values()), list(images), [textwrap.fill(c, 26) for c in conditions])
+    _show(axes, list(grid.images.values()), list(grid.images), grid.headings)
     axes.xaxis.tick_top()
-    for label in axes.get_xticklabels() if kind == "prompt" else ():
-        label.set(rotation=60, ha="left", rotation_mode="anchor")
-    top = f"{kind} (top); " if conditions else ""
+    top = f"{grid.kind} (top); " if grid.conditions else ""
     axes.set_xlabel(f"{top}the noise is the same down each column", labelpad=8)
+    if listed:
+        label = axes.get_xlabel()
+        text = "\n".join(listed)
+        axes.set_xlabel(f"{label}\n\n{text}", loc="left", multialignment="left", fontsize=8)
     return figure
 
 

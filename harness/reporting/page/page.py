@@ -4,44 +4,30 @@ Each section is a generator of HTML parts, which the macros of parts.html.j2 mak
 charts and images. A section without parts is left out.
 """
 
-import base64
-import io
 import re
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
-import jinja2
-import numpy as np
 import pandas as pd
 import yaml
 from markupsafe import Markup, escape
 
 from harness.config.experiment import Experiment
-from harness.evaluation.registry import METRICS, column_name
+from harness.evaluation.registry import METRICS
 from harness.io.artifacts import damaged, write_text
-from harness.reporting import collect, formatting
+from harness.reporting import collect, cost_to_reach, formatting
 from harness.reporting.claims import multiplicity_note
-from harness.reporting.figures import charts, health, quality, samples
+from harness.reporting.figures import costs as cost_charts
+from harness.reporting.figures import health, quality, samples
 from harness.reporting.formatting import MISSING, minus, number_text, spread_text
-from harness.reporting.tables import Summary, text_table
-
-NUMBER = re.compile(r"(tie )?[-−+]?\d")
-THUMBNAIL = 96  # pixels: larger sample images are scaled down
-
-
-class Content:
-    """The rows of `collect`'s table with numbers, and what follows from them."""
-
-    def __init__(self, e: Experiment, table: pd.DataFrame, summary: Summary, manifest: dict):
-        self.experiment, self.summary, self.manifest = e, summary, manifest
-        self.table = table[~collect.is_unavailable(table.status)]
-        self.final = self.table[self.table.final]
-        self.main = {name: collect.main_column(e, name) for name in collect.ranking_extractors(e)}
-        self.samples = samples.read_samples(e, self.table)
-        self.is_ranked = summary.scores["rank"].astype(str).str.match(NUMBER).any()
+from harness.reporting.page.lead import header
+from harness.reporting.page.parts import ENVIRONMENT, Content, csv_table, html, spaced
+from harness.reporting.tables import Summary, headline_columns, text_table
 
 
+# With pyarrow installed, pandas would turn the markup in tables into plain texts.
+@pd.option_context("mode.string_storage", "python")
 def write_page(experiment: Experiment, table: pd.DataFrame, summary: Summary, record: dict) -> Path:
     """Write report.html from `collect`'s table, its summary and the manifest; returns its path."""
     import vl_convert
@@ -71,112 +57,13 @@ def read_table(experiment: Experiment, section: Callable) -> pd.DataFrame:
     return table
 
 
-def is_numeric(table: pd.DataFrame) -> list[bool]:
-    """For each column whether its first known text is a number."""
-    first = [next((str(v) for v in values if v != MISSING), "") for _, values in table.items()]
-    return [bool(NUMBER.match(text)) for text in first]
-
-
-def png(images: np.ndarray) -> str:
-    """Images `(N, C, H, W)` uint8 side by side as a data URL."""
-    from PIL import Image
-
-    picture = Image.fromarray(samples.tile([images]))
-    picture.thumbnail((picture.width, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=None)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-LOADER = jinja2.FileSystemLoader(Path(__file__).parent)
-ENVIRONMENT = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined)
-ENVIRONMENT.trim_blocks = ENVIRONMENT.lstrip_blocks = True
-ENVIRONMENT.filters |= {"numeric": is_numeric, "png": png, "specification": charts.specification}
-ENVIRONMENT.globals["missing"] = MISSING
-html = ENVIRONMENT.get_template("parts.html.j2").module
-
-
-def spaced(key: str) -> str:
-    return key.replace("_", " ").replace(".", " ")
-
-
-def csv_table(table: pd.DataFrame, caption: str = "") -> Markup:
-    """All columns of a CSV table, without empty ones."""
-    table = table.dropna(axis="columns", how="all").rename(columns=spaced)
-    return html.datatable(formatting.as_text(table), caption)
-
-
-def header(content: Content) -> Iterator[Markup]:
-    """What was compared, the leader in each feature space, how reliable the lead is, and facts."""
-    experiment, final, m = content.experiment, content.final, content.manifest
-    training, evaluation = experiment.training, experiment.evaluation
-    trained = [s for s in experiment.students.values() if not s.source]
-    students, seeds = len(trained), len(training.seeds)
-    budget = ", ".join(f"{limit.amount:,.0f} {limit.unit}" for limit in training.budget)
-    own = any(list(s.budget) != training.budget for s in trained)
-    parts = []
-    if trained:
-        parts.append(
-            f"{students} one-step student{'s' * (students != 1)} of the teacher "
-            f"{' and '.join(experiment.teachers)}, trained for {budget}"
-            f"{' unless noted otherwise' * own} with {seeds} training seed{'s' * (seeds != 1)}"
-        )
-    if names := experiment.released:
-        parts.append(f"Released weights, imported and not trained here: {', '.join(names)}")
-    yield html.text(
-        f"{'. '.join(parts)}, scored on {evaluation.num_samples:,} samples in the features of "
-        f"{' and '.join(evaluation.extractors)}.",
-        "",
-    )
-
-    leaders: dict[str, list[Markup]] = {}
-    scores = content.summary.scores.dropna(subset="mean")
-    scores = scores[scores.student.isin(experiment.students)]
-    for extractor, column in content.main.items():
-        metric = collect.main_metric_in(experiment, extractor)
-        title = f"{'Highest' if metric.higher_is_better else 'Lowest'} {metric.label}"
-        rows = scores[scores.column == column]
-        rows = rows.sort_values("mean", ascending=not metric.higher_is_better, kind="stable")
-        for row in rows[:1].itertuples():
-            value = minus(spread_text(row.mean, row.std))
-            text = Markup("<strong>{}</strong> in {} ({})").format(row.student, extractor, value)
-            leaders.setdefault(title, []).append(text)
-    reliability = (
-        "The ranks show which leads exceed the noise."
-        if content.is_ranked
-        else "No ranks are given: they need at least three training seeds and intervals of the "
-        "differences that exclude zero."
-    )
-    if leaders:
-        texts = [Markup("{}: {}.").format(k, Markup(" and ").join(v)) for k, v in leaders.items()]
-        yield html.text(Markup(" ").join([*texts, reliability]), "")
-    yield html.banner(content.summary.students)
-
-    device, noise = m["device"], sorted(final.sample_seed.dropna().unique())
-    processor = device["processor"] if device["used"] == "cpu" else device["used"]
-    facts = {
-        "Reference": ", ".join(final.reference.dropna().unique()) or "missing",
-        "Training seeds": ", ".join(map(str, sorted(training.seeds))),
-        "Sampling seeds": ", ".join(map(str, noise)) or "none",
-        "Device": f"{processor}, {device['usable_cpus']} CPUs",
-        "Commit": f"{(m['commit'] or 'unknown')[:10]}{', modified' * bool(m['dirty'])}",
-        "Written": m["written"][:16].replace("T", " ") + " UTC",
-    }
-    yield html.facts(facts)
-
-
 def scores(content: Content) -> Iterator[Markup]:
     experiment, columns = content.experiment, content.summary.columns
     fixed = int(content.summary.students.student.isin(experiment.reference_rows).sum())
-    # Shown: main columns; recall, accuracy and the floor's column of the first available extractor;
-    # metrics of plug-ins.
-    scored, count = set(content.table.extractor), experiment.evaluation.num_samples
-    first = next((name for name in content.main if name in scored), next(iter(content.main)))
-    names = [column_name(m, METRICS[m].count(count), first) for m in ("recall", "accuracy")]
-    floor = content.final[(content.final.student == "floor") & (content.final.extractor == first)]
-    floor = floor[floor.metric == collect.main_metric_in(experiment, first).name]
-    own = columns[columns.main & columns.metric.map(METRICS.plugin).notna()]
-    names = dict.fromkeys([*content.main.values(), *names, *own.index, *floor.column])
+    # The main columns, the first of them in front; other columns of the headline; plug-ins' metrics.
+    own = columns.index[columns.main & columns.metric.map(METRICS.plugin).notna()]
+    headline = headline_columns(experiment, content.summary)
+    names = dict.fromkeys([*content.main.values(), *headline, *own])
     table = students_table(content, [name for name in names if name in columns.index])
     hidden = [h for h in table if "best of" in h or h in ("seeds", "parameters", "frozen")]
     caption = (
@@ -185,7 +72,7 @@ def scores(content: Content) -> Iterator[Markup]:
         "(real held-out images, at their own number) give the scale. Click a heading to sort the "
         "students."
     )
-    yield html.datatable(table.drop(columns=hidden), caption, fixed)
+    yield html.datatable(table.drop(columns=hidden), caption, fixed, "sortable key")
     present = " ".join(content.final.flag.dropna().unique())
     for flag, (mark, meaning) in formatting.FLAGS.items():
         if flag in present:
@@ -202,6 +89,13 @@ def scores(content: Content) -> Iterator[Markup]:
             "of the marks in a row is the spread of training."
         )
         yield html.charts(drawn)
+
+
+def cost_cell(units: dict[str, str]) -> Markup | str:
+    """TFLOPs to reach a level, with images and seconds below."""
+    if "seed" in units["flops"] or units["flops"] == "not reached":
+        return units["flops"]
+    return html.noted(units["flops"], f"{units['images']} images, {units['seconds']} s")
 
 
 def students_table(content: Content, columns: list[str]) -> pd.DataFrame:
@@ -222,49 +116,88 @@ def students_table(content: Content, columns: list[str]) -> pd.DataFrame:
             return text
         return html.noted(text, f"± {minus(format(error, '.1g' if error < 1 else '.3g'))}")
 
-    table = text_table(content.summary, columns, content.is_ranked, score, heading)
+    table = text_table(content.summary, columns, content.is_ranked, score, heading, cost_cell)
     students = content.summary.students
     notes = students.data_free.map({"yes": "data-free"}).fillna("")
+    notes = notes.where(students.student != "floor", "real images, held out")
     notes = notes.where(students.status == "ok", students.status)
     names = list(map(html.noted, students.student, notes))
     table.insert(0, "student", pd.Series(names, table.index, dtype=object))
     return table.drop(columns=["data-free", "status"], errors="ignore")
 
 
-def curves(content: Content) -> Iterator[Markup]:
-    names, scored = list(content.experiment.students), set(content.table.student)
-    metrics = quality.drawn_metrics(content.experiment, content.table)
-    if not metrics or not scored & set(names):
+def costs(content: Content) -> Iterator[Markup]:
+    table = content.summary.costs
+    if not (table.reached > 0).any():
         return
-    yield html.text(
-        "Lines are means over training seeds; bands reach from the lowest to the highest seed. "
-        "Dotted lines: the teacher with all its steps and with one. Click a student to highlight "
-        "it in all charts."
-    )
-    marks = zip(names, cycle(charts.COLOURS), cycle(charts.GLYPHS))
-    yield html.legend([mark for mark in marks if mark[0] in scored], buttons=True)
+    experiment, seconds = content.experiment, cost_to_reach.seconds_heading(content.table)
+    yield html.text(f"{cost_to_reach.reading(seconds)} Hollow marks: some seeds reach the level.")
+    yield content.legend()
+    unit_names = {
+        "images": "Images",
+        "flops": "TFLOPs",
+        "seconds": seconds[0].upper() + seconds[1:],
+    }
+    for column, rows in table.groupby("column", sort=False):
+        metric = METRICS[content.summary.columns.metric[column]]
+        yield html.heading(f"{metric.label} in {content.summary.columns.extractor[column]}")
+        teachers = cost_to_reach.teacher_scores(experiment, content.table, column)
+        missed = {name: x for name, x in teachers.items() if x not in set(rows.level)}
+        for name, value in missed.items():
+            yield html.text(f"No student reaches the {name}'s {minus(spread_text(value))}.")
+        drawn = rows[rows.reached > 0]
+        yield html.charts(
+            (
+                unit_names[unit],
+                f"to reach each {metric.label}",
+                cost_charts.chart(experiment, rows, unit, seconds),
+            )
+            for unit in drawn.unit.unique()
+        )
+        sign, cells = cost_to_reach.sign(metric), {}
+        for level in dict.fromkeys(rows.level):
+            texts = cost_to_reach.level_texts(rows, column, level, bounds=True)
+            cells[f"{sign} {level:.3g}"] = {name: cost_cell(units) for name, units in texts.items()}
+        caption = f"TFLOPs; below them images and {seconds}."
+        yield html.datatable(
+            pd.DataFrame(cells, dtype=object).rename_axis("student").reset_index(), caption, kind=""
+        )
+
+
+def curves(content: Content) -> Iterator[Markup]:
+    parts = []
     for axis, title in (("images", "At equal images"), ("flops", "At equal compute")):
-        yield html.heading(title)
         drawn = []
-        for metric, extractor in metrics:
+        for metric, extractor in quality.drawn_metrics(content.experiment, content.table, axis):
             chart = quality.chart(content.experiment, content.table, axis, metric, extractor)
             note = f"{extractor}, {quality.direction(metric)}"
             drawn.append((METRICS[metric].label, note, chart))
-        yield html.charts(drawn)
+        parts += [html.heading(title), html.charts(drawn)] if drawn else []
+    if not parts:
+        return
+    yield html.text(
+        "Lines are means over training seeds; bands reach from the lowest to the highest seed. "
+        "Dotted lines: the teacher with all its steps and with one, and the floor where it has the "
+        "same number of samples. Click a student to highlight it in all charts."
+    )
+    yield content.legend()
+    yield from parts
 
 
 def sample_rows(content: Content) -> Iterator[Markup]:
-    images, kind, conditions = samples.select_samples(content.experiment, content.samples)
-    if not images:
+    grid = samples.select_samples(content.experiment, content.samples)
+    if not grid.images:
         return
     yield html.text(
-        f"The noise{f' and the {kind}' if conditions else ''} are the same down each column, so "
-        "the differences are those of the methods. Training seed "
+        f"The noise{f' and the {grid.kind}' if grid.conditions else ''} are the same down each "
+        "column, so the differences are those of the methods. Training seed "
         f"{content.experiment.training.seeds[0]}; the samples are not selected."
     )
-    rows = [(kind, kind, conditions, {})] if conditions else []
-    rows += [(n, "", [], {f"{len(row)} images by {n}": row}) for n, row in images.items()]
-    yield html.strips(rows, max(map(len, images.values())))
+    rows = [(grid.kind, grid.headings, {})] if grid.conditions else []
+    rows += [(n, [], {f"{len(row)} images by {n}": row}) for n, row in grid.images.items()]
+    yield html.strips(rows, max(map(len, grid.images.values())))
+    if grid.is_numbered:
+        yield html.numbered(grid.conditions)
 
 
 def neighbours(content: Content) -> Iterator[Markup]:
@@ -284,7 +217,7 @@ def neighbours(content: Content) -> Iterator[Markup]:
         alt = f"The {len(row.images)} images of {name} nearest to a training image, at distances "
         alt += f"{distances[0]} to {distances[-1]}"
         images = {alt: row.images, "The nearest training images": row.training}
-        rows.append((html.noted(name, note), "", distances, images))
+        rows.append((html.noted(name, note), distances, images))
     yield html.strips(rows, count)
 
 
@@ -311,19 +244,22 @@ def training(content: Content) -> Iterator[Markup]:
         rows.append(row)
     caption = "One row per run. Non-finite steps are skipped and counted."
     yield html.datatable(pd.DataFrame(rows), caption)
+    phases = health.phases_of(logs)
+    drawn = [
+        (student, health.PANELS[prefix], health.chart(student, log, phases, prefix))
+        for student, log in logs.items()
+        for prefix in ("loss/", "grad_norm/")
+        if health.has_curve(log)
+    ]
+    if not drawn:
+        return
     yield html.heading("Losses and gradient norms")
     yield html.text(
         "One line per training seed. Losses of different methods have different units: compare "
         "their shapes, not their heights."
     )
-    phases = health.phases_of(logs)
     marks = [(spaced(p), c, "━") for p, c in zip(phases, cycle(health.COLOURS))]
     yield html.legend(marks, buttons=False)
-    drawn = [
-        (student, health.PANELS[prefix], health.chart(student, log, phases, prefix))
-        for student, log in logs.items()
-        for prefix in ("loss/", "grad_norm/")
-    ]
     yield html.charts(drawn, "small")
 
 
@@ -453,14 +389,15 @@ def provenance(content: Content) -> Iterator[Markup]:
 
 SECTIONS = (  # title, generator of HTML parts, whose name is the section's id
     ("Summary", scores),
+    ("What a score costs", costs),
     ("Quality against budget", curves),
+    ("Claims of the papers", claims),
+    ("Pairwise differences", pairwise),
+    ("Published numbers", paper),
     ("Samples", sample_rows),
     ("Nearest training images", neighbours),
     ("Training health", training),
-    ("Claims of the papers", claims),
-    ("Pairwise differences", pairwise),
     ("Agreement with libraries", agreement),
-    ("Published numbers", paper),
     ("Protocol", protocol),
     ("Provenance", provenance),
 )

@@ -1,6 +1,8 @@
 # Tables, figures, the page and the manifest: one job.
-FIGURES = "quality_vs_images quality_vs_compute samples nearest_neighbours training_health".split()
+FIGURES = "quality_vs_images quality_vs_compute cost_to_reach samples".split()
+FIGURES += ["nearest_neighbours", "training_health"]
 TABLES = ["metrics.csv", "summary.csv", "headline.md", "pairwise.csv", "pairwise.md"]
+TABLES += ["cost_to_reach.csv", "cost_to_reach.md"]
 TABLES += expand("comparison.{kind}", kind=("csv", "md", "tex"))
 TABLES += ["claims.csv", "claims.md"] if E.claims else []
 TABLES += expand("paper.{kind}", kind=("csv", "md", "tex")) if E.paper else []
