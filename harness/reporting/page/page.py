@@ -60,7 +60,7 @@ def read_table(experiment: Experiment, section: Callable) -> pd.DataFrame:
 def scores(content: Content) -> Iterator[Markup]:
     experiment, columns = content.experiment, content.summary.columns
     fixed = int(content.summary.students.student.isin(experiment.reference_rows).sum())
-    # The main columns, the first of them in front; other columns of the headline; plug-ins' metrics.
+    # The main columns, other columns of the headline, metrics of plug-ins.
     own = columns.index[columns.main & columns.metric.map(METRICS.plugin).notna()]
     headline = headline_columns(experiment, content.summary)
     names = dict.fromkeys([*content.main.values(), *headline, *own])
