@@ -31,7 +31,7 @@ NETWORKS = {
     "unet": UNET,
     "plug-in": {"type": "ConvNet"},
 }
-PLUGIN = Path(__file__).parent / "data" / "example" / "plugins.py"
+PLUGIN = Path(__file__).parent / "data" / "example" / "convnet.py"
 SIGMA = 2.5
 
 
