@@ -14,6 +14,7 @@ from PIL import Image
 from harness.config.schema import DataSection, ResizeSection
 from harness.data import datasets, decoding, layouts, registry
 from harness.data.decoding import Decoder
+from harness.data.image_sources import ImageSource
 from harness.data.registry import data_source
 from harness.errors import UserError
 from harness.validation import parse_experiment
@@ -370,7 +371,12 @@ def test_unreadable_images_are_named(tmp_path):
 )  # fmt: skip
 def test_folders_that_are_no_data_set(tmp_path, files, expected):
     assert code(write(tmp_path / "set", files))[0] == expected
-    assert code(write(tmp_path / "two", class_folders(NAMES)), num_classes=2)[0] == "num-classes"
+    two = write(tmp_path / "two", class_folders(NAMES))
+    assert code(two, num_classes=2)[0] == "num-classes"
+    assert code(two, label_column="label")[0] == "label-column"
+    with pytest.raises(UserError) as error:
+        ImageSource(tmp_path / "none.parquet")
+    assert error.value.code == "missing-file"
 
 
 @pytest.mark.parametrize("inside", ["dataset.json", ""])

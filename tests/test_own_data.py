@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -13,7 +14,10 @@ from harness.cli import main
 from harness.config.loading import merge, read_experiment
 from harness.config.schema import DataSection
 from harness.data import datasets
-from harness.data.registry import data_source
+from harness.data.image_sources import ImageSource
+from harness.data.registry import Images, Prompts, data_source
+from harness.errors import UserError
+from harness.evaluation.stage import requested_labels
 from harness.validation import load_experiment, parse_experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -59,3 +63,28 @@ def test_images_are_in_memory_once(tmp_path):
     tracemalloc.stop()
     assert train.pixels.nbytes + held_out.pixels.nbytes == pixels.nbytes
     assert peak < 1.3 * pixels.nbytes
+
+
+def test_labels_of_scored_images_are_classes_or_prompts(tmp_path):
+    """Folders are classes by name, whatever their order; with prompts, they may be anything."""
+
+    def requested(data: datasets.Dataset, folders: list[str]) -> list[int] | None:
+        root = tmp_path / "-".join(folders)
+        for i, name in enumerate(folders):
+            (root / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4), (i, 0, 0)).save(root / name / "x.png")
+        labels = requested_labels(data, ImageSource(root))
+        return None if labels is None else labels.tolist()
+
+    images = Images(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    classes = datasets.Dataset("x", images, images, ("dog", "cat"), "")
+    assert requested(classes, ["cat", "dog"]) == [1, 0]
+    assert requested(classes, ["dog"]) == [0]  # one class of several
+    with pytest.raises(UserError, match="bird") as error:
+        requested(classes, ["bird", "cat"])
+    assert error.value.code == "unknown-class"
+    assert requested(datasets.Dataset("x", images, images, (), ""), ["a", "b"]) == [0, 0]
+    prompts = Prompts(("a cat", "a dog"), "")
+    prompted = datasets.Dataset("x", images, images, (), "", evaluation_prompts=prompts)
+    assert requested(prompted, ["a dog", "a cat"]) == [0, 1]
+    assert requested(prompted, ["00", "01"]) is None

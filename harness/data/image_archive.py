@@ -80,6 +80,8 @@ class Files:
 
     def __init__(self, path: Path):
         self.path, self._zip, self.hidden = path, None, 0
+        if not path.exists():
+            raise UserError(f"{path} does not exist", "missing-file")
         if path.is_dir():
             sizes, self.hidden = _files_below(path)
         elif path.suffix.lower() == ".parquet":

@@ -32,12 +32,12 @@ class ImageSource:
     def __init__(self, path: Path, label_column: str | None = None):
         self.path = path
         files = _unpacked(Files(path))
-        layout, self.parts = _parts(without_top_folder(files), label_column)
+        self.layout, self.parts = _parts(without_top_folder(files), label_column)
         total = sum(len(listing.names) for listing in self.parts.values())
         if not total:
             raise UserError(f"{path} has no images", "no-images")
         _report_ignored(files)
-        logger.info("%s: %s, %d images", path, layout.description, total)
+        logger.info("%s: %s, %d images", path, self.layout.description, total)
 
     def single(self) -> Listing:
         """The only part; an error for a source with a split."""
@@ -131,8 +131,8 @@ def _parts(files: Files, label_column: str | None) -> tuple[type[Layout], Parts]
                 layout, inner = _parts(files.below(folder), label_column)
                 parts[part] = inner["train"]
             return layout, parts
-    elif label_column is not None and found[0] == "edm":
-        message = f"not allowed: {files.path} has no table, but EDM's list of labels"
+    if label_column is not None and not layout.has_columns:
+        message = f"not allowed: {files.path} is in {layout.description}, without columns"
         raise UserError(f"data.label_column: {message}", "label-column")
     return layout, layout().parts(files, label_column)
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.jobs import Scoring, StudentRun, TeacherJob
+from harness.data.datasets import Dataset
 from harness.data.image_sources import ImageSource, PixelReader
+from harness.data.layouts.class_folders import ClassFolders
 from harness.data.order import content_order
 from harness.errors import UserError
 from harness.evaluation.accumulator import stored_images
@@ -346,15 +348,10 @@ def score_folder(scoring: Scoring, path: Path) -> list[records.ScoreRow]:
     set_precision(scoring.device)
     scorer, section = Scorer(scoring), scoring.data_section
     data, source = scorer.dataset, ImageSource(path, section.label_column)
-    listing, prompted = source.single(), data.prompts is not None and data.attributes is None
-    texts = data.evaluation_prompts.texts if data.evaluation_prompts else data.class_names
-    labels = torch.zeros(len(listing.names), dtype=torch.int64)
-    known = data.num_evaluated > 0 and not (prompted and listing.labels is None)
-    if known:
-        labels = source.numbers(listing, texts)
-    pixels = PixelReader(path, section.resize).read([(listing, torch.arange(len(labels)))])[0]
+    labels, every = requested_labels(data, source), torch.arange(len(source.single().names))
+    pixels = PixelReader(path, section.resize).read([(source.single(), every)])[0]
     # Pretrained networks, as they score text to image, resize images.
-    if not prompted and tuple(pixels.shape[1:]) != data.image_shape:
+    if not is_prompted(data) and tuple(pixels.shape[1:]) != data.image_shape:
         size, expected = ("x".join(map(str, s)) for s in (pixels.shape[1:], data.image_shape))
         raise UserError(f"{path}: images are {size}; those of {data.name} are {expected}", "shape")
     minimum = minimum_samples(scoring.evaluation.neighbours)[1]
@@ -362,10 +359,29 @@ def score_folder(scoring: Scoring, path: Path) -> list[records.ScoreRow]:
         message = f"{path}: {len(pixels)} images; the metrics need at least {minimum}"
         raise UserError(message, "too-few")
     counts = [n for n in scorer.counts if n <= len(pixels)] or [len(pixels)]
-    order = content_order(pixels, labels)
-    known = known or not prompted
-    blocks = ((pixels[rows], labels[rows] if known else None) for rows in order.split(256))
+    order = content_order(pixels, torch.zeros_like(every) if labels is None else labels)
+    blocks = ((pixels[i], None if labels is None else labels[i]) for i in order.split(256))
     return scorer.score(blocks, counts).rows
+
+
+def is_prompted(data: Dataset) -> bool:
+    """Whether images are scored by prompts that no program can check."""
+    return data.evaluation_prompts is not None and data.attributes is None
+
+
+def requested_labels(data: Dataset, source: ImageSource) -> Tensor | None:
+    """The class or prompt of each image of a source, int64 `(N,)`: required if the experiment has
+    classes, all 0 if it has none. None for an experiment with prompts, if they are unknown: folders
+    need not be named by prompts."""
+    listing = source.single()
+    texts = data.evaluation_prompts.texts if data.evaluation_prompts else data.class_names
+    if not data.num_evaluated:
+        return torch.zeros(len(listing.names), dtype=torch.int64)
+    if is_prompted(data):
+        unnamed = source.layout is ClassFolders and not set(listing.labels or ()) <= set(texts)
+        if listing.labels is None or unnamed:
+            return None
+    return source.numbers(listing, texts)
 
 
 def print_folder(scoring: Scoring, path: Path) -> None:
@@ -379,4 +395,5 @@ def print_folder(scoring: Scoring, path: Path) -> None:
     print(
         f"\n{path} against the training part of {scoring.data_section.name}, scored like the "
         f"students of {scoring.experiment}. How these images were selected is unknown."
+        + (f" They were resized: {resize}." if (resize := scoring.data_section.resize) else "")
     )

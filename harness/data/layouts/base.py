@@ -48,7 +48,8 @@ Parts = dict[str, Listing]  # the keys of SPLITS; "train" alone without a split
 class Layout(ABC):
     """A layout of files. label_column: `data.label_column`."""
 
-    description: ClassVar[str]  # for the log: "a folder of …"
+    description: ClassVar[str]  # for the log
+    has_columns: ClassVar[bool] = False  # of which `data.label_column` may name one
 
     @classmethod
     @abstractmethod

@@ -22,6 +22,7 @@ from harness.errors import UserError
 @LAYOUTS.register("metadata")
 class MetadataLayout(Layout):
     description = "a table of labels"
+    has_columns = True
 
     @classmethod
     def accepts(cls, files):

@@ -19,7 +19,7 @@ IMAGES, CLASSES = "arr_0.npy", "arr_1.npy"
 
 @LAYOUTS.register("npz")
 class NpzLayout(Layout):
-    description = "samples in a .npz file"
+    description = "a .npz file of samples"
 
     @classmethod
     def accepts(cls, files):

@@ -28,6 +28,7 @@ SUFFIX = ".parquet"
 @LAYOUTS.register("parquet")
 class ParquetLayout(Layout):
     description = "parquet files"
+    has_columns = True
 
     @classmethod
     def accepts(cls, files):
