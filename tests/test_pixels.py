@@ -1,5 +1,6 @@
 """Metrics of pixels and of image-text pairs, and the selection of metrics."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from harness.data.datasets import Dataset
 from harness.data.registry import Images, Prompts
 from harness.errors import ConfigError, UserError
 from harness.evaluation.accumulator import Checkpoints, FeatureAccumulator, stored_images
+from harness.evaluation.agreement import write_images
 from harness.evaluation.checks import check_pixels
 from harness.evaluation.feature_set import mean_estimate
 from harness.evaluation.fingerprints import fingerprint
@@ -17,6 +19,7 @@ from harness.evaluation.references import Reference, load_reference
 from harness.evaluation.registry import METRICS, register, register_per_image
 from harness.evaluation.scorer import Scorer
 from harness.evaluation.selection import criterion
+from harness.evaluation.stage import score_folder
 from harness.features.base import new_extractor, parse_settings
 from harness.features.pixels import PerImage, PixelExtractor
 from harness.io.artifacts import digest
@@ -75,6 +78,18 @@ def test_pixels_have_no_reference_and_no_distances(scoring, own):  # noqa: F811
     assert scorer.references["pixels"].features is None
     assert metrics_of(rows, "pixels") == {"bright", "named", "lightest"}
     assert by_key(rows)["lightest", "pixels", 359].value == scorer.dataset.held_out.pixels.max()
+
+
+def test_folder_of_images_gets_metrics_of_pixels_and_of_its_texts(scoring, own, tmp_path):  # noqa: F811
+    made = scoring(TYPES)
+    part = Scorer(made).dataset.held_out
+    write_images(part.pixels[:40], tmp_path / "samples")
+    entries = [[f"{i:06d}.png", int(y)] for i, y in enumerate(part.labels[:40])]
+    (tmp_path / "samples" / "dataset.json").write_text(json.dumps({"labels": entries}))
+    rows = by_key(score_folder(made, tmp_path / "samples"))
+    brightness = part.pixels[:40].float().mean().item() / 255
+    assert rows["bright", "pixels", 40].value == pytest.approx(brightness)
+    assert rows["named", "pixels", 40].value > len("a photo of a ")
 
 
 def test_snapshots_before_the_last_skip_slow_metrics_of_pixels(scoring, own):  # noqa: F811

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.data.datasets import Dataset
+from harness.config.schema import DataSection
+from harness.data.datasets import Dataset, prepare
 from harness.data.registry import Images
 from harness.errors import UserError
 from harness.evaluation.accumulator import FeatureAccumulator
@@ -225,6 +226,30 @@ def test_faulty_outputs_are_refused_in_one_line_with_their_file(
         accumulator.add(torch.zeros(4, 1, 2, 2).byte(), None)
         METRICS["own-brightness"].estimate(accumulator.feature_set("x", Reference(None), 3))
     assert error.value.code == code
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("images.to(torch.uint8)[:, None]", "images[:, None]", "torch.float32 (1280, 1, 8, 8)"),
+        ("images.to(torch.uint8)[:, None]", "images.to(torch.uint8)", "(1280, 8, 8)"),
+        ("index % 2,", "(index % 2).float(),", "labels torch.float32"),
+        ("index % 2,", "index % 3,", "labels 0 to 2 for 2 class names"),
+        ("index = ", "indices = ", "NameError"),
+    ],
+)
+def test_faulty_data_set_is_refused_in_one_line_with_its_file(
+    tmp_path, registries, old, new, reason
+):
+    code = (EXAMPLE / "stripes.py").read_text()
+    assert old in code
+    path = plugin(tmp_path, code.replace(old, new))
+    load_plugin(path)
+    with pytest.raises(UserError) as error:
+        prepare(DataSection(name="stripes"), tmp_path / "data")
+    assert error.value.code == "plugin"
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert reason in str(error.value)
 

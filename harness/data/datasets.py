@@ -18,6 +18,7 @@ from harness.io.artifacts import digest, sha256_file, verify, write_text
 from harness.io.downloads import fetch
 from harness.io.records import DataRecord, PromptFile
 from harness.io.shards import TensorShards
+from harness.registry import plugin_errors
 
 logger = logging.getLogger(__name__)
 SHARD, HEADER = 60_000_000, 10_000  # maximum bytes of a file of images, and of its header
@@ -93,7 +94,11 @@ def prepare(
         write_text(copy, "\n".join(texts) + "\n")
         prompts[key] = PromptFile(prompts=len(texts), sha256=sha256_file(copy))
     if section.has_images:
-        train, held, class_names = source.read()
+        file = DATASETS.plugin(section.name)
+        with plugin_errors(file, f"data set {section.name!r}"):
+            train, held, class_names = source.read()
+            for part in (train, held) if file else ():
+                _check_part(part, len(class_names))
         check_sizes(Dataset(section.name, train, held, class_names, ""), minimum)
         shape, sha256 = train.pixels.shape[1:], _write_images(folder, train, held)
         counts = _label_counts(train, source, class_names, prompts) if section.labels else None
@@ -123,6 +128,20 @@ def prepare(
     )
     record.write(folder / "data.json")
     return record
+
+
+def _check_part(part: Images, num_classes: int) -> None:
+    """Raise a `ValueError` if a plug-in's images or labels have the wrong type."""
+    pixels, labels = part.pixels, part.labels
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        found = f"{pixels.dtype} {tuple(pixels.shape)}"
+        raise ValueError(f"read returned pixels {found}, not torch.uint8 (N, C, H, W)")
+    if labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]:
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"read returned labels {found}, not torch.int64 ({len(pixels)},)")
+    low, high = (labels.min().item(), labels.max().item()) if len(labels) else (0, 0)
+    if low < 0 or high >= max(num_classes, 1):
+        raise ValueError(f"read returned labels {low} to {high} for {num_classes} class names")
 
 
 def _label_counts(train: Images, source, class_names, prompts: dict) -> list[int]:
