@@ -75,7 +75,7 @@ def test_one_file_adds_a_class_of_every_kind(tmp_path):
     comparison = pd.read_csv(workspace.results / "tables" / "comparison.csv")
     assert "direction_n100_pixels" in comparison
     page = (workspace.results / "report.html").read_text()
-    assert "direction_n100_pixels ↑" in page
+    assert "Stripes as in the text (%)\u00a0↑" in page
 
 
 def test_plugin_file_enters_the_fingerprints_that_depend_on_it(tiny, tmp_path, registries):
