@@ -18,6 +18,7 @@ from harness.config.loading import (
 )
 from harness.config.schema import NAME, ExperimentFile, Names
 from harness.data import checks as data_checks
+from harness.data.layouts.base import plugin_layouts
 from harness.data.registry import DATASETS
 from harness.errors import ConfigError, Problem, UserError
 from harness.evaluation import checks as evaluation_checks
@@ -143,7 +144,8 @@ CHECKS: tuple[Callable[[ExperimentFile, Names, bool], Iterable[Problem]], ...] =
 
 def _plugin_hashes(file: ExperimentFile) -> dict[str, dict[str, str]]:
     """Hashes of the plug-in files that define the data set, feature networks and teachers."""
-    hashes = {"data": DATASETS.plugin_sha256(file.data.name)}
+    layouts = plugin_layouts() if file.data.source is not None else ()
+    hashes = {"data": DATASETS.plugin_sha256(file.data.name) or ",".join(layouts)}
     for name, settings in file.features.items():
         hashes[f"features.{name}"] = FEATURES.plugin_sha256(settings.type)
     for name, teacher in file.teachers.items():

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from harness import registry as plugins
 from harness.config.schema import DataSection, ResizeSection
-from harness.data import datasets, decoding, layouts, registry
+from harness.data import datasets, decoding, registry
 from harness.data.decoding import Decoder
 from harness.data.image_sources import ImageSource
+from harness.data.layouts.base import LAYOUTS
 from harness.data.registry import data_source
 from harness.errors import UserError
+from harness.io.artifacts import sha256_file
 from harness.validation import parse_experiment
 from tests.test_config import problems, put
 from tests.test_edm_data import images, named, png, with_labels, write
@@ -59,11 +62,11 @@ CLASSES = {i: {"a b": 0, "cat": 1, "dog": 2}[name] for i, name in enumerate(NAME
 STRAY = dict.fromkeys(("Thumbs.db", "cat/README.txt", "LICENSE", ".git/x.png", "dog/._0.png"), b"")
 
 
-@pytest.mark.parametrize("kind", ["set", "set.zip"])
-@pytest.mark.parametrize("top", ["", "photos/", "photos\\train\\"])
+@pytest.mark.parametrize(
+    ("kind", "top"),
+    [("set", ""), ("set", "photos/"), ("set.zip", ""), ("set.zip", "photos\\train\\")],
+)
 def test_class_folders_are_classes(tmp_path, caplog, kind, top):
-    if "\\" in top and kind == "set":
-        pytest.skip("separators of Windows are in zips")
     caplog.set_level(logging.INFO)
     files = class_folders(NAMES, top) | {f"{top}{name}": x for name, x in STRAY.items()}
     if "\\" in top:
@@ -457,23 +460,36 @@ def test_unlabelled_images_are_reported_before_anything_runs(tmp_path, monkeypat
     assert {p.key for p in problems(tiny)} >= {f"features.{name}" for name in tiny["features"]}
 
 
-def test_layout_of_a_plugin_is_found(tmp_path, monkeypatch):
-    class OnePerLine(layouts.base.Layout):
-        description = "names in a list"
+PLUGIN = """
+from harness.data.layouts.base import LAYOUTS, Layout, Listing, file_contents
 
-        @classmethod
-        def accepts(cls, files):
-            return "list.txt" in files.sizes
 
-        def parts(self, files, label_column):
-            names = files.read("list.txt").decode().split()
-            contents = layouts.base.file_contents(files, names)
-            return {"train": layouts.base.Listing(names, contents, [n[0] for n in names])}
+@LAYOUTS.register("list")
+class ListLayout(Layout):
+    description = "names in a list"
 
-    known = layouts.base.LAYOUTS
-    monkeypatch.setattr(known, "_entries", dict(known._entries) if list(known) else {})
-    known.register("list")(OnePerLine)
+    @classmethod
+    def accepts(cls, files):
+        return "list.txt" in files.sizes
+
+    def parts(self, files, label_column):
+        names = files.read("list.txt").decode().split()
+        labels = [name[0] for name in names]
+        return {"train": Listing(names, file_contents(files, names), labels)}
+"""
+
+
+def test_layout_of_a_plugin_is_found(tmp_path, monkeypatch, tiny):
+    for owner, name in ((LAYOUTS, "_entries"), (LAYOUTS, "_sources"), (plugins, "_plugins")):
+        list(LAYOUTS)  # imports the package
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    put(tiny, "plugins", [str(tmp_path / "plugin.py")])
     files = {f"{'ab'[i % 2]}{i}.png": png(image) for i, image in enumerate(PIXELS)}
     listed = " ".join(list(files)[:6]).encode()
-    train, held_out, names = read(write(tmp_path / "set", files | {"list.txt": listed}))
+    source = write(tmp_path / "set", files | {"list.txt": listed})
+    put(tiny, "data", {"name": "x", "source": str(source)})
+    fingerprint = parse_experiment(tiny, "x").data_fingerprint
+    assert fingerprint["plugin"] == sha256_file(tmp_path / "plugin.py")
+    train, held_out, names = read(source)
     assert train | held_out == {i: i % 2 for i in range(6)} and names == ("a", "b")

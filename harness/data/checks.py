@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness.config.schema import DataSection, ExperimentFile, Names
 from harness.data.image_archive import IMAGES, INDEXES, PACKED, TABLES
+from harness.data.layouts.base import plugin_layouts
 from harness.data.prompt_tables import table_format
 from harness.data.registry import data_source
 from harness.errors import Problem, UserError
@@ -58,7 +59,8 @@ def _check_source(section: DataSection, files: bool) -> list[Problem]:
     path = expand(section.source)
     if section.sha256 and path.is_dir():
         problems.append(Problem("data.sha256", "not-allowed", "not allowed for a folder"))
-    if section.labels and section.prompts is None and _has_images_only(path):
+    known = section.prompts is None and not plugin_layouts()
+    if section.labels and known and _has_images_only(path):
         message = f"{section.source} has no class folders and no list of labels"
         message += "; set data.labels: false for data without classes"
         problems.append(Problem("data.labels", "no-labels", message))

@@ -64,6 +64,11 @@ class Layout(ABC):
 LAYOUTS: Registry[type[Layout]] = Registry("layout", "harness.data.layouts")
 
 
+def plugin_layouts() -> list[str]:
+    """The hashes of the plug-in files that define layouts. Any of these may read a source."""
+    return [sha256 for name in LAYOUTS if (sha256 := LAYOUTS.plugin_sha256(name))]
+
+
 def file_contents(files: Files, names: Iterable[str]) -> Callable[[], Iterator]:
     """`Listing.contents` of image files."""
     return lambda: (partial(files.read, name) for name in names)
