@@ -155,15 +155,22 @@ def clone_denoiser(denoiser: Denoiser) -> Denoiser:
 def set_dropout(denoiser: Denoiser, probability: float) -> None:
     """Set the dropout probability of all modules that have one. Raises `UserError` if there are
     none and the probability is positive."""
-    found = probability == 0
-    for module in denoiser.modules():
-        if isinstance(module, nn.Dropout):
-            module.p, found = probability, True
-        elif isinstance(vars(module).get("dropout"), int | float):
-            module.dropout, found = probability, True
-    if not found:
+    if probability and not has_dropout(denoiser):
         message = f"dropout {probability:g}: the denoiser has no layer with dropout; set "
         raise UserError(message + "generator_dropout and dropout to 0", "no-effect")
+    for module in denoiser.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        elif isinstance(vars(module).get("dropout"), int | float):
+            module.dropout = probability
+
+
+def has_dropout(denoiser: Denoiser) -> bool:
+    """Whether `set_dropout` has an effect."""
+    return any(
+        isinstance(module, nn.Dropout) or isinstance(vars(module).get("dropout"), int | float)
+        for module in denoiser.modules()
+    )
 
 
 def to_model_space(pixels: Tensor) -> Tensor:

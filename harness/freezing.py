@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import nn
 
+from harness.errors import UserError
+
 # diffusers UNets: convolutions and attention output projections in the encoder, middle and decoder
 # blocks, including resampling. Input and output convolutions (`conv_in`, `conv_out`), skips
 # (`conv_shortcut`), norms, embeddings, `time_emb_proj` and QKV stay trainable.
@@ -31,5 +33,6 @@ def freeze(network: nn.Module, preset: Literal["none", "innate"]) -> float:
         frozen += 0 if parameter.requires_grad else parameter.numel()
         total += parameter.numel()
     if preset != "none" and frozen == 0:
-        raise ValueError(f"preset {preset!r} freezes nothing in {type(network).__name__}")
+        name = type(getattr(network, "backbone", network)).__name__
+        raise UserError(f"preset {preset!r} freezes nothing in {name}", "no-effect")
     return frozen / total

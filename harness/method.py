@@ -99,6 +99,15 @@ class MethodConfig(BaseModel):
         "data", "law of the student's labels; uniform without images"
     )
 
+    # Settings with a positive default -> the `TeacherFacts` that they need. If the teacher does not
+    # have it, the default is 0, or of dropout the teacher's own (`harness.students.defaults`).
+    needs: ClassVar[dict[str, str]] = {
+        "augment": "augment_labels",
+        "dropout": "dropout",
+        "generator_dropout": "dropout",
+        "fake_dropout": "null_condition",
+    }
+
     # Of settings that several methods have.
     @field_validator("betas", "generator_betas", check_fields=False)
     @classmethod
@@ -147,11 +156,17 @@ class Requirements:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What an experiment file tells about a teacher and its data set."""
+    """What an experiment file, and the files that it names, tell about a teacher and its data set.
+    What is unknown has its default."""
 
     unconditional: bool = True  # also denoises without a condition, as guidance requires
     classes: bool = False  # its condition is a class
     text: bool = False  # its condition is a text
+    null_condition: bool = True  # its network has an input for "no label" or the empty prompt
+    augment_labels: bool = True  # its network takes EDM's augmentation labels
+    dropout: bool = True  # its network has layers with dropout
+    own_dropout: float | None = None  # of an imported network; None: the method's default applies
+    network: str = "network"  # its class, for messages
 
 
 @dataclass(frozen=True)

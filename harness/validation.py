@@ -27,7 +27,9 @@ from harness.networks.registry import BACKBONES
 from harness.registry import load_plugin
 from harness.reporting import checks as reporting_checks
 from harness.students import checks as student_checks
+from harness.students.defaults import fill_in
 from harness.teachers import checks as teacher_checks
+from harness.teachers.sources import network_of
 
 RESERVED = {"teacher", "teacher-1step", "floor", "teachers"}  # rows of the tables, and a folder
 
@@ -150,6 +152,8 @@ def _plugin_hashes(file: ExperimentFile) -> dict[str, dict[str, str]]:
         hashes[f"features.{name}"] = FEATURES.plugin_sha256(settings.type)
     for name, teacher in file.teachers.items():
         kind = (teacher.network or {}).get("type", "")
+        if isinstance(teacher, schema.ImportedTeacher) and (network := network_of(teacher)):
+            kind = network.type
         hashes[f"teachers.{name}"] = BACKBONES.plugin_sha256(kind)
     return {key: {"plugin": sha256} for key, sha256 in hashes.items() if sha256}
 
@@ -165,6 +169,9 @@ def parse_experiment(
     for path in plugins if isinstance(plugins, list) else ():
         load_plugin(Path(str(path)))
     file, problems = _parse(raw)
+    if check:
+        problems += teacher_checks.fetch_configs(file) if files else ()
+        file, raw = fill_in(file, raw)
     names = {key: list(_items(raw, key)) for key in ITEMS}
     for find in CHECKS if check else ():
         problems += find(file, names, files)

@@ -14,7 +14,8 @@ from harness.networks.vp import Codec
 from harness.reporting.published.match import concerning, runs_of
 from harness.students.run import assemble
 from harness.teachers.pipelines import STABLE_DIFFUSION_VAE as VAE
-from harness.teachers.pipelines import build_pipeline_denoiser, is_pipeline
+from harness.teachers.pipelines import build_pipeline_denoiser
+from harness.teachers.sources import reads_text
 from harness.training.ledger import measure
 from harness.training.trainer import Trainer
 from harness.validation import load_experiment, parse_experiment
@@ -93,7 +94,7 @@ def test_an_incomplete_download_does_not_matter_without_files(name, tmp_path, mo
         Path(teacher.source).mkdir(parents=True)
     assert load(name).raw == expected.raw
     for teacher in expected.teachers.values():
-        assert is_pipeline(teacher)
+        assert reads_text(teacher)
         with torch.device("meta"):
             parameters = dry_run_pipeline(teacher).backbone.parameters()
         assert sum(p.numel() for p in parameters) == TEXT[name]

@@ -188,7 +188,7 @@ class Experiment:
         encoder = self.text_encoder_of(name)
         return {
             "data": self.data_fingerprint,
-            "teacher": self.teachers[name].model_dump(exclude={"sampler"}),
+            "teacher": self.teachers[name].fingerprint(),
             "text_encoder": self.features_fingerprint(encoder) if encoder else None,
             **self.plugin_hashes.get(f"teachers.{name}", {}),
         }
@@ -315,10 +315,15 @@ class Experiment:
 
     def teacher_files(self, name: str) -> list[Path]:
         """Local files that an imported teacher is made from: those whose content is hashed."""
-        section, files = self.teachers[name], []
-        for source in local_files(getattr(section, "source", None)):
-            denoiser = source, source / "diffusion_pytorch_model.safetensors"
-            files += sorted(source.glob("*/*.*")) if section.pipeline else denoiser
+        source, files = getattr(self.teachers[name], "path", None), []
+        if source is not None:
+            files = [source, source / "diffusion_pytorch_model.safetensors"]
+            patterns = []
+            if (source / "model_index.json").is_file():
+                files, patterns = [], ["*/*.*", "*.safetensors"]
+            if not (source / "denoiser.json").is_file():  # all files of a pipeline in one folder
+                patterns.append("*config.json")
+            files += sorted(path for pattern in patterns for path in source.glob(pattern))
         return list(filter(Path.is_file, files))
 
     def class_table_files(self, name: str) -> list[Path]:

@@ -35,6 +35,7 @@ class Student:
     snapshots: schema.Snapshots
     pairs: PairSet | None
     switches: Mapping[str, Any] = field(default_factory=dict)  # instead of those of `training`
+    adapted: Mapping[str, str] = field(default_factory=dict)  # defaults from the teacher -> why
     source: str | None = None
     sha256: str | None = None
 

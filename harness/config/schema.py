@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
+from harness.io.downloads import is_address
+from harness.io.hub import cached_snapshot
 from harness.method import UNIQUE, Beta
 from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 
@@ -176,19 +178,33 @@ class TeacherSection(Section):
 
     sampler: Sampler = Sampler()
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the weights."""
+        return self.model_dump(exclude={"sampler"})
+
 
 class ImportedTeacher(TeacherSection):
-    """An existing teacher: a denoiser folder, an official EDM pickle (file or URL), or the folder
-    of a diffusers text-to-image pipeline."""
+    """An existing teacher (docs/teachers.md): a denoiser folder, a folder of diffusers, an official
+    EDM pickle (file or URL), the weights of a plug-in's network, or, with `revision`, a repository
+    of the Hugging Face hub."""
 
     source: str
+    revision: str | None = Field(None, description="commit hash, if `source` is a hub id")
     sha256: Sha256 | None = None
     network: dict[str, Any] | None = Field(None, description="for `plan` without the file")
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the weights. `revision` is listed where it is set."""
+        exclude = {"sampler"} | ({"revision"} if self.revision is None else set())
+        return self.model_dump(exclude=exclude)
+
     @property
-    def pipeline(self) -> bool:
-        """Whether `source` is the folder of a pipeline (see `harness.teachers.pipelines`)."""
-        return (Path(self.source).expanduser() / "model_index.json").is_file()
+    def path(self) -> Path | None:
+        """The local file or folder, which may not exist. Of a repository, its folder in the hub's
+        cache; None if it was not downloaded yet, and for a URL."""
+        if self.revision is not None:
+            return cached_snapshot(self.source, self.revision)
+        return None if is_address(self.source) else Path(self.source).expanduser()
 
 
 class Switches(Section):
@@ -249,6 +265,9 @@ class StudentSection(Section):
     freeze: Literal["none", "innate"] = "none"
     lora: LoraSection | None = None
     settings: dict[str, Any] = {}
+    adapted: dict[str, str] = Field(
+        {}, description="settings that the teacher decided, and why; written by the project"
+    )
     budget: Budget | None = Field(None, min_length=1, description="default: training.budget")
     snapshots: Snapshots | None = Field(None, description="default: training.snapshots")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="default: of training")

@@ -9,8 +9,11 @@ from harness.denoiser import Denoiser, EDMDenoiser
 from harness.errors import UserError
 from harness.io.artifacts import load_tensors, read_json, save_tensors, sha256_file, write_json
 from harness.io.records import TeacherRecord
+from harness.networks.record import denoiser_record, read_record
 from harness.networks.registry import BACKBONES
 from harness.training.lora import merged
+
+__all__ = ["BACKBONES", "denoiser_record"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NULL = "null.safetensors"
@@ -32,7 +35,12 @@ def build_denoiser(
     if backbone.reads_text:
         num_classes, options = 0, {"null": null}
     try:
+        if backbone.reads_weights:  # a plain module, which has its own preconditioning
+            return backbone.denoisers[0](backbone.model_class()(**settings))
         arguments = denoiser_class.backbone_arguments(image_shape, num_classes, null)
+        for key, value in arguments.items():
+            if key in settings and settings.pop(key) != value:
+                raise ValueError(f"{key}: the data requires {value}")
         model = backbone.model_class()(**arguments, **settings)
         return denoiser_class(model, num_classes, sigma_data, epsilon, **options)
     except (TypeError, ValueError) as error:
@@ -54,9 +62,11 @@ def load_denoiser(folder: Path, sha256: str | None = None, device="cpu", owner=N
     """Load the denoiser of a teacher or student folder, in evaluation mode. Files that are missing,
     damaged, or do not fit are a `UserError`, which says to delete `owner` if one is given."""
     folder = Path(folder)
-    record, config = denoiser_record(folder), read_json(folder / "config.json")
-    backbone = BACKBONES[config["_class_name"]]
-    model = backbone.model_class().from_config(config)
+    record, config, denoiser_class = read_record(folder)
+    try:
+        model = BACKBONES[config["_class_name"]].model_class().from_config(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}", "network") from None
     weights = load_tensors(folder / WEIGHTS, sha256, owner=owner)
     try:
         model.load_state_dict(weights)
@@ -64,19 +74,14 @@ def load_denoiser(folder: Path, sha256: str | None = None, device="cpu", owner=N
         reason = str(error).splitlines()[1].strip()
         message = f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {reason}"
         raise UserError(message, "shape") from None
-    denoiser_class = backbone.denoiser(record.get("preconditioning", ""))
-    if denoiser_class is None:
-        message = f"{folder / 'denoiser.json'}: unknown preconditioning of {config['_class_name']}"
-        raise UserError(message, "unknown-name")
     options = {name: record[name] for name in denoiser_class.settings}
     if "null_sha256" in record:
         options["null"] = load_tensors(folder / NULL, record["null_sha256"], owner=owner)
-    return denoiser_class(model, **options).eval().to(device)
-
-
-def denoiser_record(folder: Path) -> dict:
-    """The content of `denoiser.json`: the preconditioning and, for students, `sigma_init`."""
-    return read_json(Path(folder) / "denoiser.json")
+    try:
+        return denoiser_class(model, **options).eval().to(device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = f"{folder / 'denoiser.json'} does not fit {folder / 'config.json'}: {error}"
+        raise UserError(" ".join(message.split()), "shape") from None
 
 
 def pipeline_sha256(teacher: Path) -> str | None:

@@ -30,12 +30,21 @@ class Backbone:
     Register a subclass in `BACKBONES` under the backbone's class name: `type` in an experiment,
     `_class_name` in config.json. denoisers: classes that wrap the backbone, one for each
     preconditioning: "edm" if it can be trained here, "vp" if it can be imported with a pipeline.
+    dropout: whether the network has layers with dropout (`harness.denoiser.set_dropout`).
     """
 
     model: ClassVar[str]  # module and name of the class, which is imported when needed
     denoisers: ClassVar[tuple[type[Denoiser], ...]] = ()
     reads_text: ClassVar[bool] = False  # the condition is a text embedding, not a class label
     pipeline: ClassVar[Pipeline | None] = None
+    dropout: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False  # of a plain module, from a file
+    null_label: ClassVar[bool] = True  # a label or prompt for the unconditional score
+
+    @staticmethod
+    def augment_labels(settings: dict) -> int:
+        """The number of augmentation labels that a network with these arguments takes."""
+        return 0
 
     @classmethod
     def model_class(cls) -> type[nn.Module]:

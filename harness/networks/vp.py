@@ -1,21 +1,23 @@
-"""Variance-preserving networks of diffusers' text-to-image pipelines as denoisers.
+"""Variance-preserving networks of diffusers' pipelines as denoisers.
 
 They were trained on `x_t = (x0 + σ n) / sqrt(1 + σ²)` at integer timesteps t of a scheduler, and
-predict the noise n or the velocity `(n - σ x0) / sqrt(1 + σ²)`.
+predict the noise n, the velocity `(n - σ x0) / sqrt(1 + σ²)`, or the clean image x0 ("sample").
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from harness.denoiser import Condition, Denoiser
+from harness.schedules import edm_weight
 
 # Keys of a scheduler's config that decide σ at each timestep.
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 SCHEDULE_KEYS = ("num_train_timesteps", *_BETAS, "rescale_betas_zero_snr")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTIONS = ("epsilon", "v_prediction")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # diffusers' variance-preserving schedulers, and their defaults of `beta_start` and `beta_end`. The
 # other defaults are 1000 timesteps and a linear schedule.
 SCHEDULERS = {
@@ -43,18 +45,20 @@ ZERO_SNR_SCHEDULERS = (
 )
 
 
-def read_scheduler(kind: str, config: dict) -> tuple[dict, str]:
+def read_scheduler(
+    kind: str, config: dict, predictions: Collection[str] = PREDICTIONS
+) -> tuple[dict, str]:
     """The schedule (`SCHEDULE_KEYS`) and the prediction of a network with this scheduler class and
-    config. The class's defaults replace absent keys. Raises a `ValueError` if the network is not
-    one that `VPDenoiser` describes."""
+    config. The class's defaults replace absent keys. predictions: those that are accepted. Raises a
+    `ValueError` if the network is not one that `VPDenoiser` describes."""
     if kind not in SCHEDULERS:
         raise ValueError(f"{kind!r} is not one of the supported ones: {', '.join(SCHEDULERS)}")
     start, end = SCHEDULERS[kind]
     schedule: dict = {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end}
     schedule |= {key: config[key] for key in SCHEDULE_KEYS if key in config}
     prediction, betas = config.get("prediction_type", "epsilon"), schedule.get("trained_betas")
-    if prediction not in PREDICTIONS:
-        message = f"prediction_type {prediction!r}; supported: {', '.join(PREDICTIONS)}"
+    if prediction not in predictions:
+        message = f"prediction_type {prediction!r}; supported: {', '.join(predictions)}"
         raise ValueError(message)
     for key, value in (("use_flow_sigmas", True), ("timestep_type", "continuous")):
         if config.get(key) == value:
@@ -76,48 +80,53 @@ def read_scheduler(kind: str, config: dict) -> tuple[dict, str]:
     return schedule, prediction
 
 
+def _betas(schedule: dict) -> Tensor:
+    """The β of each timestep, float32 `(T,)`, bit for bit those of diffusers' schedulers, whose
+    module takes seconds to import."""
+    count = schedule.get("num_train_timesteps", 1000)
+    low, high = schedule.get("beta_start", 0.0001), schedule.get("beta_end", 0.02)
+    name = schedule.get("beta_schedule", "linear")
+    if (trained := schedule.get("trained_betas")) is not None:
+        betas = torch.tensor(trained, dtype=torch.float32)
+    elif name == "linear":
+        betas = torch.linspace(low, high, count, dtype=torch.float32)
+    elif name == "scaled_linear":
+        betas = torch.linspace(low**0.5, high**0.5, count, dtype=torch.float32) ** 2
+    else:  # squaredcos_cap_v2: Nichol and Dhariwal 2021, eq. 17
+        angles = [(i / count + 0.008) / 1.008 * math.pi / 2 for i in range(count + 1)]
+        signal = [math.cos(angle) ** 2 for angle in angles]
+        values = [min(1 - signal[i + 1] / signal[i], 0.999) for i in range(count)]
+        betas = torch.tensor(values, dtype=torch.float32)
+    if schedule.get("rescale_betas_zero_snr"):  # Lin et al. 2023 (arXiv 2305.08891), algorithm 1
+        roots = (1 - betas).cumprod(0).sqrt()
+        first, last = roots[0].clone(), roots[-1].clone()
+        signals = ((roots - last) * (first / (first - last))) ** 2
+        betas = 1 - torch.cat([signals[:1], signals[1:] / signals[:-1]])
+    return betas
+
+
 def schedule_sigmas(schedule: dict) -> Tensor:
     """σ at timesteps 0, 1, … of a scheduler: float64 `(T,)`, increasing. With zero terminal SNR the
     last one would be infinite; it is 4096, as in diffusers, or, if the one before is larger than
     that, twice the one before."""
-    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-
     with torch.device("cpu"):  # values are needed even under the meta device
-        alphas = EulerDiscreteScheduler(**schedule).alphas_cumprod.double()
+        alphas = (1 - _betas(schedule)).cumprod(0).double()
     if schedule.get("rescale_betas_zero_snr") or alphas[-1] == 0:  # 0: trained betas that end at 1
         alphas[-1] = 2**-24 if alphas[-2] > 2**-24 else alphas[-2] / 4
     return ((1 - alphas) / alphas).sqrt()
 
 
-class EmptyPrompt(nn.Module):
-    """Embedding of the empty prompt: tensors `(1, ...)` that are not part of the state dict."""
-
-    def __init__(self, tensors: dict[str, Tensor] | None):
-        super().__init__()
-        for name, tensor in (tensors or {}).items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    def forward(self, batch: int) -> dict[str, Tensor]:
-        tensors = dict(self.named_buffers())
-        if not tensors:
-            raise ValueError("classifier-free guidance needs the empty prompt (null.safetensors)")
-        return {name: part.expand(batch, *part.shape[1:]) for name, part in tensors.items()}
-
-
 class VPDenoiser(Denoiser):
-    """A network that predicts noise or velocity, as D(x; σ, c). A subclass defines
-    `run_backbone(x, time, condition)` for variance-preserving `x` and timesteps `(B,)`.
-
-    condition: `embeddings` `(B, L, D)` of the text encoder's last layer and, if padding is masked,
-    `mask` `(B, L)` (1: token, 0: padding). schedule: `SCHEDULE_KEYS` of the scheduler's config.
-    null: the condition of the empty prompt, batch 1. sigma_data: latents have about unit variance.
+    """A network that predicts noise, velocity or the clean image, as D(x; σ, c). A subclass
+    defines `null_condition` and `run_backbone(x, time, condition)` for variance-preserving `x` and
+    timesteps `(B,)`. schedule: `SCHEDULE_KEYS` of the scheduler's config.
     """
 
     preconditioning = "vp"
     settings = ("schedule", "prediction", "sigma_data")
 
     def __init__(
-        self, backbone: nn.Module, schedule: dict, prediction="epsilon", null=None, sigma_data=1.0
+        self, backbone: nn.Module, schedule: dict, prediction="epsilon", sigma_data: float = 1.0
     ):
         super().__init__()
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
@@ -125,10 +134,6 @@ class VPDenoiser(Denoiser):
         sigmas = schedule_sigmas(schedule)
         self._levels = sigmas.tolist()  # on the host: comparisons do not wait for the device
         self.register_buffer("log_sigmas", sigmas.log(), persistent=False)
-        self.null = EmptyPrompt(null)
-
-    def null_condition(self, batch: int) -> Condition:
-        return self.null(batch)
 
     def level(self, sigma: float) -> float:
         """The level of an integer timestep nearest in log σ, where a stock scheduler can start."""
@@ -144,8 +149,9 @@ class VPDenoiser(Denoiser):
         return sigma.clamp(self._levels[0], self._levels[-1])
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
+        weights = {"epsilon": sigma**-2, "sample": torch.ones_like(sigma)}
         # The error of a predicted velocity has EDM's weight with unit variance, (1 + σ²) / σ².
-        return sigma**-2 if self.prediction == "epsilon" else super().loss_weight(sigma)
+        return weights.get(self.prediction, edm_weight(sigma, 1.0))
 
     def time(self, sigma: Tensor) -> Tensor:
         """Timesteps, float32 `(B,)`, of noise levels `(B,)`: integers for levels of the schedule,
@@ -165,7 +171,42 @@ class VPDenoiser(Denoiser):
         output = self.run_backbone(scale * x, self.time(sigma.flatten()), condition).float()
         if self.prediction == "epsilon":
             return x - sigma * output
+        if self.prediction == "sample":
+            return output
         return scale**2 * x - sigma * scale * output
+
+
+class EmptyPrompt(nn.Module):
+    """Embedding of the empty prompt: tensors `(1, ...)` that are not part of the state dict."""
+
+    def __init__(self, tensors: dict[str, Tensor] | None):
+        super().__init__()
+        for name, tensor in (tensors or {}).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, batch: int) -> dict[str, Tensor]:
+        tensors = dict(self.named_buffers())
+        if not tensors:
+            raise ValueError("classifier-free guidance needs the empty prompt (null.safetensors)")
+        return {name: part.expand(batch, *part.shape[1:]) for name, part in tensors.items()}
+
+
+class TextVPDenoiser(VPDenoiser):
+    """A text-conditional `VPDenoiser` on latents.
+
+    condition: `embeddings` `(B, L, D)` of the text encoder's last layer and, if padding is masked,
+    `mask` `(B, L)` (1: token, 0: padding). null: the condition of the empty prompt, batch 1.
+    sigma_data: latents have about unit variance.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, schedule: dict, prediction="epsilon", null=None, sigma_data=1.0
+    ):
+        super().__init__(backbone, schedule, prediction, sigma_data)
+        self.null = EmptyPrompt(null)
+
+    def null_condition(self, batch: int) -> Condition:
+        return self.null(batch)
 
 
 class Codec(nn.Module):

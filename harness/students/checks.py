@@ -10,20 +10,20 @@ from harness.config import schema
 from harness.config.jobs import PairSet, Student
 from harness.config.loading import translate
 from harness.config.schema import (
-    DataSection,
     ExperimentFile,
     Names,
     ReleasedStudent,
     StudentSection,
     TrainingSection,
 )
-from harness.data.registry import data_source
 from harness.discriminators.class_table import FILE_SHA256
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
 from harness.io.downloads import source_problems
-from harness.method import METHODS, MethodConfig, TeacherFacts
+from harness.method import METHODS, MethodConfig
 from harness.students import released
+from harness.students.defaults import unserved
+from harness.teachers.facts import teacher_facts, unfrozen
 
 
 def method_settings(section: StudentSection, shared: dict[str, Any]) -> MethodConfig:
@@ -58,6 +58,7 @@ def resolve(name: str, section: StudentSection | ReleasedStudent, file: Experime
         snapshots=file.training.snapshots if section.snapshots is None else section.snapshots,
         pairs=pairs,
         switches=switches_of(section),
+        adapted=section.adapted,
     )
 
 
@@ -135,22 +136,18 @@ def _check_method(
             message = "needs the prompt of each image; data.labels is false"
             yield Problem(where, "needs-images", f"method {section.method} {message}")
     teacher = file.teachers.get(section.teacher or next(iter(names["teachers"]), None))
-    trained = isinstance(teacher, schema.TrainedTeacher)
-    text, classes = _conditions(data)
-    unconditional = not trained or teacher.label_dropout > 0
-    facts = TeacherFacts(unconditional=unconditional, classes=classes, text=text)
+    facts = teacher_facts(teacher, data)
     for setting, code, message in method.check(settings, facts):
         yield Problem(f"{where}.settings.{setting}", code, message)
-
-
-def _conditions(data: DataSection | None) -> tuple[bool, bool]:
-    """Whether the conditions of a data set are texts, and whether they are classes."""
-    if data is None or data.prompts is not None:
-        return data is not None, False
-    with suppress(UserError):  # reported by the checks of `data`
-        source = data_source(data)
-        return source.captions() is not None, source.captions() is None and source.has_classes
-    return False, False
+    for setting, reason in unserved(type(settings), facts):
+        if getattr(settings, setting):
+            own = setting in section.settings
+            place = f"{where}.settings" if own else "training.settings"
+            remedy = "remove this setting, or set it to 0"
+            message = f"the teacher cannot serve it: {reason}; {remedy}"
+            yield Problem(f"{place}.{setting}", "unsupported", message)
+    if section.freeze != "none" and (reason := unfrozen(teacher, data, section.freeze)):
+        yield Problem(f"{where}.freeze", "unsupported", reason)
 
 
 def _check_batch(

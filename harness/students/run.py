@@ -88,6 +88,10 @@ def describe(run: StudentRun) -> dict:
     pretraining = {*map(pretraining_set, needs.backbones), *["imagenet-1k"] * needs.lpips}
     adapters = [f"LoRA of rank {student.lora.rank}"] if student.lora else []
     settings, defaults = student.settings.model_dump(), method.Config().model_dump()
+    adapted = [
+        f"{name} {settings[name]:g} instead of {defaults[name]:g} ({reason})"
+        for name, reason in student.adapted.items()
+    ]
     return {
         "experiment": run.experiment,
         "student": student.name,
@@ -95,7 +99,7 @@ def describe(run: StudentRun) -> dict:
         "method": student.method,
         "paper": method.paper,
         "data_free": method.data_free,
-        "deviations": [*method.deviations_under(student.settings), *adapters],
+        "deviations": [*method.deviations_under(student.settings), *adapters, *adapted],
         "settings": settings,
         "changed_settings": {k: v for k, v in settings.items() if v != defaults[k]},
         "freeze": student.freeze,

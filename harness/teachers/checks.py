@@ -1,7 +1,7 @@
 """Checks of the section `teachers` of an experiment."""
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from dataclasses import replace
 
 from harness.config import schema
 from harness.config.schema import ImportedTeacher, TrainedTeacher
@@ -9,8 +9,10 @@ from harness.data.registry import has_captions, has_texts
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import new_extractor
 from harness.io.downloads import source_problems
+from harness.io.hub import missing_path_hint, revision_problems
 from harness.networks.registry import BACKBONES, trainable_backbones
-from harness.teachers.pipelines import PipelineFolder, is_pipeline
+from harness.teachers import sources
+from harness.teachers.facts import teacher_facts
 
 
 def check(file: schema.ExperimentFile, names: schema.Names, files: bool) -> Iterator[Problem]:
@@ -29,40 +31,80 @@ def _check_type(key: str, kind: object, known: Collection[str]) -> Iterator[Prob
     if kind is None:
         message = f"missing; known: {', '.join(sorted(known))}"
         yield Problem(f"{key}.network.type", "missing-key", message)
+    elif str(kind) not in known and str(kind) in BACKBONES:
+        yield Problem(f"{key}.network.type", "not-trainable", f"{kind} can only be imported")
     elif str(kind) not in known:
         message = f"unknown network {str(kind)!r}{did_you_mean(str(kind), known)}"
         yield Problem(f"{key}.network.type", "unknown-name", message)
+
+
+def fetch_configs(file: schema.ExperimentFile) -> Iterator[Problem]:
+    """Download the configs, a few kilobytes, of teachers in repositories. What the network can do
+    is needed for defaults and checks."""
+    for name, teacher in file.teachers.items():
+        key = f"teachers.{name}"
+        if not isinstance(teacher, ImportedTeacher):
+            continue
+        if revision_problems(key, teacher.source, teacher.revision):
+            continue  # reported by `check`
+        try:
+            sources.download_configs(teacher)
+        except UserError as error:
+            yield Problem(f"{key}.source", error.code, str(error))
 
 
 def _check_imported(
     key: str, teacher: ImportedTeacher, data: schema.DataSection | None, files: bool
 ) -> Iterator[Problem]:
     """Pipelines need prompts, and only pipelines read them."""
-    where = {"sha256_key": f"{key}.sha256", "required": files, "folder": True}
-    yield from source_problems(f"{key}.source", teacher.source, teacher.sha256, **where)
-    pipeline = is_pipeline(teacher, files)
-    if files and teacher.pipeline:
+    if teacher.revision is not None:
+        yield from revision_problems(key, teacher.source, teacher.revision)
+        if teacher.sha256 is not None:
+            message = "not allowed with revision, which identifies the files"
+            yield Problem(f"{key}.sha256", "not-allowed", message)
+    else:
+        where = {"sha256_key": f"{key}.sha256", "required": files, "folder": True}
+        problems = source_problems(f"{key}.source", teacher.source, teacher.sha256, **where)
+        hint = missing_path_hint(teacher.source)
+        for problem in problems:
+            missing = problem.code == "missing-file"
+            yield replace(problem, message=problem.message + hint) if missing else problem
+    kind = sources.kind_of(teacher)
+    if files and kind is not None:
         try:
-            PipelineFolder(Path(teacher.source).expanduser())
+            sources.check_files(teacher, kind)
         except UserError as error:
             yield Problem(f"{key}.source", error.code, str(error))
-    if pipeline and teacher.sha256 is not None:
+    if kind in ("text-to-image", "ddpm") and teacher.sha256 and teacher.revision is None:
         message = "not allowed for the folder of a pipeline"
         yield Problem(f"{key}.sha256", "not-allowed", message)
-    if pipeline and data is not None and data.prompts is None:
+    text = sources.reads_text(teacher, files)
+    if text and data is not None and data.prompts is None:
         yield Problem(key, "no-prompts", "a text-to-image pipeline needs data.prompts")
-    if not pipeline and data is not None and has_texts(data):
+    if not text and data is not None and has_texts(data):
         message = "this data set has texts; only a text-to-image pipeline of diffusers reads them"
         yield Problem(key, "reads-no-text", message)
     if teacher.network is not None:
-        known = sorted(BACKBONES) if pipeline else trainable_backbones()
+        known = sorted(BACKBONES) if text or sources.is_module(teacher) else trainable_backbones()
         yield from _check_type(key, teacher.network.get("type"), known)
+    facts = teacher_facts(teacher, data)
+    if teacher.sampler.guidance != 1 and not facts.unconditional:
+        message = f"needs an unconditional score, which {facts.network} does not have"
+        yield Problem(f"{key}.sampler.guidance", "unsupported", message)
+    network = sources.network_of(teacher)
+    if network and network.levels and teacher.sampler.sigma_max > 1.01 * network.levels[1]:
+        message = f"{teacher.sampler.sigma_max:g} exceeds the pipeline's largest noise level,"
+        message += f" {network.levels[1]:.4g}, which is the default"
+        yield Problem(f"{key}.sampler.sigma_max", "noise-level", message)
 
 
 def _check_trained(
     key: str, teacher: TrainedTeacher, data: schema.DataSection | None
 ) -> Iterator[Problem]:
     yield from _check_type(key, teacher.network.get("type"), trainable_backbones())
+    if teacher.augment and not (facts := teacher_facts(teacher, data)).augment_labels:
+        message = f"{facts.network} takes no augmentation labels; a SongUNet with augment_dim: 9"
+        yield Problem(f"{key}.augment", "augment-labels", f"{message} does")
     if teacher.sampler.guidance != 1 and not teacher.label_dropout:
         message = "needs an unconditional score; train the teacher with label_dropout"
         yield Problem(f"{key}.sampler.guidance", "label-dropout", message)

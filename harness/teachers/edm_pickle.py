@@ -168,6 +168,20 @@ def read_edm_pickle(path: Path) -> EDMDenoiser:
         return _denoiser(content["ema"])
 
 
+def pickled_network(path: Path) -> dict:
+    """The backbone of an official pickle: its class under `type`, and its arguments. The data of
+    large tensors are not read, so it takes milliseconds."""
+    skipped = {
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *_: None,
+        ("torch.storage", "_load_from_bytes"): lambda _: None,
+    }
+    with reading_pickle(path, _ALLOWED | skipped, "an EDM pickle", skip=True) as content:
+        if not isinstance(content, dict) or not isinstance(content.get("ema"), _Record):
+            raise Rejected("no entry 'ema' with a network")
+        kind, settings = _settings(content["ema"])
+    return {"type": kind, **{k: v for k, v in settings.items() if k not in _OUTER}}
+
+
 def _is_import(path: Path) -> bool:
     """Whether a folder holds exactly what `import_edm` writes."""
     if path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} != {*FILES}:

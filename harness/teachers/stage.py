@@ -23,11 +23,12 @@ from harness.io.downloads import fetch
 from harness.io.locks import run_lock
 from harness.io.records import File, TeacherRecord
 from harness.method import OptimizerConfig, Phase
+from harness.networks.plain import read_module
 from harness.precision import set_precision
 from harness.schedules import edm_weight, lognormal_sigma
 from harness.streams import seeded
+from harness.teachers import sources
 from harness.teachers.edm_pickle import read_edm_pickle
-from harness.teachers.pipelines import PipelineFolder
 from harness.teachers.text_embeddings import TextEmbeddings, embed_dataset
 from harness.training.distributed import processes
 from harness.training.loop import train
@@ -122,42 +123,55 @@ def assemble(
 
 def _import(job: TeacherJob) -> TeacherRecord:
     """Import a teacher whose section has a `source`."""
-    section, texts = job.section, {}
-    dataset, path = datasets.load(job.data, images=False), Path(section.source).expanduser()
-    if section.pipeline:
-        pipeline = PipelineFolder(path)
-        pipeline.check(job, dataset.image_shape)
-        encoder = pipeline.text_encoder(job.device)
+    section, texts, codec_folder = job.section, {}, None
+    sources.download(section)
+    dataset, kind = datasets.load(job.data, images=False), sources.kind_of(section)
+    if kind in ("text-to-image", "ddpm"):
+        folder = sources.open_folder(section)
+        folder.check(job, dataset.image_shape)
+        source = {"pipeline": folder.kind or folder.network, "sha256": folder.sha256()}
+    if kind == "text-to-image":
+        encoder = folder.text_encoder(job.device)
         texts, null = embed_dataset(encoder, dataset, job.folder / "text")
         del encoder  # a T5 would fill the host's memory together with the other networks
-        denoiser = pipeline.denoiser(null)
-        source = {"pipeline": pipeline.kind, "sha256": pipeline.sha256()}
+        denoiser, codec_folder = folder.denoiser(null), folder
+    elif kind == "ddpm":
+        denoiser = folder.denoiser(dataset.num_classes)
+        if folder.clips:
+            logger.info("%s clips denoised images when it samples; here they are not", folder.kind)
     else:
-        denoiser, sha256 = read_denoiser(section.source, section.sha256)
+        path = section.source if section.path is None else str(section.path)
+        denoiser, sha256 = read_denoiser(path, section.sha256, section.network)
         source = {"sha256": sha256}
     _check_import(job, denoiser, dataset)
     logger.info("imported %s, sha256 %s", section.source, source["sha256"])
+    if section.revision is not None:
+        source["revision"] = section.revision
     source = {"source": section.source} | source
     run_id, codec = digest([job.fingerprint, source]), None
     folder = job.folder / "runs" / run_id
     with run_lock(job.folder):
         with atomic_folder(folder) as temporary:
             sha256 = networks.save_denoiser(denoiser, temporary, {"imported": source})
-            if section.pipeline:
+            if codec_folder is not None:
                 decoder = temporary / networks.CODEC
-                pipeline.codec().vae.save_pretrained(decoder, safe_serialization=True)
+                codec_folder.codec().vae.save_pretrained(decoder, safe_serialization=True)
                 codec = {"sha256": sha256_file(decoder / networks.WEIGHTS)}
         facts = {"run_id": run_id, "sha256": sha256, "imported": source, "codec": codec}
         return _write_record(job, folder, denoiser, texts, **facts)
 
 
-def read_denoiser(source: str, sha256: str | None) -> tuple[Denoiser, str]:
-    """The denoiser in an official pickle (file or URL) or in a denoiser folder, and the sha256 of
-    the file or of the folder's weights."""
+def read_denoiser(
+    source: str, sha256: str | None, network: dict[str, Any] | None = None
+) -> tuple[Denoiser, str]:
+    """The denoiser in an official pickle (file or URL), in a denoiser folder or, if `network` is a
+    plain module, with the weights in a file; and the sha256 of the file or the folder's weights."""
     path = Path(source).expanduser()
     if path.is_dir():
         return networks.load_denoiser(path, sha256), sha256_file(path / networks.WEIGHTS)
     file = fetch(source, sha256)
+    if network and networks.BACKBONES[network["type"]].reads_weights:
+        return read_module(file, network), sha256_file(file)
     return read_edm_pickle(file), sha256_file(file)
 
 
@@ -175,7 +189,8 @@ def _check_import(job: TeacherJob, denoiser: Denoiser, dataset: Dataset) -> None
     one that is not a pipeline's with the data set's. Keys that are not given have the defaults of
     the network's class; of a pipeline, only the given keys are compared."""
     expected, found = job.section.network or {}, _config(denoiser)
-    if expected and not job.section.pipeline and expected.get("type") == found["type"]:
+    text = denoiser.text_width > 0
+    if expected and denoiser.preconditioning == "edm" and expected.get("type") == found["type"]:
         with torch.device("meta"):
             shape = denoiser.image_shape, denoiser.num_classes
             expected = _config(networks.build_denoiser(expected, *shape))
@@ -183,7 +198,7 @@ def _check_import(job: TeacherJob, denoiser: Denoiser, dataset: Dataset) -> None
         if found.get(key) != value:
             message = f"the imported network has {found.get(key)!r}, not {value!r}"
             raise UserError(f"teachers.{job.name}.network.{key}: {message}", "network")
-    if not job.section.pipeline:
+    if not text:
         check_shapes(f"teacher {job.name}", denoiser, dataset)
 
 

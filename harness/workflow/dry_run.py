@@ -4,7 +4,6 @@ whose tensors have no values. Costs do not depend on values, so all inputs are r
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ from harness.io.records import DataRecord
 from harness.networks import build_denoiser
 from harness.networks.vp import Codec
 from harness.students.inputs import Inputs
-from harness.teachers import pipelines
+from harness.teachers import pipelines, sources
+from harness.teachers.ddpm import build_vp_denoiser
 from harness.training.run import TrainingRun
 from harness.training.trainer import Trainer
 
@@ -106,13 +106,16 @@ def dry_run_teacher(
 ) -> Denoiser:
     """The teacher's network with random weights. null: the embedding of the empty prompt."""
     section = experiment.teachers[name]
-    if isinstance(section, ImportedTeacher) and pipelines.is_pipeline(section):
+    if isinstance(section, ImportedTeacher) and sources.reads_text(section):
         return dry_run_pipeline(section)
-    if section.network is None:
+    if (network := sources.network_of(section)) is None:
         key = f"teachers.{name}.network"
         raise UserError(f"{key}: required to plan without the file", "missing-key")
+    arguments = {"type": network.type, **network.arguments}
+    if network.preconditioning == "vp":
+        return build_vp_denoiser(arguments, dataset.num_classes)
     facts = dataset.image_shape, dataset.num_classes, getattr(section, "sigma_data", 0.5)
-    return build_denoiser(section.network, *facts, null=null)
+    return build_denoiser(arguments, *facts, null=null)
 
 
 def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
@@ -120,10 +123,9 @@ def dry_run_pipeline(section: ImportedTeacher) -> Denoiser:
     from diffusers import AutoencoderKL
 
     network, vae = section.network, pipelines.STABLE_DIFFUSION_VAE
-    if section.pipeline:
-        pipeline = pipelines.PipelineFolder(Path(section.source).expanduser())
-        network = {"type": pipeline.network_class} | pipeline.config(pipeline.network)
-        vae = pipeline.config("vae")
+    if sources.kind_of(section) == "text-to-image":
+        pipeline = pipelines.PipelineFolder(section.path)
+        network, vae = pipeline.network_config(), pipeline.config("vae")
     teacher = pipelines.build_pipeline_denoiser(network)
     teacher.codec = Codec(AutoencoderKL(**vae))
     return teacher

@@ -17,7 +17,7 @@ from harness.features.base import FEATURES, new_extractor
 from harness.io.artifacts import size_text
 from harness.io.records import DataRecord
 from harness.students.run import assemble
-from harness.teachers.pipelines import is_pipeline
+from harness.teachers.sources import reads_text
 from harness.teachers.stage import assemble as assemble_teacher
 from harness.training.ledger import measure
 from harness.training.lora import parameter_count
@@ -139,7 +139,9 @@ def forward_flops(experiment: Experiment, teacher: str) -> float:
         dataset, _, _, null = dry_run_data(experiment, teacher)
         network = dry_run_teacher(experiment, teacher, dataset, null)
         with measure({}) as cost:
-            network(torch.zeros(1, *network.image_shape), torch.ones(1), network.null_condition(1))
+            labels = torch.zeros(1, dtype=torch.long) if network.num_classes else None
+            condition = network.null_condition(1) if labels is None else labels
+            network(torch.zeros(1, *network.image_shape), torch.ones(1), condition)
     return cost.flops
 
 
@@ -258,7 +260,7 @@ def _embedding_sizes(experiment: Experiment) -> str:
             assumed += f", if {source} has {ASSUMED_PROMPTS:,} prompts"
     text = ""
     for name, section in experiment.teachers.items():
-        if isinstance(section, ImportedTeacher) and is_pipeline(section):
+        if isinstance(section, ImportedTeacher) and reads_text(section):
             with torch.device("meta"):
                 teacher = dry_run_pipeline(section)
             size = 2 * count * teacher.null_condition(1)["embeddings"].numel()  # float16

@@ -40,6 +40,11 @@ class OneHotDenoiser(EDMDenoiser):
 class SongUNetBackbone(Backbone):
     model = "harness.networks.edm_unet.SongUNet"
     denoisers = (OneHotDenoiser,)
+    dropout = True
+
+    @staticmethod
+    def augment_labels(settings: dict) -> int:
+        return settings.get("augment_dim", 0)
 
 
 @BACKBONES.register("DhariwalUNet")

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from harness.denoiser import Condition
 from harness.networks.registry import BACKBONES, Backbone, Pipeline
-from harness.networks.vp import VPDenoiser
+from harness.networks.vp import TextVPDenoiser
 
 
-class PixArtDenoiser(VPDenoiser):
+class PixArtDenoiser(TextVPDenoiser):
     """The `PixArtTransformer2DModel` of a `PixArtAlphaPipeline`.
 
     The second half of the output channels, the learned variance, is dropped. The transformer for
@@ -36,6 +36,7 @@ class PixArtBackbone(Backbone):
     model = "diffusers.models.transformers.pixart_transformer_2d.PixArtTransformer2DModel"
     denoisers = (PixArtDenoiser,)
     reads_text = True
+    dropout = True
     pipeline = Pipeline(
         "PixArtAlphaPipeline", folder="transformer", text_encoder="t5", tokens=120, masked=True
     )

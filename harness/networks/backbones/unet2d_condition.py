@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from harness.denoiser import Condition
 from harness.networks.backbones.unet2d import UNet2DDenoiser
 from harness.networks.registry import BACKBONES, Backbone, Pipeline
-from harness.networks.vp import EmptyPrompt, VPDenoiser
+from harness.networks.vp import EmptyPrompt, TextVPDenoiser
 
 
 class _TextUNet:
@@ -20,7 +20,7 @@ class _TextUNet:
         return self.backbone(x, time, embeddings, encoder_attention_mask=mask, **extras).sample
 
 
-class StableDiffusionDenoiser(_TextUNet, VPDenoiser):
+class StableDiffusionDenoiser(_TextUNet, TextVPDenoiser):
     """The `UNet2DConditionModel` of a `StableDiffusionPipeline`."""
 
 
@@ -54,6 +54,7 @@ class UNet2DConditionBackbone(Backbone):
     model = "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel"
     denoisers = (TextDenoiser, StableDiffusionDenoiser)
     reads_text = True
+    dropout = True
     pipeline = Pipeline(
         "StableDiffusionPipeline", folder="unet", text_encoder="clip", tokens=77, masked=False
     )
