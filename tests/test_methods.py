@@ -195,7 +195,7 @@ def test_innate_preset_freezes_convolutions_and_attention_outputs():
     assert share == sum(p.numel() for p in network.parameters() if not p.requires_grad) / total
     assert 0.5 < share < 0.95
     assert freeze(network, "none") == 0
-    with pytest.raises(ValueError, match="freezes nothing"):
+    with pytest.raises(UserError, match="freezes nothing"):
         freeze(torch.nn.Linear(2, 2), "innate")
 
 

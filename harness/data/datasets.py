@@ -198,6 +198,15 @@ def load(folder: Path, images: bool = True) -> Dataset:
     )
 
 
+def first_images(folder: Path) -> Images:
+    """The training images in the first file of what `prepare` wrote; none without images."""
+    record = DataRecord.read(folder / "data.json")
+    if not record.train_images:
+        return load(folder, images=False).train
+    tensors = next(iter(TensorShards(folder / IMAGES, owner=folder)))
+    return Images(tensors["train_pixels"], tensors["train_labels"])
+
+
 def placement(data: Tensor, device: str) -> torch.device:
     """Where a run keeps images: on the device, or on the host if larger than `ON_DEVICE`."""
     return torch.device(device) if data.nbytes <= ON_DEVICE else data.device

@@ -131,6 +131,7 @@ class TeacherRecord(TrainingFacts):
     parameters: int
     device: str | None = None
     imported: dict[str, str] | None = None  # source and its sha256
+    warnings: list[str] = []  # about an imported network (`harness.teachers.denoising_check`)
     text: File | None = None  # embeddings of the prompts
     evaluation_text: File | None = None
     codec: dict[str, str] | None = None  # the decoder's sha256

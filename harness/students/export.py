@@ -124,7 +124,7 @@ def _name_repository(card: Path, folder: str, repository: str) -> None:
 
 def _write_stock(student: VPDenoiser, sigma_init: float, teacher: TeacherJob, folder: Path) -> None:
     """Write a student as a copy of its teacher's pipeline, which must not have changed."""
-    source = PipelineFolder(Path(teacher.section.source).expanduser())
+    source = PipelineFolder(teacher.section.path)
     imported = TeacherRecord.read(teacher.folder / "teacher.json").imported
     if source.sha256() != imported["sha256"]:
         message = f"is not the pipeline that teacher {teacher.name} was imported from"

@@ -124,7 +124,7 @@ def download(section: ImportedTeacher) -> None:
 
 
 def network_of(section: schema.TeacherSection) -> Network | None:
-    """A teacher's network as its files say; as the key `network` says if they are not there or not
+    """A teacher's network as its files say; as the key `network` says if they are missing or not
     valid, which other checks report. None if it is unknown."""
     given, text = section.network, False
     if isinstance(section, ImportedTeacher):

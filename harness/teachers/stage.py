@@ -2,6 +2,7 @@
 diffusers pipeline."""
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from harness.precision import set_precision
 from harness.schedules import edm_weight, lognormal_sigma
 from harness.streams import seeded
 from harness.teachers import sources
+from harness.teachers.denoising_check import check_denoiser
 from harness.teachers.edm_pickle import read_edm_pickle
+from harness.teachers.pipelines import PipelineFolder
 from harness.teachers.text_embeddings import TextEmbeddings, embed_dataset
 from harness.training.distributed import processes
 from harness.training.loop import train
@@ -121,44 +124,61 @@ def assemble(
     )
 
 
-def _import(job: TeacherJob) -> TeacherRecord:
-    """Import a teacher whose section has a `source`."""
-    section, texts, codec_folder = job.section, {}, None
+@dataclass
+class _Imported:
+    """What an import gives. source: what teacher.json records of it. codec: the pipeline whose
+    decoder maps latents to pixels."""
+
+    denoiser: Denoiser
+    source: dict[str, str]
+    texts: dict[str, TextEmbeddings] = field(default_factory=dict)
+    codec: PipelineFolder | None = None
+
+
+def _read(job: TeacherJob, dataset: Dataset) -> _Imported:
+    """Read a teacher whose section has a `source`."""
+    section = job.section
     sources.download(section)
-    dataset, kind = datasets.load(job.data, images=False), sources.kind_of(section)
-    if kind in ("text-to-image", "ddpm"):
-        folder = sources.open_folder(section)
-        folder.check(job, dataset.image_shape)
-        source = {"pipeline": folder.kind or folder.network, "sha256": folder.sha256()}
-    if kind == "text-to-image":
-        encoder = folder.text_encoder(job.device)
-        texts, null = embed_dataset(encoder, dataset, job.folder / "text")
-        del encoder  # a T5 would fill the host's memory together with the other networks
-        denoiser, codec_folder = folder.denoiser(null), folder
-    elif kind == "ddpm":
-        denoiser = folder.denoiser(dataset.num_classes)
-        if folder.clips:
-            logger.info("%s clips denoised images when it samples; here they are not", folder.kind)
-    else:
+    kind = sources.kind_of(section)
+    if kind not in ("text-to-image", "ddpm"):
         path = section.source if section.path is None else str(section.path)
         denoiser, sha256 = read_denoiser(path, section.sha256, section.network)
-        source = {"sha256": sha256}
-    _check_import(job, denoiser, dataset)
-    logger.info("imported %s, sha256 %s", section.source, source["sha256"])
-    if section.revision is not None:
-        source["revision"] = section.revision
-    source = {"source": section.source} | source
+        return _Imported(denoiser, {"sha256": sha256})
+    folder = sources.open_folder(section)
+    folder.check(job, dataset.image_shape)
+    source = {"pipeline": folder.kind or folder.network, "sha256": folder.sha256()}
+    if kind == "ddpm":
+        if folder.clips:
+            logger.info("%s clips denoised images when it samples; here they are not", job.name)
+        return _Imported(folder.denoiser(dataset.num_classes), source)
+    encoder = folder.text_encoder(job.device)
+    texts, null = embed_dataset(encoder, dataset, job.folder / "text")
+    del encoder  # a T5 would fill the host's memory together with the other networks
+    return _Imported(folder.denoiser(null), source, texts, folder)
+
+
+def _import(job: TeacherJob) -> TeacherRecord:
+    """Import a teacher whose section has a `source`."""
+    section, dataset = job.section, datasets.load(job.data, images=False)
+    read = _read(job, dataset)
+    _check_import(job, read.denoiser, dataset)
+    logger.info("imported %s, sha256 %s", section.source, read.source["sha256"])
+    warnings = check_denoiser(read.denoiser, section.sampler, dataset, job.data, job.device)
+    for warning in warnings:
+        logger.warning("teacher %s: %s", job.name, warning)
+    revision = {"revision": section.revision} if section.revision else {}
+    source = {"source": section.source, **revision, **read.source}
     run_id, codec = digest([job.fingerprint, source]), None
     folder = job.folder / "runs" / run_id
     with run_lock(job.folder):
         with atomic_folder(folder) as temporary:
-            sha256 = networks.save_denoiser(denoiser, temporary, {"imported": source})
-            if codec_folder is not None:
+            sha256 = networks.save_denoiser(read.denoiser, temporary, {"imported": source})
+            if read.codec is not None:
                 decoder = temporary / networks.CODEC
-                codec_folder.codec().vae.save_pretrained(decoder, safe_serialization=True)
+                read.codec.codec().vae.save_pretrained(decoder, safe_serialization=True)
                 codec = {"sha256": sha256_file(decoder / networks.WEIGHTS)}
         facts = {"run_id": run_id, "sha256": sha256, "imported": source, "codec": codec}
-        return _write_record(job, folder, denoiser, texts, **facts)
+        return _write_record(job, folder, read.denoiser, read.texts, warnings=warnings, **facts)
 
 
 def read_denoiser(
