@@ -1,5 +1,5 @@
-"""Settings that a teacher cannot serve, numbers in the settings of networks, denoiser.json, and the
-check that an imported network denoises."""
+"""Settings that a teacher cannot serve, denoiser.json, and the check that an imported network
+denoises."""
 
 import json
 
@@ -11,7 +11,6 @@ from harness.config.schema import (
     ImportedTeacher,
     Sampler,
     TrainedTeacher,
-    with_numbers,
 )
 from harness.data.registry import Images
 from harness.denoiser import Denoiser
@@ -112,31 +111,6 @@ def test_facts_of_networks():
     assert unknown.augment_labels and unknown.own_dropout is None
 
 
-# -- numbers that YAML reads as text --------------------------------------------------------------
-
-
-def test_numbers_with_an_exponent_are_numbers_in_networks_and_settings(tiny):
-    text = {
-        "a": ["1e-6", {"b": "-2.5E+3"}],
-        "c": ".5e1",
-        "d": "1e",
-        "e": "e5",
-        "f": "0x1e5",
-        "g": 3,
-    }
-    assert with_numbers(text) == {
-        **{"a": [1e-6, {"b": -2500.0}], "c": 5.0},
-        **{"d": "1e", "e": "e5", "f": "0x1e5", "g": 3},
-    }
-    put(tiny, "teachers.edm.network.norm_eps", "1e-6")
-    put(tiny, "students.sid.settings.lr", "1e-4")
-    experiment = parse_experiment(tiny, "x")
-    network = experiment.teachers["edm"].network
-    assert network["norm_eps"] == 1e-6 and experiment.students["sid"].settings.lr == 1e-4
-    denoiser = build_denoiser(network, (1, 8, 8), 10)
-    assert denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)
-
-
 # -- denoiser.json --------------------------------------------------------------------------------
 
 
@@ -223,9 +197,12 @@ def test_network_that_denoises_has_no_warning():
     [
         (
             lambda x, s: x,
-            ": 0.996 at sigma 1 (linear: 0.519), 24.9 at sigma 5 (linear: 0.976);",
+            "error 0.996 at sigma 1 (linear: 0.519), 24.9 at sigma 5 (linear: 0.976);",
         ),  # σ² of this noise
-        (lambda x, s: 0 * x, ": 1 at sigma 0.2 (linear: 0.0389), 1 at sigma 1 (linear: 0.519);"),
+        (
+            lambda x, s: 0 * x,
+            "error 1 at sigma 0.2 (linear: 0.0389), 1 at sigma 1 (linear: 0.519);",
+        ),
         (lambda x, s: x / 0 * 0, "nan at sigma 0.2"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
-from harness.io.downloads import is_address
+from harness.io.downloads import expand, is_address
 from harness.io.hub import cached_snapshot
 from harness.method import UNIQUE, Beta
 from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
@@ -204,7 +204,7 @@ class ImportedTeacher(TeacherSection):
         cache; None if it was not downloaded yet, and for a URL."""
         if self.revision is not None:
             return cached_snapshot(self.source, self.revision)
-        return None if is_address(self.source) else Path(self.source).expanduser()
+        return None if is_address(self.source) else expand(self.source)
 
 
 class Switches(Section):

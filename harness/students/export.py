@@ -102,6 +102,10 @@ def _check_exportable(denoiser: Denoiser, student: str) -> None:
         encoder = "needs the experiment's own text encoder, which is not part of a pipeline"
         message = "text-to-image students can be exported if their teacher is a pipeline"
         raise UserError(f"{student} {encoder}; {message}", "not-exportable")
+    if BACKBONES[kind := type(denoiser.backbone).__name__].reads_weights:
+        message = f"{student} has a plain module, {kind}, which a pipeline cannot contain"
+        remedy = "use its folder model/ with harness.networks.load_denoiser"
+        raise UserError(f"{message}; {remedy}", "not-exportable")
 
 
 def _contains(folder: Path, denoiser: Denoiser) -> bool:
