@@ -42,7 +42,7 @@ ARGUMENTS = {
     "--seed": {"type": int, "help": "training seed; default: the first"},
     "--partial": {"action": "store_true", "help": "show missing runs as failed"},
     "--dry-run": {"action": "store_true", "help": "remove nothing"},
-    "--tflops": {"type": float, "default": 100.0, "help": "sustained TFLOP/s"},
+    "--tflops": {"type": float, "help": "sustained TFLOP/s; default: measured on this machine"},
     "--push-to-hub": {
         "metavar": "OWNER/NAME",
         "help": "also upload to this Hugging Face repository",

@@ -15,7 +15,7 @@ from harness.io.records import DataRecord
 from harness.networks import build_denoiser
 from harness.training.ledger import measure
 from harness.validation import parse_experiment
-from harness.workflow import plan
+from harness.workflow import plan, speed
 from harness.workflow.dry_run import SavedTensorMemory, dry_run_dataset
 
 
@@ -66,6 +66,36 @@ def test_plan_reads_the_prepared_data(tiny, tmp_path, monkeypatch):
     tiny["data"] |= {"num_classes": 8, "resize": {"size": 16}}
     changed = dry_run_dataset(parse_experiment(tiny, "x"), 2)
     assert changed.image_shape == (3, 16, 16) and changed.num_classes == 8
+
+
+def test_hours_are_of_the_machine_at_hand(tiny, tmp_path, monkeypatch, capsys):
+    estimate = dict.fromkeys(("parameters", "trainable", "auxiliary", "micro_batch", "memory"), 1)
+    estimate |= {"flops_per_image": 1e9, "images": 160.0, "flops": 3.6e12, "snapshots": 1}
+    estimate |= {"snapshot_bytes": 4, "fits": lambda size: 1}
+    monkeypatch.setattr(plan, "Estimate", lambda *arguments: SimpleNamespace(**estimate))
+    monkeypatch.setattr(speed, "matrix_rate", lambda *arguments: 5e9)  # FLOP/s
+    tiny["students"] = {name: tiny["students"][name] for name in ("sid", "gdd")}
+    tiny["training"]["seeds"] = [0, 1]
+
+    def hours(**changes) -> tuple[list[str], str]:
+        plan.print_plan(parse_experiment(tiny | changes, "tiny.yaml", tmp_path))
+        *table, text = capsys.readouterr().out.strip().splitlines()
+        return [line.split("|")[-2].strip() for line in table if "|" in line][2:], text
+
+    found, text = hours()
+    assert found == ["1", "1"]
+    assert text.startswith(
+        "Each run (2 per student), at 0.001 TFLOP/s, 20% of what a matrix product reaches on one "
+        "thread of this CPU. 4 hours for all runs, one after another."
+    )
+    found, text = hours(device="cuda")
+    assert found == ["1e-05", "1e-05"]  # 100 TFLOP/s
+    assert ", at 100 TFLOP/s, assumed: this machine has no cuda. " in text
+    rates = {"sid": 2e9}
+    monkeypatch.setattr(speed, "trained_rates", lambda experiment: rates)
+    found, text = hours()
+    assert found == ["0.5", "0.5"]
+    assert ", at the rate of the runs trained on this machine (sid). 2 hours for all runs" in text
 
 
 def test_tensors_saved_under_autocast_count_as_bfloat16():

@@ -11,12 +11,10 @@ import contextlib
 import csv
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from harness.config.experiment import Experiment
@@ -24,14 +22,12 @@ from harness.config.schema import ImportedTeacher
 from harness.errors import UserError
 from harness.features.base import FEATURES
 from harness.io.artifacts import digest, read_json, write_json
-from harness.io.records import StudentRecord
-from harness.precision import set_precision
 from harness.training.ledger import device_name
 from harness.training.run import DEVICES
 from harness.workflow import plan
+from harness.workflow.speed import SHARE, matrix_rate, trained_rates
 from harness.workflow.stages import Stage
 
-SHARE = 0.2  # of a matrix product's rate, which a stage reaches: assumed
 STARTUP = 8.0  # seconds of a stage before its first iteration: imports and data, assumed
 METRICS = 6e-4  # seconds of all metrics per sample, assumed
 UNKNOWN = 30.0  # seconds of a stage whose work is not counted, assumed
@@ -222,7 +218,7 @@ class Estimates:
         if runs:
             rates = [run["work"] / max(run["seconds"] - STARTUP, 1.0) for run in runs]
             return min(rates), f"measured for {runs[rates.index(min(rates))]['stage']}"
-        if stage.command == "train" and (found := self._trained_rates()):
+        if stage.command == "train" and (found := trained_rates(self.experiment)):
             student = min(found, key=found.get)
             return found[student], f"measured for {student}"
         if self.rate is not None:
@@ -242,45 +238,9 @@ class Estimates:
             return getattr(e.teachers[name], "precision", "fp32")
         return e.evaluation.precision if stage.command == "pairs" else "fp32"
 
-    def _trained_rates(self) -> dict[str, float]:
-        """FLOP/s of the students that were trained on this device."""
-        rates = {}
-        for student, seed in self.experiment.runs:
-            path = self.paths.run(student, seed) / "student.json"
-            try:
-                record = StudentRecord.read_optional(path)
-            except UserError:
-                continue
-            if record and record.ledger and record.device_name == self.device:
-                charges = record.ledger.charges.values()
-                flops = record.ledger.flops - sum(charge["flops"] for charge in charges)
-                seconds = record.ledger.seconds - sum(charge["seconds"] for charge in charges)
-                if flops > 0 and seconds > 0:
-                    rates[student] = min(flops / seconds, rates.get(student, math.inf))
-        return rates
-
 
 def _list(path: Path) -> list[str]:
     try:
         return read_json(path)
     except UserError:
         return []
-
-
-def matrix_rate(device: str, precision: str) -> float:
-    """FLOP/s of a matrix product: 8192³ on a GPU, 1024³ on CPU, there always in float32."""
-    gpu = device.startswith("cuda")
-    size, kind = 8192 if gpu else 1024, torch.float32
-    if gpu and precision == "bf16":
-        kind = torch.bfloat16
-    set_precision(device)  # no TensorFloat-32
-    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in "ab")
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        product = a @ b
-        if gpu:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    del product
-    return 2 * size**3 / statistics.median(times)

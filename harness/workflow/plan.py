@@ -30,6 +30,7 @@ from harness.workflow.dry_run import (
     dry_run_pipeline,
     dry_run_teacher,
 )
+from harness.workflow.speed import Speed
 
 PERIOD = 64  # iterations to average over; phases such as lazy R1 are less frequent than others
 GPUS = (24, 48, 80)  # GB of memory
@@ -199,16 +200,19 @@ def _training_memory(experiment: Experiment, kind: str, name: str) -> float:
     return CONTEXT + allowance * memory + images
 
 
-def print_plan(experiment: Experiment, tflops: float) -> None:
-    """Print one row per student; `tflops`: the sustained speed of the machine in TFLOP/s."""
+def print_plan(experiment: Experiment, tflops: float | None = None) -> None:
+    """Print one row per student. tflops: the sustained speed of a machine in TFLOP/s; default: of
+    this one, if it has the experiment's device."""
     from tabulate import tabulate
 
     rows, disk, unknown, seeds = [], 0, False, len(experiment.training.seeds)
+    speed, total = Speed(experiment, tflops), 0.0  # hours of all runs
     for student in experiment.students:
         if student in experiment.released:
             continue
         e = Estimate(experiment, student)
-        hours = e.flops / (tflops * 1e12) / 3600
+        hours = e.flops / speed.of(student) / 3600
+        total += hours * seeds
         row = {
             "student": student,
             "parameters (M)": f"{e.parameters / 1e6:.2f}",
@@ -231,9 +235,10 @@ def print_plan(experiment: Experiment, tflops: float) -> None:
     if not rows:
         return
     print(tabulate(rows, "keys", tablefmt="github", disable_numparse=True))
+    hours = f"{total:.3g} hours for all runs, one after another. " if math.isfinite(total) else ""
     on_device, disk = f"{ON_DEVICE / 2**30:g} GiB", size_text(disk)
     print(
-        f"\nEach run ({seeds} per student), at {tflops:g} TFLOP/s. Memory is an estimate for one "
+        f"\nEach run ({seeds} per student), {speed.source()}. {hours}Memory is an estimate for one "
         "GPU: float32 weights, gradients, Adam and EMA, tensors saved for backward passes (in each "
         "network's precision), and teacher pairs. Real images (at most "
         f"{on_device} on the device), bfloat16 copies of weights, the allocator and the kernels' "
