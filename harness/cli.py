@@ -20,6 +20,7 @@ from harness.io import environment, logs
 from harness.io.downloads import expand
 from harness.io.environment import is_first, launched
 from harness.io.locks import machine_slot
+from harness.workflow import help as texts
 from harness.workflow.machine import record_failure, relaunch
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,14 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+CONFIGFILE = "experiment file; default: configs/digits.yaml, the embedded digits"
 ARGUMENTS = {
-    "seed": {"type": int, "help": "training seed"},
+    "seed": {"type": int},
+    "name": {"help": "method; default: all"},
+    "--plugin": {"type": path, "action": "append", "help": "file that defines a method"},
     "file": {"type": path},
     "folder": {"type": path},
-    "folders": {"type": path, "nargs": "+", "help": "results/a results/b …"},
+    "folders": {"type": path, "nargs": "+"},
     "b": {"help": "another student, or teacher: the first of the experiment"},
     "--seed": {"type": int, "help": "training seed; default: the first"},
     "--partial": {"action": "store_true", "help": "show missing runs as failed"},
@@ -56,7 +60,7 @@ ARGUMENTS = {
         "help": "only this metric, at the largest sample count; may be repeated",
     },
     "--all": {"action": "store_true", "help": "every metric and sample count"},
-    "--configfile": {"type": path, "default": "configs/digits.yaml", "help": "experiment file"},
+    "--configfile": {"type": path, "default": "configs/digits.yaml", "help": CONFIGFILE},
 }
 KINDS = {"features": "feature network", "pairs": "pair set", "a": "student", "b": "student"}
 COMMANDS = {}
@@ -321,16 +325,26 @@ def import_edm(args):
     print("The licence of the checkpoint still applies (NVIDIA's: CC BY-NC-SA 4.0).")
 
 
-@tool("list the methods and the origin of each default", configfile=False)
+@tool("show the methods, or one of them in full", "name? --plugin", configfile=False)
 def methods(args):
-    from harness.method import METHODS
+    for file in args.plugin or ():
+        call("registry.load_plugin", file)
+    call("workflow.methods.print_methods", args.name)
 
-    for name in METHODS:
-        method = METHODS[name]
-        print(f"{name}: {method.paper}{'' if method.data_free else ' (needs real images)'}")
-        for key, field in method.Config.model_fields.items():
-            origin = field.json_schema_extra["origin"]
-            print(f"    {key} = {field.default!r}  ({origin}: {field.description})")
+
+def _parser() -> argparse.ArgumentParser:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    text = texts.overview({name: run.help for name, run in COMMANDS.items()})
+    parser = argparse.ArgumentParser(prog="harness", description=text, **style)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run in COMMANDS.items():
+        sub = commands.add_parser(name, description=texts.description(name, run.help), **style)
+        for argument in run.arguments:
+            plain = argument.rstrip("?")
+            options = {"nargs": "?"} if argument != plain else {}
+            options |= {"help": texts.argument(name, plain)} | ARGUMENTS.get(plain, {})
+            sub.add_argument(plain, **options)
+    return parser
 
 
 def _interrupted(command: str) -> int:
@@ -348,14 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for an error that the user can fix."""
     logs.configure(logging.INFO if is_first() else logging.ERROR)
     environment.prepare()
-    parser = argparse.ArgumentParser(prog="harness", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run in COMMANDS.items():
-        sub = commands.add_parser(name, help=run.help, description=run.help)
-        for argument in run.arguments:
-            optional = {"nargs": "?"} if argument.endswith("?") else {}
-            sub.add_argument(argument.rstrip("?"), **ARGUMENTS.get(argument, optional))
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     args.argv = argv or sys.argv[1:]
     if not sys.stderr.isatty() and not launched():  # a log file begins with its command
         logger.info("python -m harness %s", shlex.join(args.argv))

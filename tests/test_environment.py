@@ -23,7 +23,7 @@ from harness.io.artifacts import atomic_folder, load_tensors, save_tensors, writ
 from harness.io.downloads import cache_dir, fetch
 from harness.training import distributed
 from harness.validation import parse_experiment
-from harness.workflow import interruption, machine, torchrun
+from harness.workflow import help, interruption, machine, torchrun
 from harness.workflow.status import print_status
 from tests.conftest import DATA, ROOT
 
@@ -117,6 +117,26 @@ def test_processes_of_a_stage_end_in_their_own_line(tmp_path, capfd):
     command += ["--nproc-per-node=1", str(tmp_path / "work.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: x\n")
+
+
+# -- help -------------------------------------------------------------------------------------------
+
+
+def test_help_explains_every_command_and_argument(capsys):
+    grouped = [name for names in help.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(cli.COMMANDS)  # each in one group
+    assert {*help.DETAILS} <= {*cli.COMMANDS}
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert "Start with" in text and all(run.help in text for run in cli.COMMANDS.values())
+    for name, run in cli.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert run.help[1:] in " ".join(capsys.readouterr().out.split())
+        for argument in run.arguments:
+            plain = argument.rstrip("?")
+            assert help.argument(name, plain) or cli.ARGUMENTS[plain]["help"], (name, plain)
 
 
 # -- file systems -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import methods.sid
+from harness.cli import main
 from harness.context import Context, TrainingData
 from harness.denoiser import clone_denoiser, one_step, to_pixels
 from harness.errors import UserError
@@ -251,3 +252,30 @@ def test_guidance_needs_an_unconditional_score():
     with pytest.raises(TypeError, match="ScoreConfig"):
         type("Wrong", (FakeScoreMethod,), {"Config": MethodConfig})
     assert issubclass(method.Config, ScoreConfig)
+
+
+def test_page_of_a_method_has_its_equations_settings_and_ranges(capsys):
+    assert main(["methods", "sid"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("sid: Zhou et al. 2024, arXiv 2404.04057; needs no real images")
+    assert "score identity distillation" in text and "Deviations:" in text
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    for name in METHODS["sid"].Config.model_fields:
+        assert name in rows
+    assert " ".join(rows["t_max"].split()) == (
+        "t_max 0.8 float, above 0, at most 1 code: tmax 800 of 1000, sigma up to about 24"
+    )
+    assert "data | uniform" in rows["labels"] and "[0.0, 0.999]" in rows["betas"]
+    assert main(["methods", "gdd"]) == 0
+    assert "a multiple of 32" in capsys.readouterr().out
+
+
+def test_list_of_methods_names_all_of_them(capsys):
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{name}: " in f"\n{text}" for name in METHODS)
+
+
+def test_unknown_method_gets_a_suggestion(capsys):
+    assert main(["methods", "dmdd"]) == 2
+    assert "unknown method 'dmdd'; did you mean 'dmd'?" in capsys.readouterr().err
