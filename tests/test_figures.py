@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -21,9 +22,10 @@ SHIPPED = {*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/paper/*.yaml")}
 SHIPPED -= {ROOT / "configs/digits-tune.yaml"}
 
 
+@cache
 def students_of(path) -> dict[str, str]:
     """The students of a configuration and its bases, with their methods."""
-    config = yaml.safe_load(path.read_text())
+    config = yaml.load(path.read_text(), yaml.CSafeLoader)
     base = students_of(path.parent / config["extends"]) if "extends" in config else {}
     own = config.get("students") or {}
     methods = {name: (s or {}).get("method") or base.get(name) for name, s in own.items()}
@@ -38,6 +40,12 @@ def test_a_students_style_is_the_same_in_every_experiment():
             assert found.setdefault(name, style) == style, (path, name)
     assert {"dmd", "dmd-noreg", "gdd-i", "sid-alpha1.2", "sim-squared", "regression"} <= set(found)
     assert len(set(found.values())) == len(found) > 8
+
+
+def test_common_ablations_differ_in_shape_from_plain_methods():
+    names = {"dmd-noreg": "dmd", "gdd-i": "gdd", "sid-alpha1.2": "sid"}
+    found = styles(names | {name: name for name in METHODS})
+    assert len({style.shape for style in found.values()}) == len(found) == 8
 
 
 def test_variants_have_the_hue_of_their_method():

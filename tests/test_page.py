@@ -15,8 +15,11 @@ import yaml
 
 from harness.errors import UserError
 from harness.io.artifacts import sha256_file
+from harness.io.records import DataRecord
 from harness.reporting.collect import collect
 from harness.reporting.figures import charts, health
+from harness.reporting.page.lead import data_text
+from harness.reporting.page.parts import is_numeric
 from harness.validation import load_experiment, parse_experiment
 from tests.conftest import DATA
 from tests.reports import Page, kept_samples, page, tidy_table, write_run
@@ -129,6 +132,23 @@ def test_warnings_are_in_the_lead(tmp_path):
     assert f"These limit what the numbers mean. {line}" in content.words
     assert content.words.index(line) < content.words.index("Which student is best?")
     assert "1 warning above" in content.words
+
+
+def test_images_and_their_resize_are_facts(tmp_path):
+    experiment = make_experiment(tmp_path)
+    assert data_text(experiment) is None
+    facts = {"train_images": 1438, "held_out_images": 359, "image_shape": [3, 64, 64]}
+    resize = "center crop and area resize to 64 px"
+    record = DataRecord.model_construct(name="birds", resize=resize, **facts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataRecord, "read_optional", lambda path: record)
+        text = data_text(experiment)
+    assert text == f"birds: 1,438 for training, 359 held out, 3 × 64 × 64, {resize}"
+
+
+def test_columns_of_costs_are_numbers():
+    table = pd.DataFrame({"a": ["not reached", "≤ 3"], "b": ["not reached", "x"], "c": ["–", "–"]})
+    assert is_numeric(table) == [True, False, False]
 
 
 def test_markup_survives_pandas_with_pyarrow(full):

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import pandas as pd
 from markupsafe import Markup
 
+from harness.config.experiment import Experiment
 from harness.evaluation.registry import Metric
+from harness.io.records import DataRecord
 from harness.reporting import collect, cost_to_reach, formatting
 from harness.reporting.cost_to_reach import UNITS
 from harness.reporting.formatting import minus, spread_text
@@ -221,6 +223,16 @@ def introduction(content: Content) -> str:
     )
 
 
+def data_text(experiment: Experiment) -> str | None:
+    """The prepared images: how many, their shape, and how they got it. None without a record."""
+    record = DataRecord.read_optional(experiment.paths.data / "data.json")
+    if record is None:
+        return None
+    shape = " × ".join(map(str, record.image_shape))
+    counts = f"{record.train_images:,} for training, {record.held_out_images:,} held out"
+    return f"{record.name}: {counts}, {shape}{f', {record.resize}' if record.resize else ''}"
+
+
 def header(content: Content) -> Iterator[Markup]:
     """What was compared, problems, the four answers, and facts."""
     final, m = content.final, content.manifest
@@ -239,6 +251,7 @@ def header(content: Content) -> Iterator[Markup]:
     processor = device["processor"] if device["used"] == "cpu" else device["used"]
     yield html.facts(
         {
+            **({"Images": images} if (images := data_text(content.experiment)) else {}),
             "Reference": ", ".join(final.reference.dropna().unique()) or "missing",
             "Training seeds": ", ".join(map(str, sorted(content.experiment.training.seeds))),
             "Sampling seeds": ", ".join(map(str, noise)) or "none",

@@ -18,6 +18,7 @@ from harness.reporting.formatting import MISSING
 from harness.reporting.tables import Summary
 
 NUMBER = re.compile(r"((tie|≤) )?[-−+]?\d")
+WITHOUT_NUMBER = (MISSING, "not reached")  # in columns of numbers
 THUMBNAIL = 96  # pixels: larger sample images are scaled down
 
 
@@ -42,7 +43,8 @@ class Content:
 
 def is_numeric(table: pd.DataFrame) -> list[bool]:
     """For each column whether its first known text is a number."""
-    first = [next((str(v) for v in values if v != MISSING), "") for _, values in table.items()]
+    known = [[str(v) for v in values if v not in WITHOUT_NUMBER] for _, values in table.items()]
+    first = [next(iter(texts), "") for texts in known]
     return [bool(NUMBER.match(text)) for text in first]
 
 
