@@ -10,7 +10,7 @@ from harness.streams import Stream
 class Stripes(DataSource):
     """Noisy 8 x 8 images with stripes: horizontal or vertical."""
 
-    shape = (1, 8, 8)
+    image_shape = (1, 8, 8)
     class_names = ("horizontal", "vertical")
 
     def read(self):
