@@ -100,7 +100,8 @@ def summarise(experiment: Experiment, table: pd.DataFrame) -> Summary:
     costs = pd.DataFrame(facts, columns=list(STUDENT_COLUMNS))
     seeds = len(experiment.evaluation.sampling_seeds)
     selected, warnings = selected_scores(table, columns), trust.warnings(experiment, table)
-    notes = [*(f"Warning: {line}." for line in warnings), *_notes(experiment, table)]
+    marked = [f"Warning: {line}{'' if line.endswith('?') else '.'}" for line in warnings]
+    notes = [*marked, *_notes(experiment, table)]
     reach = cost_to_reach.cost_table(experiment, table)
     return Summary(scores, costs, columns, pairs, seeds, notes, selected, warnings, reach)
 
