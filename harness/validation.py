@@ -23,6 +23,7 @@ from harness.data.registry import DATASETS
 from harness.errors import ConfigError, Problem, UserError
 from harness.evaluation import checks as evaluation_checks
 from harness.features.base import FEATURES, errors_in, new_extractor, settings_class
+from harness.io.packages import package_problems
 from harness.networks.registry import BACKBONES
 from harness.registry import load_plugin
 from harness.reporting import checks as reporting_checks
@@ -108,6 +109,9 @@ def _check_names(file: ExperimentFile, names: Names, files: bool) -> Iterator[Pr
 
 def _check_training(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
     """Errors in what students, teachers and feature networks share."""
+    loggers = file.training.loggers if file.training and files else ()
+    for name in set(loggers) - {"csv"}:
+        yield from package_problems("training.loggers", name)
     if file.training and len(set(file.training.seeds)) < len(file.training.seeds):
         yield Problem("training.seeds", "duplicate", "duplicate seed")
     for key, items in (("teachers", file.teachers), ("features", file.features)):

@@ -4,9 +4,11 @@ users' files."""
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +18,10 @@ import torch
 from safetensors import SafetensorError
 
 from harness import cli
-from harness.errors import REMEDIES, UserError, file_system_error
+from harness.errors import REMEDIES, ConfigError, UserError, file_system_error
 from harness.evaluation import references
-from harness.io import environment, locks
+from harness.features import lpips
+from harness.io import environment, locks, packages
 from harness.io.artifacts import atomic_folder, load_tensors, save_tensors, write_json
 from harness.io.downloads import cache_dir, fetch
 from harness.training import distributed
@@ -137,6 +140,38 @@ def test_help_explains_every_command_and_argument(capsys):
         for argument in run.arguments:
             plain = argument.rstrip("?")
             assert help.argument(name, plain) or cli.ARGUMENTS[plain]["help"], (name, plain)
+
+
+# -- packages ---------------------------------------------------------------------------------------
+
+
+def test_extras_have_the_packages_that_messages_name():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for module, extra in packages.EXTRAS.items():
+        names = [re.split("[><=]", requirement)[0] for requirement in extras[extra]]
+        assert module in names
+
+
+def test_missing_packages_are_reported_before_anything_runs(tiny, monkeypatch):
+    monkeypatch.setattr(packages, "is_installed", lambda module: False)
+    tiny["training"]["loggers"] = ["csv", "wandb"]
+    tiny["students"]["sid"]["lora"] = {"rank": 2}
+    with pytest.raises(ConfigError) as error:
+        parse_experiment(tiny, "tiny")
+    message = (
+        "needs the package {}, which is not installed: pip install -e '.[{}]' in the project's"
+    )
+    assert [(p.key, p.code) for p in error.value.problems] == [
+        ("training.loggers", "missing-package"),
+        ("students.sid.lora", "missing-package"),
+    ]
+    found = [problem.message for problem in error.value.problems]
+    assert found[0].startswith(message.format("wandb", "loggers"))
+    assert found[1].startswith(message.format("peft", "text-to-image"))
+    parse_experiment(tiny, "tiny", files=False)  # a plan needs none
+    with pytest.raises(UserError, match=r"LPIPS needs the package lpips.*\[pretrained\]"):
+        lpips.trunk_file()
 
 
 # -- file systems -----------------------------------------------------------------------------------
@@ -274,7 +309,10 @@ def test_references_of_another_user_are_read_without_a_lock(tmp_path, monkeypatc
     """`score-folder` writes nothing where the features are stored, and stores none where it may
     not write."""
     extracted, dataset = [], SimpleNamespace(train=[0], sha256="x")
-    extractor = SimpleNamespace(name="cnn", hashes={}, resize="", settings=SimpleNamespace(type=""))
+    extractor = SimpleNamespace(
+        **{"name": "cnn", "hashes": {}, "resize": "", "provided": {"features"}},
+        settings=SimpleNamespace(type=""),
+    )
     scoring = SimpleNamespace(extractors={"cnn": (None, tmp_path)}, device="cpu")
 
     def extract(*arguments, **options):

@@ -8,7 +8,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args
 
@@ -388,13 +387,6 @@ def load_in_order(network: nn.Module, weights: dict[str, Tensor]) -> None:
             expected = f"{name} {tuple(tensor.shape)}"
             raise ValueError(f"{other} {tuple(value.shape)} instead of {expected}")
     network.load_state_dict(dict(zip(own, weights.values(), strict=True)))
-
-
-def require(package: str, user: str = "pretrained networks need") -> None:
-    """Raise a `UserError` if an optional package is not installed."""
-    if find_spec(package) is None:
-        message = f"{user} {package}: pip install 'onestep-harness[pretrained]'"
-        raise UserError(message, "missing-package")
 
 
 def fetch_from_hub(repository: str, file: str, instead: str) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from harness.features.base import require
 from harness.io.downloads import fetch, load_pickled
+from harness.io.packages import require
 
 TRUNK = "https://download.pytorch.org/models/vgg16-397923af.pth"
 TRUNK_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
@@ -43,7 +43,7 @@ class PerceptualDistance(nn.Module):
 
 def trunk_file() -> Path:
     """The trunk's weights, downloaded if necessary; a `UserError` if that fails."""
-    require("lpips", "LPIPS needs the package")
+    require("lpips", "LPIPS")
     return fetch(TRUNK, TRUNK_SHA256)
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from harness.errors import UserError, did_you_mean
-from harness.features.base import fetch_from_hub, load_in_order, reading_weights, require
+from harness.features.base import fetch_from_hub, load_in_order, reading_weights
 from harness.io.artifacts import sha256_file
 from harness.io.downloads import cache_dir, load_pickled
+from harness.io.packages import require
 
 STRIDES = (4, 8, 16, 32)
 _POOLING = (nn.MaxPool2d, nn.AvgPool2d)
@@ -33,7 +34,7 @@ PACKAGED = {
 
 def _published(name: str):
     """timm's configuration of a network's pretrained weights."""
-    require("timm")
+    require("timm", "a pretrained network")
     import timm
 
     if not timm.is_model(name):
@@ -70,7 +71,7 @@ def weights_file(name: str) -> Path:
 
 def load_weights(name: str, path: Path, **options) -> nn.Module:
     """A timm network, built with `options`, with the weights in a file; in evaluation mode."""
-    require("timm")
+    require("timm", "a pretrained network")
     import timm
 
     if name in PACKAGED and path.suffix == ".pth":

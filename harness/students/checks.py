@@ -20,6 +20,7 @@ from harness.discriminators.class_table import FILE_SHA256
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import FEATURES
 from harness.io.downloads import source_problems
+from harness.io.packages import package_problems
 from harness.method import METHODS, MethodConfig
 from harness.students import released
 from harness.students.defaults import unserved
@@ -88,6 +89,8 @@ def check(file: ExperimentFile, names: Names, files: bool) -> Iterator[Problem]:
             yield Problem(where, "reserved-name", message)
         if section.lora is not None and section.freeze != "none":
             yield Problem(f"{where}.lora", "conflict", "lora and freeze are mutually exclusive")
+        if section.lora is not None and files:
+            yield from package_problems(f"{where}.lora", "peft")
         if section.teacher is not None and section.teacher not in names["teachers"]:
             message = f"unknown teacher {section.teacher!r}"
             hint = did_you_mean(section.teacher, names["teachers"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from harness.config.jobs import TeacherJob
 from harness.errors import UserError
 from harness.io.artifacts import read_json
+from harness.io.packages import require
 from harness.networks import BACKBONES, vp
 from harness.teachers import ddpm
 from harness.teachers.folders import INDEX, DiffusersFolder, unknown_pipeline
@@ -43,6 +44,7 @@ class PipelineTextEncoder:
     diffusers, PixArt's pipeline has its own limit and lower-cases the texts."""
 
     def __init__(self, folder: "PipelineFolder", device: str):
+        require("transformers", f"{folder.folder}: the text encoder")
         from transformers import CLIPTextModel, T5EncoderModel
 
         pipeline = folder.backbone.pipeline

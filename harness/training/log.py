@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.io.artifacts import atomic_path
+from harness.io.packages import missing
 from harness.training.distributed import Processes
 from harness.training.run import TrainingRun
 
@@ -120,9 +121,9 @@ def training_log(run: TrainingRun, step: int, images: int) -> Iterator[Callable]
                 continue
             try:
                 write, close = start(run, images)
-            except ImportError as error:
-                message = f"{name} is not installed ({error}): pip install -e '.[loggers]'"
-                raise UserError(f"training.loggers: {message}", "missing-package") from None
+            except ImportError:
+                message = f"training.loggers: {missing(name)}"
+                raise UserError(message, "missing-package") from None
             writers.append(write)
             stack.callback(close)
         if sys.stderr.isatty():

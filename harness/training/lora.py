@@ -8,6 +8,7 @@ from torch import nn
 
 from harness.denoiser import Denoiser
 from harness.errors import UserError
+from harness.io.packages import require
 
 # Projections in diffusers' transformer blocks: linear layers, some of them 1 x 1 convolutions.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -16,11 +17,9 @@ TARGETS = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 
 def add_adapters(denoiser: Denoiser, teacher: Denoiser, rank: int, alpha: float) -> None:
     """Give a clone of the teacher the teacher's own tensors, and adapters that train alone."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        message = "lora: peft is not installed: pip install -e '.[text-to-image]'"
-        raise UserError(message, "missing-package") from None
+    require("peft", "lora")
+    from peft import LoraConfig, inject_adapter_in_model
+
     owners = dict(teacher.backbone.named_modules())
     for name, module in denoiser.backbone.named_modules():
         for key in module._parameters:

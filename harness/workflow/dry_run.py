@@ -16,6 +16,7 @@ from harness.denoiser import Denoiser
 from harness.discriminators.class_table import SHAPE
 from harness.errors import UserError
 from harness.features.base import FeatureMaps, new_extractor
+from harness.io.packages import require
 from harness.io.records import DataRecord
 from harness.networks import build_denoiser
 from harness.networks.vp import Codec
@@ -48,6 +49,7 @@ def dry_run_inputs(experiment: Experiment, student: str, images: int = 1024) -> 
         extractor = new_extractor(needs.features, experiment.features[needs.features])
         inputs.required["features"] = FeatureMaps(extractor.build(dataset))
     if needs.backbones:
+        require("timm", f"students.{student}")
         from timm import create_model
 
         backbones = nn.ModuleList(Backbone(n, create_model(n)) for n in needs.backbones)
