@@ -10,8 +10,9 @@ import torch
 import yaml
 from diffusers import DDIMScheduler
 
+from harness import OneStepPipeline
 from harness.cli import main
-from harness.denoiser import guided
+from harness.denoiser import guided, one_step
 from harness.errors import UserError
 from harness.io.artifacts import read_json
 from harness.networks import load_denoiser, save_denoiser
@@ -300,3 +301,10 @@ def test_students_of_a_ddpm_pipeline_go_through_all_stages(tiny, saved, tmp_path
     assert read_json(results / "teachers" / "ddpm" / "teacher.json")["warnings"]  # random weights
     student = load_denoiser(results / "students" / "gdd-i" / "seed0" / "model")
     assert type(student).__name__ == "DDPMDenoiser" and student.num_classes == 10
+    run(tiny, "export gdd-i 0 exported")
+    z, labels = noise(), torch.tensor([3, 7])
+    pipe = OneStepPipeline.from_pretrained("exported")
+    images = pipe(class_labels=labels, latents=z, output_type="pt").images
+    with torch.no_grad():
+        expected = one_step(student, z, labels, 80.0)
+    assert (images - (expected / 2 + 0.5).clip(0, 1)).abs().max() < 1e-2

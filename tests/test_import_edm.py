@@ -13,10 +13,12 @@ import yaml
 
 from harness.cli import main
 from harness.errors import UserError
+from harness.io import pickles
 from harness.io.artifacts import read_json
 from harness.networks import build_denoiser, denoiser_record, load_denoiser, save_denoiser
 from harness.teachers import edm_pickle
-from harness.teachers.edm_pickle import read_edm_pickle
+from harness.teachers.edm_pickle import pickled_network, read_edm_pickle
+from harness.validation import parse_experiment
 from tests.test_denoiser import tiny_denoiser
 from tests.test_edm_networks import error, golden
 
@@ -116,6 +118,26 @@ def test_official_pickle_is_converted(official, tmp_path, name, protocol):
     x, sigma = torch.from_numpy(data["x"]), torch.from_numpy(data["sigma"]).float()
     assert error(denoiser(x, sigma, labels, **extras), data["output"]) < 1e-5
     assert denoiser_record(tmp_path / "net")["imported"]["file"] == "network.pkl"
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_network_of_a_pickle_is_read_without_its_weights(
+    official, tmp_path, monkeypatch, tiny, protocol
+):
+    content = official("ddpmpp")
+    numbers = torch.zeros(500_000)  # more than any number of the network
+    content["augment_pipe"] = modules({"w": numbers})
+    path, skipped = write(tmp_path / "a.pkl", content, protocol), []
+    read = pickles._WithoutTensors.read
+    monkeypatch.setattr(
+        pickles._WithoutTensors, "read", lambda f, n: skipped.append(n > f.LONG) or read(f, n)
+    )
+    found, config = pickled_network(path), read_edm_pickle(path).backbone.config
+    assert any(skipped) and found.pop("type") == "SongUNet"
+    assert found == {key: config[key] for key in found} and "augment_dim" in found
+    tiny["teachers"] = {"edm": {"source": str(path)}}
+    student = parse_experiment(tiny, "x").students["sim"]
+    assert student.settings.augment == 0  # as the experiment says
 
 
 def test_gdd_student_keeps_its_preconditioning(official, tmp_path):
