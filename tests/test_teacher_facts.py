@@ -1,10 +1,12 @@
 """Settings that a teacher cannot serve, denoiser.json, and the check that an imported network
 denoises."""
 
+import inspect
 import json
 
 import pytest
 import torch
+import yaml
 
 from harness.config.schema import (
     DataSection,
@@ -16,7 +18,8 @@ from harness.data.registry import Images
 from harness.denoiser import Denoiser
 from harness.errors import UserError
 from harness.io.artifacts import read_json, write_json
-from harness.networks import build_denoiser, load_denoiser, save_denoiser
+from harness.networks import BACKBONES, build_denoiser, load_denoiser, save_denoiser
+from harness.networks.arguments import UNKNOWN, defaults
 from harness.networks.vp import VPDenoiser
 from harness.teachers import sources
 from harness.teachers.denoising_check import (
@@ -25,7 +28,7 @@ from harness.teachers.denoising_check import (
     sample_warnings,
 )
 from harness.teachers.facts import teacher_facts
-from harness.validation import load_snapshot, parse_experiment
+from harness.validation import load_experiment, load_snapshot, parse_experiment
 from tests.ddpm import ddpm
 from tests.test_config import problems, put
 from tests.test_denoiser import tiny_denoiser
@@ -109,6 +112,49 @@ def test_facts_of_networks():
     assert found.own_dropout == 0 and found.unconditional and not found.augment_labels
     unknown = teacher_facts(ImportedTeacher(source="https://x.org/a.pkl"), DIGITS)
     assert unknown.augment_labels and unknown.own_dropout is None
+
+
+# -- arguments of networks ------------------------------------------------------------------------
+
+
+@pytest.mark.contract
+def test_arguments_of_networks_are_those_of_their_classes():
+    """diffusers' source is parsed, because its import takes seconds."""
+    for name in ("UNet2DModel", "UNet2DConditionModel", "PixArtTransformer2DModel", "SongUNet"):
+        signature = inspect.signature(BACKBONES[name].model_class().__init__).parameters
+        parsed = dict(defaults(name))
+        assert parsed.pop("self") is UNKNOWN
+        assert parsed == {n: p.default for n, p in signature.items() if n in parsed}
+        assert parsed.keys() == signature.keys() - {"self"}
+
+
+@pytest.mark.parametrize(
+    ("network", "argument", "code", "named"),
+    [
+        ({"type": "UNet2DModel"}, {"norm_eps": "small"}, "invalid-value", "such as 1e-05"),
+        ({"type": "UNet2DModel"}, {"norm_ep": 1e-6}, "unknown-key", "did you mean 'norm_eps'?"),
+        ({"type": "UNet2DModel"}, {"act_fn": 3}, "invalid-value", "such as 'silu'"),
+        ({"type": "UNet2DModel"}, {"add_attention": "nein"}, "invalid-value", "true or false"),
+        (SONG, {"dropout": "none"}, "invalid-value", "a number"),
+        (SONG, {"channel_mult": "1, 2"}, "invalid-value", "a list"),
+    ],
+)
+def test_argument_of_a_network_is_checked_when_it_is_read(tiny, network, argument, code, named):
+    put(tiny, "teachers.edm.network", network | argument)
+    (found,) = problems(tiny)
+    (key,) = argument
+    assert (found.key, found.code) == (f"teachers.edm.network.{key}", code)
+    assert named in found.message
+
+
+def test_exponents_in_a_network_are_numbers(tiny, tmp_path):
+    path = tmp_path / "x.yaml"
+    tiny["teachers"]["edm"]["network"]["norm_eps"] = "NUMBER"
+    path.write_text(yaml.safe_dump(tiny).replace("NUMBER", "1e-6"))
+    network = load_experiment(path).teachers["edm"].network
+    assert network["norm_eps"] == 1e-6
+    denoiser = build_denoiser(network, (1, 8, 8), 10)
+    assert denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)
 
 
 # -- denoiser.json --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import Any
 
 from harness.config import schema
 from harness.config.schema import ImportedTeacher, TrainedTeacher
@@ -10,6 +11,7 @@ from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import new_extractor
 from harness.io.downloads import source_problems
 from harness.io.hub import missing_path_hint, revision_problems
+from harness.networks.arguments import argument_problems
 from harness.networks.registry import BACKBONES, trainable_backbones
 from harness.teachers import sources
 from harness.teachers.facts import teacher_facts
@@ -19,6 +21,7 @@ def check(file: schema.ExperimentFile, names: schema.Names, files: bool) -> Iter
     """All errors in the section `teachers` (see `harness.validation.CHECKS`)."""
     for name, teacher in file.teachers.items():
         key = f"teachers.{name}"
+        yield from _check_arguments(key, teacher.network)
         if isinstance(teacher, ImportedTeacher):
             yield from _check_imported(key, teacher, file.data, files)
         else:
@@ -36,6 +39,12 @@ def _check_type(key: str, kind: object, known: Collection[str]) -> Iterator[Prob
     elif str(kind) not in known:
         message = f"unknown network {str(kind)!r}{did_you_mean(str(kind), known)}"
         yield Problem(f"{key}.network.type", "unknown-name", message)
+
+
+def _check_arguments(key: str, network: dict[str, Any] | None) -> Iterator[Problem]:
+    if network and str(network.get("type")) in BACKBONES:
+        for argument, code, message in argument_problems(network):
+            yield Problem(f"{key}.network.{argument}", code, message)
 
 
 def fetch_configs(file: schema.ExperimentFile) -> Iterator[Problem]:
