@@ -128,7 +128,8 @@ class Experiment:
             raise UserError(f"device: {self.device} is not available; use cpu", "device")
         count, index = torch.cuda.device_count(), int(self.device.partition(":")[2] or 0)
         if index >= count:
-            message = f"{self.device} is not available; this machine has {count} GPU{'s' * (count != 1)}, from cuda:0"
+            found = f"{count} GPU{'s' * (count != 1)}, from cuda:0"
+            message = f"{self.device} is not available; this machine has {found}"
             raise UserError(f"device: {message}", "device")
         if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
             for key in self._bf16_keys():
