@@ -118,7 +118,9 @@ def _check_training(file: ExperimentFile, names: Names, files: bool) -> Iterator
         for name, item in items.items():
             images, batch = getattr(item, "images", 0), getattr(item, "batch", 1)
             if images % batch:
-                message = f"not a multiple of its batch {batch}"
+                near = sorted({max(batch, images - images % batch), images + -images % batch})
+                numbers = " or ".join(map(str, near))
+                message = f"must be a multiple of the batch, {batch}, such as {numbers}"
                 yield Problem(f"{key}.{name}.images", "batch", message)
 
 

@@ -168,9 +168,48 @@ def test_message_of_all_problems(tiny):
         parse_experiment(tiny, "tiny.yaml")
     assert str(error.value) == (
         "tiny.yaml: 2 errors\n"
-        "  training.budget.0.amount: input should be greater than 0, not -5\n"
+        "  training.budget.0.amount: must be greater than 0, not -5\n"
         "  students.teacher: this name is reserved"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.seeds", 3, "expected a list, such as [0, 1], not 3"),
+        ("training.seeds", [], "must not be empty"),
+        ("training.seeds", [0.5], "expected an integer, not 0.5"),
+        ("training.tf32", "maybe", "expected true or false, not 'maybe'"),
+        ("training.precision", "fp8", "must be 'fp32' or 'bf16', not 'fp8'"),
+        (
+            "training.budget",
+            {"unit": "images"},
+            "expected a list, such as [0, 1], not {'unit': 'images'}",
+        ),
+        ("teachers.edm.lr", "1e", "expected a number, not '1e'"),
+        ("data", 3, "expected keys and values, not 3"),
+        ("device", "gpu", "expected auto, cpu, cuda, or one GPU such as cuda:1, not 'gpu'"),
+        ("data.sha256", "ab", "expected 64 hexadecimal digits (a sha256), not 'ab'"),
+        ("teachers.edm.images", 100, "must be a multiple of the batch, 64, such as 64 or 128"),
+    ],
+)
+def test_messages_are_in_the_terms_of_yaml(tiny, key, value, message):
+    put(tiny, key, value)
+    found = [problem.message for problem in problems(tiny) if problem.key.startswith(key)]
+    assert found == [message]
+
+
+def test_a_missing_base_is_named_with_its_key(tmp_path):
+    (tmp_path / "x.yaml").write_text("extends: photos.yaml")
+    with pytest.raises(UserError) as error:
+        load_experiment(tmp_path / "x.yaml")
+    assert str(error.value) == f"{tmp_path}/x.yaml: extends: {tmp_path}/photos.yaml does not exist"
+
+
+def test_tabs_in_yaml_have_a_hint(tmp_path):
+    (tmp_path / "x.yaml").write_text("data:\n\tname: digits")
+    with pytest.raises(UserError, match=r"line 2, column 1: name: digits \^; indent with spaces$"):
+        read_yaml(tmp_path / "x.yaml")
 
 
 def test_nearest_multiples_of_the_batch_are_suggested(tiny):
@@ -289,9 +328,7 @@ def test_exponents_reach_a_network_as_numbers(tmp_path, tiny):
 def test_text_that_is_read_as_a_number_gets_a_hint(tiny):
     put(tiny, "students.sid.method", 1)
     (problem,) = (p for p in problems(tiny) if p.key == "students.sid.method")
-    assert problem.message == (
-        "input should be a valid string, not 1; put text in quotes that YAML reads otherwise"
-    )
+    assert problem.message == ("expected text, not 1; put text in quotes that YAML reads otherwise")
 
 
 @pytest.mark.parametrize(

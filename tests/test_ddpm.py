@@ -4,6 +4,7 @@ import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
     return shutil.copytree(saved / "labelled", tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("folder", "data", "message"),
+    [
+        ("plain", {"name": "x", "source": ".", "resize": {"size": 16}}, "generates images of 8 x 8 pixels, but data x has 16 x 16; set data.resize.size: 8"),
+        ("plain", {"name": "x", "source": ".", "resolution": 32}, "generates images of 8 x 8 pixels, but data x has 32 x 32"),
+        ("plain", {"name": "digits"}, "has no class labels, but the data has; set data.labels: false"),
+    ],
+)  # fmt: skip
+def test_images_and_classes_are_compared_before_anything_runs(saved, tiny, folder, data, message):
+    tiny["data"], tiny["teachers"] = data, {"edm": {"source": str(saved / folder)}}
+    found = [p.message for p in problems(tiny) if p.key == "teachers.edm.source"]
+    assert found[:1] == [message]
 
 
 def flatten(folder: Path) -> Path:
@@ -268,16 +283,12 @@ def run(experiment: dict, *stages: str) -> None:
         assert main([*stage.split(), "--configfile", "x.yaml"]) == 0, stage
 
 
-def test_teacher_of_other_images_is_rejected(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    pipe = ddpm(10)
-    pipe.unet.register_to_config(sample_size=16)
-    pipe.save_pretrained("pipeline")
-    tiny["teachers"] = {"ddpm": {"source": "pipeline"}}
-    run(tiny, "data")
-    assert main(["teacher", "ddpm", "--configfile", "x.yaml"]) == 2
-    message = "teacher ddpm generates 1x16x16 images, but the data has 1x8x8 images"
-    assert message in capsys.readouterr().err
+def test_teacher_of_other_images_is_rejected_by_the_stage(saved):
+    """Of data whose size is unknown until they are read."""
+    with pytest.raises(UserError) as error:
+        DDPMFolder(saved / "plain").check(SimpleNamespace(name="ddpm"), (1, 16, 16))
+    expected = "teacher ddpm generates 1x8x8 images, but the data has 1x16x16 images"
+    assert str(error.value) == expected
 
 
 @pytest.mark.slow

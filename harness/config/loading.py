@@ -55,8 +55,9 @@ def _loader(path: Path) -> type:
     return Loader
 
 
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML or (for snapshots) JSON file."""
+def read_yaml(path: Path, named_by: str = "") -> dict:
+    """The mapping in a YAML or (for snapshots) JSON file. named_by: the key that names the file,
+    with its place, if it is not the command line."""
     import yaml
 
     try:
@@ -64,6 +65,8 @@ def read_yaml(path: Path) -> dict:
         json_file = Path(path).suffix == ".json"
         value = json.loads(text) if json_file else yaml.load(text, _loader(path))
     except (FileNotFoundError, NotADirectoryError):
+        if named_by:
+            raise UserError(f"{named_by}: {path} does not exist", "missing-file") from None
         here = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
         message = f"{path}: experiment file not found{here}; name one with --configfile, or change"
         message += " to the folder of the project"
@@ -71,7 +74,9 @@ def read_yaml(path: Path) -> dict:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not an experiment file", "missing-file") from None
     except (yaml.YAMLError, ValueError) as error:  # also JSON's, and of a tag such as !!int
-        raise UserError(f"{path}: {' '.join(str(error).split())}", "invalid-yaml") from None
+        reason = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
+        reason += "; indent with spaces" if r"'\t'" in reason else ""
+        raise UserError(f"{path}: {reason}", "invalid-yaml") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply", "invalid-yaml") from None
     if not isinstance(value, dict):
@@ -126,12 +131,24 @@ def read_experiment(path: Path, _parents: tuple[Path, ...] = ()) -> dict:
     path = expand(path)
     if path.resolve() in _parents:
         raise UserError(f"{path}: extends: circular reference", "circular-extends")
-    raw = read_yaml(path)
+    raw = read_yaml(path, f"{_parents[-1]}: extends" if _parents else "")
     if (base := raw.pop("extends", None)) is None:
         return merge({}, raw)
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected one file name, got {base!r}", "invalid-value")
     return merge(read_experiment(path.parent / expand(base), (*_parents, path.resolve())), raw)
+
+
+# Types of pydantic's errors -> messages in the terms of YAML; others keep pydantic's.
+EXPECTED = {
+    **dict.fromkeys(("list_type", "tuple_type"), "expected a list, such as [0, 1]"),
+    **dict.fromkeys(("dict_type", "model_type"), "expected keys and values"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "expected an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "expected a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "expected true or false"),
+    **dict.fromkeys(("too_short", "string_too_short"), "must not be empty"),
+    "string_type": "expected text",
+}
 
 
 def translate(error: ValidationError, model: type[BaseModel], where: str = "") -> Iterator[Problem]:
@@ -146,8 +163,11 @@ def translate(error: ValidationError, model: type[BaseModel], where: str = "") -
         elif item["type"] == "value_error":  # of a validator, whose message is complete
             yield Problem(key, "invalid-value", str(item["ctx"]["error"]))
         else:
-            message = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
-            if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+            kind, text = item["type"], item["msg"].replace("Input should", "must", 1)
+            message = EXPECTED.get(kind, text)
+            if not kind.endswith("too_short"):
+                message += f", not {item['input']!r}"
+            if kind == "string_type" and isinstance(item["input"], bool | int | float):
                 message += "; put text in quotes that YAML reads otherwise"
             yield Problem(key, "invalid-value", message)
 

@@ -15,7 +15,21 @@ from harness.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _matching(pattern: str, expected: str) -> Any:
+    """Text of a form. expected: the form in words, for the message."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {expected}, not {value!r}")
+        return value
+
+    return Annotated[str, AfterValidator(check)]
+
+
+Sha256 = _matching("[0-9a-f]{64}", "64 hexadecimal digits (a sha256)")
+Device = _matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, or one GPU such as cuda:1")
 Names = dict[str, list[str]]  # section -> names of all its items, valid or not
 PROMPT_SETS = ("prompts", "evaluation_prompts")
 PROMPT_KEYS = {f"{key}{suffix}" for key in PROMPT_SETS for suffix in ("", "_sha256")}
@@ -364,7 +378,7 @@ class ExperimentFile(Section):
     """An experiment file. `harness.validation` parses feature networks and teachers by type."""
 
     name: str
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = "auto"
     processes: Literal["auto"] | Positive = "auto"  # per job; auto: one per GPU, or 1 on CPU
     plugins: Annotated[list[str], UNIQUE] = Field(
         [], description="Python files that register more classes"

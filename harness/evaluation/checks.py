@@ -154,6 +154,8 @@ def _check_extractors(
     }
     if len(networks) < 2 and (data is None or data.has_images):
         message = "name at least two networks; a lead in one may vanish in another's features"
+        if len(networks) < len(set(extractors) & names):
+            message += " (one network with several resizes counts once, pixels do not count)"
         yield Problem(key, "too-few", message)
     patch = any("fid-patch" in outputs for outputs in provided.values())
     if patch and data is not None and data.size and data.size < PATCH_SIZE:

@@ -32,6 +32,10 @@ from harness.transfers import to_device
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "features.safetensors"
+LABELS_NEEDED = (
+    "needs labels for training, but data.labels is false; use a network with published weights or "
+    "one of your own (docs/data.md)"
+)
 
 
 class TrainedSettings(FeatureSettings):
@@ -55,7 +59,7 @@ class TrainedExtractor(NetworkExtractor):
         if not data.has_images:
             yield Problem(key, "needs-images", "needs images for training; this data set has none")
         elif not data.labels:
-            yield Problem(key, "needs-labels", "needs labels for training; data.labels is false")
+            yield Problem(key, "needs-labels", LABELS_NEEDED)
         elif data.prompts is not None:
             message = "cannot be trained on prompts; use a pretrained network"
             yield Problem(key, "needs-labels", message)

@@ -1,12 +1,13 @@
 """Checks of the section `teachers` of an experiment."""
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from harness.config import schema
 from harness.config.schema import ImportedTeacher, TrainedTeacher
-from harness.data.registry import has_captions, has_texts
+from harness.data.registry import data_source, has_captions, has_texts
 from harness.errors import Problem, UserError, did_you_mean
 from harness.features.base import new_extractor
 from harness.io.downloads import source_problems
@@ -101,10 +102,30 @@ def _check_imported(
         message = f"needs an unconditional score, which {facts.network} does not have"
         yield Problem(f"{key}.sampler.guidance", "unsupported", message)
     network = sources.network_of(teacher)
+    if network and data is not None and not text:
+        yield from _check_images(key, network, data)
     if network and network.levels and teacher.sampler.sigma_max > 1.01 * network.levels[1]:
         message = f"{teacher.sampler.sigma_max:g} exceeds the pipeline's largest noise level,"
         message += f" {network.levels[1]:.4g}, which is the default"
         yield Problem(f"{key}.sampler.sigma_max", "noise-level", message)
+
+
+def _check_images(
+    key: str, network: sources.Network, data: schema.DataSection
+) -> Iterator[Problem]:
+    """Compare an imported network's images and classes with what the data section declares. The
+    stage compares them with the prepared data."""
+    with suppress(UserError):  # reported by the checks of `data`
+        source = data_source(data)
+        size = source.image_shape[1] if source.image_shape else None
+        if None not in (size, network.size) and size != network.size:
+            message = f"generates images of {network.size} x {network.size} pixels, but data"
+            message += f" {data.name} has {size} x {size}"
+            remedy = f"; set data.resize.size: {network.size}" if data.resize is not None else ""
+            yield Problem(f"{key}.source", "shape", message + remedy)
+        if source.has_classes and network.conditional is False:
+            message = "has no class labels, but the data has; set data.labels: false"
+            yield Problem(f"{key}.source", "classes", message)
 
 
 def _check_trained(

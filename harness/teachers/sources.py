@@ -42,6 +42,18 @@ class Network:
     preconditioning: str
     levels: tuple[float, float] | None = None
 
+    @property
+    def size(self) -> int | None:
+        """Width of the images (or latents), if the arguments have it."""
+        size = self.arguments.get("img_resolution", self.arguments.get("sample_size"))
+        return size if isinstance(size, int) else None
+
+    @property
+    def conditional(self) -> bool | None:
+        """Whether the network takes class labels, if the arguments tell."""
+        keys = {"label_dim", "num_class_embeds"} & self.arguments.keys()
+        return any(self.arguments[key] for key in keys) if keys else None
+
 
 Kind = Literal["text-to-image", "ddpm", "denoiser", "file"]
 

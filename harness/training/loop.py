@@ -26,6 +26,8 @@ from harness.training.log import training_log
 from harness.training.run import Outcome, TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
 
+SIGN_OF_LIFE = 30.0  # seconds without a line of the log
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +44,8 @@ class TrainingLoop:
         trainer, run, ledger = self.trainer, self.run, self.ledger
         tick_steps = max(1, run.loop.tick_images // run.batch)
         tick_seconds, tick_images = ledger.seconds, ledger.images
-        saved, position, done = time.monotonic(), self._grid_position(), False
+        saved = logged = time.monotonic()
+        position, done = self._grid_position(), False
         while not done:
             started = time.perf_counter()
             before = ledger.model_dump(include={"images", "flops", "seconds"})
@@ -65,6 +68,10 @@ class TrainingLoop:
                 if log is not None:
                     log(row, ledger.spent(run.budget))
                 tick_seconds, tick_images = ledger.seconds, ledger.images
+                logged = time.monotonic()
+            elif self.processes.first and time.monotonic() - logged > SIGN_OF_LIFE:
+                logger.info("%s: %d images", run.name, ledger.images)
+                logged = time.monotonic()
             if crossed or done:
                 self._snapshot(crossed, before)
             if done or (ticked and time.monotonic() - saved >= run.loop.checkpoint_seconds):

@@ -51,13 +51,15 @@ def _line(
     elif (folder / record).exists():
         state = "scored" if scores is not None and scores.exists() else "trained"
     else:
-        state = "interrupted" if row else "waiting"
+        state = "interrupted" if row or (folder / "runs").exists() else "waiting"
     line = {"run": name, "state": state, "spent": "", "images/s": "", "ETA": "", "losses": ""}
     if not row:
         return line
     limit = max(budget, key=lambda limit: float(row[limit.unit]) / limit.amount)
     share = float(row[limit.unit]) / limit.amount
-    line["spent"] = f"{float(row[limit.unit]):.4g} of {limit.amount:.4g} {limit.unit}"
+    amounts = [float(row[limit.unit]), limit.amount]
+    spent, whole = (f"{x:,.0f}" if limit.unit == "images" else f"{x:.4g}" for x in amounts)
+    line["spent"] = f"{spent} of {whole} {limit.unit}"
     line["images/s"] = f"{float(row['images_per_second']):.0f}"
     if state == "running" and 0 < share < 1:
         seconds = float(row["seconds"]) / share * (1 - share)
