@@ -48,6 +48,7 @@ REMEDIES = {
     errno.EROFS: f"make it writable, {_ELSEWHERE}",
     errno.EACCES: f"ask its owner for access, {_ELSEWHERE}",
     errno.EPERM: f"ask its owner for access, {_ELSEWHERE}",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; rename one of them",
     errno.ESTALE: "the network file system has replaced it; repeat the command",
     errno.EIO: "check the disk or the network file system, then repeat the command",
 }

@@ -43,6 +43,8 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} name {name!r}: use letters, digits, '.', '_' and '-'")
 
         def decorate(entry: T) -> T:
+            if _importing:  # the names of the repository are taken
+                self._import_package()
             if problem := self._problem(name, entry):
                 raise ValueError(f"{self.kind} {name!r} {problem}")
             file = Path(inspect.getsourcefile(source or entry)).resolve()
@@ -62,12 +64,15 @@ class Registry(Generic[T]):
                 return f"does not define {', '.join(missing)}"
         return self._check(name, entry)
 
-    def __iter__(self) -> Iterator[str]:
-        """Names in the order of registration."""
+    def _import_package(self) -> None:
         if self._package is not None:
             package, self._package = importlib.import_module(self._package), None
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{package.__name__}.{module.name}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of registration."""
+        self._import_package()
         return iter(list(self._entries))
 
     def __contains__(self, name: object) -> bool:
@@ -91,6 +96,7 @@ class Registry(Generic[T]):
 
 
 _plugins: dict[str, Path] = {}  # module name -> file
+_importing: list[Path] = []  # plug-ins that are being imported
 
 
 def load_plugin(path: Path) -> None:
@@ -104,12 +110,15 @@ def load_plugin(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name], _plugins[name] = module, path
+    _importing.append(path)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name], _plugins[name]
         message = f"plugins: {path} could not be imported: {_reason(path, error)}"
         raise UserError(message, "plugin") from error
+    finally:
+        _importing.remove(path)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from harness.errors import UserError
 from harness.evaluation.accumulator import FeatureAccumulator
 from harness.evaluation.references import Reference
 from harness.evaluation.registry import METRICS
-from harness.features.base import load_extractor, new_extractor, parse_settings
+from harness.features.base import load_extractor, make_features, new_extractor, parse_settings
 from harness.io.records import FeatureRecord
 from harness.registry import load_plugin
 from harness.validation import load_experiment, parse_experiment
@@ -154,6 +155,18 @@ def plugin(tmp_path, text: str) -> Path:
             "use a tuple of names",
         ),
         (
+            "from harness.evaluation.registry import register\n"
+            "@register('own', 'Own', True, needs=('reference.feature',))\n"
+            "def own(features): return 0.0\n",
+            "needs 'reference.feature'; known: reference.features, reference.statistics",
+        ),
+        (
+            "from harness.evaluation.registry import register\n"
+            "@register('fd', 'Own', True)\n"
+            "def own(features): return 0.0\n",
+            "metric 'fd' is already registered",
+        ),
+        (
             "from harness.networks.registry import BACKBONES\n"
             "@BACKBONES.register('own')\n"
             "class Own:\n    pass\n",
@@ -228,6 +241,28 @@ def test_faulty_outputs_are_refused_in_one_line_with_their_file(
     assert error.value.code == code
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert reason in str(error.value)
+
+
+def test_a_network_is_tried_before_anything_is_trained(tiny, tmp_path, registries, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = (EXAMPLE / "raw_pixels.py").read_text()
+    tiny |= {"plugins": [str(plugin(tmp_path, code.replace("flatten(1)", "flatten()")))]}
+    tiny["features"]["own"] = {"type": "raw-pixels"}
+    experiment = parse_experiment(tiny, "x.yaml")
+    prepare(experiment.data, experiment.paths.data)
+    with pytest.raises(UserError, match=r"of shape \(128,\) for 2 images"):
+        make_features(experiment.feature_job("own"))
+
+
+def test_an_own_file_of_weights_with_another_hash_is_an_error(tiny, tmp_path, registries):
+    load_plugin(EXAMPLE / "resnet18.py")
+    (tmp_path / "net.pt").write_bytes(b"x")
+    settings = {"type": "resnet18", "weights": str(tmp_path / "net.pt"), "sha256": "0" * 64}
+    job = replace(
+        parse_experiment(tiny, "x").feature_job("tiny-cnn"), settings=parse_settings(settings)
+    )
+    with pytest.raises(UserError, match=r"net\.pt has sha256 .*, expected 0000"):
+        make_features(job)
 
 
 @pytest.mark.parametrize(

@@ -221,9 +221,9 @@ def test_openai_weights_come_from_the_hub(fetch, clip_weights, dataset, monkeypa
     assert load_extractor(folder, dataset).extract(images())["features"].shape == (3, 16)
 
 
-def test_weights_with_another_hash_are_unavailable(fetch, clip_weights):
-    record, _ = fetch(MODEL | {"weights": str(clip_weights), "sha256": "0" * 64})
-    assert record.unavailable == "no weights" and "sha256" in record.reason
+def test_own_weights_with_another_hash_are_an_error(fetch, clip_weights):
+    with pytest.raises(UserError, match=r"has sha256 .*, expected 0000"):
+        fetch(MODEL | {"weights": str(clip_weights), "sha256": "0" * 64})
 
 
 # -- aesthetic heads ----------------------------------------------------------------------------

@@ -76,12 +76,19 @@ class Metric:
         return num_samples if self.limit is None else min(num_samples, self.limit)
 
 
+REFERENCE = ("features", "statistics", "held_out")  # of `Reference`, which metrics may need
+
+
 def _lacks(name: str, metric: Metric) -> str | None:
     if metric.higher_is_better not in (True, False, None):
         return f"has higher_is_better {metric.higher_is_better!r}; use True, False or None"
     for key in ("requires", "needs"):
         if isinstance(getattr(metric, key), str):
             return f"has {key} {getattr(metric, key)!r}; use a tuple of names"
+    for need in metric.needs:
+        name = need.removeprefix("reference.")
+        if need != name and name not in REFERENCE:
+            return f"needs {need!r}; known: {', '.join(f'reference.{n}' for n in REFERENCE)}"
     return None
 
 

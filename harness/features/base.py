@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harness.config.jobs import FeatureJob
 from harness.config.schema import DataSection, FeatureSettings
+from harness.data import datasets
 from harness.data.datasets import Dataset
 from harness.errors import Problem, UserError
 from harness.features.resize import bicubic
@@ -238,7 +239,23 @@ def make_features(job: FeatureJob) -> FeatureRecord:
     set_precision(job.device, static_shapes=True)
     extractor = new_extractor(job.name, job.settings)
     with errors_in(extractor):
-        return extractor.make(job)
+        record = extractor.make(job)
+    if extractor.plugin and record is not None and not record.unavailable:
+        _try_out(job)
+    return record
+
+
+def _try_out(job: FeatureJob) -> None:
+    """Load a plug-in's network and extract from two images, so that its errors appear before
+    anything is trained."""
+    if not (job.data / "data.json").is_file():
+        return  # a stage by hand, before that of the data
+    dataset = datasets.load(job.data)
+    pixels = dataset.train.pixels[:2]
+    if not len(pixels):
+        pixels = torch.zeros(2, *dataset.image_shape, dtype=torch.uint8)
+    labels = torch.zeros(len(pixels), dtype=torch.long) if dataset.num_evaluated else None
+    start_checked(load_extractor(job.folder, dataset, job.device), pixels, labels)()
 
 
 def captions_of(dataset: Dataset, template: str) -> tuple[str, ...]:
@@ -298,6 +315,8 @@ class PretrainedExtractor(NetworkExtractor):
         try:
             path = self.fetch()
         except UserError as error:
+            if self.settings.weights is not None and error.code != "download":
+                raise  # the user's own file
             logger.warning("%s is unavailable: %s", job.name, error)
             record.unavailable, record.reason = NO_WEIGHTS, str(error)
         else:
@@ -339,6 +358,9 @@ class PretrainedExtractor(NetworkExtractor):
     def launch(self, pixels: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         size = GPU_BLOCK if is_gpu(self.device) else BLOCK
         blocks = [self.outputs(self.inputs(block)) for block in pixels.split(size)]
+        if not isinstance(blocks[0], dict):
+            message = f"outputs returned a {type(blocks[0]).__name__}; expected a dict of tensors"
+            raise TypeError(message)
         return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
 
 

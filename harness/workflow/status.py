@@ -74,6 +74,8 @@ def print_status(experiment: Experiment) -> None:
     from tabulate import tabulate
 
     rows, failed, paths = [], [], experiment.paths
+    if not paths.root.is_dir():  # perhaps the command runs in another folder than the workflow
+        print(f"{paths.root.resolve()} does not exist yet")
     sections = {"features": experiment.features, "teacher": experiment.teachers}
     for kind, items in sections.items():
         for name, item in items.items():

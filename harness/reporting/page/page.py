@@ -350,7 +350,8 @@ def protocol(content: Content) -> Iterator[Markup]:
         "; ".join(f"{spaced(k[9:])} {v}" for k, v in row.items() if v != MISSING) or MISSING
         for row in settings.to_dict("records")
     ]
-    table["protocol"] = hashes.map(html.hash)
+    # As objects: a column of text would lose the markup.
+    table["protocol"] = pd.Series(list(map(html.hash, hashes)), hashes.index, dtype=object)
     caption = "Each column has one protocol; its hash is in every row of metrics.csv."
     yield html.datatable(table.rename_axis("column").reset_index(), caption)
 
