@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -34,19 +35,32 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def positive(text: str) -> float:
+    """A finite number above 0 of the command line."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+def seed(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 CONFIGFILE = "experiment file; default: configs/digits.yaml, the embedded digits"
 ARGUMENTS = {
-    "seed": {"type": int},
+    "seed": {"type": seed},
     "name": {"help": "method; default: all"},
     "--plugin": {"type": path, "action": "append", "help": "file that defines a method"},
     "file": {"type": path},
     "folder": {"type": path},
     "folders": {"type": path, "nargs": "+"},
     "b": {"help": "another student, or teacher: the first of the experiment"},
-    "--seed": {"type": int, "help": "training seed; default: the first"},
+    "--seed": {"type": seed, "help": "training seed; default: the first"},
     "--partial": {"action": "store_true", "help": "show missing runs as failed"},
     "--dry-run": {"action": "store_true", "help": "remove nothing"},
-    "--tflops": {"type": float, "help": "sustained TFLOP/s; default: measured on this machine"},
+    "--tflops": {"type": positive, "help": "sustained TFLOP/s; default: measured on this machine"},
     "--push-to-hub": {
         "metavar": "OWNER/NAME",
         "help": "also upload to this Hugging Face repository",

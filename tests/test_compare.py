@@ -209,6 +209,7 @@ def test_invalid_folders_and_tables_are_rejected(tmp_path, capsys):
         table.write_text(text)
         assert code_of(read_results, old) == "damaged"
     assert code_of(print_comparison, [good], None) == "arguments"
+    assert code_of(print_comparison, [good, old], tmp_path) == "arguments"  # --out is a folder
 
 
 def more(folder, *rows):

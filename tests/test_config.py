@@ -332,7 +332,11 @@ def test_text_that_is_read_as_a_number_gets_a_hint(tiny):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: &x [*x]", "a: !!int x", "a: " + 5000 * "9", "a: " + 3000 * "["]
+    "text",
+    [
+        *("a: &x [*x]", "&x\na: *x", "a: !!int x", "a: !!bool x", "a: !!timestamp x"),
+        *("a: " + 5000 * "9", "a: " + 3000 * "["),
+    ],
 )
 def test_unusual_yaml_is_one_line(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)

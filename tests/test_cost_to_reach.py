@@ -16,6 +16,7 @@ from harness.reporting.cost_to_reach import (
     round_levels,
     score_at,
 )
+from harness.reporting.figures import costs
 from tests.reports import tidy_table, write_run
 from tests.test_page import make_experiment
 
@@ -75,7 +76,10 @@ def test_the_interval_over_seeds_is_students_t_on_logarithms():
         (20.2, 33.2, 100.0, False, True, [25, 30, 40, 50]),
         (0.9, 0.5, 0.1, True, False, [0.9, 0.8, 0.6, 0.5]),
         (-1.0, 2.0, 4.0, False, False, [-1, 0, 1, 2]),
-        (0.95, 0.97, 0.99, False, True, []),
+        # No round number between the scores: multiples of a fine step.
+        (0.95, 0.97, 0.99, False, True, [0.95, 0.955, 0.965, 0.97]),
+        (20.1, 20.3, 24.9, False, True, [20.1, 20.2, 20.3, 20.4]),
+        (5.0, 5.0 + 1e-9, 9.0, False, False, [5, 5.01, 5.02, 5.03]),  # at least the third digit
         (2.0, 2.0, 2.0, False, True, []),
         (math.nan, 1.0, 2.0, False, True, []),
     ],
@@ -130,6 +134,30 @@ def test_a_level_is_the_teachers_if_a_student_reaches_it(experiment):
     table = curves(experiment, {"s1": [0.4] * 3, "s2": [0.7] * 3, "s3": [0.7] * 3})
     rows = cost_to_reach.cost_table(experiment, table)
     assert 0.5 in set(rows.level)
+
+
+def test_a_teachers_level_replaces_the_round_number_with_its_text(experiment):
+    table = curves(experiment, {"s1": [0.4] * 3, "s2": [0.7] * 3, "s3": [0.7] * 3})
+    table["value"] = table.value.where(table.student != "teacher", 0.5001)
+    rows = cost_to_reach.cost_table(experiment, table)
+    assert 0.5001 in set(rows.level) and 0.5 not in set(rows.level)
+
+
+def test_large_levels_have_no_exponent(experiment):
+    scores = {"s1": [1000.0] * 3, "s2": [1200.0] * 3, "s3": [3000.0] * 3}
+    table = curves(experiment, scores)
+    rows = cost_to_reach.cost_table(experiment, table)
+    assert set(cost_to_reach.texts(rows).level) == {"1,000", "1,500", "2,000", "3,000"}
+    marks = costs.figure(experiment, table).to_dict()["concat"][0]["description"]
+    assert "s1 1,500 at" in marks
+
+
+def test_the_chart_finds_metrics_with_underscores(experiment, monkeypatch):
+    table = curves(experiment, {"s1": [1.0] * 3, "s2": [1.2] * 3, "s3": [3.0] * 3})
+    name = "harness.reporting.collect.column_name"
+    monkeypatch.setattr(name, lambda metric, count, extractor: f"my_{metric}_n{count}_{extractor}")
+    chart = costs.figure(experiment, table.assign(column="my_" + table.column))
+    assert len(chart.to_dict()["concat"]) == 3
 
 
 def test_students_are_compared_at_equal_compute(experiment):

@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import threading
+import urllib.error
+import urllib.request
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -85,6 +87,15 @@ def test_complete_partial_file_is_downloaded_again(server):
     (cache_dir() / f"{SHA256[:16]}-net.pkl.partial").write_bytes(CONTENT)
     assert fails(server.address, SHA256)[0] == "download"
     assert fetch(server.address, SHA256).read_bytes() == CONTENT
+
+
+def test_refused_connection_is_no_error_of_the_file_system(server, monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError(PermissionError(13, "Permission denied"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    code, message = fails(server.address, SHA256)
+    assert code == "download" and server.address in message and "Permission denied" in message
 
 
 def test_download_with_another_hash_leaves_nothing(server):

@@ -145,6 +145,26 @@ def test_help_explains_every_command_and_argument(capsys):
 # -- packages ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["plan", "--tflops", "0"], "0 is not a finite number above 0"),
+        (["plan", "--tflops", "nan"], "nan is not a finite number above 0"),
+        (["train", "sid", "-5"], "-5 is negative"),
+    ],
+)
+def test_numbers_out_of_range_are_rejected(capsys, arguments, reason):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert capsys.readouterr().err.strip().endswith(reason)
+
+
+def test_summary_of_an_unfinished_experiment_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["summary", *TINY]) == 0
+    assert "results/tiny has no complete report" in capsys.readouterr().out
+
+
 def test_extras_have_the_packages_that_messages_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -205,6 +225,17 @@ def test_a_full_disk_names_the_file(tmp_path):
         assert caught.value.errno in (errno.ENOSPC, errno.EDQUOT)
         assert file_system_error(RuntimeError("x")) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_folders_have_the_mode_and_group_of_their_parent(tmp_path):
+    tmp_path.chmod(0o2775)
+    before = os.umask(0o002)
+    try:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "x").write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o7777 == 0o2775  # a group shares it
 
 
 def test_unreadable_file_is_not_called_damaged(open_path):

@@ -17,9 +17,11 @@ from harness.errors import UserError
 from harness.io.artifacts import sha256_file
 from harness.io.records import DataRecord
 from harness.reporting.collect import collect
-from harness.reporting.figures import charts, health
+from harness.reporting.figures import charts, health, samples
+from harness.reporting.page import lead
 from harness.reporting.page.lead import data_text
-from harness.reporting.page.parts import is_numeric
+from harness.reporting.page.parts import Content, is_numeric
+from harness.reporting.tables import summarise
 from harness.validation import load_experiment, parse_experiment
 from tests.conftest import DATA
 from tests.reports import Page, kept_samples, page, tidy_table, write_run
@@ -132,6 +134,23 @@ def test_warnings_are_in_the_lead(tmp_path):
     assert f"These limit what the numbers mean. {line}" in content.words
     assert content.words.index(line) < content.words.index("Which student is best?")
     assert "1 warning above" in content.words
+
+
+@pytest.mark.parametrize("students", [["s1"], ["s1", "s2"]])
+def test_the_lead_of_one_student_and_of_a_tie(tmp_path, students):
+    experiment = make_experiment(tmp_path, students)
+    table = tidy_table(
+        experiment, {("fd", "tiny-cnn"): {name: [1.0, 1.1, 1.2] for name in students}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "read_samples", lambda *_: {})
+        content = Content(experiment, table, summarise(experiment, table), {})
+    found = lead.leads(content)
+    (margin,) = map(str, lead._margins(found))
+    one = "The only student with scores."
+    assert margin.startswith("<strong>0.0" if len(students) > 1 else one) and "−0.0" not in margin
+    # Three training seeds are enough, also where there is nobody to rank against.
+    assert "too few" not in " ".join(map(str, lead._trust(found, content)))
 
 
 def test_images_and_their_resize_are_facts(tmp_path):

@@ -44,6 +44,10 @@ def _loader(path: Path) -> type:
                 seen.add(key)
             return super().construct_mapping(node, deep=True)
 
+        def construct_document(self, node):
+            self.deep_construct = True  # a mapping that contains itself is an error
+            return super().construct_document(node)
+
     kept = ("bool", "null", "merge", "value")
     Loader.yaml_implicit_resolvers = {
         first: [rule for rule in rules if rule[0].rpartition(":")[2] in kept]
@@ -77,6 +81,10 @@ def read_yaml(path: Path, named_by: str = "") -> dict:
         reason = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
         reason += "; indent with spaces" if r"'\t'" in reason else ""
         raise UserError(f"{path}: {reason}", "invalid-yaml") from None
+    except (KeyError, AttributeError):  # of !!bool x and !!timestamp x
+        raise UserError(
+            f"{path}: a tag such as !!bool has an invalid value", "invalid-yaml"
+        ) from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply", "invalid-yaml") from None
     if not isinstance(value, dict):

@@ -118,6 +118,7 @@ def _owner(path: Path) -> str:
 def _download(source: str, sha256: str, path: Path) -> None:
     """Download a file, or the rest of it after an interruption."""
     import http.client  # slow imports that most stages do not need
+    import urllib.error
     import urllib.request
 
     from tqdm import tqdm
@@ -137,7 +138,8 @@ def _download(source: str, sha256: str, path: Path) -> None:
             if missing := getattr(reply, "length", 0):
                 raise ConnectionError(f"{missing} bytes are missing")
     except (OSError, http.client.HTTPException) as error:
-        if file_system_error(error) is not None:  # a full disk, for example
+        refused = isinstance(error, urllib.error.URLError)  # "Permission denied" of a connection
+        if not refused and file_system_error(error) is not None:  # a full disk, for example
             raise
         if getattr(error, "code", None) == 416:  # the partial file is not shorter than the file
             partial.unlink(missing_ok=True)

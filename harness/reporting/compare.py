@@ -221,6 +221,8 @@ def print_comparison(
         raise UserError(
             "compare needs at least two folders, such as results/a results/b", "arguments"
         )
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give the name of a CSV file", "arguments")
     text, table = compare_results([read_results(f) for f in folders], metrics, every)
     if out is not None:
         write_text(out, table.to_csv(index=False))

@@ -109,16 +109,20 @@ def round_levels(
 ) -> list[float]:
     """At most LEVELS round numbers, the hardest first: evenly spaced over those between the best
     score and the worst student's last score, and further towards `start`, the worst first score,
-    if there are fewer. log: round in every decade; otherwise multiples of 1, 2 or 5 times a power
-    of ten."""
+    if there are fewer. log: round in every decade; otherwise, and where no such number lies between
+    the scores, multiples of 1, 2 or 5 times a power of ten, at least the third digit of the largest
+    score."""
     low, high = sorted((best, start))
     if not (math.isfinite(low) and high > low):
         return []
+    known = []
     if log and low > 0:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        known = [float(f"{step}e{decade}") for decade in decades for step in ROUND]
-    else:
-        width = (abs(worst - best) or high - low) / LEVELS
+        numbers = (float(f"{step}e{decade}") for decade in decades for step in ROUND)
+        known = [x for x in numbers if low <= x <= high]
+    if not known:
+        digit = 10.0 ** (math.floor(math.log10(max(-low, high))) - 2)
+        width = max((abs(worst - best) or high - low) / LEVELS, digit)
         decade = 10.0 ** math.floor(math.log10(width))
         step = next(s * decade for s in (1, 2, 5, 10) if s * decade >= width * (1 - 1e-9))
         multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
@@ -217,8 +221,10 @@ def _levels(
     start = ends.first().agg(extremes[1])
     found = round_levels(best, worst, start, higher, log)
     teachers = teacher_scores(experiment, table, column).values()
-    found += [x for x in teachers if (best >= x > start if higher else best <= x < start)]
-    return sorted(set(found), reverse=higher)
+    reached = [x for x in teachers if (best >= x > start if higher else best <= x < start)]
+    # One level for each text: a teacher's score replaces a round number.
+    by_text = {rounded_text(x): x for x in [*found, *reached]}
+    return sorted(by_text.values(), reverse=higher)
 
 
 # -- texts ----------------------------------------------------------------------------------------
@@ -283,7 +289,7 @@ def texts(rows: pd.DataFrame, seconds: str = "seconds") -> pd.DataFrame:
     rows = rows.assign(text=[cost_text(row) for row in rows.itertuples()])
     wide = rows.set_index([*keys, "unit"]).text.unstack("unit", sort=False).reset_index()
     wide = wide.reindex(columns=[*keys, *UNITS]).astype(object)
-    wide["level"] = [f"{level:.3g}" for level in wide.level]
+    wide["level"] = wide.level.map(rounded_text)
     headings = {unit: heading for unit, (heading, _) in UNITS.items()} | {"seconds": seconds}
     return wide.fillna("–").rename(columns=headings)
 

@@ -65,9 +65,14 @@ def write_report(experiment: Experiment, partial: bool = False) -> None:
 
 
 def print_summary(experiment: Experiment) -> None:
-    """Print the comparison, transposed, and where the results are, if the report is complete."""
+    """Print the comparison, transposed, and where the results are; one line if the report is not
+    complete."""
     root = experiment.paths.root
     if not (root / "manifest.json").exists():
+        print(
+            f"{root} has no complete report; `harness status` shows the runs, and `harness report"
+        )
+        print("--partial` reports those that are finished")
         return
     table, _ = collect(experiment, partial=True)
     summary = tables.summarise(experiment, table)

@@ -23,7 +23,15 @@ from harness.reporting.collect import (
     main_metric_in,
     training_record,
 )
-from harness.reporting.formatting import FLAGS, MISSING, flagged, latex, markdown, spread_text
+from harness.reporting.formatting import (
+    FLAGS,
+    MISSING,
+    flagged,
+    latex,
+    markdown,
+    rounded_text,
+    spread_text,
+)
 from harness.reporting.intervals import TRAINING_SEEDS, pairwise, ranks
 
 COLUMNS = (
@@ -395,7 +403,9 @@ def text_table(
         if level is not None:
             texts = cost_to_reach.level_texts(summary.costs, name, level)
             cells = {student: cost(units) for student, units in texts.items()}
-            table[label(column, f"TFLOPs to {level:.3g}")] = pd.Series(cells, dtype=object)
+            table[label(column, f"TFLOPs to {rounded_text(level)}")] = pd.Series(
+                cells, dtype=object
+            )
             cost = None
     for heading, (fact, form) in FACTS.items():
         table[heading] = students[fact].map(form.format, na_action="ignore")

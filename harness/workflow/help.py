@@ -36,7 +36,7 @@ States: waiting, running, interrupted, failed, trained, scored.""",
 Without NAME: all methods, and the origin of each default (the paper, the authors' code, or ours).
 With NAME: its paper, equations and deviations, and all settings.
 Example: harness methods sid""",
-    "summary": "Prints tables/headline.md of a finished experiment.",
+    "summary": "Prints tables/comparison.md of a finished experiment, one column per student.",
     "report": "Reads the scores in results/<experiment>; nothing is trained or scored again.",
     "compare": """\
 Reads tables/metrics.csv and manifest.json of each folder; numbers of two protocols are never in one

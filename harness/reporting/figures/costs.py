@@ -4,11 +4,13 @@ import altair as alt
 import pandas as pd
 
 from harness.config.experiment import Experiment
-from harness.evaluation.registry import METRICS
+from harness.evaluation.registry import Metric
 from harness.reporting import cost_to_reach
+from harness.reporting.collect import main_column, main_metric_in, ranking_extractors
 from harness.reporting.cost_to_reach import UNITS, cost_table, cost_text, seconds_heading
 from harness.reporting.figures import charts
 from harness.reporting.figures.styles import student_styles
+from harness.reporting.formatting import rounded_text
 
 TITLES = {
     "images": "images that received a generator update",
@@ -17,15 +19,17 @@ TITLES = {
 }
 
 
-def chart(experiment: Experiment, rows: pd.DataFrame, unit: str, seconds: str) -> alt.LayerChart:
-    """The costs of one column of `cost_table` in a unit. Filled marks: all training seeds reach the
-    level; hollow: some do, at the lowest cost. Bars: the interval over training seeds, or from the
-    lowest to the highest seed where there is none."""
+def chart(
+    experiment: Experiment, rows: pd.DataFrame, metric: Metric, unit: str, seconds: str
+) -> alt.LayerChart:
+    """The costs of one column of `cost_table` in a unit. metric: of the column. Filled marks: all
+    training seeds reach the level; hollow: some do, at the lowest cost. Bars: the interval over
+    training seeds, or from the lowest to the highest seed where there is none."""
     rows, title = rows[rows.unit == unit], TITLES[unit].format(seconds)
-    found = [f"{r.student} {r.level:.3g} at {cost_text(r)}" for r in rows.itertuples()]
+    found = [f"{r.student} {rounded_text(r.level)} at {cost_text(r)}" for r in rows.itertuples()]
     text = f"{title} to reach each level of {rows.column.iloc[0]}: {'; '.join(found)}"
-    sign = cost_to_reach.sign(METRICS[rows.column.iloc[0].split("_")[0]])
-    labels = {level: f"{sign} {level:.3g}" for level in rows.level}
+    sign = cost_to_reach.sign(metric)
+    labels = {level: f"{sign} {rounded_text(level)}" for level in rows.level}
     drawn = rows[rows.reached > 0]
     drawn = drawn.assign(
         at=drawn.cost.fillna(drawn.lowest),
@@ -64,9 +68,11 @@ def figure(experiment: Experiment, table: pd.DataFrame) -> alt.VConcatChart | al
     """One row of charts per main column, one column per unit."""
     costs, seconds, panels = cost_table(experiment, table), seconds_heading(table), []
     units = [unit for unit in UNITS if unit in set(costs.unit)]
-    for column, rows in costs.groupby("column", sort=False):
+    for extractor in ranking_extractors(experiment):
+        column, metric = main_column(experiment, extractor), main_metric_in(experiment, extractor)
+        rows = costs[costs.column == column]
         for unit in units if (rows.reached > 0).any() else ():
-            panel = chart(experiment, rows, unit, seconds)
+            panel = chart(experiment, rows, metric, unit, seconds)
             panels.append(panel.properties(width=300, title=[f"cost to reach {column}"]))
     if not panels:
         return alt.vconcat(charts.message("no student has scores at several snapshots"))

@@ -73,9 +73,16 @@ def _margin(pairs: pd.DataFrame, rows: pd.DataFrame, metric: Metric) -> tuple:
     pair = pairs.iloc[0]
     # The difference is a - b; a lead is positive where it is better.
     sign = 1 if (pair.a == first.student) == bool(metric.higher_is_better) else -1
-    low, high = sorted((sign * pair.low, sign * pair.high))
+    low, high = sorted((sign * pair.low + 0.0, sign * pair.high + 0.0))  # 0.0, not -0.0
     verdict = "better" if pair.verdict.endswith("better") else pair.verdict
-    return second.student, sign * pair.difference, low, high, verdict, int(pair.training_seeds)
+    return (
+        second.student,
+        sign * pair.difference + 0.0,
+        low,
+        high,
+        verdict,
+        int(pair.training_seeds),
+    )
 
 
 def _strong(text: str) -> Markup:
@@ -150,7 +157,7 @@ def _costs(found: list[Lead], content: Content) -> Iterator[Markup]:
             f"{cost_to_reach.cost_text(r, False)} {headings[r.unit]}" for r in rows.itertuples()
         ]
         yield Markup("Cheapest to reach {}: {} ({})").format(
-            f"{lead.metric.label} {level:.3g}", _strong(name), ", ".join(texts)
+            f"{lead.metric.label} {formatting.rounded_text(level)}", _strong(name), ", ".join(texts)
         )
 
 
@@ -162,7 +169,7 @@ def _trust(found: list[Lead], content: Content) -> Iterator[Markup]:
     seeds = f"{samplings} sampling seed{'s' * (samplings != 1)}"
     if trained:
         first = _strong(f"{training} training seed{'s' * (training != 1)}")
-        few = "" if content.is_ranked else f", too few for ranks ({TRAINING_SEEDS} are needed)"
+        few = f", too few for ranks ({TRAINING_SEEDS} are needed)" * (training < TRAINING_SEEDS)
         yield Markup("{}{}; {}").format(first, few, seeds)
     else:
         yield _strong(seeds)

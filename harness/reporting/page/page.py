@@ -150,14 +150,15 @@ def costs(content: Content) -> Iterator[Markup]:
             (
                 unit_names[unit],
                 f"to reach each {metric.label}",
-                cost_charts.chart(experiment, rows, unit, seconds),
+                cost_charts.chart(experiment, rows, metric, unit, seconds),
             )
             for unit in drawn.unit.unique()
         )
         sign, cells = cost_to_reach.sign(metric), {}
         for level in dict.fromkeys(rows.level):
             texts = cost_to_reach.level_texts(rows, column, level, bounds=True)
-            cells[f"{sign} {level:.3g}"] = {name: cost_cell(units) for name, units in texts.items()}
+            heading = f"{sign} {formatting.rounded_text(level)}"
+            cells[heading] = {name: cost_cell(units) for name, units in texts.items()}
         caption = f"TFLOPs; below them images and {seconds}."
         yield html.datatable(
             pd.DataFrame(cells, dtype=object).rename_axis("student").reset_index(), caption, kind=""
