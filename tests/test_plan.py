@@ -73,7 +73,10 @@ def test_hours_are_of_the_machine_at_hand(tiny, tmp_path, monkeypatch, capsys):
     estimate |= {"flops_per_image": 1e9, "images": 160.0, "flops": 3.6e12, "snapshots": 1}
     estimate |= {"snapshot_bytes": 4, "fits": lambda size: 1}
     monkeypatch.setattr(plan, "Estimate", lambda *arguments: SimpleNamespace(**estimate))
+    teacher = SimpleNamespace(flops=1.8e12)
+    monkeypatch.setattr(plan, "TeacherEstimate", lambda *arguments: teacher)
     monkeypatch.setattr(speed, "matrix_rate", lambda *arguments: 5e9)  # FLOP/s
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0, 0))
     tiny["students"] = {name: tiny["students"][name] for name in ("sid", "gdd")}
     tiny["training"]["seeds"] = [0, 1]
 
@@ -86,8 +89,11 @@ def test_hours_are_of_the_machine_at_hand(tiny, tmp_path, monkeypatch, capsys):
     assert found == ["1", "1"]
     assert text.startswith(
         "Each run (2 per student), at 0.001 TFLOP/s, 20% of what a matrix product reaches on one "
-        "thread of this CPU. 4 hours for all runs, one after another."
+        "thread of this CPU. 4 hours for all runs, one after another. Before them: teacher edm 0.5 "
+        "hours. Feature networks, samples and scores come on top."
     )
+    monkeypatch.setattr("os.getloadavg", lambda: (999.0, 0, 0))
+    assert "thread of this CPU (measured beside other work, load 999.0). 4 hours" in hours()[1]
     found, text = hours(device="cuda")
     assert found == ["1e-05", "1e-05"]  # 100 TFLOP/s
     assert ", at 100 TFLOP/s, assumed: this machine has no cuda. " in text

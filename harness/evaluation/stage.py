@@ -1,6 +1,7 @@
 """What can be scored: the snapshots of a run, a teacher and the floor, or a folder of images."""
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -390,8 +391,9 @@ def print_folder(scoring: Scoring, path: Path) -> None:
     lines = []
     for row in score_folder(scoring, path):
         column = column_name(row.metric, row.num_samples, row.extractor)
-        lines.append((column, row.status or row.value, row.stderr))
-    print(tabulate(lines, ("column", "value", "standard error"), "github", floatfmt=".4g"))
+        error = None if row.stderr is None or math.isnan(row.stderr) else row.stderr
+        lines.append((column, row.status or row.value, error))
+    print(tabulate(lines, ("column", "value", "standard error"), "github", ".4g", missingval="–"))
     print(
         f"\n{path} against the training part of {scoring.data_section.name}, scored like the "
         f"students of {scoring.experiment}. How these images were selected is unknown."

@@ -102,7 +102,8 @@ def _check_imported(
         message = f"needs an unconditional score, which {facts.network} does not have"
         yield Problem(f"{key}.sampler.guidance", "unsupported", message)
     network = sources.network_of(teacher)
-    if network and data is not None and not text:
+    from_files = kind is not None and not sources.is_module(teacher)
+    if network and data is not None and from_files and not text:
         yield from _check_images(key, network, data)
     if network and network.levels and teacher.sampler.sigma_max > 1.01 * network.levels[1]:
         message = f"{teacher.sampler.sigma_max:g} exceeds the pipeline's largest noise level,"

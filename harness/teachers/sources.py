@@ -51,8 +51,8 @@ class Network:
     @property
     def conditional(self) -> bool | None:
         """Whether the network takes class labels, if the arguments tell."""
-        keys = {"label_dim", "num_class_embeds"} & self.arguments.keys()
-        return any(self.arguments[key] for key in keys) if keys else None
+        key = {"UNet2DModel": "num_class_embeds", "SongUNet": "label_dim"}.get(self.type)
+        return None if key is None else bool(self.arguments.get(key))
 
 
 Kind = Literal["text-to-image", "ddpm", "denoiser", "file"]

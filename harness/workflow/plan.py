@@ -236,6 +236,8 @@ def print_plan(experiment: Experiment, tflops: float | None = None) -> None:
         return
     print(tabulate(rows, "keys", tablefmt="github", disable_numparse=True))
     hours = f"{total:.3g} hours for all runs, one after another. " if math.isfinite(total) else ""
+    hours += _teacher_hours(experiment, speed)
+    hours += "Feature networks, samples and scores come on top. "
     on_device, disk = f"{ON_DEVICE / 2**30:g} GiB", size_text(disk)
     print(
         f"\nEach run ({seeds} per student), {speed.source()}. {hours}Memory is an estimate for one "
@@ -247,6 +249,18 @@ def print_plan(experiment: Experiment, tflops: float | None = None) -> None:
         f"{'at least ' if unknown else ''}{disk}; `harness prune` removes all but the best and the "
         "last of scored runs." + _embedding_sizes(experiment)
     )
+
+
+def _teacher_hours(experiment: Experiment, speed: Speed) -> str:
+    """The hours of training each teacher, as a sentence; empty if none is trained here."""
+    hours = {
+        name: TeacherEstimate(experiment, name).flops / speed.of(f"teacher {name}") / 3600
+        for name, section in experiment.teachers.items()
+        if not isinstance(section, ImportedTeacher)
+    }
+    if not hours:
+        return ""
+    return f"Before them: {', '.join(f'teacher {k} {v:.3g} hours' for k, v in hours.items())}. "
 
 
 def _embedding_sizes(experiment: Experiment) -> str:

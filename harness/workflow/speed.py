@@ -1,6 +1,7 @@
 """How fast this machine computes: by the runs that it has trained, or by a matrix product."""
 
 import math
+import os
 import statistics
 import time
 
@@ -66,14 +67,17 @@ class Speed:
         self._products: dict[str, float] = {}  # rates of a matrix product, by precision
 
     def of(self, student: str) -> float:
-        """FLOP/s of a student's training."""
+        """FLOP/s of a student's training, or of another one at the experiment's precision."""
         if self.given is not None:
             return self.given * 1e12
         if self.missing:
             return ASSUMED
         if self.trained:
             return self.trained.get(student, min(self.trained.values()))
-        precision = self.experiment.student_training(student).precision
+        training = self.experiment.training
+        if student in self.experiment.students:
+            training = self.experiment.student_training(student)
+        precision = training.precision
         if precision not in self._products:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # as jobs on CPU
@@ -92,4 +96,8 @@ class Speed:
         if self.trained:
             return f"at the rate of the runs trained on this machine ({', '.join(self.trained)})"
         rates = " and ".join(f"{SHARE * r / 1e12:.3g}" for r in self._products.values())
-        return f"at {rates} TFLOP/s, {SHARE:.0%} of what a matrix product reaches on {name}"
+        text = f"at {rates} TFLOP/s, {SHARE:.0%} of what a matrix product reaches on {name}"
+        busy = os.getloadavg()[0]
+        if busy > 0.5 * (os.cpu_count() or 1) and not device.startswith("cuda"):
+            text += f" (measured beside other work, load {busy:.1f})"
+        return text

@@ -49,7 +49,11 @@ def _line(
     elif (folder / FAILURE).exists():
         state = "failed"
     elif (folder / record).exists():
-        state = "scored" if scores is not None and scores.exists() else "trained"
+        state = "trained"
+        if scores is not None and scores.exists():
+            state = "scored"
+        elif scores is not None and scores.with_suffix(".parts").exists():
+            state = "scoring"
     else:
         state = "interrupted" if row or (folder / "runs").exists() else "waiting"
     line = {"run": name, "state": state, "spent": "", "images/s": "", "ETA": "", "losses": ""}
@@ -81,7 +85,8 @@ def print_status(experiment: Experiment) -> None:
         for name, item in items.items():
             amount = getattr(item, "images", 1)  # imported teachers have no budget
             folder, budget = getattr(paths, kind)(name), [Limit(unit="images", amount=amount)]
-            rows.append(_line(f"{kind} {name}", folder, f"{kind}.json", budget))
+            scores = paths.reference_scores(name) if kind == "teacher" else None
+            rows.append(_line(f"{kind} {name}", folder, f"{kind}.json", budget, scores))
     for student, seed in experiment.runs:
         folder, scores = paths.run(student, seed), paths.scores(student, seed)
         budget = experiment.students[student].budget
