@@ -325,6 +325,16 @@ def test_exponents_reach_a_network_as_numbers(tmp_path, tiny):
     assert x.shape == (1, 1, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "change", [{"norm_num_groups": 0}, {"block_out_channels": []}, {"down_block_types": ["x"]}]
+)
+def test_network_that_cannot_be_built_is_one_line(tiny, change):
+    network = tiny["teachers"]["edm"]["network"] | change
+    with pytest.raises(UserError, match="network of type UNet2DModel: ") as error:
+        build_denoiser(network, (1, 8, 8), 10)
+    assert error.value.code == "network"
+
+
 def test_text_that_is_read_as_a_number_gets_a_hint(tiny):
     put(tiny, "students.sid.method", 1)
     (problem,) = (p for p in problems(tiny) if p.key == "students.sid.method")

@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from tests.conftest import DATA
+from tests.conftest import ROOT
 
-ROOT = DATA.parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 

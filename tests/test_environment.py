@@ -113,6 +113,11 @@ def test_interrupted_workflow_says_so_at_once(monkeypatch, capfd, number):
 
 
 @pytest.mark.slow
+def test_workflow_handles_interruptions_before_its_slow_imports():
+    text = (ROOT / "harness/workflow/rules/common.smk").read_text()
+    assert text.index("INTERRUPTION.install()") < text.index("import load_experiment")
+
+
 def test_processes_of_a_stage_end_in_their_own_line(tmp_path, capfd):
     """Without torchrun's traceback, and with the status of the process that failed."""
     (tmp_path / "work.py").write_text("import sys\nprint('error: x', file=sys.stderr)\nsys.exit(2)")

@@ -43,7 +43,7 @@ def build_denoiser(
                 raise ValueError(f"{key}: the data requires {value}")
         model = backbone.model_class()(**arguments, **settings)
         return denoiser_class(model, num_classes, sigma_data, epsilon, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:  # of diffusers' networks
         raise UserError(f"network of type {kind}: {error}", "network") from None
 
 

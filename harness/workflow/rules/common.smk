@@ -9,6 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
 
+from harness.workflow.interruption import Interruption
+
+# Before the imports that take seconds: Ctrl-C gives no traceback from them, either.
+INTERRUPTION = Interruption()
+if workflow.is_main_process:
+    INTERRUPTION.install()
+
 import joblib
 from snakemake.exceptions import WorkflowError
 
@@ -19,14 +26,10 @@ from harness.io import environment
 from harness.io.artifacts import canonical as spec
 from harness.students.inputs import fetch_pretrained
 from harness.validation import load_experiment, load_snapshot
-from harness.workflow.interruption import Interruption
 
 # Jobs run the code of this file's folder, whatever their working directory.
 os.environ["PYTHONPATH"] = environment.joined_path(workflow.basedir)
 environment.prepare()
-INTERRUPTION = Interruption()
-if workflow.is_main_process:
-    INTERRUPTION.install()
 
 
 @contextlib.contextmanager
