@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,12 @@ LATEX = {
     **{"≤": r"$\leq$", "≥": r"$\geq$", "×": r"$\times$"},
     **{"†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}", "¶": r"\P{}"},
 }
+
+
+def listed(names: Iterable[str]) -> str:
+    """`"a, b and c"`."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def spread_text(value: float | None, std: float | None = None) -> str:

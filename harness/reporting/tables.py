@@ -28,6 +28,7 @@ from harness.reporting.formatting import (
     MISSING,
     flagged,
     latex,
+    listed,
     markdown,
     rounded_text,
     spread_text,
@@ -324,7 +325,8 @@ def _student_notes(experiment: Experiment) -> Iterator[str]:
         scoring = [n for n in experiment.evaluation.extractors if n in trained and n != network]
         if network in trained and scoring:
             yield (
-                f"{network}, which {', '.join(students)} were trained against, was trained on the "
+                f"{listed(students)} {'were' if len(students) > 1 else 'was'} trained against "
+                f"{network}, which was trained on the "
                 f"same labelled images as the networks that score ({', '.join(scoring)})."
             )
 

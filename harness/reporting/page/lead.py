@@ -11,7 +11,7 @@ from harness.evaluation.registry import Metric
 from harness.io.records import DataRecord
 from harness.reporting import collect, cost_to_reach, formatting
 from harness.reporting.cost_to_reach import UNITS
-from harness.reporting.formatting import minus, spread_text
+from harness.reporting.formatting import listed, minus, spread_text
 from harness.reporting.intervals import LEVEL, TRAINING_SEEDS
 from harness.reporting.page.parts import Content, html
 
@@ -108,6 +108,9 @@ def _margins(found: list[Lead]) -> Iterator[Markup]:
         "tie": "A tie: the interval contains 0.",
         "not ranked": "Not ranked: too few training seeds.",
     }
+    if all(lead.seeds == 1 for lead in found if lead.second is not None):
+        verdicts["not ranked"] = "Not ranked, and no interval: there is one training seed."
+    agreed = len({lead.leader for lead in found}) == 1
     for lead, following in zip(found, [*found[1:], None], strict=True):
         if lead.second is None:
             yield Markup("The only student with scores.")
@@ -118,8 +121,10 @@ def _margins(found: list[Lead]) -> Iterator[Markup]:
         interval = f", {LEVEL:.0%} interval {bounds.strip('()')}" if "to" in bounds else ""
         is_last = following is None or following.verdict != lead.verdict
         verdict = f" {verdicts.get(lead.verdict, '')}" if is_last else ""
-        text = Markup("{} ahead of {}{}{}.{}")
-        yield text.format(_strong(margin.lstrip("+")), lead.second, where, interval, verdict)
+        subject = "" if agreed else f"{lead.leader} "
+        text = Markup("{}{} ahead of {}{}{}.{}")
+        margin = _strong(margin.lstrip("+"))
+        yield text.format(subject, margin, lead.second, where, interval, verdict)
 
 
 def _costs(found: list[Lead], content: Content) -> Iterator[Markup]:
@@ -163,13 +168,16 @@ def _costs(found: list[Lead], content: Content) -> Iterator[Markup]:
 
 def _trust(found: list[Lead], content: Content) -> Iterator[Markup]:
     experiment, summary = content.experiment, content.summary
-    training = len(experiment.training.seeds)
+    compared = [lead.seeds for lead in found if lead.second is not None]
+    training = min([len(experiment.training.seeds), *compared])
     samplings = len(experiment.evaluation.sampling_seeds)
     trained = [s for s in experiment.students.values() if not s.source]
     seeds = f"{samplings} sampling seed{'s' * (samplings != 1)}"
     if trained:
         first = _strong(f"{training} training seed{'s' * (training != 1)}")
-        few = f", too few for ranks ({TRAINING_SEEDS} are needed)" * (training < TRAINING_SEEDS)
+        few = f", too few for ranks ({TRAINING_SEEDS} are needed)" * (
+            min(compared, default=TRAINING_SEEDS) < TRAINING_SEEDS
+        )
         yield Markup("{}{}; {}").format(first, few, seeds)
     else:
         yield _strong(seeds)
@@ -218,7 +226,7 @@ def introduction(content: Content) -> str:
     if trained:
         parts.append(
             f"{students} one-step student{'s' * (students != 1)} of the teacher "
-            f"{' and '.join(experiment.teachers)}, trained for {budget}"
+            f"{listed(experiment.teachers)}, trained for {budget}"
             f"{' unless noted otherwise' * own} with {seeds} training seed{'s' * (seeds != 1)}"
         )
     if names := experiment.released:
@@ -226,7 +234,7 @@ def introduction(content: Content) -> str:
     evaluation = experiment.evaluation
     return (
         f"{'. '.join(parts)}, scored on {evaluation.num_samples:,} samples in the features of "
-        f"{' and '.join(evaluation.extractors)}."
+        f"{listed(evaluation.extractors)}."
     )
 
 

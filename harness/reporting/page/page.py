@@ -281,11 +281,14 @@ def claims(content: Content, table: pd.DataFrame) -> Iterator[Markup]:
 
 
 def pairwise(content: Content, table: pd.DataFrame) -> Iterator[Markup]:
-    yield html.text(
-        "Row minus column, with the interval of the difference, which includes the sampling and "
-        "the training error. ▲ the row is better, ▼ it is worse; all other pairs are ties or have "
-        "too few training seeds."
-    )
+    text = "Row minus column. With one training seed there is no interval, and nothing is ranked."
+    if table.training_seeds.max() > 1:
+        text = (
+            "Row minus column, with the interval of the difference, which includes the sampling "
+            "and the training error. ▲ the row is better, ▼ it is worse; all other pairs are ties "
+            "or have too few training seeds."
+        )
+    yield html.text(text)
     compared = table.column.unique()
     for column in [c for c in content.main.values() if c in compared] or compared[:1]:
         yield html.heading(column)
