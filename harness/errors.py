@@ -63,7 +63,7 @@ def file_system_error(error: BaseException) -> OSError | None:
     if found is None and (number := re.search(r"\(os error (\d+)\)", str(error))):
         found = int(number[1])
     if found is None:
-        names = {os.strerror(number): number for number in REMEDIES}
+        names = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT)}
         found = next((number for name, number in names.items() if name in str(error)), None)
     if found in REMEDIES:
         return OSError(found, os.strerror(found), getattr(error, "filename", None))

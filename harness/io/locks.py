@@ -58,7 +58,8 @@ def machine_slot(exclusive: bool = False) -> Iterator[bool]:
         return False
 
     path = Path(tempfile.gettempdir()) / f"onestep-harness-{os.getuid()}.slot"
-    with open(path, "w") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # not a link of another user
+    with open(os.open(path, flags, 0o600), "w") as file:
         reserved = exclusive and locked(fcntl.LOCK_EX)
         if not reserved and not locked(fcntl.LOCK_SH):
             logger.info("waiting: a run with a budget in seconds has reserved the machine")

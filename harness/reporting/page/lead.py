@@ -168,7 +168,7 @@ def _costs(found: list[Lead], content: Content) -> Iterator[Markup]:
 
 def _trust(found: list[Lead], content: Content) -> Iterator[Markup]:
     experiment, summary = content.experiment, content.summary
-    compared = [lead.seeds for lead in found if lead.second is not None]
+    compared = [lead.seeds for lead in found if lead.second is not None and lead.seeds]
     training = min([len(experiment.training.seeds), *compared])
     samplings = len(experiment.evaluation.sampling_seeds)
     trained = [s for s in experiment.students.values() if not s.source]
