@@ -51,8 +51,9 @@ class Network:
     @property
     def conditional(self) -> bool | None:
         """Whether the network takes class labels, if the arguments tell."""
-        key = {"UNet2DModel": "num_class_embeds", "SongUNet": "label_dim"}.get(self.type)
-        return None if key is None else bool(self.arguments.get(key))
+        if self.type == "UNet2DModel":
+            return bool(self.arguments.get("num_class_embeds"))
+        return bool(self.arguments["label_dim"]) if "label_dim" in self.arguments else None
 
 
 Kind = Literal["text-to-image", "ddpm", "denoiser", "file"]
