@@ -131,6 +131,10 @@ def test_both_layouts_are_one_teacher(saved, folder):
     nested = DDPMFolder(saved / "labelled")
     assert flat.sha256() == nested.sha256() and flat.network_config() == nested.network_config()
     (folder / "model_index.json").unlink()
+    shutil.copy(  # a variant, which is not read
+        folder / "diffusion_pytorch_model.safetensors",
+        folder / "diffusion_pytorch_model.fp16.safetensors",
+    )
     bare = DDPMFolder(folder)
     assert bare.sha256() == nested.sha256()
     states = [f.denoiser(10).backbone.state_dict() for f in (flat, nested, bare)]
@@ -183,6 +187,11 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (lambda f: change(f / SCHEDULER, prediction_type="flow"), "scheduler", "flow"),
         (lambda f: change(f / SCHEDULER, beta_schedule="sigmoid"), "scheduler", "sigmoid"),
         (lambda f: change(f / UNET, _class_name="UNet1DModel"), "unknown-name", "UNet1DModel"),
+        (lambda f: change(f / SCHEDULER, trained_betas=[-0.1] * 9), "scheduler", "increasing"),
+        (lambda f: change(f / SCHEDULER, num_train_timesteps=0), "scheduler", "out of bounds"),
+        (lambda f: (f / SCHEDULER).write_text("[]"), "invalid-value", "expected an object"),
+        (lambda f: (f / UNET).write_text("[]"), "invalid-value", "expected an object"),
+        (lambda f: change(f / "model_index.json", scheduler=5), "invalid-value", "not 5"),
     ],
 )
 def test_invalid_folder_is_rejected_when_the_experiment_is_read(tiny, folder, damage, code, named):
@@ -272,6 +281,9 @@ def test_sampler_has_the_levels_of_the_schedule_by_default(tiny, saved):
     tiny["teachers"]["ddpm"]["sampler"] = {"sigma_max": 80.0}
     sampler = parse_experiment(tiny, "x").teachers["ddpm"].sampler
     assert sampler.sigma_max == 80 and sampler.sigma_min == pytest.approx(0.01, rel=1e-3)
+    tiny["teachers"]["ddpm"]["sampler"] = {"sigma_max": 0.005}  # below the default sigma_min
+    (found,) = problems(tiny)
+    assert (found.key, found.code) == ("teachers.ddpm.sampler", "invalid-value")
     tiny["teachers"]["ddpm"]["sampler"] = {"sigma_max": 200.0}
     (found,) = problems(tiny)
     assert (found.key, found.code) == ("teachers.ddpm.sampler.sigma_max", "noise-level")
@@ -289,6 +301,13 @@ def test_teacher_of_other_images_is_rejected_by_the_stage(saved):
         DDPMFolder(saved / "plain").check(SimpleNamespace(name="ddpm"), (1, 16, 16))
     expected = "teacher ddpm generates 1x8x8 images, but the data has 1x16x16 images"
     assert str(error.value) == expected
+
+
+def test_teacher_of_images_that_are_not_square_is_rejected(folder):
+    change(folder / UNET, sample_size=[8, 16])
+    with pytest.raises(UserError) as error:
+        DDPMFolder(folder).check(SimpleNamespace(name="ddpm"), (1, 8, 8))
+    assert "sample_size [8, 16] is not the width of square images" in str(error.value)
 
 
 @pytest.mark.slow

@@ -307,7 +307,7 @@ def header(size: tuple[int, int] = (4, 4), depth: int = 8) -> bytes:
         (dict(list(with_labels(named(images()), LABELS).items())[1:]), "labels", "00000/img00000000.png"),
         (second(png(images(side=32)[0])[:-40]), "damaged", SECOND),
         (second(header((2049, 2049))), "image-format", "2048"),
-        (second(header((20000, 20000))), "damaged", SECOND),
+        (second(header((20000, 20000))), "image-format", SECOND),
     ],
 )  # fmt: skip
 def test_invalid_files_are_rejected_before_writing(tmp_path, kind, files, code, named_file):
@@ -493,6 +493,13 @@ def test_workflow_watches_local_files_and_fingerprints_content(files, tiny):
     (files / "set" / "dataset.json").rename("list")
     assert experiment(source="set").data_files() == [
         *map(Path, ("set", "set/00000", "set/00001", "set/00002"))
+    ]
+    Path("split/train/cat").mkdir(parents=True)  # folders of folders are followed
+    Path("split/train/cat/0.png").touch()
+    Path("split/test").mkdir()
+    Path("split/test/metadata.csv").touch()
+    assert experiment(source="split").data_files() == [
+        *map(Path, ("split", "split/test/metadata.csv", "split/train", "split/train/cat"))
     ]
     Path("list").rename("set/dataset.json")
     address = experiment(source="https://x.org/x.zip", sha256="0" * 64)

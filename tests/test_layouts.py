@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,19 @@ def test_table_gives_labels(tmp_path, form):
     assert found == "labels" and "a/more.png" in message
 
 
+@pytest.mark.parametrize(
+    ("table", "expected", "named"),
+    [
+        ("file_name,text\n0.png,a cat, red\n", "labels", "put texts with commas in quotes"),
+        (f"file_name,label\n0.png,{10**30}\n", "label-range", "0..65535"),  # no list of names
+    ],
+)
+def test_faulty_rows_of_a_table_are_named(tmp_path, table, expected, named):
+    files = {"0.png": png(PIXELS[0]), "metadata.csv": table.encode()}
+    found, message = code(write(tmp_path / "set", files))
+    assert found == expected and named in message
+
+
 def test_texts_of_a_table_are_lines_of_prompts(tmp_path):
     prompts = [f"a drawing of a {name}" for name in ("dog", "a b", "cat")]
     (tmp_path / "p.txt").write_text("\n".join([*prompts, prompts[0]]))
@@ -172,6 +186,9 @@ def test_parquet_files_are_read(tmp_path, columns):
     else:  # the schema's order
         assert names == ("dog", "cat", "a b")
         assert train | held_out == {i: (1, 0, 2)[i % 3] for i in range(12)}
+        named = pyarrow.table({"image": table["image"], "label": NAMES})  # names, not numbers
+        parquet.write_table(named.replace_schema_metadata(metadata), tmp_path / "named.parquet")
+        assert read(tmp_path / "named.parquet")[2] == names
     if columns == "shards":
         assert sorted(held_out) == [8, 9, 10, 11]
         shutil.copytree(source / "data", source / "other")
@@ -202,6 +219,9 @@ def test_parquet_errors_name_the_row_or_the_package(tmp_path, monkeypatch):
     assert code(source)[0] == "no-labels" and "weight" in code(source)[1]
     write_table(a=[b"x"], b=[b"x"])
     assert code(source)[0] == "image-format"
+    twice = pyarrow.table([[b"x"], [0], [1]], names=["image", "label", "label"])
+    parquet.write_table(twice, source)
+    assert code(source)[0] == "damaged"
     source.write_bytes(b"PAR1 and not more")
     assert code(source)[0] == "damaged"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -227,6 +247,12 @@ def test_samples_of_adm_are_read(tmp_path, compressed):
     ):
         save(source, *arrays)
         assert code(source)[0] == expected
+    header = io.BytesIO()  # of more images than memory can hold
+    facts = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 4, 4, 3)}
+    np.lib.format.write_array_header_1_0(header, facts)
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(48))
+    assert code(source)[0] == "damaged"
     np.savez(source, mu=np.zeros(3))
     assert code(source)[0] == "no-images"
     source.write_bytes(source.read_bytes()[:-9])
@@ -322,6 +348,11 @@ def test_lossless_conversions_and_others():
     for image, expected in ((opaque, colour), (palette, palette.convert("RGB")), (grey, grey)):
         decoded = Decoder()(encoded(image, "PNG"), "x")
         assert np.array_equal(decoded.squeeze(), np.asarray(expected))
+    for kind, key in (("RGB", (9, 9, 9)), ("L", 9)):  # one transparent colour, not an alpha channel
+        file = io.BytesIO()
+        Image.new(kind, (4, 4), key).save(file, "PNG", transparency=key)
+        with pytest.raises(UserError, match="transparent"):
+            Decoder()(file.getvalue(), "x")
     transparent = colour.copy()
     transparent.putalpha(254)
     for image, kind in ((transparent, "PNG"), (colour.convert("CMYK"), "JPEG"), (colour, "GIF")):

@@ -71,7 +71,7 @@ def test_module_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("content", "network", "named"),
     [
-        (b"<html>", NETWORK, "could not be read"),
+        (b"<html>", NETWORK, "is not a file of tensors"),
         ({"width": torch.ones(3)}, NETWORK, "Missing key"),
         (None, NETWORK | {"width": 16}, "size mismatch"),
         (None, NETWORK | {"depth": 2}, "unexpected keyword argument 'depth'"),

@@ -24,6 +24,7 @@ from harness.io.records import DataRecord, ScoreRecord, StudentRecord, TeacherRe
 from harness.io.uploads import Destination, check_destination
 from harness.networks import save_denoiser
 from harness.students.export import export_student
+from harness.students.model_card import _licence
 from harness.students.pipeline import OneStepPipeline
 from harness.teachers.pipelines import PipelineFolder
 from tests import pipelines
@@ -128,6 +129,19 @@ def test_card_has_metadata_scores_with_protocol_and_cost(student, tmp_path):
         "The weights were trained from this data only.",
     ):
         assert f"\n{line}\n" in card + "\n", line
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: [mit, other]\n---\n", ["mit", "other"]),
+        ("---\n: not: [YAML\n---\n", None),
+        ("no metadata", None),
+    ],
+)
+def test_licence_is_that_of_the_teachers_card(tmp_path, text, licence):
+    (tmp_path / "README.md").write_text(text)
+    assert _licence(str(tmp_path), None) == licence
 
 
 def test_card_without_scores_says_so(student, tmp_path):

@@ -1,6 +1,8 @@
 """An experiment: validated, resolved and frozen; it makes the records that jobs take."""
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -302,17 +304,12 @@ class Experiment:
     # -- files ----------------------------------------------------------------------------------
 
     def data_files(self) -> list[Path]:
-        """Local files that the data set is made from: of a folder, its list of labels or, without
-        one, the folder and those in it, which change when a file is added."""
-        prompts = [file for file, _ in self.data.prompt_files.values()]
-        files = [file for source in prompts for file in local_files(source)]
-        for source in local_files(None if self.data.revision else self.data.source):
-            lists = ("dataset.json", "labels", "metadata.csv", "metadata.jsonl")
-            found = list(filter(Path.is_file, (source / name for name in lists)))[:1]
-            if not found and source.is_dir():
-                found = sorted(path for path in source.glob("*/") if path.name[0] != ".")
-            files = [*(found if found and found[0].is_file() else [source, *found]), *files]
-        return files
+        """Local files that the data set is made from; of a folder, see `watched`."""
+        sources = local_files(None if self.data.revision else self.data.source)
+        prompts = [
+            file for source, _ in self.data.prompt_files.values() for file in local_files(source)
+        ]
+        return [file for source in sources for file in watched(source)] + prompts
 
     def teacher_files(self, name: str) -> list[Path]:
         """Local files that an imported teacher is made from: those whose content is hashed."""
@@ -350,3 +347,18 @@ class Experiment:
 def local_files(source: str | None) -> list[Path]:
     """The path of a source that is a local file or folder; none for an address."""
     return [] if source is None or is_address(source) else [Path(source).expanduser()]
+
+
+def watched(path: Path, depth: int = 0) -> list[Path]:
+    """What changes when a file is added to a data set's folder: its list of labels or, without one,
+    the folder and those in it. Folders without images of their own, such as `train`, are followed,
+    but not large folders of images, which would take long to list. Other paths stay as they are."""
+    lists = ("dataset.json", "labels", "metadata.csv", "metadata.jsonl")
+    if found := list(filter(Path.is_file, (path / name for name in lists))):
+        return found[:1]
+    images, inner = (".png", ".jpg", ".jpeg", ".webp"), []
+    with suppress(OSError):  # a folder that cannot be read is reported by the data stage
+        has_images = any(entry.name.lower().endswith(images) for entry in os.scandir(path))
+        if not depth or (depth < 4 and not has_images):
+            inner = sorted(folder for folder in path.glob("*/") if folder.name[0] != ".")
+    return [path, *(file for folder in inner for file in watched(folder, depth + 1))]

@@ -18,7 +18,7 @@ _EXIF_ERRORS = (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.er
 class Decoder:
     """Turns files into uint8 arrays `(H, H, C)`, C = 1 or 3. Threads may share one.
 
-    JPEG files are turned upright as their EXIF data say. Colours of a palette and opaque images
+    Images are turned upright as their EXIF data say. Colours of a palette and opaque images
     with an alpha channel become RGB, which loses nothing. enlarged: the images that were smaller
     than `resize.size`.
     """
@@ -50,10 +50,9 @@ class Decoder:
                 return self._resized(_plain(_upright(image), where), where)
         except UnidentifiedImageError:
             raise UserError(f"{where} is not a PNG, JPEG or WebP file", "image-format") from None
-        except (
-            *(OSError, ValueError, SyntaxError, EOFError, struct.error),
-            Image.DecompressionBombError,
-        ) as error:
+        except Image.DecompressionBombError:
+            raise UserError(f"{where} has too many pixels to be read", "image-format") from None
+        except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
             raise UserError(f"{where} is a damaged image file ({error})", "damaged") from None
 
     def _resized(self, image, where: str) -> np.ndarray:
@@ -94,12 +93,13 @@ def _upright(image):
 
 def _plain(image, where: str):
     """The image in RGB or grey, if that loses nothing."""
-    if image.mode in ("L", "RGB"):
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
-    if image.mode in ("P", "RGBA", "LA", "PA"):
-        colours = image.convert("LA" if image.mode == "LA" else "RGBA")
+    if image.mode in ("L", "RGB", "P", "RGBA", "LA", "PA"):
+        grey = image.mode in ("L", "LA")
+        colours = image.convert("LA" if grey else "RGBA")
         if colours.getextrema()[-1][0] == 255:
-            return colours.convert("L" if image.mode == "LA" else "RGB")
+            return colours.convert("L" if grey else "RGB")
         message = "has transparent pixels; draw it on a background and save it without alpha"
         raise UserError(f"{where} {message}", "image-format")
     message = f"has the colour mode {image.mode}; convert it to 8-bit RGB or grey"

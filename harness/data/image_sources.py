@@ -62,6 +62,7 @@ class ImageSource:
         listing = self.parts["train"]
         labels = _required_labels(self.path, listing)
         if isinstance(labels[0], int) and listing.class_names is None:
+            _check_range(self.path, listing, num_classes or MAX_CLASSES)
             return tuple(map(str, range(num_classes or max(labels) + 1)))
         names = listing.class_names or tuple(sorted(set(labels), key=_name_order))
         if len(names) != (num_classes or len(names)):
@@ -80,10 +81,7 @@ class ImageSource:
         if listing.class_names is not None and listing.class_names != tuple(names):
             labels = [listing.class_names[label] for label in labels]
         if isinstance(labels[0], int):
-            for name, label in zip(listing.names, labels, strict=True):
-                if not 0 <= label < min(len(names), MAX_CLASSES):
-                    message = f"{self.path}: label {label} of {name} is not in 0..{len(names) - 1}"
-                    raise UserError(message, "label-range")
+            _check_range(self.path, listing, min(len(names), MAX_CLASSES))
             return torch.tensor(labels)
         position = {name: i for i, name in reversed(list(enumerate(names)))}
         if unknown := sorted(set(labels) - position.keys()):
@@ -154,6 +152,14 @@ def _required_labels(path: Path, listing: Listing) -> Sequence[int] | Sequence[s
         start = "" if message.startswith(str(path)) else f"{path} "
         raise UserError(f"{start}{message}", "no-labels")
     return listing.labels
+
+
+def _check_range(path: Path, listing: Listing, count: int) -> None:
+    """Raise a `UserError` unless all labels, which are numbers, are below `count`."""
+    for name, label in zip(listing.names, listing.labels, strict=True):
+        if not 0 <= label < count:
+            message = f"{path}: label {label} of {name} is not in 0..{count - 1}"
+            raise UserError(message, "label-range")
 
 
 def _name_order(name: str) -> tuple[int, int, str]:

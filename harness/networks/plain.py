@@ -126,8 +126,9 @@ def read_module(file: Path, network: Mapping[str, Any]) -> ModuleDenoiser:
         try:
             content = load_pickled(file)
         except Exception as error:  # a foreign file may fail in any way
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{file} could not be read: {reason}", "damaged") from None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            message = f"{file} is not a file of tensors in torch's format ({reason})"
+            raise UserError(message, "damaged") from None
     try:
         model = BACKBONES[name].model_class()(**arguments)
         model.module.load_state_dict(dict(denoiser_class.weights(content)))

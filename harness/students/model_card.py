@@ -184,7 +184,7 @@ def model_card(
         flags=[(flag, FLAGS[flag]) for flag in FLAGS if flag in flags],
         protocol=[(key, _text(value)) for key, value in common.items()],
         imported=imported,
-        license=card_data.license,
+        license=card_data.license and _text(card_data.license),
     )
 
 
@@ -220,7 +220,10 @@ def _licence(source: str, revision: str | None) -> str | None:
     readme = folder / "README.md" if folder else None
     if readme is None or not readme.is_file():
         return None
-    return ModelCard(read_text(readme), ignore_metadata_errors=True).data.license
+    try:
+        return ModelCard(read_text(readme), ignore_metadata_errors=True).data.license
+    except Exception:  # a foreign file may fail in any way
+        return None
 
 
 def _final_scores(

@@ -50,7 +50,7 @@ class OneStepPipeline(DiffusionPipeline):
         self,
         class_labels: int | Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -85,7 +85,7 @@ class OneStepPipeline(DiffusionPipeline):
         if labels is not None:
             labels = labels.expand(count).to(device)
         if latents is None:
-            generators = generator if isinstance(generator, list) else [generator] * count
+            generators = list(generator) if _several(generator) else [generator] * count
             shape = (count, *denoiser.image_shape)
             latents = randn_tensor(shape, None if generator is None else generators, device)
         elif latents.shape[1:] != denoiser.image_shape:
@@ -130,17 +130,28 @@ def _integer_labels(labels: int | Sequence[int] | Tensor | None, classes: int) -
     return integers.long()
 
 
+def _several(generator: object) -> bool:
+    return isinstance(generator, list | tuple)
+
+
 def _count(
     labels: Tensor | None,
     batch_size: int | None,
-    generator: torch.Generator | list[torch.Generator] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
     latents: Tensor | None,
 ) -> int:
     """The number of images, on which all arguments must agree."""
+    if batch_size is not None and type(batch_size) is not int:
+        raise ValueError(f"batch_size: expected a number of images, not {batch_size!r}")
+    given = generator if _several(generator) else () if generator is None else (generator,)
+    if not all(isinstance(one, torch.Generator) for one in given):
+        raise ValueError(f"generator: expected a torch.Generator or a list, not {generator!r}")
+    if not (latents is None or isinstance(latents, Tensor)):
+        raise ValueError(f"latents: expected a tensor, not {type(latents).__name__}")
     counts = {
         "batch_size": batch_size,
         "class_labels": None if labels is None or labels.ndim == 0 else len(labels),
-        "generator": len(generator) if isinstance(generator, list) else None,
+        "generator": len(generator) if _several(generator) else None,
         "latents": None if latents is None else len(latents),
     }
     counts = {name: count for name, count in counts.items() if count is not None}

@@ -101,7 +101,10 @@ def _check_imported(
     if teacher.sampler.guidance != 1 and not facts.unconditional:
         message = f"needs an unconditional score, which {facts.network} does not have"
         yield Problem(f"{key}.sampler.guidance", "unsupported", message)
-    network = sources.network_of(teacher)
+    sampler, network = teacher.sampler, sources.network_of(teacher)
+    if sampler.sigma_min >= sampler.sigma_max:  # one of them is a default, from the schedule
+        message = f"sigma_min {sampler.sigma_min:g} must be below sigma_max {sampler.sigma_max:g}"
+        yield Problem(f"{key}.sampler", "invalid-value", f"{message}; set both")
     from_files = kind is not None and not sources.is_module(teacher)
     if network and data is not None and from_files and not text:
         yield from _check_images(key, network, data)

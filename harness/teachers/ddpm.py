@@ -4,10 +4,9 @@ from pathlib import Path
 
 from harness.config.jobs import TeacherJob
 from harness.errors import UserError
-from harness.io.artifacts import read_json
 from harness.networks import BACKBONES
 from harness.networks.vp import VPDenoiser
-from harness.teachers.folders import INDEX, DiffusersFolder
+from harness.teachers.folders import INDEX, WEIGHTS, DiffusersFolder, read_object
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 NETWORK, SCHEDULER = "UNet2DModel", "scheduler_config.json"
@@ -31,10 +30,10 @@ class DDPMFolder(DiffusersFolder):
         for path in (config, self._scheduler()):
             if not path.is_file():
                 raise UserError(f"{path} is missing; download the whole folder", "missing-file")
-        if (name := read_json(config).get("_class_name", NETWORK)) != NETWORK:
+        if (name := read_object(config).get("_class_name", NETWORK)) != NETWORK:
             message = f"{config}: {name} is not supported; expected a {NETWORK}"
             raise UserError(message, "unknown-name")
-        index = read_json(self.folder / INDEX) if self.kind else {}
+        index = read_object(self.folder / INDEX) if self.kind else {}
         self._check_files()
         self._read_scheduler(self._scheduler(), index.get("scheduler"))
 
@@ -46,9 +45,10 @@ class DDPMFolder(DiffusersFolder):
         return self.path("scheduler") / SCHEDULER
 
     def files(self, *parts: str) -> list[Path]:
-        """The files that the teacher is made from, whatever else lies in the folder."""
+        """The files that the teacher is made from, whatever else lies in the folder, such as a
+        variant of the weights."""
         unet = self.path("unet")
-        weights = sorted(unet.glob("diffusion_pytorch_model*.safetensors"))
+        weights = sorted(path for path in unet.iterdir() if WEIGHTS.fullmatch(path.name))
         return [unet / "config.json", self._scheduler(), *weights]
 
     def name_of(self, path: Path) -> str:
@@ -62,6 +62,11 @@ class DDPMFolder(DiffusersFolder):
         """Check the images and the sampler's largest noise level, before reading weights."""
         config = self.config("unet")
         size, channels = config.get("sample_size"), config.get("in_channels", 3)
+        if not isinstance(size, int):
+            message = (
+                f"sample_size {size!r} is not the width of square images; write it as one number"
+            )
+            raise UserError(f"{self.path('unet') / 'config.json'}: {message}", "network")
         if (channels, size, size) != tuple(image_shape):
             own = f"{channels}x{size}x{size}"
             data = "x".join(map(str, image_shape))

@@ -26,6 +26,13 @@ def pipeline_class(folder: Path) -> str | None:
     return str(index.get("_class_name", "")) if isinstance(index, dict) else ""
 
 
+def read_object(path: Path) -> dict:
+    """The content of a JSON file, which must be an object."""
+    if not isinstance(content := read_json(path), dict):
+        raise UserError(f"{path}: expected an object", "invalid-value")
+    return content
+
+
 class DiffusersFolder:
     """A folder with a network and its scheduler. A subclass sets `network`, the name of the
     network's part, in `__init__`, and calls `_read_scheduler`."""
@@ -57,7 +64,10 @@ class DiffusersFolder:
         """Set the schedule and the prediction from a scheduler's config. diffusers uses the class
         that model_index.json names; the config may come from another, which must be supported, too.
         `other_scheduler`: that class, if it is not the config's."""
-        config = read_json(path)
+        config = read_object(path)
+        if not (named is None or (isinstance(named, list) and len(named) == 2)):
+            message = f"expected [library, class] as scheduler, not {named!r}"
+            raise UserError(f"{self.folder / INDEX}: {message}", "invalid-value")
         kinds = list(filter(None, (config.get("_class_name"), named and named[1]))) or [None]
         self.other_scheduler = kinds[-1] if kinds[-1] != config.get("_class_name") else None
         try:
@@ -75,7 +85,7 @@ class DiffusersFolder:
         """The smallest and the largest noise level of the schedule."""
         try:
             sigmas = vp.schedule_sigmas(self.schedule)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
             message = f"{self._scheduler()}: {' '.join(str(error).split())}"
             raise UserError(message, "scheduler") from None
         if not (sigmas[0] > 0 and (sigmas.diff() > 0).all()):
@@ -92,7 +102,7 @@ class DiffusersFolder:
 
     def config(self, part: str) -> dict:
         """The config of a part, without diffusers' private keys."""
-        config = read_json(self.path(part) / "config.json")
+        config = read_object(self.path(part) / "config.json")
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def load(self, model_class, part: str, **options) -> nn.Module:

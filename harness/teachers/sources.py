@@ -94,6 +94,7 @@ def check_files(section: ImportedTeacher, kind: Kind) -> None:
     path = section.path
     if kind in ("text-to-image", "ddpm"):
         folder = open_folder(section)
+        folder.levels()
         if section.revision is None:
             require_safetensors(folder.path(folder.network))
     elif kind == "denoiser":

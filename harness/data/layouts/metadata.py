@@ -65,6 +65,11 @@ def _rows(files: Files, table: str) -> dict[str, dict]:
         name = row.get("file_name") if isinstance(row, dict) else None
         if not isinstance(name, str):
             raise UserError(f"{where}: row {number} has no file_name", "labels")
+        if None in row:  # of csv: cells beyond the header
+            message = (
+                f"row {number} has more cells than the header; put texts with commas in quotes"
+            )
+            raise UserError(f"{where}: {message}", "labels")
         name = name.replace("\\", "/").removeprefix("./")
         if name in rows:
             raise UserError(f"{where} has two rows for {name}", "labels")

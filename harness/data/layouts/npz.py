@@ -2,6 +2,7 @@
 images uint8 `(N, H, W, C)`, and optionally `arr_1`, their classes `(N,)`. Other arrays, such as
 `mu` and `sigma` of reference batches, are ignored."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ class NpzLayout(Layout):
         if len(shape) != 4 or shape[3] not in (1, 3) or kind != np.uint8:
             message = f"{files.path}: arr_0 is {kind} {list(shape)}; expected uint8 (N, H, W, 3)"
             raise UserError(message, "image-format")
+        if math.prod(shape) > files.sizes[IMAGES]:  # before memory is reserved for them
+            raise UserError(f"{files.path} is damaged (it ends too early)", "damaged")
         labels = self._labels(files, shape[0]) if CLASSES in files.sizes else None
         names = [f"image {i}" for i in range(shape[0])]
         reason = f"{files.path} has no labels (arr_1)"

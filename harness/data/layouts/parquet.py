@@ -99,7 +99,7 @@ def _listing(files: Files, names: Sequence[str], label_column: str | None) -> Li
         if column is not None:
             try:
                 values += file.read([column])[column].to_pylist()
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, KeyError) as error:  # KeyError: two of a name
                 raise _damaged(files, name, error) from None
     rows = [f"{name}, row {i}" for name, count in tables for i in range(count)]
     if files.path.is_file():
@@ -108,7 +108,8 @@ def _listing(files: Files, names: Sequence[str], label_column: str | None) -> Li
     labels = None
     if column is not None:
         labels = same_type(where, rows, values)
-        if named and (bad := [value for value in labels if not 0 <= value < len(named)]):
+        numbers = [value for value in labels if isinstance(value, int)]
+        if named and (bad := [value for value in numbers if not 0 <= value < len(named)]):
             message = f"{bad[0]} is none of its {len(named)} classes"
             raise UserError(f"{where}: {message}", "label-range")
     reason = f"{files.where(first)} has no column of labels, but {', '.join(columns) or 'no other'}"
