@@ -180,6 +180,13 @@ def test_faulty_values_are_refused_with_the_metrics_name(own, values, code):
     assert error.value.code == code
 
 
+def test_function_that_changes_its_batch_leaves_the_samples(own):
+    register_per_image("clears", "Clears", None)(lambda images: images.pixels.zero_()[:, 0, 0, 0])
+    pixels = torch.ones(3, 1, 4, 4).byte()
+    pixel_extractor(dataset(), "clears").extract(pixels)
+    assert pixels.all()
+
+
 def test_pixels_beyond_the_memory_are_refused(own):
     check_pixels(METRICS["bright"], 1 << 40)
     check_pixels(METRICS["lightest"], 1 << 31)

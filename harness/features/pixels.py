@@ -83,7 +83,10 @@ class PixelExtractor(FeatureExtractor):
         values, what = [], f"metric {name!r}"
         for start in range(0, len(pixels), BLOCK):
             rows = slice(start, start + BLOCK)
-            batch = ImageBatch(pixels[rows], texts and texts[rows], self.job_device)
+            copy = pixels[
+                rows
+            ].clone()  # a function may change it; feature networks see the original
+            batch = ImageBatch(copy, texts and texts[rows], self.job_device)
             with plugin_errors(metric.file, what):
                 found = torch.as_tensor(metric.function(batch)).detach().cpu().double()
             place = f" ({metric.file})" if metric.file else ""
