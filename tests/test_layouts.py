@@ -17,7 +17,7 @@ from harness.config.schema import DataSection, ResizeSection
 from harness.data import datasets, decoding, registry
 from harness.data.decoding import Decoder
 from harness.data.image_sources import ImageSource
-from harness.data.layouts.base import LAYOUTS
+from harness.data.layouts.base import LAYOUTS, Listing
 from harness.data.registry import data_source
 from harness.errors import UserError
 from harness.io.artifacts import sha256_file
@@ -524,3 +524,8 @@ def test_layout_of_a_plugin_is_found(tmp_path, monkeypatch, tiny):
     assert fingerprint["plugin"] == sha256_file(tmp_path / "plugin.py")
     train, held_out, names = read(source)
     assert train | held_out == {i: i % 2 for i in range(6)} and names == ("a", "b")
+    (source / "list.txt").write_bytes(b"\xff")
+    found, message = code(source)
+    assert found == "plugin" and str(tmp_path / "plugin.py") in message
+    with pytest.raises(ValueError, match="is not a subclass of Layout"):
+        LAYOUTS.register("other")(Listing)

@@ -16,6 +16,7 @@ from harness.data.image_archive import IMAGES, INDEXES, PACKED, TABLES, Files
 from harness.data.layouts.base import LAYOUTS, Layout, Listing, Parts, split_folders
 from harness.data.layouts.class_folders import ClassFolders
 from harness.errors import UserError
+from harness.registry import plugin_errors
 
 logger = logging.getLogger(__name__)
 MAX_CLASSES = 1 << 16
@@ -115,7 +116,7 @@ def _unpacked(files: Files) -> Files:
 def _parts(files: Files, label_column: str | None) -> tuple[type[Layout], Parts]:
     """The layout, and the images by part. Folders for training and testing may each have any
     layout."""
-    found = [name for name in LAYOUTS if LAYOUTS[name].accepts(files)]
+    found = [name for name in LAYOUTS if _accepts(name, files)]
     if len(found) > 1:
         message = f"{files.path} has several layouts: {', '.join(found)}"
         raise UserError(message, "mixed-layouts")
@@ -132,7 +133,14 @@ def _parts(files: Files, label_column: str | None) -> tuple[type[Layout], Parts]
     if label_column is not None and not layout.has_columns:
         message = f"not allowed: {files.path} is in {layout.description}, without columns"
         raise UserError(f"data.label_column: {message}", "label-column")
-    return layout, layout().parts(files, label_column)
+    file = LAYOUTS.plugin(found[0]) if found else None
+    with plugin_errors(file, f"layout {layout.__name__}"):
+        return layout, layout().parts(files, label_column)
+
+
+def _accepts(name: str, files: Files) -> bool:
+    with plugin_errors(LAYOUTS.plugin(name), f"layout {name!r}"):
+        return LAYOUTS[name].accepts(files)
 
 
 def _report_ignored(files: Files) -> None:

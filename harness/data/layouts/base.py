@@ -61,7 +61,7 @@ class Layout(ABC):
         """The images, by part. Nothing is decoded."""
 
 
-LAYOUTS: Registry[type[Layout]] = Registry("layout", "harness.data.layouts")
+LAYOUTS: Registry[type[Layout]] = Registry("layout", "harness.data.layouts", Layout)
 
 
 def plugin_layouts() -> list[str]:
