@@ -49,7 +49,9 @@ import torch
 from types import SimpleNamespace
 
 torch.cuda.is_available = lambda: True
-torch.cuda.device_count = lambda: 0  # no driver
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda *device: (9, 0)
+torch.cuda.get_rng_state = torch.cuda.set_rng_state = lambda *arguments: None  # no driver
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=40 * 2**30)
 """
 

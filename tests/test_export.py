@@ -40,7 +40,7 @@ def test_model_card_has_origin_and_scores(finished, tmp_path):
     assert finished.run("harness", *arguments).returncode == 0
     card = (folder / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["library_name"] == "diffusers" and "dmd" in head["tags"]
+    assert head["library_name"] == "onestep-harness" and "dmd" in head["tags"]
     record = read_json(finished.results / "students" / "dmd" / "seed0" / "student.json")
     for text in (record["sha256"], record["inputs"]["teacher"], "arXiv 2311.18828", "| fd "):
         assert text in card

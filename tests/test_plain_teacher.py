@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from harness.cli import main
 from harness.denoiser import EDMDenoiser
 from harness.errors import UserError
-from harness.io.artifacts import read_json
+from harness.io.artifacts import load_tensors, read_json
 from harness.networks import BACKBONES, build_denoiser, load_denoiser, save_denoiser
 from harness.networks.plain import read_module
 from harness.registry import load_plugin
@@ -66,6 +66,14 @@ def test_module_is_saved_and_loaded(tmp_path):
     assert torch.equal(again(*images()), denoiser(*images()))
     assert read_json(tmp_path / "config.json") == {"_class_name": "MyNet", "width": 8}
     assert read_json(tmp_path / "denoiser.json") == {"preconditioning": "own", "sigma_init": 2.5}
+
+
+def test_tied_weights_are_saved(tmp_path):
+    denoiser = build_denoiser(NETWORK, (1, 8, 8), 10)
+    denoiser.backbone.module.tied = denoiser.backbone.module.first.weight
+    denoiser.backbone.save_pretrained(tmp_path)
+    saved = load_tensors(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(saved["module.tied"], saved["module.first.weight"])
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_card_has_metadata_scores_with_protocol_and_cost(student, tmp_path):
     export_student(*student, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["library_name"] == "diffusers" and not {"license", "base_model"} & set(head)
+    assert head["library_name"] == "onestep-harness" and not {"license", "base_model"} & set(head)
     assert head["tags"] == ["one-step-diffusion", "distillation", "sid"]
     (result,) = head["model-index"][0]["results"]
     fd, precision = result["metrics"]

@@ -40,6 +40,10 @@ def test_a_single_class_is_never_near_chance():
     assert not near_chance(1.0, 1.0, 100)
 
 
+def test_without_held_out_images_nothing_is_near_chance():
+    assert not near_chance(0.1, 0.1, 0)
+
+
 def test_chance_is_the_share_of_the_most_frequent_answer():
     classifier = new_extractor("c", parse_settings({"type": "cnn", "images": 1}))
     clip = new_extractor("c", parse_settings({"type": "clip", "images": 1}))

@@ -20,7 +20,9 @@ from harness.io.records import FeatureRecord
 
 def near_chance(accuracy: float, chance: float, count: int) -> bool:
     """Whether an accuracy on `count` images is near `chance`. Both are fractions. With a single
-    answer, chance is 1 and there is nothing to judge."""
+    answer, chance is 1 and there is nothing to judge; neither is there without images."""
+    if not count:
+        return False
     error = math.sqrt(chance * (1 - chance) / count)
     margin = max(3 * error, min((1 - chance) / 10, chance / 2))
     return chance < 1 and accuracy < chance + margin

@@ -90,7 +90,8 @@ class PlainBackbone(nn.Module):
     def save_pretrained(self, folder: Path, safe_serialization: bool = True) -> None:
         config = {"_class_name": type(self).__name__, **self.config}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_tensors(folder / WEIGHTS, self.state_dict())
+        # Copies: safetensors does not write tensors that share memory (tied weights).
+        save_tensors(folder / WEIGHTS, {k: v.clone() for k, v in self.state_dict().items()})
 
 
 def register_module(name: str) -> Callable[[type[ModuleDenoiser]], type[ModuleDenoiser]]:

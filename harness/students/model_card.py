@@ -145,7 +145,8 @@ def model_card(
         flags.update(row.flag.split())
     card_data = ModelCardData(
         model_name=f"{run.experiment}-{run.student.name}",
-        library_name="diffusers",
+        # The hub's snippet for diffusers loads its own classes only.
+        library_name="diffusers" if denoiser.text_width else "onestep-harness",
         pipeline_tag=task,
         tags=["one-step-diffusion", "distillation", record.method],
         eval_results=results or None,
