@@ -151,7 +151,7 @@ def train_gdd(folder, backbone: Backbone, **settings):
         ("resnet18", 3),
         pytest.param("vit_tiny_patch16_224", 1, marks=pytest.mark.slow),
         pytest.param(LITE0, 1, marks=[needs_lite0, pytest.mark.slow]),
-        pytest.param(LITE0, 3, marks=needs_lite0),
+        pytest.param(LITE0, 3, marks=[needs_lite0, pytest.mark.slow]),
     ],
 )
 def test_gdd_trains_the_heads_and_leaves_frozen_weights_unchanged(name, channels, tmp_path):

@@ -327,6 +327,7 @@ def test_released_and_trained_students_can_be_compared(tiny, released):
         parse_experiment(tiny | {"teachers": {}}, "x")
 
 
+@pytest.mark.slow
 def test_the_workflow_imports_and_trains_nothing(empty_workspace, released):
     for file in ("sid.pkl", "gdd.pkl", "s.npz"):
         (empty_workspace.root / file).write_bytes(Path(file).read_bytes())

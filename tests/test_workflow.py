@@ -144,6 +144,7 @@ def test_a_failed_teacher_is_the_reason_of_every_student(workspace):
     assert students.status.str.startswith("failed (teacher edm: ").all()
 
 
+@pytest.mark.slow
 def test_an_invalid_experiment_starts_no_job(empty_workspace):
     config = empty_workspace.config()
     config["students"]["sid"]["method"] = "sld"
