@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, Optional, get_args
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -33,7 +33,7 @@ class OneStepPipeline(DiffusionPipeline):
         network: torch.nn.Module,
         sigma_init: float = 80.0,
         preconditioning: str = "edm",
-        settings: dict[str, Any] | None = None,
+        settings: Optional[dict] = None,  # noqa: UP045 (diffusers 0.36 reads no other union)
     ):
         super().__init__()
         self.register_modules(network=network)
