@@ -88,7 +88,7 @@ def test_hours_are_of_the_machine_at_hand(tiny, tmp_path, monkeypatch, capsys):
     found, text = hours()
     assert found == ["1", "1"]
     assert text.startswith(
-        "Each run (2 per student), at 0.001 TFLOP/s, 20% of what a matrix product reaches on one "
+        "Each run (2 per student), at 0.001 TFLOP/s, 20% (assumed) of a matrix product's rate on one "
         "thread of this CPU. 4 hours for all runs, one after another. Before them: teacher edm 0.5 "
         "hours. Feature networks, samples and scores come on top."
     )

@@ -1,5 +1,5 @@
-"""Orders of images in which consecutive images are a fair sample: every stretch has all classes in
-proportion. Metrics at smaller sample sizes, and their standard errors, take consecutive images."""
+"""Orders that mix the classes: any consecutive images contain all classes in proportion. Metrics at
+smaller sample sizes, and their standard errors, use consecutive images."""
 
 import hashlib
 
@@ -21,7 +21,7 @@ def mixed_order(labels: Tensor) -> Tensor:
     for label in labels.unique():
         members = shuffled[labels[shuffled] == label]
         rank = torch.arange(len(members))
-        # Image r of m is anywhere in the r-th of m equal stretches.
+        # Image r of m is placed at random in the r-th of m equal intervals.
         place[members] = (rank + jitter.uniform(members).double()) / len(members)
     return place.argsort(stable=True)
 

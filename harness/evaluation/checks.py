@@ -40,7 +40,7 @@ def check_pixels(metric: Metric, size: int) -> None:
     """Raise a `UserError` if a metric needs all pixels at once and the samples have more than
     KEPT_BYTES. size: their bytes."""
     if metric.stores_pixels and size > KEPT_BYTES:
-        sizes = f"{size / 2**30:.1f} GiB of pixels, at most {KEPT_BYTES / 2**30:.0f} GiB are kept"
+        sizes = f"{size / 2**30:.1f} GiB of pixels; the limit is {KEPT_BYTES / 2**30:.0f} GiB"
         remedy = "define it by register_per_image, or lower evaluation.num_samples"
         raise UserError(f"metric {metric.name!r} needs {sizes}; {remedy}", "too-large")
 

@@ -69,11 +69,12 @@ class Metric:
         with plugin_errors(METRICS.plugin(self.name), f"metric {self.name!r}"):
             found = self.function(features)
             value, *rest = found if isinstance(found, tuple) else (found,)
-            if not isinstance(value, int | float) and getattr(value, "size", None) is None:
-                raise TypeError(f"returned {value!r}; expected a number or an Estimate")
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"returned a tensor of shape {tuple(value.shape)}, not a number")
-            return Estimate(float(value), *rest)
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                message = f"returned {value!r}; expected a number or an Estimate"
+                raise TypeError(message) from None
+            return Estimate(number, *rest)
 
     def count(self, num_samples: int) -> int:
         """How many of `num_samples` samples it uses."""

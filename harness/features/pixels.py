@@ -83,9 +83,7 @@ class PixelExtractor(FeatureExtractor):
         values, what = [], f"metric {name!r}"
         for start in range(0, len(pixels), BLOCK):
             rows = slice(start, start + BLOCK)
-            copy = pixels[
-                rows
-            ].clone()  # a function may change it; feature networks see the original
+            copy = pixels[rows].clone()  # a function may change it in place
             batch = ImageBatch(copy, texts and texts[rows], self.job_device)
             with plugin_errors(metric.file, what):
                 found = torch.as_tensor(metric.function(batch)).detach().cpu().double()

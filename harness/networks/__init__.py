@@ -10,12 +10,11 @@ from harness.errors import UserError
 from harness.io.artifacts import load_tensors, read_json, save_tensors, sha256_file, write_json
 from harness.io.records import TeacherRecord
 from harness.networks.record import denoiser_record, read_record
-from harness.networks.registry import BACKBONES
+from harness.networks.registry import BACKBONES, WEIGHTS
 from harness.training.lora import merged
 
 __all__ = ["BACKBONES", "denoiser_record"]
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 NULL = "null.safetensors"
 CODEC = "vae"  # the folder of a teacher's decoder
 FILES = ("config.json", "denoiser.json", WEIGHTS)

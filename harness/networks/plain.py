@@ -16,9 +16,7 @@ from harness.denoiser import Condition, Denoiser
 from harness.errors import UserError
 from harness.io.artifacts import load_tensors, save_tensors
 from harness.io.downloads import load_pickled
-from harness.networks.registry import BACKBONES, Backbone
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+from harness.networks.registry import BACKBONES, WEIGHTS, Backbone
 
 
 class ModuleDenoiser(Denoiser):

@@ -12,6 +12,8 @@ from torch import nn
 from harness.denoiser import Denoiser
 from harness.registry import Registry
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of diffusers' `save_pretrained`
+
 
 @dataclass(frozen=True)
 class Pipeline:

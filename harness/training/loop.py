@@ -26,7 +26,7 @@ from harness.training.log import training_log
 from harness.training.run import Outcome, TrainingRun
 from harness.training.trainer import NonFiniteError, Trainer
 
-SIGN_OF_LIFE = 30.0  # seconds without a line of the log
+LOG_SECONDS = 30.0  # longest time without a line of the log
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class TrainingLoop:
                     log(row, ledger.spent(run.budget))
                 tick_seconds, tick_images = ledger.seconds, ledger.images
                 logged = time.monotonic()
-            elif self.processes.first and time.monotonic() - logged > SIGN_OF_LIFE:
+            elif self.processes.first and time.monotonic() - logged > LOG_SECONDS:
                 logger.info("%s: %d images", run.name, ledger.images)
                 logged = time.monotonic()
             if crossed or done:

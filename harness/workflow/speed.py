@@ -96,7 +96,7 @@ class Speed:
         if self.trained:
             return f"at the rate of the runs trained on this machine ({', '.join(self.trained)})"
         rates = " and ".join(f"{SHARE * r / 1e12:.3g}" for r in self._products.values())
-        text = f"at {rates} TFLOP/s, {SHARE:.0%} of what a matrix product reaches on {name}"
+        text = f"at {rates} TFLOP/s, {SHARE:.0%} (assumed) of a matrix product's rate on {name}"
         busy = os.getloadavg()[0]
         if busy > 0.5 * (os.cpu_count() or 1) and not device.startswith("cuda"):
             text += f" (measured beside other work, load {busy:.1f})"
